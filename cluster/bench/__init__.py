@@ -1,0 +1,1 @@
+"""`bench`: open-loop load and goodput reports against any OpenAI-style endpoint."""

@@ -1,0 +1,32 @@
+"""The device seam: four methods, called from the engine thread only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from ....kvtransfer.store import KVStore
+from ..plan import StepOutput, StepPlan
+
+
+class Device(ABC):
+    """One model replica's compute and KV memory. Owned by one engine thread; nothing here is thread-safe but `kv`."""
+
+    name: str
+    """`cpu`, `cuda` or `paced`."""
+    kv: KVStore
+    """The KV memory by block. Readable and writable from other threads for blocks that the caller holds."""
+    vocab_size: int
+    fingerprint: str
+    """Hex digest over weights, rope and KV dtype: equal fingerprints mean exchangeable KV."""
+
+    @abstractmethod
+    def launch(self, plan: StepPlan) -> None:
+        """Starts one step; once per plan, in order. May return before the work is done. Raises on a malformed plan."""
+
+    @abstractmethod
+    def collect(self) -> StepOutput:
+        """Blocks until the oldest launched plan is done and returns its output."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees memory and threads; idempotent."""

@@ -1,0 +1,75 @@
+"""The seam between the scheduler and a device: what one step computes, and what came of it.
+
+`Scheduler.schedule() -> StepPlan`, `Device.launch(plan)`, `Device.collect() -> StepOutput`, `Scheduler.complete(output)`.
+Several plans may be outstanding; outputs come back in plan order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..types import SampledToken, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """Draw the next token of a row from the logits of its last position.
+
+    The token sequences are the scheduler's own lists, not copies: read-only for the device, valid until `complete`.
+    """
+
+    params: SamplingParams
+    output_index: int
+    """Index of the token to be drawn among the choice's output tokens."""
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    banned_token_ids: tuple[int, ...] = ()
+    """Never drawn now: end-of-sequence and stop tokens while min_tokens is not reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """A stretch of one sequence: compute `token_ids` at positions start … start+len-1, writing their KV.
+
+    `block_ids` is the sequence's block table, possibly longer than needed: position p lives in
+    block_ids[p // block_size], slot p % block_size. KV of positions < start is already there.
+    """
+
+    seq_id: str
+    start: int
+    token_ids: Sequence[int]
+    block_ids: Sequence[int]
+    sample: SampleSpec | None = None
+    """None: a prefill chunk that is not the prompt's last."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One model iteration. Rows that decode come first, then prefill stretches."""
+
+    plan_id: int
+    rows: tuple[StepRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutput:
+    """0…k tokens drawn for one row (k > 1 with speculation, 0 where the plan asked for none)."""
+
+    seq_id: str
+    tokens: tuple[SampledToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a device gives back for one plan: an entry for each of its rows, in order."""
+
+    plan_id: int
+    rows: tuple[RowOutput, ...]
+    duration_s: float = 0.0
+    """Time the device took, seconds; feeds the on-line step-time fit."""

@@ -1,0 +1,1 @@
+"""`launch`: what starts and composes processes: a worker from its services, a cluster on Ray. Ray is imported here and nowhere else."""

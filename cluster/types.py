@@ -1,0 +1,183 @@
+"""Values that cross the seams between Tandem's parts: requests, sampling, tokens, KV block references.
+
+Pure data, imported by everything above `kernels`. No torch, no Ray, no I/O.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+MAX_TOP_LOGPROBS = 20
+MAX_SEED = 2**64 - 1
+
+
+class Role(enum.StrEnum):
+    """What a worker does now. Role is run-time state of a worker, not a kind of worker."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a choice ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Handoff(enum.StrEnum):
+    """How a sequence's KV comes to, or leaves, the engine that runs it."""
+
+    NONE = "none"
+    """Prefilled and decoded here: mixed workers, conditional local prefill, one-token answers."""
+    OUT = "out"
+    """Prefilled here; the blocks are held after the first token until `Scheduler.release`."""
+    IN = "in"
+    """Prefilled elsewhere; decode starts when the KV and the first token have arrived (`Scheduler.kv_ready`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one choice are drawn. Ranges are checked once, at the router's door (`router.params`).
+
+    `seed` is always set here: the router draws one when the client sent none. Together with `choice`, the output index
+    and a purpose it keys the counter-based generator, so a token depends on nothing else (DESIGN: resumable).
+    """
+
+    temperature: float = 1.0
+    """0 = greedy."""
+    top_k: int = 0
+    """0 = all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """1 = off; CTRL (Keskar et al. 2019) §4.1, over prompt and output."""
+    presence_penalty: float = 0.0
+    """OpenAI's, over output tokens only."""
+    frequency_penalty: float = 0.0
+    """OpenAI's, over output tokens only."""
+    seed: int = 0
+    choice: int = 0
+    """Index among the request's `n` choices."""
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, bias) pairs added to the logits before penalties and temperature."""
+    top_logprobs: int | None = None
+    """None: no logprobs; k: the chosen token's and the k most likely ones'."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One drawn token. Logprobs are of the raw model distribution (before bias, penalties, temperature), natural log."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef:
+    """Names one block as it was handed out: the pool raises the generation each time it hands a block out anew."""
+
+    block_id: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSpec:
+    """One choice of one request as an engine sees it. Times are seconds on that engine's `Clock`."""
+
+    seq_id: str
+    """Unique on its engine: request, choice and attempt (`cluster.types.seq_id`)."""
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...] = ()
+    """Tokens that an earlier attempt already sent to the client; context like the prompt, but counted as output."""
+    sampling: SamplingParams
+    handoff: Handoff = Handoff.NONE
+    arrival_s: float = 0.0
+    deadline_s: float | None = None
+    cache_salt: bytes = b""
+    """Whatever changes KV beside the token ids; part of the prefix-cache key."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens whose KV must exist before the next token can be drawn."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+
+def seq_id(request_id: str, choice: int, attempt: int) -> str:
+    """The engine-local name of one attempt at one choice."""
+    return f"{request_id}/{choice}/{attempt}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimeCoefficients:
+    """Linear step-time model reported by a worker; see `cluster.latency`. All in seconds."""
+
+    step_s: float = 0.0
+    prefill_token_s: float = 0.0
+    decode_row_s: float = 0.0
+    context_token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What a scheduler reports about itself, for heartbeats, routing and metrics. Counts, not shares."""
+
+    waiting: int = 0
+    running: int = 0
+    held: int = 0
+    """Prefilled sequences whose blocks wait for a decode worker."""
+    queued_prefill_tokens: int = 0
+    """Prompt tokens admitted but not yet computed."""
+    context_tokens: int = 0
+    """Sum of context over running sequences."""
+    num_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    """Blocks nobody holds that a prefix-cache hit could revive; they count as available."""
+    preemptions_total: int = 0
+    prefix_queries_tokens_total: int = 0
+    prefix_hits_tokens_total: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """The waterfall of one choice, seconds. Each duration is measured on the clock of the process that did the work."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    ttft_s: float = 0.0
+    transfer_s: float = 0.0
+    exposed_transfer_s: float = 0.0
+    decode_s: float = 0.0
+    e2e_s: float = 0.0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    path: str = "split"
+    """`split`, `local`, `mixed` or `prefill_only`: a request served without the split is visible, never silent."""
+    transferred_bytes: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token, first token excluded; None for one output token (PEERS: trouble 9)."""
+        if self.output_tokens < 2:
+            return None
+        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SLO:
+    """Latency promise of a class of requests, seconds; attainment means both, jointly."""
+
+    ttft_s: float = 1.0
+    tpot_s: float = 0.1
+    attainment_target: float = field(default=0.9)

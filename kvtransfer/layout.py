@@ -1,0 +1,96 @@
+"""What one block of KV looks like in bytes. Exchanged when workers first meet; a pair whose layouts differ is refused then."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3": 1, "uint64": 8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVGroup:
+    """Layers that share one shape of KV. One block of a group is `[layer, 2, kv_head, slot, head_dim]` of `dtype`."""
+
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+    def slot_bytes(self) -> int:
+        """Bytes of one token in this group: keys and values, all layers."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A contiguous stretch of one block that belongs to one group. Offset and length in bytes, 64-bit."""
+
+    group: str
+    offset_bytes: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayout:
+    """Block-major layout: a block is one contiguous stretch, the groups one after another inside it."""
+
+    block_size: int
+    """Token slots in a block."""
+    groups: tuple[KVGroup, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.block_size <= 1024:
+            raise ValueError(f"block_size: {self.block_size} is not in 1…1024")
+        if not self.groups:
+            raise ValueError("groups: a KV layout needs at least one group of layers")
+        for group in self.groups:
+            if group.dtype not in DTYPE_BYTES:
+                raise ValueError(f"dtype: {group.dtype!r} of group {group.name!r} is not one of {sorted(DTYPE_BYTES)}")
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all groups."""
+        return sum(self.block_size * group.slot_bytes() for group in self.groups)
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The groups' stretches inside one block, in order."""
+        segments, offset = [], 0
+        for group in self.groups:
+            length = self.block_size * group.slot_bytes()
+            segments.append(Segment(group=group.name, offset_bytes=offset, length_bytes=length))
+            offset += length
+        return tuple(segments)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` slots."""
+        return -(-num_tokens // self.block_size)
+
+    def to_bytes(self) -> bytes:
+        """Canonical msgpack form; equal layouts give equal bytes."""
+        groups = [[g.name, g.num_layers, g.num_kv_heads, g.head_dim, g.dtype] for g in self.groups]
+        return msgpack.packb([1, self.block_size, groups])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> KVLayout:
+        """Inverse of `to_bytes`. ValueError names what is wrong; no input makes it do anything else."""
+        try:
+            fields: Any = msgpack.unpackb(data, max_array_len=4096, max_str_len=4096)
+            version, block_size, groups = fields
+            if version != 1:
+                raise ValueError(f"version {version!r} is not 1")
+            parsed = tuple(
+                KVGroup(name=str(n), num_layers=int(ls), num_kv_heads=int(h), head_dim=int(d), dtype=str(t))
+                for n, ls, h, d, t in groups
+            )
+            return cls(block_size=int(block_size), groups=parsed)
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise ValueError(f"kv_layout: not a KV layout: {error}") from error
+
+    def digest(self) -> str:
+        """Short hex name of this layout, for logs and comparison."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
