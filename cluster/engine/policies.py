@@ -1,0 +1,114 @@
+"""The three roles as batch policies: how a step's token budget is shared between running decodes and prompts.
+
+A policy only decides; `Scheduler` carries out. Within its share, older always goes before newer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from ..types import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepView:
+    """What a policy may look at before a step. Token counts; a decode row is one token."""
+
+    budget_tokens: int
+    """Most tokens a step may compute (`max_batched_tokens`); at least 1 more than `decode_rows` if a prompt waits."""
+    decode_rows: int
+    """Running sequences that could draw their next token now."""
+    prefill_tokens: int
+    """Tokens of prompts, queued and admitted, that are not yet scheduled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShares:
+    """Upper bounds of one step; together at most the budget."""
+
+    decode_rows: int
+    prefill_tokens: int
+
+
+class BatchPolicy(ABC):
+    """Decides shares and headroom. Both methods are called once a step by `Scheduler.schedule`, must not block, and must
+    not keep state from one step to the next (a role flip replaces the policy between any two steps)."""
+
+    role: Role
+
+    @abstractmethod
+    def shares(self, view: StepView) -> StepShares:
+        """Splits the budget. Whatever has waited must get at least one token in the end, or it starves."""
+
+    @abstractmethod
+    def headroom_blocks(self, growing: int) -> int:
+        """Blocks that must stay available after an admission, given `growing` sequences that will yet need blocks."""
+
+
+class PrefillPolicy(BatchPolicy):
+    """Prompts first. Decodes (left over from a role flip) get what prompts leave, and never less than `1/decode_divisor`
+    of the budget, so that they drain."""
+
+    role = Role.PREFILL
+
+    def __init__(self, *, decode_divisor: int = 8) -> None:
+        if decode_divisor < 1:
+            raise ValueError(f"decode_divisor: {decode_divisor} is not at least 1")
+        self._decode_divisor = decode_divisor
+
+    def shares(self, view: StepView) -> StepShares:
+        left = view.budget_tokens - view.prefill_tokens
+        decode_rows = min(view.decode_rows, max(left, view.budget_tokens // self._decode_divisor, 1))
+        return StepShares(decode_rows=decode_rows, prefill_tokens=view.budget_tokens - decode_rows)
+
+    def headroom_blocks(self, growing: int) -> int:
+        """None: a prompt takes all its blocks at admission and leaves before it grows."""
+        return 0
+
+
+class DecodePolicy(BatchPolicy):
+    """Decodes first. While anything decodes, prompts prefilled here (short ones, preempted ones) get at most
+    `1/prefill_divisor` of the budget, which bounds what they add to a step and so to TPOT (Sarathi-Serve, OSDI '24, §4.2)."""
+
+    role = Role.DECODE
+
+    def __init__(self, *, prefill_divisor: int = 4) -> None:
+        if prefill_divisor < 1:
+            raise ValueError(f"prefill_divisor: {prefill_divisor} is not at least 1")
+        self._prefill_divisor = prefill_divisor
+
+    def shares(self, view: StepView) -> StepShares:
+        if view.decode_rows == 0:
+            return StepShares(decode_rows=0, prefill_tokens=view.budget_tokens)
+        left = view.budget_tokens - view.decode_rows
+        bound = max(1, view.budget_tokens // self._prefill_divisor)
+        return StepShares(decode_rows=view.decode_rows, prefill_tokens=min(left, bound))
+
+    def headroom_blocks(self, growing: int) -> int:
+        """One block for each, so that an admission is not paid for by a preemption a few steps later."""
+        return growing
+
+
+class MixedPolicy(BatchPolicy):
+    """Decodes first, prompt chunks fill the rest: the colocated baseline (Sarathi-Serve's stall-free batching)."""
+
+    role = Role.MIXED
+
+    def shares(self, view: StepView) -> StepShares:
+        return StepShares(decode_rows=view.decode_rows, prefill_tokens=view.budget_tokens - view.decode_rows)
+
+    def headroom_blocks(self, growing: int) -> int:
+        """One block for each growing sequence."""
+        return growing
+
+
+def policy_for(role: Role) -> BatchPolicy:
+    """The policy that makes an engine play `role`."""
+    match role:
+        case Role.PREFILL:
+            return PrefillPolicy()
+        case Role.DECODE:
+            return DecodePolicy()
+        case Role.MIXED:
+            return MixedPolicy()

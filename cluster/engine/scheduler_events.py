@@ -1,0 +1,64 @@
+"""What a scheduler tells its worker: one frozen dataclass per thing that happened, in order, through `take_events`.
+
+For a sequence the order is always: BlocksGranted? (PrefillAdvanced | Preempted)* TokensEmitted*, the last TokensEmitted with
+a finish reason. An aborted sequence says nothing after `Scheduler.abort` has returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..types import BlockRef, FinishReason, SampledToken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksGranted:
+    """An OUT or IN sequence has been admitted and holds the blocks of its whole context. Once a sequence.
+
+    IN: the transport may write into blocks[cached_tokens // block_size:] from now on, until `kv_ready` or `writer_done`;
+    the scheduler keeps the blocks for it even across an abort.
+    """
+
+    seq_id: str
+    blocks: tuple[BlockRef, ...]
+    """The block table in order; exactly the blocks of prompt and earlier output tokens."""
+    cached_tokens: int
+    """Prefix hit, a multiple of the block size: KV that is already there and is neither computed nor transferred."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillAdvanced:
+    """A prefill chunk is done: the KV of positions < computed_tokens is written."""
+
+    seq_id: str
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensEmitted:
+    """New output tokens of one sequence."""
+
+    seq_id: str
+    index: int
+    """Output index of the first of `tokens`; `SequenceSpec.output_token_ids` count as indices 0…"""
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None = None
+    """Set on the sequence's last event."""
+    stop_token_id: int | None = None
+    """The id in `SamplingParams.stop_token_ids` that ended it; None for end of sequence and for length."""
+    queue_s: float = 0.0
+    """From arrival to admission (blocks granted), seconds; the same on every event of a sequence."""
+    prefill_s: float = 0.0
+    """From admission to the first token drawn here, seconds; 0 for an IN sequence."""
+    cached_tokens: int = 0
+    """Prefix hit at the first admission, tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preempted:
+    """KV ran out: the sequence gave its blocks back and will be prefilled again here, from the front of the queue."""
+
+    seq_id: str
+
+
+SchedulerEvent = BlocksGranted | PrefillAdvanced | TokensEmitted | Preempted
