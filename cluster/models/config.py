@@ -1,4 +1,4 @@
-"""Architecture facts of a model, in one shape whatever file they came from. Pure: the planner and the router use it too."""
+"""Architecture facts of a model, in one shape whatever file they came from. Pure: planner and router use it too."""
 
 from __future__ import annotations
 
