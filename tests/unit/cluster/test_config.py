@@ -1,0 +1,287 @@
+"""Every range and type of the configuration, YAML in, and the way back to plain values."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from tandem.cluster.config import (
+    ClusterConfig,
+    ConfigError,
+    EngineConfig,
+    RouterConfig,
+    WorkerConfig,
+    build_config,
+    from_dict,
+    load_config,
+    to_dict,
+)
+from tandem.cluster.config_schema import parse_bytes
+from tandem.cluster.types import SLO, Role
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+BAD_ENGINE = [
+    ("model", ""),
+    ("model", 3),
+    ("device", "cuda"),
+    ("dtype", "float16"),
+    ("block_size", 0),
+    ("block_size", 1025),
+    ("block_size", 16.0),
+    ("block_size", True),
+    ("kv_cache_bytes", 0),
+    ("max_model_len", 0),
+    ("max_batched_tokens", 0),
+    ("max_running", 0),
+    ("max_waiting", 0),
+    ("prefix_cache", 1),
+    ("prefix_cache", "yes"),
+    ("threads", 0),
+    ("cpus", [1]),
+    ("cpus", (-1,)),
+    ("cpus", ("0",)),
+    ("cpus", (1, 1)),
+    ("paced_step_s", -0.1),
+    ("paced_prefill_token_s", float("nan")),
+    ("paced_decode_row_s", float("inf")),
+    ("paced_context_token_s", "fast"),
+]
+
+BAD_WORKER = [
+    ("worker_id", " "),
+    ("role", "prefill"),
+    ("engine", None),
+    ("host", ""),
+    ("port", -1),
+    ("port", 65536),
+    ("kv_port", 1.5),
+    ("routers", "host:1"),
+    ("routers", ("",)),
+    ("heartbeat_interval_s", 0),
+    ("lease_s", 0),
+    ("pull_wait_s", -1),
+    ("credit_ttl_s", 0),
+    ("credit_factor", 0),
+    ("checksum", None),
+    ("metrics_port", 70000),
+]
+
+BAD_ROUTER = [
+    ("host", "two\nlines"),
+    ("http_port", 65536),
+    ("grpc_port", 8000),
+    ("registry_port", "8002"),
+    ("model", ""),
+    ("served_model_name", ""),
+    ("max_waiting", 0),
+    ("max_body_bytes", 10),
+    ("max_choices", 0),
+    ("max_stop", 0),
+    ("default_max_tokens", 0),
+    ("request_timeout_s", 0),
+    ("heartbeat_timeout_s", 0),
+    ("local_prefill_threshold_tokens", -1),
+    ("max_attempts", 0),
+    ("events_path", ""),
+    ("slo", {"ttft_s": 1.0}),
+]
+
+BAD_CLUSTER = [
+    ("prefill", -1),
+    ("decode", 1025),
+    ("mixed", "1"),
+    ("address", ""),
+    ("worker_cpus", -0.5),
+    ("router_cpus", None),
+    ("object_store_bytes", 1024),
+    ("drain_timeout_s", -1),
+    ("start_timeout_s", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ENGINE)
+def test_engine_ranges(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**{name: value})
+    assert caught.value.field.split("[")[0] == name
+    assert "allowed:" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_WORKER)
+def test_worker_ranges(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        WorkerConfig(**{"worker_id": "w", "role": Role.MIXED, name: value})
+    assert caught.value.field.split("[")[0] == name
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ROUTER)
+def test_router_ranges(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RouterConfig(**{name: value})
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_CLUSTER)
+def test_cluster_ranges(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig(**{name: value})
+    assert caught.value.field == name
+
+
+def test_every_field_has_a_bad_value_above() -> None:
+    covered = {EngineConfig: BAD_ENGINE, WorkerConfig: BAD_WORKER, RouterConfig: BAD_ROUTER}
+    for cls, cases in covered.items():
+        assert {field.name for field in dataclasses.fields(cls)} == {name for name, _ in cases}
+
+
+@pytest.mark.parametrize(
+    ("slo", "field"),
+    [
+        (SLO(ttft_s=0), "slo.ttft_s"),
+        (SLO(tpot_s=-1), "slo.tpot_s"),
+        (SLO(attainment_target=1.1), "slo.attainment_target"),
+    ],
+)
+def test_slo_is_checked_where_it_is_used(slo: SLO, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RouterConfig(slo=slo)
+    assert caught.value.field == field
+
+
+def test_limits_themselves_are_allowed() -> None:
+    EngineConfig(block_size=1, kv_cache_bytes=1, max_batched_tokens=1, paced_step_s=0, cpus=(0, 1))
+    RouterConfig(http_port=0, grpc_port=0, registry_port=0, slo=SLO(attainment_target=1.0))
+    ClusterConfig(prefill=0, decode=0, mixed=1, drain_timeout_s=0)
+
+
+def test_pools_work_together() -> None:
+    with pytest.raises(ConfigError, match=r"decode: 0 .* at least 1 where prefill is 2"):
+        ClusterConfig(prefill=2, decode=0)
+    with pytest.raises(ConfigError, match=r"prefill: 0 .* at least 1 where decode is 1"):
+        ClusterConfig(prefill=0, mixed=1)
+    with pytest.raises(ConfigError, match="at least one worker"):
+        ClusterConfig(prefill=0, decode=0)
+
+
+def test_one_model_for_router_and_engines() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.model: 'a' .* the router's model, smollm2-135m"):
+        ClusterConfig(engine=EngineConfig(model="a"))
+
+
+def test_workers_are_spelled_out() -> None:
+    config = build_config(
+        None, {"prefill": 2, "mixed": 1, "decode_engine": None, "worker.metrics_port": 9100, "worker.lease_s": 5}
+    )
+    workers = config.workers("127.0.0.1:8002")
+    assert [worker.worker_id for worker in workers] == ["prefill-0", "prefill-1", "decode-0", "mixed-0"]
+    assert [worker.metrics_port for worker in workers] == [9100, 9101, 9102, 9103]
+    assert {worker.routers for worker in workers} == {("127.0.0.1:8002",)}
+    assert {worker.lease_s for worker in workers} == {5}
+
+
+def test_yaml_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        model: dummy:tiny
+        engine: {device: paced, kv_cache_bytes: 64MiB, cpus: [0, 1]}
+        prefill: {workers: 2, engine: {max_batched_tokens: 2048}}
+        decode: 3
+        router:
+          http_port: 9000
+          slo: {ttft_s: 0.2, tpot_s: 0.05}
+        drain_timeout_s: 5
+        """,
+    )
+    config = load_config(path)
+    assert config.router.model == config.engine.model == "dummy:tiny"
+    assert (config.prefill, config.decode, config.mixed) == (2, 3, 0)
+    assert config.engine.kv_cache_bytes == 64 * 2**20
+    assert config.engine.cpus == (0, 1)
+    assert config.engine_of(Role.PREFILL).max_batched_tokens == 2048
+    assert config.engine_of(Role.PREFILL).device == "paced"
+    assert config.engine_of(Role.DECODE) is config.engine
+    assert config.router.slo == SLO(ttft_s=0.2, tpot_s=0.05)
+
+
+def test_empty_file_is_the_default(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")) == ClusterConfig()
+
+
+def test_overrides_win(tmp_path: Path) -> None:
+    path = write(tmp_path, "engine: {device: cpu, threads: 2}\nprefill: {workers: 2, engine: {threads: 4}}\n")
+    config = load_config(path, {"engine.device": "paced", "prefill": 3, "router.http_port": 0, "model": "m"})
+    assert config.engine == EngineConfig(model="m", device="paced", threads=2)
+    assert config.prefill == 3
+    assert config.engine_of(Role.PREFILL).threads == 4
+    assert config.router.http_port == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("enigne: {}", r"enigne: .*did you mean engine\?"),
+        ("engine: {blocksize: 1}", r"engine\.blocksize: .*did you mean block_size\?"),
+        ("router: {slo: {ttft: 1}}", r"router\.slo\.ttft: .*did you mean ttft_s\?"),
+        ("prefill: {worker: 1}", r"prefill\.worker: .*did you mean workers\?"),
+        ("prefill: {engine: {thread: 1}}", r"prefill\.engine\.thread: .*did you mean threads\?"),
+        ("worker: {worker_id: x}", r"worker\.worker_id"),
+        ("worker: {lease: 3}", r"worker\.lease: .*did you mean lease_s\?"),
+        ("zzz: 1", r"zzz: .*one of address, decode"),
+        ("prefill_engine: {}", r"prefill_engine"),
+        ("engine: {threads: 1, threads: 2}", r"threads: 'given twice \(line 1\)'"),
+        ("engine: 3", r"engine: 3 .*a section"),
+        ("engine: {kv_cache_bytes: lots}", r"engine\.kv_cache_bytes: 'lots' .*512MiB"),
+        ("engine: {kv_cache_bytes: -1}", r"engine\.kv_cache_bytes: -1 .*at least 1"),
+        ("prefill: {engine: {threads: 0}}", r"prefill\.engine\.threads: 0"),
+        ("engine: {threads: 0}\nprefill: {engine: {block_size: 8}}", r"^engine\.threads: 0"),
+        ("router: {slo: {ttft_s: 0}}", r"router\.slo\.ttft_s: 0"),
+        ("- a", r"configuration: \['a'\] .*a section"),
+        ("engine: [", r"config: .*valid YAML"),
+        ("engine: !!python/object/apply:os.getcwd []", r"config: .*valid YAML"),
+        ("prefill: {workers: many}", r"prefill: 'many' .*a whole number"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match="a readable YAML file"):
+        load_config("/nonexistent/cluster.yaml")
+
+
+def test_plain_values_and_back() -> None:
+    config = build_config(None, {"engine.cpus": [0], "router.events_path": "/tmp/e", "router.slo.ttft_s": 2})
+    assert from_dict(ClusterConfig, json.loads(json.dumps(to_dict(config)))) == config
+    for worker in config.workers("h:1"):
+        assert from_dict(WorkerConfig, json.loads(json.dumps(to_dict(worker)))) == worker
+
+
+def test_required_and_unknown_in_from_dict() -> None:
+    with pytest.raises(ConfigError, match=r"role: None .*required"):
+        from_dict(WorkerConfig, {"worker_id": "w"})
+    with pytest.raises(ConfigError, match=r"role: 'boss' .*prefill, decode, mixed"):
+        from_dict(WorkerConfig, {"worker_id": "w", "role": "boss"})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 * 2**20), ("1.5 GB", 1_500_000_000), ("42", 42), ("7b", 7), ("2kib", 2048), ("1TiB", 2**40)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1MiB", "1 XB", "1e9"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)
