@@ -94,7 +94,7 @@ class SequenceSpec:
     """One choice of one request as an engine sees it. Times are seconds on that engine's `Clock`."""
 
     seq_id: str
-    """Unique on its engine: request, choice and attempt (`cluster.types.seq_id`)."""
+    """Unique on its engine: request, choice, side and attempt (`cluster.types.seq_id`)."""
     prompt_token_ids: tuple[int, ...]
     output_token_ids: tuple[int, ...] = ()
     """Tokens that an earlier attempt already sent to the client; context like the prompt, but counted as output."""
@@ -111,9 +111,16 @@ class SequenceSpec:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
 
-def seq_id(request_id: str, choice: int, attempt: int) -> str:
-    """The engine-local name of one attempt at one choice."""
-    return f"{request_id}/{choice}/{attempt}"
+class Side(enum.StrEnum):
+    """The half of a request that a worker runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+def seq_id(request_id: str, choice: int, side: Side, attempt: int) -> str:
+    """The engine-local name of one attempt at one half of one choice; a mixed worker may run both halves."""
+    return f"{request_id}/{choice}/{side[0]}{attempt}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,9 @@ class RowOutput:
 
     seq_id: str
     tokens: tuple[SampledToken, ...] = ()
+    error: str = ""
+    """Not empty: this row failed alone (logits that are not numbers, KV that is not its own); the scheduler fails the
+    sequence with this message and the rest of the batch goes on."""
 
 
 @dataclass(frozen=True, slots=True)

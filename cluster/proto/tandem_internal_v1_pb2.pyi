@@ -17,12 +17,14 @@ SIDE_PREFILL: Side
 SIDE_DECODE: Side
 
 class AttachRequest(_message.Message):
-    __slots__ = ("router_id", "protocol_version")
+    __slots__ = ("router_id", "protocol_version", "epoch")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     protocol_version: int
-    def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "choice", "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "logit_bias", "top_logprobs")

@@ -1,0 +1,75 @@
+"""What every gRPC channel and server of the cluster has in common: protocol version, options, deadlines, ids.
+
+Deadlines bound the answer to one unary call between members; they are not a request's own time, which travels in the
+messages (`Sequence.timeout_s`), because the clocks of two machines differ.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import NoReturn
+
+import grpc
+from grpc import aio
+
+PROTOCOL_VERSION = 1
+"""Raised with every incompatible change of `tandem.internal.v1` or of the KV frames; members refuse another one."""
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+CONTROL_TIMEOUT_S = 5.0
+"""Deadline of a control call (reserve, submit, abort, status) between members."""
+HEARTBEAT_TIMEOUT_S = 1.0
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A peer that vanished without a FIN (power, network) is noticed in seconds, not after TCP's quarter of an hour.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A worker that comes back on the same port must be found again at once.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),
+    # A proxy from the environment has no business between two members of one cluster.
+    ("grpc.enable_http_proxy", 0),
+)
+
+SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Two processes must never share a port by accident and split each other's requests.
+    ("grpc.so_reuseport", 0),
+)
+
+
+def open_channel(address: str) -> aio.Channel:
+    """An asyncio channel to a member at `host:port`."""
+    return aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def new_epoch() -> int:
+    """A random 63-bit number for one life of a process; compared for equality only, never ordered."""
+    return secrets.randbits(63) | 1
+
+
+class Refusal(Exception):
+    """A member's refusal of one call, before any effect. Becomes a gRPC status at the servicer.
+
+    RESOURCE_EXHAUSTED: a bounded queue is full, try elsewhere or later. FAILED_PRECONDITION: not this worker (role, epoch,
+    draining, not attached). INVALID_ARGUMENT: wrong everywhere.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+async def abort_with(context: aio.ServicerContext, refusal: Refusal) -> NoReturn:
+    """Ends the current call with the refusal's status."""
+    await context.abort(refusal.code, refusal.message)
+    raise AssertionError("context.abort returned")

@@ -1,0 +1,170 @@
+"""The one thread that touches an engine: scheduler, block pool, prefix cache and device belong to it alone.
+
+1. Others hand it commands (`submit`), plain functions of the scheduler; they run between two steps.
+2. `schedule()` makes a plan, the device executes it, `complete()` takes the output.
+3. The scheduler's events of that step go out in one batch (`on_events`), so that a step costs one wake-up of the loop.
+4. With nothing to compute it proves the block ledger (`check_integrity`) once and sleeps until the next command.
+
+A failure of the device or of an invariant ends the thread and is reported once (`on_failure`): the process must go, and
+whatever it promised is void. What concerns one sequence alone comes back in `RowOutput.error` and ends only that one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..engine.devices.base import Device
+from ..engine.plan import StepPlan
+from ..engine.scheduler import Scheduler
+from ..engine.scheduler_events import SchedulerEvent
+from ..latency import OnlineStepTimeFit
+from ..types import EngineLoad, StepTimeCoefficients
+
+R = TypeVar("R")
+logger = logging.getLogger(__name__)
+
+IDLE_CHECK_AFTER_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot for other threads, replaced whole after every step."""
+
+    load: EngineLoad
+    step_time: StepTimeCoefficients
+    steps_total: int = 0
+    computed_tokens_total: int = 0
+
+
+class EngineThread:
+    """Runs one scheduler on one device. `submit` may be called from any thread; the callbacks run on the engine thread."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        device: Device,
+        *,
+        on_events: Callable[[Sequence[SchedulerEvent]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._device = device
+        self._on_events = on_events
+        self._on_failure = on_failure
+        self._commands: deque[tuple[Callable[[Scheduler], Any], Future[Any]]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._fit = OnlineStepTimeFit()
+        self.status = EngineStatus(load=scheduler.load(), step_time=self._fit.coefficients())
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """False before `start`, after `stop` and after a failure."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Once."""
+        self._thread.start()
+
+    def submit(self, command: Callable[[Scheduler], R]) -> Future[R]:
+        """Runs `command(scheduler)` between two steps; the future has its result or its exception. Never blocks.
+
+        RuntimeError if the engine has stopped.
+        """
+        future: Future[R] = Future()
+        if self._stopping or self._failure is not None:
+            future.set_exception(RuntimeError("the engine has stopped"))
+            return future
+        self._commands.append((command, future))
+        self._wake.set()
+        return future
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the thread after the step that runs now; idempotent. Waits at most `timeout_s`."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._run_commands()
+                worked = self._step()
+                self._publish()
+                if not worked and not self._commands:
+                    self._idle()
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self._failure = error
+            self._on_failure(error)
+        finally:
+            self._refuse_commands()
+
+    def _step(self) -> bool:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return False
+        self._device.launch(plan)
+        output = self._device.collect()
+        self._scheduler.complete(output)
+        self._observe(plan, output.duration_s)
+        return True
+
+    def _observe(self, plan: StepPlan, duration_s: float) -> None:
+        decode_rows = prefill_tokens = context_tokens = 0
+        for row in plan.rows:
+            context_tokens += row.start
+            if len(row.token_ids) == 1:
+                decode_rows += 1
+            else:
+                prefill_tokens += len(row.token_ids)
+        self._fit.observe(prefill_tokens, decode_rows, context_tokens, duration_s)
+        self.status = EngineStatus(
+            load=self.status.load,
+            step_time=self._fit.coefficients(),
+            steps_total=self.status.steps_total + 1,
+            computed_tokens_total=self.status.computed_tokens_total + plan.num_tokens,
+        )
+
+    def _publish(self) -> None:
+        events = self._scheduler.take_events()
+        status = self.status
+        self.status = EngineStatus(
+            load=self._scheduler.load(),
+            step_time=status.step_time,
+            steps_total=status.steps_total,
+            computed_tokens_total=status.computed_tokens_total,
+        )
+        if events:
+            self._on_events(events)
+
+    def _idle(self) -> None:
+        # The proof costs time in proportion to the pool: only when there is truly nothing to do.
+        if not self._wake.wait(IDLE_CHECK_AFTER_S):
+            self._scheduler.check_integrity()
+            self._wake.wait()
+        self._wake.clear()
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            command, future = self._commands.popleft()
+            try:
+                result = command(self._scheduler)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+    def _refuse_commands(self) -> None:
+        while self._commands:
+            _, future = self._commands.popleft()
+            future.set_exception(RuntimeError("the engine has stopped"))

@@ -1,0 +1,89 @@
+"""What a worker tells its routers: one frame per step per router, not one message per token.
+
+Events are collected per router and leave together when the step's events have all been handled (`flush`). A router that
+does not read is cut off at a bounded number of frames: its stream ends, and with it what it had asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..proto import tandem_internal_v1_pb2 as pb
+
+MAX_BUFFERED_FRAMES = 4096
+
+
+class RouterStream:
+    """One attached router's frames, in order. `None` in the queue ends the stream."""
+
+    def __init__(self, router_id: str) -> None:
+        self.router_id = router_id
+        self.frames: asyncio.Queue[pb.StepFrame | None] = asyncio.Queue(MAX_BUFFERED_FRAMES + 1)
+        self.open = True
+
+    def push(self, frame: pb.StepFrame) -> bool:
+        """False, and the stream closed, when the router is too far behind."""
+        if self.frames.qsize() >= MAX_BUFFERED_FRAMES:
+            self.close()
+            return False
+        self.frames.put_nowait(frame)
+        return True
+
+    def close(self) -> None:
+        """Ends the stream after what is buffered; idempotent."""
+        if self.open:
+            self.open = False
+            self.frames.put_nowait(None)
+
+
+class Outbox:
+    """The streams of all attached routers. Lives on the worker's event loop."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._streams: dict[str, RouterStream] = {}
+        self._pending: dict[str, list[pb.Event]] = {}
+
+    def attach(self, router_id: str) -> RouterStream:
+        """Opens a stream; an older one of the same router is ended."""
+        older = self._streams.get(router_id)
+        if older is not None:
+            older.close()
+        stream = RouterStream(router_id)
+        self._streams[router_id] = stream
+        return stream
+
+    def detach(self, stream: RouterStream) -> bool:
+        """Forgets a stream that ended. True if it was the router's current one."""
+        stream.open = False
+        if self._streams.get(stream.router_id) is not stream:
+            return False
+        del self._streams[stream.router_id]
+        self._pending.pop(stream.router_id, None)
+        return True
+
+    def attached(self, router_id: str) -> bool:
+        """Whether that router would hear what happens to its sequences."""
+        stream = self._streams.get(router_id)
+        return stream is not None and stream.open
+
+    def post(self, router_id: str, event: pb.Event) -> None:
+        """Adds an event to the router's next frame; dropped if the router is gone (its sequences are being aborted)."""
+        if router_id in self._streams:
+            self._pending.setdefault(router_id, []).append(event)
+
+    def flush(self) -> None:
+        """Sends what was posted: one frame per router."""
+        pending, self._pending = self._pending, {}
+        for router_id, events in pending.items():
+            stream = self._streams.get(router_id)
+            if stream is not None and stream.open:
+                stream.push(pb.StepFrame(epoch=self._epoch, events=events))
+
+    def close(self) -> None:
+        """Ends every stream."""
+        for stream in list(self._streams.values()):
+            stream.close()
+
+    def __len__(self) -> int:
+        return len(self._streams)

@@ -1,0 +1,105 @@
+"""The `tandem.internal.v1.Worker` gRPC service: reads messages, asks the shell and the services, answers. No policy."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+from grpc import aio
+
+from ..proto import tandem_internal_v1_pb2 as pb
+from ..proto.tandem_internal_v1_pb2_grpc import WorkerServicer
+from ..rpc import PROTOCOL_VERSION, Refusal, abort_with
+from .services import DecodeHandler, PrefillHandler
+from .shell import WorkerShell
+
+Reply = TypeVar("Reply")
+
+
+class Servicer(WorkerServicer):
+    """One instance per worker process."""
+
+    def __init__(self, shell: WorkerShell, prefill: PrefillHandler, decode: DecodeHandler) -> None:
+        self._shell = shell
+        self._prefill = prefill
+        self._decode = decode
+
+    async def Attach(self, request: pb.AttachRequest, context: aio.ServicerContext) -> AsyncIterator[pb.StepFrame]:
+        """The router's one stream; when it ends, by whatever cause, its sequences end too."""
+        if request.protocol_version != PROTOCOL_VERSION:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"protocol_version: {request.protocol_version} is not {PROTOCOL_VERSION}, which this worker speaks",
+            )
+        if request.epoch != self._shell.facts.epoch:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"epoch: the router means an earlier life of worker {self._shell.facts.worker_id}",
+            )
+        if not request.router_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "router_id: empty")
+        stream = self._shell.outbox.attach(request.router_id)
+        try:
+            # An empty frame says that the worker knows this router now: the router waits for it before it submits.
+            yield pb.StepFrame(epoch=self._shell.facts.epoch)
+            while (frame := await stream.frames.get()) is not None:
+                yield frame
+        finally:
+            if self._shell.outbox.detach(stream):
+                self._shell.router_gone(request.router_id)
+
+    async def Prefill(self, request: pb.PrefillRequest, context: aio.ServicerContext) -> pb.SubmitReply:
+        """Admits a prompt."""
+
+        async def answer() -> pb.SubmitReply:
+            self._shell.check_takes_work(self._prefill, request.sequence.router_id)
+            await self._prefill.prefill(request)
+            return pb.SubmitReply(epoch=self._shell.facts.epoch)
+
+        return await _or_refuse(answer, context)
+
+    async def Reserve(self, request: pb.ReserveRequest, context: aio.ServicerContext) -> pb.ReserveReply:
+        """Grants a credit."""
+
+        async def answer() -> pb.ReserveReply:
+            self._shell.check_takes_work(self._decode, request.router_id)
+            credit_id = await self._decode.reserve(request)
+            return pb.ReserveReply(credit_id=credit_id, epoch=self._shell.facts.epoch)
+
+        return await _or_refuse(answer, context)
+
+    async def Decode(self, request: pb.DecodeRequest, context: aio.ServicerContext) -> pb.SubmitReply:
+        """Redeems a credit."""
+
+        async def answer() -> pb.SubmitReply:
+            self._shell.check_takes_work(self._decode, request.sequence.router_id)
+            await self._decode.decode(request)
+            return pb.SubmitReply(epoch=self._shell.facts.epoch)
+
+        return await _or_refuse(answer, context)
+
+    async def Abort(self, request: pb.AbortRequest, context: aio.ServicerContext) -> pb.AbortReply:
+        """Both halves: a mixed worker may run either."""
+        self._prefill.abort(request)
+        self._decode.abort(request)
+        return pb.AbortReply()
+
+    async def Status(self, request: pb.StatusRequest, context: aio.ServicerContext) -> pb.WorkerStatus:
+        """The same as a heartbeat."""
+        return self._shell.status()
+
+    async def Drain(self, request: pb.DrainRequest, context: aio.ServicerContext) -> pb.DrainReply:
+        """From now on new work is refused."""
+        self._shell.draining = True
+        return pb.DrainReply()
+
+
+async def _or_refuse(answer: Callable[[], Awaitable[Reply]], context: aio.ServicerContext) -> Reply:
+    try:
+        return await answer()
+    except Refusal as refusal:
+        await abort_with(context, refusal)
+    except ValueError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        raise AssertionError("context.abort returned") from error

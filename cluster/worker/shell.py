@@ -1,0 +1,259 @@
+"""What every worker process is, whatever its role: identity, engine thread, streams to routers, live sequences, heartbeats.
+
+Life of a worker: built (`launch.compose`) → `start`: engine thread and gRPC server run, heartbeats begin → serves →
+`drain`: takes no new work, running work goes on → `stop`: streams, server, engine, device, in that order.
+
+Everything here but the engine thread lives on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+from grpc import aio
+
+from ..clock import Clock
+from ..config import WorkerConfig
+from ..engine.scheduler_events import SchedulerEvent
+from ..messages import step_time_to_proto
+from ..proto import tandem_internal_v1_pb2 as pb
+from ..proto.tandem_internal_v1_pb2_grpc import RegistryStub
+from ..rpc import HEARTBEAT_TIMEOUT_S, PROTOCOL_VERSION, Refusal, open_channel
+from ..types import Role
+from .engine_thread import EngineThread
+from .outbox import Outbox
+from .services import LiveSequence, RoleService
+
+logger = logging.getLogger(__name__)
+TICK_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFacts:
+    """What does not change during a worker's life."""
+
+    worker_id: str
+    epoch: int
+    model: str
+    fingerprint: str
+    kv_layout: bytes
+    block_size: int
+    max_model_len: int
+    device: str
+
+
+class WorkerShell:
+    """Shared state of one worker process; the services and the servicer work on it."""
+
+    def __init__(self, config: WorkerConfig, facts: WorkerFacts, clock: Clock) -> None:
+        self.config = config
+        self.facts = facts
+        self.clock = clock
+        self.role: Role = config.role
+        self.role_version = 1
+        self.draining = False
+        self.address = ""
+        self.kv_address = ""
+        self.outbox = Outbox(facts.epoch)
+        self.failure: BaseException | None = None
+        self._engine: EngineThread | None = None
+        self._services: tuple[RoleService, ...] = ()
+        self._live: dict[str, LiveSequence] = {}
+        self._by_router: dict[str, set[str]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_failure: Callable[[BaseException], None] = lambda error: None
+
+    # --- assembly ---------------------------------------------------------------------------------------------------
+
+    def assemble(self, engine: EngineThread, services: Sequence[RoleService]) -> None:
+        """Joins the parts that need the shell to exist first. Once, before `start`."""
+        self._engine = engine
+        self._services = tuple(services)
+
+    @property
+    def engine(self) -> EngineThread:
+        """The engine thread; set by `assemble`."""
+        assert self._engine is not None, "the shell is not assembled"
+        return self._engine
+
+    def start(self, on_failure: Callable[[BaseException], None]) -> None:
+        """Starts the engine thread, the ticks and the heartbeats on the running loop. `address` must be set."""
+        self._loop = asyncio.get_running_loop()
+        self._on_failure = on_failure
+        self.engine.start()
+        self._tasks.append(asyncio.create_task(self._tick_forever()))
+        for registry in self.config.routers:
+            self._tasks.append(asyncio.create_task(self._heartbeat_forever(registry)))
+
+    async def stop(self) -> None:
+        """Ends tasks, streams and the engine; idempotent."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        self.outbox.close()
+        for service in self._services:
+            await service.close()
+        await asyncio.to_thread(self.engine.stop, 30.0)
+
+    # --- work -------------------------------------------------------------------------------------------------------
+
+    def check_takes_work(self, service: RoleService, router_id: str) -> None:
+        """Raises the refusal with which a worker turns away what is not for it."""
+        if self.failure is not None:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"worker {self.facts.worker_id} has failed: {self.failure}")
+        if self.draining:
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"worker {self.facts.worker_id} is draining")
+        if self.role not in service.roles:
+            message = f"worker {self.facts.worker_id} has role {self.role} now and does not {service.side}"
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message)
+        if not self.outbox.attached(router_id):
+            message = f"router {router_id!r} is not attached to worker {self.facts.worker_id}: results would be lost"
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+    def admit(self, sequence: LiveSequence, timeout_s: float) -> None:
+        """Registers a sequence: from now on it is ended when its deadline passes or its router goes."""
+        assert sequence.seq_id not in self._live, f"{sequence.seq_id} is admitted twice"
+        assert self._loop is not None
+        sequence.timer = self._loop.call_later(timeout_s, self._deadline, sequence.seq_id)
+        self._live[sequence.seq_id] = sequence
+        self._by_router.setdefault(sequence.router_id, set()).add(sequence.seq_id)
+
+    def forget(self, seq_id: str) -> LiveSequence | None:
+        """Unregisters a sequence that has ended; idempotent."""
+        sequence = self._live.pop(seq_id, None)
+        if sequence is None:
+            return None
+        if sequence.timer is not None:
+            sequence.timer.cancel()
+        siblings = self._by_router[sequence.router_id]
+        siblings.discard(seq_id)
+        if not siblings:
+            del self._by_router[sequence.router_id]
+        return sequence
+
+    def find(self, seq_id: str) -> LiveSequence | None:
+        """The live sequence of that name."""
+        return self._live.get(seq_id)
+
+    def post(self, sequence: LiveSequence, event: pb.Event) -> None:
+        """Tells the sequence's router; leaves with the next flush."""
+        event.request_id = sequence.request_id
+        event.choice = sequence.choice
+        event.attempt = sequence.attempt
+        event.side = pb.SIDE_PREFILL if sequence.side == "prefill" else pb.SIDE_DECODE
+        self.outbox.post(sequence.router_id, event)
+
+    def post_failure(self, sequence: LiveSequence, reason: str, message: str, *, retryable: bool) -> None:
+        """Tells the router that this attempt has failed, at once."""
+        failed = pb.FailedEvent(reason=reason, message=message, retryable=retryable)
+        self.post(sequence, pb.Event(failed=failed))
+        self.outbox.flush()
+
+    def router_gone(self, router_id: str) -> None:
+        """Its stream broke: nobody hears the results of its sequences any more, so they end."""
+        for seq_id in list(self._by_router.get(router_id, ())):
+            sequence = self._live.get(seq_id)
+            if sequence is not None:
+                sequence.owner.end(sequence, "router_gone")
+
+    def _deadline(self, seq_id: str) -> None:
+        sequence = self._live.get(seq_id)
+        if sequence is not None:
+            self.post_failure(sequence, "deadline", "the request's time ran out on the worker", retryable=False)
+            sequence.owner.end(sequence, "deadline")
+
+    # --- engine side ------------------------------------------------------------------------------------------------
+
+    def events_from_engine(self, events: Sequence[SchedulerEvent]) -> None:
+        """Engine thread: hands a step's events to the loop in one wake-up."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._handle_events, events)
+        except RuntimeError:
+            logger.debug("events after the loop has closed are dropped")
+
+    def failure_from_engine(self, error: BaseException) -> None:
+        """Engine thread: the engine is dead; the process must follow."""
+        self.failure = error
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._on_failure, error)
+        except RuntimeError:
+            logger.debug("a failure after the loop has closed needs no report")
+
+    def _handle_events(self, events: Sequence[SchedulerEvent]) -> None:
+        for event in events:
+            sequence = self._live.get(event.seq_id)
+            if sequence is not None:
+                sequence.owner.on_event(sequence, event)
+        self.outbox.flush()
+
+    # --- status -----------------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """No live sequence and nothing promised: a drain is complete."""
+        return not self._live and all(service.idle() for service in self._services)
+
+    def status(self) -> pb.WorkerStatus:
+        """What heartbeats and the Status call say."""
+        engine, facts, engine_config = self.engine.status, self.facts, self.config.engine
+        load = engine.load
+        status = pb.WorkerStatus(
+            worker_id=facts.worker_id,
+            epoch=facts.epoch,
+            role=self.role,
+            role_version=self.role_version,
+            address=self.address,
+            kv_address=self.kv_address,
+            protocol_version=PROTOCOL_VERSION,
+            model=facts.model,
+            fingerprint=facts.fingerprint,
+            kv_layout=facts.kv_layout,
+            max_model_len=facts.max_model_len,
+            draining=self.draining,
+            device=facts.device,
+            pid=os.getpid(),
+            block_size=facts.block_size,
+            num_blocks=load.num_blocks,
+            free_blocks=load.free_blocks,
+            cached_blocks=load.cached_blocks,
+            waiting=load.waiting,
+            running=load.running,
+            held=load.held,
+            queued_prefill_tokens=load.queued_prefill_tokens,
+            context_tokens=load.context_tokens,
+            max_waiting=engine_config.max_waiting,
+            max_running=engine_config.max_running,
+            step_time=step_time_to_proto(engine.step_time),
+            streams=len(self._live),
+            integrity_ok=self.failure is None,
+            preemptions_total=load.preemptions_total,
+        )
+        for service in self._services:
+            service.fill_status(status)
+        return status
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = self.clock.now_s()
+            for service in self._services:
+                service.tick(now_s)
+
+    async def _heartbeat_forever(self, registry: str) -> None:
+        async with open_channel(registry) as channel:
+            stub = RegistryStub(channel)
+            while True:
+                try:
+                    await stub.Heartbeat(self.status(), timeout=HEARTBEAT_TIMEOUT_S)
+                except aio.AioRpcError as error:
+                    logger.debug("heartbeat to %s: %s", registry, error.details())
+                await asyncio.sleep(self.config.heartbeat_interval_s)

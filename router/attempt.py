@@ -1,0 +1,190 @@
+"""One try at one choice: the workers it was placed on, what they say, and what must be undone if it ends early."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..cluster.messages import sampling_to_proto
+from ..cluster.proto import tandem_internal_v1_pb2 as pb
+from ..cluster.rpc import Refusal
+from ..cluster.types import SamplingParams, Side
+from .link import Inbox, LinkLost, SubscriptionKey, WorkerEvent, WorkerLink
+
+
+class Path(enum.StrEnum):
+    """How a choice is served. Whatever is not `split` is counted and visible."""
+
+    SPLIT = "split"
+    LOCAL = "local"
+    """The decode worker prefills a short prompt itself (conditional disaggregation)."""
+    MIXED = "mixed"
+    PREFILL_ONLY = "prefill_only"
+    """One output token: nothing to hand off."""
+
+
+class AttemptLost(Exception):
+    """This try cannot go on; another one may, if `retryable`."""
+
+    def __init__(self, reason: str, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.retryable = retryable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What an attempt is to compute."""
+
+    request_id: str
+    number: int
+    """Counts the attempts at this choice from 1; both halves carry it."""
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    """Tokens already sent to the client; the attempt goes on behind them."""
+    sampling: SamplingParams
+    deadline_s: float
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens to prefill."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """Made by `Placer.place`. Then `submit` once, `next_event` until done, and `close` whatever happened."""
+
+    work: Work
+    path: Path
+    router_id: str
+    prefill: WorkerLink | None
+    decode: WorkerLink | None
+    credit: pb.ReserveReply | None
+    kv_address: str = ""
+    uncached_tokens: int = 0
+    inbox: Inbox = field(default_factory=asyncio.Queue)
+    """Bounded by the request's own max_tokens: a worker sends no more."""
+    _waits_for_first: bool = True
+    _open: set[Side] = field(default_factory=set)
+    """Sides that must be aborted if the attempt ends now."""
+
+    async def submit(self, timeout_s: float) -> None:
+        """Dispatches prefill, then decode, which starts to pull while prefill computes. `Refusal` or `AttemptLost`."""
+        sequence = self._sequence(timeout_s)
+        self._count(+1)
+        if self.decode is not None:
+            self._open.add(Side.DECODE)
+            self.decode.subscribe(self._key(Side.DECODE), self.inbox)
+        if self.prefill is not None:
+            self._open.add(Side.PREFILL)
+            self.prefill.subscribe(self._key(Side.PREFILL), self.inbox)
+            handoff = self.decode is not None
+            await self.prefill.prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff))
+        if self.decode is not None:
+            assert self.credit is not None
+            request = pb.DecodeRequest(sequence=sequence, credit_id=self.credit.credit_id, epoch=self.credit.epoch)
+            if self.prefill is not None:
+                request.peer.worker_id = self.prefill.worker_id
+                request.peer.epoch = self.prefill.epoch
+                request.peer.kv_address = self.kv_address
+            try:
+                await self.decode.decode(request)
+            except Refusal as refusal:
+                # Prefill is already running and its first token still counts, but the handoff has no other end.
+                raise AttemptLost("decode_refused", refusal.message) from refusal
+
+    async def next_event(self) -> pb.TokensEvent:
+        """The next tokens. `AttemptLost` when the side that they must come from has failed."""
+        while True:
+            item = await self.inbox.get()
+            if isinstance(item, LinkLost):
+                self._open.discard(item.side)
+                if self._needs(item.side):
+                    raise AttemptLost("worker_lost", f"{item.side} worker {item.worker_id}: {item.message}")
+                continue
+            if (tokens := self._take(item)) is not None:
+                return tokens
+
+    def close(self, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+        """Unsubscribes and aborts every side that has not ended by itself; aborts run in the background, bounded."""
+        self._count(-1)
+        number = self.work.number
+        for side, link in ((Side.PREFILL, self.prefill), (Side.DECODE, self.decode)):
+            if link is None:
+                continue
+            link.unsubscribe(self._key(side))
+            if side in self._open or (side is Side.DECODE and self.credit is not None and not self._submitted):
+                abort = pb.AbortRequest(
+                    request_id=self.work.request_id,
+                    choice=self.work.sampling.choice,
+                    prefill_attempt=number,
+                    decode_attempt=number,
+                    router_id=self.router_id,
+                )
+                spawn(link.abort(abort))
+        self._open.clear()
+
+    _submitted: bool = False
+    _counted: bool = False
+
+    def _take(self, item: WorkerEvent) -> pb.TokensEvent | None:
+        event, side = item.event, item.side
+        if event.HasField("failed"):
+            self._open.discard(side)
+            failed = event.failed
+            if self._needs(side) or failed.reason == "deadline":
+                raise AttemptLost(failed.reason, failed.message, retryable=failed.retryable)
+            return None
+        tokens = event.tokens
+        if side is Side.DECODE:
+            # Its first tokens are its confirmation to the prefill worker: from here on that side frees itself.
+            self._open.discard(Side.PREFILL)
+        if tokens.finish_reason:
+            self._open.discard(side)
+        if self._waits_for_first:
+            self._waits_for_first = False
+            self._first_token_arrived()
+        return tokens
+
+    def _needs(self, side: Side) -> bool:
+        """After the first token only the decode worker matters: it may have all KV already, and will say if not."""
+        return side is Side.DECODE or self._waits_for_first
+
+    def _key(self, side: Side) -> SubscriptionKey:
+        return SubscriptionKey(self.work.request_id, self.work.sampling.choice, side, self.work.number)
+
+    def _sequence(self, timeout_s: float) -> pb.Sequence:
+        self._submitted = True
+        return pb.Sequence(
+            request_id=self.work.request_id,
+            choice=self.work.sampling.choice,
+            prefill_attempt=self.work.number,
+            decode_attempt=self.work.number,
+            prompt_token_ids=self.work.prompt_token_ids,
+            output_token_ids=self.work.output_token_ids,
+            sampling=sampling_to_proto(self.work.sampling),
+            timeout_s=timeout_s,
+            router_id=self.router_id,
+        )
+
+    def _first_token_arrived(self) -> None:
+        link = self.prefill or self.decode
+        assert link is not None
+        link.queued_prefill_tokens -= self.uncached_tokens
+
+    def _count(self, sign: int) -> None:
+        """The router's own corrections to the workers' last heartbeats."""
+        if sign < 0 and not self._counted:
+            return
+        self._counted = sign > 0
+        link = self.prefill or self.decode
+        assert link is not None
+        if self._waits_for_first:
+            link.queued_prefill_tokens += sign * self.uncached_tokens
+        if self.decode is not None:
+            self.decode.decode_rows += sign

@@ -1,0 +1,161 @@
+"""The router's connection to one life (epoch) of one worker.
+
+One stream brings everything that worker says to this router; `subscribe` names an inbox for one attempt. When the stream
+breaks, every subscriber is told at once (`LinkLost` in its inbox): the worker has ended, or is ending, what it ran for us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+from grpc import aio
+
+from ..cluster.proto import tandem_internal_v1_pb2 as pb
+from ..cluster.proto.tandem_internal_v1_pb2_grpc import WorkerStub
+from ..cluster.rpc import CONTROL_TIMEOUT_S, PROTOCOL_VERSION, Refusal, open_channel
+from ..cluster.types import Side
+
+logger = logging.getLogger(__name__)
+REATTACH_S = 0.2
+ABORT_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionKey:
+    """Names one attempt at one half of one choice."""
+
+    request_id: str
+    choice: int
+    side: Side
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """Instead of an event: the worker's stream broke."""
+
+    worker_id: str
+    side: Side
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvent:
+    """An event with the side that it came from."""
+
+    side: Side
+    event: pb.Event
+
+
+Inbox = asyncio.Queue["WorkerEvent | LinkLost"]
+
+
+class WorkerLink:
+    """Created when a worker's heartbeat shows a new epoch; closed when the next one does, or the router stops."""
+
+    def __init__(self, *, worker_id: str, address: str, epoch: int, router_id: str, on_change: Callable[[], None]) -> None:
+        self.worker_id = worker_id
+        self.address = address
+        self.epoch = epoch
+        self.attached = False
+        self.queued_prefill_tokens = 0
+        """Prompt tokens that this router sent and has no first token for yet."""
+        self.decode_rows = 0
+        """Choices that this router decodes there now."""
+        self._router_id = router_id
+        self._on_change = on_change
+        self._channel = open_channel(address)
+        self._stub = WorkerStub(self._channel)
+        self._inboxes: dict[SubscriptionKey, Inbox] = {}
+        self._task = asyncio.create_task(self._run())
+
+    def subscribe(self, key: SubscriptionKey, inbox: Inbox) -> None:
+        """From now on that attempt's events go to `inbox`."""
+        self._inboxes[key] = inbox
+
+    def unsubscribe(self, key: SubscriptionKey) -> None:
+        """Idempotent."""
+        self._inboxes.pop(key, None)
+
+    async def reserve(self, request: pb.ReserveRequest) -> pb.ReserveReply:
+        """Asks for a credit. `Refusal`."""
+        return await self._call(self._stub.Reserve, request)
+
+    async def prefill(self, request: pb.PrefillRequest) -> pb.SubmitReply:
+        """Submits a prompt. `Refusal`."""
+        return await self._call(self._stub.Prefill, request)
+
+    async def decode(self, request: pb.DecodeRequest) -> pb.SubmitReply:
+        """Redeems a credit. `Refusal`."""
+        return await self._call(self._stub.Decode, request)
+
+    async def abort(self, request: pb.AbortRequest) -> None:
+        """Tells the worker to drop an attempt; retried a few times. A worker that cannot be told has lost our stream,
+        and drops everything of ours by itself."""
+        for _ in range(ABORT_TRIES):
+            if not self.attached:
+                return
+            try:
+                await self._stub.Abort(request, timeout=CONTROL_TIMEOUT_S)
+                return
+            except aio.AioRpcError as error:
+                logger.debug("abort on %s: %s", self.worker_id, error.details())
+                await asyncio.sleep(REATTACH_S)
+
+    async def drain(self) -> None:
+        """Asks the worker to take no new work. `Refusal`."""
+        await self._call(self._stub.Drain, pb.DrainRequest())
+
+    async def close(self) -> None:
+        """Ends the stream and the channel; subscribers hear `LinkLost`. Idempotent."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._lose("the worker was replaced or the router stops")
+        await self._channel.close()
+
+    async def _call(self, method, request):  # type: ignore[no-untyped-def]
+        """One unary call with a deadline; every failure is a `Refusal` with its status."""
+        try:
+            reply = await method(request, timeout=CONTROL_TIMEOUT_S)
+        except aio.AioRpcError as error:
+            raise Refusal(error.code(), f"{self.worker_id}: {error.details()}") from error
+        epoch = getattr(reply, "epoch", self.epoch)
+        if epoch != self.epoch:
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"{self.worker_id}: another epoch answered")
+        return reply
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._read()
+                self._lose("the worker ended the stream")
+            except aio.AioRpcError as error:
+                logger.info("stream of %s: %s %s", self.worker_id, error.code().name, error.details())
+                self._lose(f"stream broken: {error.code().name}")
+            await asyncio.sleep(REATTACH_S)
+
+    async def _read(self) -> None:
+        request = pb.AttachRequest(router_id=self._router_id, protocol_version=PROTOCOL_VERSION, epoch=self.epoch)
+        async for frame in self._stub.Attach(request):
+            if not self.attached:
+                self.attached = True
+                self._on_change()
+            for event in frame.events:
+                self._dispatch(event)
+
+    def _dispatch(self, event: pb.Event) -> None:
+        side = Side.PREFILL if event.side == pb.SIDE_PREFILL else Side.DECODE
+        inbox = self._inboxes.get(SubscriptionKey(event.request_id, event.choice, side, event.attempt))
+        if inbox is not None:
+            inbox.put_nowait(WorkerEvent(side, event))
+
+    def _lose(self, message: str) -> None:
+        self.attached = False
+        inboxes, self._inboxes = self._inboxes, {}
+        for key, inbox in inboxes.items():
+            inbox.put_nowait(LinkLost(self.worker_id, key.side, message))
+        self._on_change()

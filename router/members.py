@@ -1,0 +1,187 @@
+"""Who is in the cluster now: workers heartbeat to the router, the router attaches to them.
+
+A worker is routable while its heartbeats are fresh, its stream is attached, and it is not draining. Late heartbeats only
+stop new work; requests in flight end with the stream, not with a heartbeat. A worker that comes back has a new epoch and
+is a new member; the old epoch is remembered as dead and never routed to again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import grpc
+from grpc import aio
+
+from ..cluster.clock import Clock
+from ..cluster.messages import step_time_from_proto
+from ..cluster.proto import tandem_internal_v1_pb2 as pb
+from ..cluster.proto.tandem_internal_v1_pb2_grpc import RegistryServicer
+from ..cluster.rpc import PROTOCOL_VERSION
+from ..cluster.types import Role
+from .link import WorkerLink
+from .placement import WorkerView
+from .prefix_index import PrefixIndex
+
+logger = logging.getLogger(__name__)
+MAX_MEMBERS = 4096
+MAX_DEAD_EPOCHS = 4096
+FORGET_AFTER_S = 60.0
+
+
+@dataclass(slots=True)
+class Member:
+    """One worker in its current life."""
+
+    status: pb.WorkerStatus
+    heard_s: float
+    link: WorkerLink
+
+
+class Membership(RegistryServicer):
+    """The registry service and the view that placement ranks. Lives on the router's event loop."""
+
+    def __init__(self, *, router_id: str, clock: Clock, heartbeat_timeout_s: float) -> None:
+        self.prefixes = PrefixIndex()
+        self._router_id = router_id
+        self._clock = clock
+        self._timeout_s = heartbeat_timeout_s
+        self._members: dict[str, Member] = {}
+        self._dead_epochs: OrderedDict[int, None] = OrderedDict()
+        self._changed = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def Heartbeat(self, status: pb.WorkerStatus, context: aio.ServicerContext) -> pb.HeartbeatReply:
+        """A worker says that it lives and how loaded it is. Mismatched members are refused here, not per request."""
+        refusal = self._refusal(status)
+        if refusal:
+            logger.warning("heartbeat of %s refused: %s", status.worker_id, refusal)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        member = self._members.get(status.worker_id)
+        if member is None or member.status.epoch != status.epoch:
+            self._join(status)
+        else:
+            member.status = status
+            member.heard_s = self._clock.now_s()
+        self._notify()
+        return pb.HeartbeatReply(router_id=self._router_id)
+
+    def _refusal(self, status: pb.WorkerStatus) -> str:
+        if not status.worker_id or not status.epoch or not status.address:
+            return "worker_id, epoch and address: all three must be set"
+        if status.protocol_version != PROTOCOL_VERSION:
+            return f"protocol_version: {status.protocol_version} is not {PROTOCOL_VERSION}, which this router speaks"
+        if status.role not in {role.value for role in Role}:
+            return f"role: {status.role!r} is not one of {[role.value for role in Role]}"
+        if status.epoch in self._dead_epochs:
+            return f"epoch: {status.epoch} of {status.worker_id} has been replaced by a newer life"
+        if status.worker_id not in self._members and len(self._members) >= MAX_MEMBERS:
+            return f"worker_id: the router already has {MAX_MEMBERS} members"
+        return ""
+
+    def _join(self, status: pb.WorkerStatus) -> None:
+        older = self._members.pop(status.worker_id, None)
+        if older is not None:
+            logger.info("worker %s is back with a new epoch", status.worker_id)
+            self._bury(older)
+        link = WorkerLink(
+            worker_id=status.worker_id,
+            address=status.address,
+            epoch=status.epoch,
+            router_id=self._router_id,
+            on_change=self._notify,
+        )
+        self._members[status.worker_id] = Member(status=status, heard_s=self._clock.now_s(), link=link)
+        logger.info("worker %s (%s) joined from %s", status.worker_id, status.role, status.address)
+
+    def _bury(self, member: Member) -> None:
+        self._dead_epochs[member.status.epoch] = None
+        while len(self._dead_epochs) > MAX_DEAD_EPOCHS:
+            self._dead_epochs.popitem(last=False)
+        self.prefixes.forget(member.status.worker_id)
+        task = asyncio.create_task(member.link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    # --- views ------------------------------------------------------------------------------------------------------
+
+    def routable(self, *roles: Role) -> tuple[WorkerView, ...]:
+        """Workers of these roles that can take work now."""
+        return tuple(
+            self._view(member)
+            for member in self._members.values()
+            if member.status.role in roles and self.why_not_routable(member) == ""
+        )
+
+    def why_not_routable(self, member: Member) -> str:
+        """Empty if it is."""
+        if member.status.draining:
+            return "draining"
+        if self._clock.now_s() - member.heard_s > self._timeout_s:
+            return "no heartbeat"
+        if not member.link.attached:
+            return "not attached"
+        return ""
+
+    def link(self, worker_id: str) -> WorkerLink | None:
+        """The link to the worker's current life."""
+        member = self._members.get(worker_id)
+        return member.link if member else None
+
+    def kv_address(self, worker_id: str) -> str:
+        """Where the worker's KV is read; empty if it is unknown."""
+        member = self._members.get(worker_id)
+        return member.status.kv_address if member else ""
+
+    def members(self) -> tuple[Member, ...]:
+        """All of them, routable or not; those silent for a minute are dropped first."""
+        now_s = self._clock.now_s()
+        for member in list(self._members.values()):
+            if now_s - member.heard_s > FORGET_AFTER_S and not member.link.attached:
+                del self._members[member.status.worker_id]
+                self._bury(member)
+        return tuple(self._members.values())
+
+    def statuses(self) -> tuple[pb.WorkerStatus, ...]:
+        """For metrics."""
+        return tuple(member.status for member in self.members())
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Returns when a heartbeat or a stream may have changed the views, or after `timeout_s`."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def close(self) -> None:
+        """Closes every link; idempotent."""
+        members, self._members = self._members, {}
+        await asyncio.gather(*(member.link.close() for member in members.values()), *self._closing)
+
+    def _notify(self) -> None:
+        self._changed.set()
+
+    def _view(self, member: Member) -> WorkerView:
+        status, link = member.status, member.link
+        in_batch = max(status.running, link.decode_rows - status.waiting, 0)
+        return WorkerView(
+            worker_id=status.worker_id,
+            role=Role(status.role),
+            fingerprint=status.fingerprint,
+            block_size=max(1, status.block_size),
+            num_blocks=status.num_blocks,
+            available_blocks=status.free_blocks + status.cached_blocks,
+            credited_blocks=status.credited_blocks,
+            credit_limit_blocks=status.credit_limit_blocks,
+            queued_prefill_tokens=max(status.queued_prefill_tokens, link.queued_prefill_tokens),
+            running=in_batch,
+            waiting=status.waiting,
+            max_running=max(1, status.max_running),
+            max_waiting=status.max_waiting,
+            context_tokens=status.context_tokens,
+            step_time=step_time_from_proto(status.step_time),
+        )

@@ -1,0 +1,89 @@
+"""Which worker should take a request: pure rankings over what the router knows. Hints only: workers decide, and may refuse.
+
+Prefill workers are ranked by predicted TTFT (queued tokens, cached prefix), decode workers by predicted TPOT among those
+whose KV can take the request (free KV, running batch). Ties go to the lower worker id, so that equal input gives equal
+output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..cluster.latency import StepTimeModel
+from ..cluster.types import Role, StepTimeCoefficients
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One routable worker as the router sees it now: its last heartbeat, corrected by what this router sent since."""
+
+    worker_id: str
+    role: Role
+    fingerprint: str
+    block_size: int
+    num_blocks: int
+    available_blocks: int
+    credited_blocks: int
+    credit_limit_blocks: int
+    queued_prefill_tokens: int
+    running: int
+    waiting: int
+    max_running: int
+    max_waiting: int
+    context_tokens: int
+    step_time: StepTimeCoefficients
+
+
+def pair(
+    prefill: Iterable[WorkerView], decode: Iterable[WorkerView]
+) -> tuple[tuple[WorkerView, ...], tuple[WorkerView, ...]]:
+    """Those of either pool that have a counterpart with the same KV fingerprint in the other."""
+    prefill, decode = tuple(prefill), tuple(decode)
+    shared = {view.fingerprint for view in prefill} & {view.fingerprint for view in decode}
+    return (
+        tuple(view for view in prefill if view.fingerprint in shared),
+        tuple(view for view in decode if view.fingerprint in shared),
+    )
+
+
+def predicted_ttft_s(view: WorkerView, uncached_tokens: int) -> float:
+    """Seconds until this worker would have the first token of a prompt with that many tokens to compute."""
+    return StepTimeModel(view.step_time).predict_ttft_s(view.queued_prefill_tokens, uncached_tokens)
+
+
+def predicted_tpot_s(view: WorkerView, context_tokens: int) -> float:
+    """Seconds per output token if one more sequence of that context joined this worker's batch."""
+    rows = min(view.running + view.waiting + 1, view.max_running)
+    return StepTimeModel(view.step_time).predict_tpot_s(rows, view.context_tokens + context_tokens)
+
+
+def rank_prefill(
+    views: Iterable[WorkerView], prompt_tokens: int, cached_tokens: Mapping[str, int]
+) -> tuple[WorkerView, ...]:
+    """Best first. Workers whose queue is full come last: they would refuse now, but the view may be old."""
+
+    def cost(view: WorkerView) -> tuple[bool, float, int, str]:
+        uncached = max(1, prompt_tokens - cached_tokens.get(view.worker_id, 0))
+        ttft_s = predicted_ttft_s(view, uncached)
+        return (view.waiting >= view.max_waiting, ttft_s, view.queued_prefill_tokens + uncached, view.worker_id)
+
+    return tuple(sorted(views, key=cost))
+
+
+def rank_decode(views: Iterable[WorkerView], context_tokens: int) -> tuple[WorkerView, ...]:
+    """Best first: those with KV free for the context now, then those whose credits allow it, by predicted TPOT."""
+
+    def cost(view: WorkerView) -> tuple[bool, bool, float, int, str]:
+        blocks = -(-context_tokens // view.block_size)
+        has_credit = view.credited_blocks + blocks <= view.credit_limit_blocks
+        has_blocks = view.available_blocks - view.credited_blocks >= blocks
+        return (
+            not has_credit,
+            not has_blocks,
+            predicted_tpot_s(view, context_tokens),
+            view.running + view.waiting,
+            view.worker_id,
+        )
+
+    return tuple(sorted(views, key=cost))

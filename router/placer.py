@@ -1,0 +1,154 @@
+"""Finds the workers for one attempt: ranks them (`placement`), asks the decode worker for a credit, and waits when none can.
+
+The credit comes first: prefill is only dispatched for a request that some decode worker has promised to take, so that the
+second queue pushes back on the first.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import grpc
+
+from ..cluster.clock import Clock
+from ..cluster.hashing import block_keys
+from ..cluster.proto import tandem_internal_v1_pb2 as pb
+from ..cluster.rpc import Refusal
+from ..cluster.types import Role
+from .attempt import Attempt, Path, Work
+from .errors import Unavailable
+from .members import Membership
+from .placement import WorkerView, pair, rank_decode, rank_prefill
+
+logger = logging.getLogger(__name__)
+RETRY_S = 0.05
+"""Longest wait between two tries while every worker refuses; a change of membership or load ends it earlier."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Granted:
+    view: WorkerView
+    reply: pb.ReserveReply
+
+
+class Placer:
+    """One per router."""
+
+    def __init__(
+        self, members: Membership, *, router_id: str, clock: Clock, local_threshold_tokens: int, unready_wait_s: float
+    ) -> None:
+        self._members = members
+        self._router_id = router_id
+        self._clock = clock
+        self._local_threshold_tokens = local_threshold_tokens
+        self._unready_wait_s = unready_wait_s
+
+    async def place(self, work: Work) -> Attempt:
+        """Waits until workers for this attempt are found; bounded by the caller's deadline. `Unavailable` when for
+        `unready_wait_s` no worker was there at all; `Refusal` (INVALID_ARGUMENT) when it can never be placed."""
+        unready_since_s = self._clock.now_s()
+        while True:
+            prefill, decode = pair(self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE))
+            mixed = self._members.routable(Role.MIXED)
+            if prefill and decode:
+                attempt = await self._place_split(work, prefill, decode)
+            elif mixed:
+                attempt = await self._place_alone(work, mixed, Path.MIXED)
+            else:
+                attempt = None
+                if self._clock.now_s() - unready_since_s >= self._unready_wait_s:
+                    raise Unavailable(
+                        "no prefill and decode worker whose KV fingerprints match is ready", retry_after_s=1.0
+                    )
+            if prefill or mixed:
+                unready_since_s = self._clock.now_s()
+            if attempt is not None:
+                return attempt
+            await self._members.wait_for_change(RETRY_S)
+
+    async def _place_split(
+        self, work: Work, prefill: tuple[WorkerView, ...], decode: tuple[WorkerView, ...]
+    ) -> Attempt | None:
+        cached_tokens = self._cached_tokens(work, prefill)
+        best = rank_prefill(prefill, work.context_tokens, cached_tokens)[0]
+        uncached_tokens = work.context_tokens - cached_tokens[best.worker_id]
+        if work.sampling.max_tokens - len(work.output_token_ids) == 1:
+            return self._attempt(work, Path.PREFILL_ONLY, prefill=best, uncached_tokens=uncached_tokens)
+        if uncached_tokens < self._local_threshold_tokens:
+            return await self._place_alone(work, decode, Path.LOCAL)
+        matching = tuple(view for view in decode if view.fingerprint == best.fingerprint)
+        granted = await self._reserve(work, matching)
+        if granted is None:
+            return None
+        return self._attempt(work, Path.SPLIT, prefill=best, granted=granted, uncached_tokens=uncached_tokens)
+
+    async def _place_alone(self, work: Work, views: tuple[WorkerView, ...], path: Path) -> Attempt | None:
+        """On one worker that prefills and decodes."""
+        granted = await self._reserve(work, views)
+        if granted is None:
+            return None
+        cached = self._cached_tokens(work, (granted.view,))[granted.view.worker_id]
+        return self._attempt(work, path, granted=granted, uncached_tokens=work.context_tokens - cached)
+
+    async def _reserve(self, work: Work, views: tuple[WorkerView, ...]) -> _Granted | None:
+        """The first decode worker, best first, that grants a credit."""
+        request = pb.ReserveRequest(
+            request_id=work.request_id,
+            choice=work.sampling.choice,
+            decode_attempt=work.number,
+            router_id=self._router_id,
+            context_tokens=work.context_tokens,
+            max_tokens=work.sampling.max_tokens,
+        )
+        for view in rank_decode(views, work.context_tokens):
+            link = self._members.link(view.worker_id)
+            if link is None:
+                continue
+            try:
+                return _Granted(view, await link.reserve(request))
+            except Refusal as refusal:
+                if refusal.code is grpc.StatusCode.INVALID_ARGUMENT:
+                    raise
+                logger.debug("no credit: %s", refusal.message)
+        return None
+
+    def _attempt(
+        self,
+        work: Work,
+        path: Path,
+        *,
+        prefill: WorkerView | None = None,
+        granted: _Granted | None = None,
+        uncached_tokens: int,
+    ) -> Attempt | None:
+        prefill_link = self._members.link(prefill.worker_id) if prefill else None
+        decode_link = self._members.link(granted.view.worker_id) if granted else None
+        if (prefill and prefill_link is None) or (granted and decode_link is None):
+            return None
+        target = prefill or (granted.view if granted else None)
+        assert target is not None
+        self._members.prefixes.insert(target.worker_id, self._keys(work, target), target.num_blocks)
+        return Attempt(
+            work=work,
+            path=path,
+            router_id=self._router_id,
+            prefill=prefill_link,
+            decode=decode_link,
+            credit=granted.reply if granted else None,
+            kv_address=self._members.kv_address(prefill.worker_id) if prefill else "",
+            uncached_tokens=uncached_tokens,
+        )
+
+    def _cached_tokens(self, work: Work, views: tuple[WorkerView, ...]) -> dict[str, int]:
+        """Tokens of the context that each worker probably has; at least the last one is always computed."""
+        return {
+            view.worker_id: min(
+                self._members.prefixes.match_blocks(view.worker_id, self._keys(work, view)) * view.block_size,
+                work.context_tokens - 1,
+            )
+            for view in views
+        }
+
+    def _keys(self, work: Work, view: WorkerView) -> list[bytes]:
+        return block_keys(work.prompt_token_ids + work.output_token_ids, view.block_size)
