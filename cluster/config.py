@@ -134,6 +134,9 @@ class RouterConfig:
     local_prefill_threshold_tokens: Annotated[int, Within(0, 2**31 - 1)] = 0
     """Prompts with fewer uncached tokens are prefilled by the decode worker; 0 = off."""
     max_attempts: Annotated[int, Within(1, 100)] = 3
+    """Tries at one choice before it fails with 503."""
+    unready_wait_s: Seconds = 10.0
+    """How long a request waits at the door while no worker could serve it."""
     events_path: Annotated[str | None, Text()] = None
     """JSON lines of waterfalls; None: none written."""
     slo: SLO = field(default_factory=SLO)
