@@ -1,9 +1,10 @@
-"""Names of KV blocks by content: chained hashes of token ids. Router and engine call the same functions, so a router can
-tell which worker holds a prompt's prefix without seeing any KV.
+"""Names of KV blocks by content: chained hashes of token ids. Router and engine call the same functions, so a router
+can tell which worker holds a prompt's prefix without seeing any KV.
 
-The key of a block covers every token before it too, because KV depends on them: key_i = H(key_{i-1}, tokens of block i), and
-key_{-1} = H(salt, block size). H is BLAKE2b (RFC 7693) with 16 bytes of digest rather than a faster non-cryptographic hash: a
-prompt crafted to collide with another one's key would be answered from that one's KV (vLLM's CVE-2025-25183).
+The key of a block covers every token before it too, because KV depends on them: key_i = H(key_{i-1}, tokens of block
+i), and key_{-1} = H(salt, block size). H is BLAKE2b (RFC 7693) with 16 bytes of digest rather than a faster
+non-cryptographic hash: a prompt crafted to collide with another one's key would be answered from that one's KV
+(vLLM's CVE-2025-25183).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def block_keys(token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> 
 
 
 def extend_block_keys(keys: list[bytes], token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> None:
-    """Appends to `keys` those of the full blocks of `token_ids` that it does not have yet; `keys` must come from the same
-    tokens, block size and salt. Costs only the new blocks."""
+    """Appends to `keys` those of the full blocks of `token_ids` that it does not have yet; `keys` must come from the
+    same tokens, block size and salt. Costs only the new blocks.
+    """
     have, want = len(keys), len(token_ids) // block_size
     if have >= want:
         return

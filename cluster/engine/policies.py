@@ -32,8 +32,9 @@ class StepShares:
 
 
 class BatchPolicy(ABC):
-    """Decides shares and headroom. Both methods are called once a step by `Scheduler.schedule`, must not block, and must
-    not keep state from one step to the next (a role flip replaces the policy between any two steps)."""
+    """Decides shares and headroom. Both methods are called once a step by `Scheduler.schedule`, must not block, and
+    must not keep state from one step to the next (a role flip replaces the policy between any two steps).
+    """
 
     role: Role
 
@@ -47,8 +48,9 @@ class BatchPolicy(ABC):
 
 
 class PrefillPolicy(BatchPolicy):
-    """Prompts first. Decodes (left over from a role flip) get what prompts leave, and never less than `1/decode_divisor`
-    of the budget, so that they drain."""
+    """Prompts first. Decodes (left over from a role flip) get what prompts leave, and never less than
+    `1/decode_divisor` of the budget, so that they drain.
+    """
 
     role = Role.PREFILL
 
@@ -69,7 +71,9 @@ class PrefillPolicy(BatchPolicy):
 
 class DecodePolicy(BatchPolicy):
     """Decodes first. While anything decodes, prompts prefilled here (short ones, preempted ones) get at most
-    `1/prefill_divisor` of the budget, which bounds what they add to a step and so to TPOT (Sarathi-Serve, OSDI '24, §4.2)."""
+    `1/prefill_divisor` of the budget, which bounds what they add to a step and so to TPOT (Sarathi-Serve, OSDI '24,
+    §4.2).
+    """
 
     role = Role.DECODE
 

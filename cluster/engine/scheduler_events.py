@@ -1,7 +1,7 @@
 """What a scheduler tells its worker: one frozen dataclass per thing that happened, in order, through `take_events`.
 
-For a sequence the order is always: BlocksGranted? (PrefillAdvanced | Preempted)* TokensEmitted*, the last TokensEmitted with
-a finish reason. An aborted sequence says nothing after `Scheduler.abort` has returned.
+For a sequence the order is always: BlocksGranted? (PrefillAdvanced | Preempted)* TokensEmitted*, the last
+TokensEmitted with a finish reason. An aborted sequence says nothing after `Scheduler.abort` has returned.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..types import BlockRef, FinishReason, SampledToken
 class BlocksGranted:
     """An OUT or IN sequence has been admitted and holds the blocks of its whole context. Once a sequence.
 
-    IN: the transport may write into blocks[cached_tokens // block_size:] from now on, until `kv_ready` or `writer_done`;
-    the scheduler keeps the blocks for it even across an abort.
+    IN: the transport may write into blocks[cached_tokens // block_size:] from now on, until `kv_ready` or
+    `writer_done`; the scheduler keeps the blocks for it even across an abort.
     """
 
     seq_id: str

@@ -1,0 +1,400 @@
+"""Decides what every step of one engine computes: continuous batching over a token budget, chunked prefill, admission
+by KV, preemption by recomputation. One scheduler for all roles; the `BatchPolicy` makes it a prefill, decode or mixed
+worker.
+
+Pure: no torch, no I/O, time only from the `Clock`. Driven by one thread, in real time by the worker's engine loop, in
+virtual time by the simulator, step by step by tests:
+
+    add / abort / kv_ready / writer_done / release   any time between two calls
+    plan = schedule()                                 None: nothing to compute now
+    complete(output)                                  outputs in plan order
+    take_events()                                     what happened since
+
+Invariants (`check_integrity`): a waiting sequence holds no block; a sequence in an outstanding plan keeps its blocks
+until that plan is complete, and an IN sequence's blocks are kept for their writer until `writer_done`, whatever is
+aborted meanwhile. Ideas: iteration-level scheduling (Orca, OSDI '22, §3.1), paged KV and recomputation (vLLM, SOSP
+'23, §4), stall-free chunked prefill (Sarathi-Serve, OSDI '24, §4.2).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import chain
+
+from ..clock import Clock
+from ..types import EngineLoad, Handoff, SampledToken, SequenceSpec
+from .block_pool import BlockPool
+from .integrity import check_sequences
+from .plan import StepOutput, StepPlan, StepRow
+from .policies import BatchPolicy, StepView
+from .prefix_cache import PrefixCache
+from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, SchedulerEvent, TokensEmitted
+from .sequence import Sequence, State, WaitingQueue, check_spec
+from .sequence_kv import WRITER, SequenceKV
+
+
+class QueueFull(RuntimeError):
+    """`max_waiting` sequences wait already; try another worker, or later."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outstanding:
+    """A plan that the device has not given back, with the sequence of each of its rows."""
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+
+
+class Scheduler:
+    """See the module's docstring. Not thread-safe."""
+
+    def __init__(
+        self,
+        *,
+        block_pool: BlockPool,
+        prefix_cache: PrefixCache,
+        policy: BatchPolicy,
+        clock: Clock,
+        max_batched_tokens: int,
+        max_running: int,
+        max_waiting: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+        max_outstanding_plans: int = 1,
+    ) -> None:
+        counts = {"running": max_running, "waiting": max_waiting, "outstanding_plans": max_outstanding_plans}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"max_{name}: {value} is not at least 1")
+        if max_model_len < 2:
+            raise ValueError(f"max_model_len: {max_model_len} is not at least 2")
+        if max_batched_tokens < max_running:
+            raise ValueError(
+                f"max_batched_tokens: {max_batched_tokens} is below max_running, {max_running}; "
+                "a step must be able to hold one token of every running sequence"
+            )
+        self._kv = SequenceKV(block_pool, prefix_cache)
+        self._policy = policy
+        self._clock = clock
+        self._max_batched_tokens = max_batched_tokens
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._max_model_len = max_model_len
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._max_outstanding_plans = max_outstanding_plans
+
+        self._sequences: dict[str, Sequence] = {}  # all that have not ended, and ended ones in an outstanding plan
+        self._waiting = WaitingQueue()
+        self._pulling: dict[str, Sequence] = {}
+        self._running: dict[str, Sequence] = {}
+        self._held: dict[str, Sequence] = {}
+        self._outstanding: deque[_Outstanding] = deque()
+        self._events: list[SchedulerEvent] = []
+        self._next_order = 0
+        self._next_plan_id = 0
+        self._preemptions = 0
+
+    # ---------------------------------------------------------------- commands
+
+    def add(self, spec: SequenceSpec) -> None:
+        """Queues a sequence. QueueFull, or ValueError if it is malformed or could never run here."""
+        pool = self._kv.pool
+        check_spec(spec, num_blocks=pool.num_blocks, block_size=pool.block_size, max_model_len=self._max_model_len)
+        if spec.seq_id in self._sequences or self._kv.has_writer(spec.seq_id):
+            raise ValueError(f"seq_id: {spec.seq_id!r} is in use on this engine")
+        if spec.seq_id.startswith(WRITER):
+            raise ValueError(f"seq_id: {spec.seq_id!r} begins with {WRITER!r}, which names transports")
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFull(f"{len(self._waiting)} sequences wait already, max_waiting is {self._max_waiting}")
+        seq = Sequence(spec, self._next_order)
+        self._next_order += 1
+        self._sequences[seq.seq_id] = seq
+        self._waiting.push(seq)
+
+    def abort(self, seq_id: str) -> bool:
+        """Ends a sequence at any stage; False if there is none to end. It says nothing afterwards, not even what had
+        not been taken yet. Blocks in an outstanding plan are freed at its `complete`, those of a writer at
+        `writer_done`.
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is None or seq.state is State.ENDED:
+            return False
+        if any(isinstance(event, BlocksGranted) and event.seq_id == seq_id for event in self._events):
+            self._kv.writer_done(seq_id)  # nobody has heard of the grant, so nobody writes
+        self._events = [event for event in self._events if event.seq_id != seq_id]
+        self._end(seq)
+        return True
+
+    def kv_ready(self, seq_id: str, first_token: SampledToken) -> None:
+        """IN: all KV of the context is written, and this is the token drawn from it elsewhere. Implies `writer_done`.
+        The sequence joins the running batch at the next `schedule`. After an abort it does nothing more.
+        """
+        self.writer_done(seq_id)
+        seq = self._sequences.get(seq_id)
+        if seq is None or seq.state is State.ENDED:
+            return
+        assert seq.state is State.PULLING, (
+            f"kv_ready of {seq_id}, which is {seq.state.value}: no blocks were granted for it"
+        )
+        del self._pulling[seq_id]
+        self._running[seq_id] = seq
+        seq.state = State.RUNNING
+        seq.needs_pull = False
+        seq.computed = seq.scheduled = seq.prefill_end
+        self._kv.written(seq)
+        seq.append(first_token)
+
+    def writer_done(self, seq_id: str) -> None:
+        """IN: the transport no longer writes into the blocks: it succeeded, failed or was cancelled. Idempotent, and
+        right after an abort too. A sequence that is still alive needs `kv_ready` or `abort` as well.
+        """
+        self._kv.writer_done(seq_id)
+
+    def release(self, seq_id: str) -> None:
+        """OUT: the reader has its KV, or will never come. Idempotent. Before the end of prefill: nothing will be
+        held.
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is None or seq.state is State.ENDED or seq.spec.handoff is not Handoff.OUT:
+            return
+        seq.released = True
+        if seq.state is State.HELD:
+            self._end(seq)
+
+    def set_policy(self, policy: BatchPolicy) -> None:
+        """Changes role. Everything in flight goes on under the new policy."""
+        self._policy = policy
+
+    # ---------------------------------------------------------------- a step
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute now or too many plans are outstanding.
+
+        The one idea: every sequence has tokens whose KV does not exist yet, and a step computes some of them. A
+        decoding sequence has exactly one; a prompt has many and takes them in chunks. There is no prefill phase and
+        no decode phase, only a budget of tokens that the policy shares out, oldest first, in an order that lets
+        nobody overtake:
+
+          1. each decoding sequence takes one token, and a block if its last one is full: that may preempt newer ones;
+          2. each prompt that has its blocks takes the next chunk;
+          3. the queue is admitted from its head while blocks for the whole context are there.
+        """
+        if len(self._outstanding) >= self._max_outstanding_plans:
+            return None
+        by_age = sorted(self._running.values(), key=_age)
+        decoding = [seq for seq in by_age if seq.can_decode]
+        prefilling = [seq for seq in by_age if seq.can_prefill]
+        shares = self._policy.shares(
+            StepView(
+                budget_tokens=self._max_batched_tokens,
+                decode_rows=len(decoding),
+                prefill_tokens=self._waiting.prefill_tokens + sum(seq.remaining_prefill for seq in prefilling),
+            )
+        )
+        preemptions = self._preemptions
+        work = [(seq, 1) for seq in self._with_slots(decoding[: shares.decode_rows], by_age)]
+        budget = shares.prefill_tokens
+        for seq in prefilling:
+            if budget > 0 and seq.can_prefill:
+                work.append((seq, min(seq.remaining_prefill, budget)))
+                budget -= work[-1][1]
+        if self._preemptions == preemptions:  # what a preemption has just freed is for those that run
+            work += self._admit(budget)
+        if not work:
+            return None
+        plan = StepPlan(self._next_plan_id, tuple(self._row(seq, count) for seq, count in work))
+        self._next_plan_id += 1
+        self._outstanding.append(_Outstanding(plan, tuple(seq for seq, _ in work)))
+        return plan
+
+    def complete(self, output: StepOutput) -> None:
+        """Takes in what the oldest outstanding plan has produced: KV is now written, tokens are drawn."""
+        assert self._outstanding, f"output of plan {output.plan_id}, but no plan is outstanding"
+        plan, sequences = self._outstanding[0].plan, self._outstanding[0].sequences
+        got = [(row.seq_id, len(row.tokens)) for row in output.rows]
+        want = [(row.seq_id, 1 if row.sample is not None else 0) for row in plan.rows]
+        assert output.plan_id == plan.plan_id, f"output of plan {output.plan_id}, but {plan.plan_id} is the oldest"
+        assert got == want, f"plan {plan.plan_id} wants (sequence, tokens) {want}, its output has {got}"
+        self._outstanding.popleft()
+        for seq, row, result in zip(sequences, plan.rows, output.rows, strict=True):
+            seq.plans -= 1
+            if seq.state is State.ENDED:
+                self._forget_if_idle(seq)
+                continue
+            seq.computed = row.start + len(row.token_ids)
+            self._kv.written(seq)
+            if row.start < seq.prefill_end:
+                self._events.append(PrefillAdvanced(seq_id=seq.seq_id, computed_tokens=seq.computed))
+            if result.tokens:
+                self._take_token(seq, result.tokens[0])
+            if seq.doomed and seq.plans == 0 and seq.state is State.RUNNING:
+                self._preempt(seq)
+
+    def take_events(self) -> list[SchedulerEvent]:
+        """What happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    # ---------------------------------------------------------------- reports
+
+    def load(self) -> EngineLoad:
+        """Counts for heartbeats and metrics. O(sequences)."""
+        prefilling = sum(seq.remaining_prefill for seq in self._running.values())
+        return EngineLoad(
+            waiting=len(self._waiting),
+            running=len(self._running) + len(self._pulling),
+            held=len(self._held),
+            queued_prefill_tokens=self._waiting.prefill_tokens + prefilling,
+            context_tokens=sum(len(seq.tokens) for seq in self._running.values()),
+            num_blocks=self._kv.pool.num_blocks,
+            free_blocks=self._kv.pool.num_free,
+            cached_blocks=self._kv.pool.num_cached,
+            preemptions_total=self._preemptions,
+            prefix_queries_tokens_total=self._kv.queries_tokens,
+            prefix_hits_tokens_total=self._kv.hits_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Proves that every block is accounted for and every sequence is in exactly one place. Raises
+        IntegrityError.
+        """
+        places = {State.PULLING: self._pulling, State.RUNNING: self._running, State.HELD: self._held}
+        in_plans = [seq for outstanding in self._outstanding for seq in outstanding.sequences]
+        check_sequences(self._sequences, self._waiting, places, in_plans)
+        self._kv.check_integrity([seq for seq in self._sequences.values() if seq.state is not State.WAITING])
+
+    # ---------------------------------------------------------------- how
+
+    def _with_slots(self, decoding: list[Sequence], by_age: list[Sequence]) -> list[Sequence]:
+        """Those of `decoding` (oldest first) whose next position has a slot, taking blocks and preempting as needed.
+
+        Victims are strictly newer than who asks, newest first, so that the oldest always gets on; who finds none
+        keeps its blocks and waits for the next step. A victim in an outstanding plan is only doomed: its blocks come
+        when that plan is complete. OUT sequences are never victims: they never grow, leave soon, and a reader is at
+        their blocks.
+        """
+        granted: list[Sequence] = []
+        victims = [seq for seq in by_age if seq.spec.handoff is not Handoff.OUT]
+        if any(seq.doomed for seq in victims):
+            victims = []  # blocks are on their way
+        for seq in decoding:
+            if not seq.can_decode:
+                continue  # has become a victim itself
+            has_slot = self._kv.grow(seq)
+            while not has_slot and victims and victims[-1].order > seq.order:
+                victim = victims.pop()
+                if victim.plans > 0:
+                    victim.doomed = True
+                    victims = []
+                else:
+                    self._preempt(victim)
+                    has_slot = self._kv.grow(seq)
+            if has_slot:
+                granted.append(seq)
+        return granted
+
+    def _preempt(self, seq: Sequence) -> None:
+        assert seq.state is State.RUNNING and seq.plans == 0, f"{seq.seq_id} cannot be preempted now"
+        del self._running[seq.seq_id]
+        self._kv.release(seq)
+        seq.restart()
+        self._waiting.push(seq, front=True)
+        self._preemptions += 1
+        self._events.append(Preempted(seq_id=seq.seq_id))
+
+    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Admits from the head of the queue; returns whom to compute at once, with chunk sizes in tokens.
+
+        Who lacks blocks or a place in the batch stops everybody behind it. Who only lacks budget (older prompts are
+        being computed) does not stop sequences that need blocks but no computing.
+        """
+        work: list[tuple[Sequence, int]] = []
+        places = self._max_running - len(self._running) - len(self._pulling)
+        if places == 0 or (budget == 0 and self._waiting.pulls == 0):
+            return work
+        growing = sum(
+            seq.spec.handoff is not Handoff.OUT for seq in chain(self._running.values(), self._pulling.values())
+        )
+        for seq in list(self._waiting):
+            if budget == 0 and not seq.needs_pull:
+                continue
+            if places == 0 or not self._grant(seq, self._policy.headroom_blocks(growing)):
+                break
+            places -= 1
+            growing += seq.spec.handoff is not Handoff.OUT
+            if seq.state is State.RUNNING:
+                work.append((seq, min(seq.remaining_prefill, budget)))
+                budget -= work[-1][1]
+        return work
+
+    def _grant(self, seq: Sequence, headroom_blocks: int) -> bool:
+        """Takes `seq` from the queue into the running batch, or to wait for its KV; False if blocks are lacking."""
+        blocks = self._kv.grant(seq, headroom_blocks)
+        if blocks is None:
+            return False
+        self._waiting.remove(seq)
+        if seq.needs_pull:
+            seq.state = State.PULLING
+            self._pulling[seq.seq_id] = seq
+        else:
+            seq.state = State.RUNNING
+            self._running[seq.seq_id] = seq
+        if seq.needs_pull or seq.spec.handoff is Handoff.OUT:
+            self._events.append(BlocksGranted(seq_id=seq.seq_id, blocks=blocks, cached_tokens=seq.cached_tokens))
+        if seq.admitted_s is None:
+            seq.admitted_s = self._clock.now_s()
+        return True
+
+    def _row(self, seq: Sequence, count: int) -> StepRow:
+        """Schedules the next `count` tokens of `seq`; the last one of its context draws a token."""
+        start, end = seq.scheduled, seq.scheduled + count
+        seq.scheduled = end
+        seq.plans += 1
+        seq.undrawn = end == len(seq.tokens)
+        sample = seq.sample_spec(self._eos_token_ids) if seq.undrawn else None
+        return StepRow(seq.seq_id, start, seq.tokens[start:end], self._kv.pool.table(seq.seq_id), sample)
+
+    def _take_token(self, seq: Sequence, token: SampledToken) -> None:
+        seq.undrawn = False
+        seq.append(token)
+        assert seq.admitted_s is not None
+        if seq.prefill_s is None:
+            seq.prefill_s = self._clock.now_s() - seq.admitted_s
+        reason, stop_token_id = seq.finish_reason(self._eos_token_ids, self._max_model_len)
+        self._events.append(
+            TokensEmitted(
+                seq_id=seq.seq_id,
+                index=len(seq.outputs) - 1,
+                tokens=(token,),
+                finish_reason=reason,
+                stop_token_id=stop_token_id,
+                queue_s=max(0.0, seq.admitted_s - seq.spec.arrival_s),
+                prefill_s=seq.prefill_s,
+                cached_tokens=seq.cached_tokens,
+            )
+        )
+        if reason is not None or seq.released:
+            self._end(seq)
+        elif seq.spec.handoff is Handoff.OUT:
+            del self._running[seq.seq_id]
+            self._held[seq.seq_id] = seq
+            seq.state = State.HELD
+
+    def _end(self, seq: Sequence) -> None:
+        if seq.state is State.WAITING:
+            self._waiting.remove(seq)
+        for place in (self._pulling, self._running, self._held):
+            place.pop(seq.seq_id, None)
+        seq.state = State.ENDED
+        self._forget_if_idle(seq)
+
+    def _forget_if_idle(self, seq: Sequence) -> None:
+        """An ended sequence gives its blocks back as soon as no outstanding plan writes into them."""
+        if seq.plans == 0:
+            self._kv.release(seq)
+            del self._sequences[seq.seq_id]
+
+
+def _age(seq: Sequence) -> int:
+    return seq.order

@@ -1,0 +1,95 @@
+"""The scheduler's dealings with KV memory, in a sequence's words: grant the context, grow, mark as written, let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..types import BlockRef
+from .block_pool import BlockPool, IntegrityError
+from .prefix_cache import PrefixCache
+from .sequence import Sequence
+
+WRITER = "writer:"
+"""Holder prefix of a transport that writes into an IN sequence's blocks; sequence ids do not begin with it."""
+
+
+class SequenceKV:
+    """Joins one block pool and its prefix cache. A sequence holds its table under its own id, the transport that
+    fills it holds the same blocks under `writer:` + id, so that either may let go first.
+    """
+
+    def __init__(self, pool: BlockPool, cache: PrefixCache) -> None:
+        self.pool = pool
+        self.cache = cache
+        self.queries_tokens = 0
+        self.hits_tokens = 0
+
+    def grant(self, seq: Sequence, headroom_blocks: int) -> tuple[BlockRef, ...] | None:
+        """Blocks for the whole context of `seq`, prefix hits first; None, and nothing changed, if that would leave
+        fewer than `headroom_blocks` available. `computed`, `scheduled` and `registered` of `seq` then stand after the
+        hit.
+        """
+        size, context = self.pool.block_size, len(seq.tokens)
+        # The last token must be computed to draw the next one, unless that one comes with the KV.
+        limit = (context if seq.needs_pull else context - 1) // size
+        hits = self.cache.lookup(seq.block_keys(size, 0, limit)) if self.cache.enabled else ()
+        revived = sum(not self.pool.is_held(ref.block_id) for ref in hits)
+        new = self.pool.blocks_for(context) - len(hits)
+        if not self.pool.can_allocate(revived + new + headroom_blocks):
+            return None
+        self.pool.share(hits, seq.seq_id)
+        fresh = self.pool.allocate(new, seq.seq_id)
+        if seq.needs_pull:
+            self.pool.share(fresh, WRITER + seq.seq_id)
+        hit_tokens = len(hits) * size
+        seq.computed = seq.scheduled = hit_tokens
+        seq.registered = len(hits)
+        if seq.admitted_s is None:  # not a preempted one, which would find itself
+            seq.cached_tokens = hit_tokens
+            self.queries_tokens += context
+            self.hits_tokens += hit_tokens
+        return hits + fresh
+
+    def grow(self, seq: Sequence) -> bool:
+        """Makes sure that the position `seq.scheduled` has a slot; False if that takes a block and none is
+        available.
+        """
+        if seq.scheduled < len(self.pool.table(seq.seq_id)) * self.pool.block_size:
+            return True
+        if not self.pool.can_allocate(1):
+            return False
+        self.pool.allocate(1, seq.seq_id)
+        return True
+
+    def written(self, seq: Sequence) -> None:
+        """KV of positions < `seq.computed` is written: its full blocks may be found by others from now on."""
+        full = seq.computed // self.pool.block_size
+        if full > seq.registered and self.cache.enabled:
+            keys = seq.block_keys(self.pool.block_size, seq.registered, full)
+            self.cache.register(keys, self.pool.table(seq.seq_id)[seq.registered : full])
+            seq.registered = full
+
+    def release(self, seq: Sequence) -> None:
+        """`seq` lets go of its blocks; a writer's hold stays. Idempotent."""
+        self.pool.release(seq.seq_id)
+
+    def writer_done(self, seq_id: str) -> None:
+        """The writer lets go. Idempotent."""
+        self.pool.release(WRITER + seq_id)
+
+    def has_writer(self, seq_id: str) -> bool:
+        """Whether a transport may still write into blocks granted to `seq_id`."""
+        return bool(self.pool.table(WRITER + seq_id))
+
+    def check_integrity(self, residents: Iterable[Sequence]) -> None:
+        """Proves that only residents and writers hold blocks, and residents enough of them. Raises IntegrityError."""
+        names = set()
+        for seq in residents:
+            slots = len(self.pool.table(seq.seq_id)) * self.pool.block_size
+            if not 0 <= seq.computed <= seq.scheduled <= min(slots, len(seq.tokens)):
+                counts = f"{seq.computed} computed, {seq.scheduled} scheduled, {len(seq.tokens)} known, {slots} slots"
+                raise IntegrityError(f"{seq.seq_id}: tokens do not fit its blocks: {counts}")
+            names.add(seq.seq_id)
+        writers = {name for name in self.pool.holders() if name.startswith(WRITER)}
+        self.pool.check_integrity(names | writers)
+        self.cache.check_integrity()
