@@ -1,4 +1,6 @@
-"""What one block of KV looks like in bytes. Exchanged when workers first meet; a pair whose layouts differ is refused then."""
+"""What one block of KV looks like in bytes. Exchanged when workers first meet; a pair whose layouts differ is refused
+then.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ class KVLayout:
     def to_bytes(self) -> bytes:
         """Canonical msgpack form; equal layouts give equal bytes."""
         groups = [[g.name, g.num_layers, g.num_kv_heads, g.head_dim, g.dtype] for g in self.groups]
-        return msgpack.packb([1, self.block_size, groups])
+        packed: bytes = msgpack.packb([1, self.block_size, groups])
+        return packed
 
     @classmethod
     def from_bytes(cls, data: bytes) -> KVLayout:

@@ -9,7 +9,8 @@ from .layout import KVLayout
 
 class KVStore(ABC):
     """KV memory of one engine, addressed by block id. Calls come from transport threads while the engine computes; a
-    caller may touch only blocks that it holds in the engine's block pool."""
+    caller may touch only blocks that it holds in the engine's block pool.
+    """
 
     layout: KVLayout
     num_blocks: int
@@ -17,7 +18,8 @@ class KVStore(ABC):
     @abstractmethod
     def read_block(self, block_id: int) -> memoryview:
         """The block's bytes (length `layout.block_bytes`), without a copy where the device allows it. Does not block
-        for long. The view is valid only while the caller holds the block."""
+        for long. The view is valid only while the caller holds the block.
+        """
 
     @abstractmethod
     def write_block(self, block_id: int, payload: memoryview | bytes) -> None:

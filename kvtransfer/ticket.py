@@ -9,10 +9,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from ..cluster.types import seq_id
+from ..cluster.types import Side, seq_id
 
 PROTOCOL_VERSION = 1
-"""Of the messages in `kvtransfer.wire` and of the state machines in `kvtransfer.protocol`; compared when workers meet."""
+"""Of the messages in `kvtransfer.wire` and of the state machines in `kvtransfer.protocol`; compared when workers
+meet."""
 
 
 class RefusalReason(enum.StrEnum):
@@ -113,12 +114,12 @@ class Ticket:
     @property
     def prefill_key(self) -> str:
         """Name of the sequence on the prefill worker's engine; also the holder's key."""
-        return seq_id(self.request_id, self.choice, self.prefill_attempt)
+        return seq_id(self.request_id, self.choice, Side.PREFILL, self.prefill_attempt)
 
     @property
     def decode_key(self) -> str:
         """Name of the sequence on the decode worker's engine; also the puller's key."""
-        return seq_id(self.request_id, self.choice, self.decode_attempt)
+        return seq_id(self.request_id, self.choice, Side.DECODE, self.decode_attempt)
 
 
 @dataclass(frozen=True, slots=True)

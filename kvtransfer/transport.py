@@ -63,7 +63,8 @@ KVFrame = BlockFrame | EndFrame
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRun:
     """Blocks that may be read now. The payloads are views of the engine's memory: copy them, then call `verify`, both
-    before the next `await`, and send only if `verify` returned."""
+    before the next `await`, and send only if `verify` returned.
+    """
 
     frames: tuple[BlockFrame, ...]
     verify: Callable[[], None]
@@ -72,7 +73,8 @@ class BlockRun:
 
 class KVTransport(ABC):
     """Reader's end; one per decode worker, called from its event loop. Every method raises `HandoffRefused`: with the
-    holder's reason where it refused, PEER_LOST where it cannot be reached, DEADLINE where `timeout_s` ran out."""
+    holder's reason where it refused, PEER_LOST where it cannot be reached, DEADLINE where `timeout_s` ran out.
+    """
 
     @abstractmethod
     async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
@@ -81,7 +83,8 @@ class KVTransport(ABC):
     @abstractmethod
     def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
         """Streams the blocks as they become readable, then one `EndFrame`. Once per pull; `aclose` cancels it on both
-        sides. A stream that ends without an `EndFrame` raises PEER_LOST."""
+        sides. A stream that ends without an `EndFrame` raises PEER_LOST.
+        """
 
     @abstractmethod
     async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
@@ -106,7 +109,8 @@ class KVSource(ABC):
     @abstractmethod
     def open_pull(self, request: PullRequest) -> AsyncGenerator[BlockRun | EndFrame, None]:
         """Yields runs as the watermark moves, then the end frame; waits (bounded) for a prefill that has not begun.
-        Raises `HandoffRefused`, before the first run or between runs. The caller must close it."""
+        Raises `HandoffRefused`, before the first run or between runs. The caller must close it.
+        """
 
     @abstractmethod
     async def confirm(self, ticket: Ticket) -> None:

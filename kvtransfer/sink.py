@@ -1,0 +1,387 @@
+"""The decode worker's side of the handoff at run time: `HandoffPuller` plus transport, memory, clock and tasks.
+
+1. `reserve` answers the router with a credit; `submit` redeems it, just before the sequence enters the engine's queue.
+2. `on_blocks` (the engine admitted it) starts one pull task: it meets the peer once per epoch (`Hello`: version,
+   fingerprint, layout), then writes block after block, each checked for ticket, pull, order, length and checksum.
+3. With the last block and the first token comes `kv_ready`; the engine joins the sequence to its batch.
+4. `on_first_step` confirms to the holder, in the background, a bounded number of times.
+5. `abort`, a deadline or a refusal: the task is cancelled, and only when it has ended comes `writer_done`, after
+   which the engine may free the blocks; `failed` follows unless it was an abort.
+
+Everything runs on one event loop. Callbacks run inside the call or task step that causes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from ..cluster.clock import Clock
+from ..cluster.types import BlockRef, SampledToken, Side, seq_id
+from .protocol.actions import (
+    CancelPull,
+    Confirm,
+    Credit,
+    Failed,
+    KvReady,
+    PullerAction,
+    Refuse,
+    SendAbort,
+    StartPull,
+    WriteBlock,
+    WriterDone,
+)
+from .protocol.credits import CreditLedger
+from .protocol.puller import HandoffPuller, PullerCounts
+from .store import KVStore
+from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket, check_hello
+from .transport import BlockFrame, EndFrame, KVFrame, KVTransport, PullRequest
+from .wire import check_block
+
+log = logging.getLogger(__name__)
+
+MAX_MET_PEERS = 1024
+CONFIRM_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferStats:
+    """What one transfer took, on the decode worker's clock."""
+
+    transfer_s: float
+    """From the first KV byte to the last, retries included."""
+    exposed_transfer_s: float
+    """Last KV byte minus end of prefill, at least 0: what the client waits for. The end of prefill is known by its age
+    when the end frame left, so one network latency is not counted."""
+    bytes: int
+    blocks: int
+    retries: int
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What the run time keeps for one sequence beside the protocol's record."""
+
+    peer: Peer
+    deadline_s: float
+    task: asyncio.Task[None] | None = None
+    first_byte_s: float | None = None
+    last_byte_s: float = 0.0
+    received_bytes: int = 0
+    received_blocks: int = 0
+    end: EndFrame | None = None
+    end_s: float = 0.0
+
+
+class SinkDriver:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        epoch: int,
+        fingerprint: str,
+        store: KVStore,
+        transport: KVTransport,
+        clock: Clock,
+        kv_ready: Callable[[str, SampledToken, TransferStats], None],
+        writer_done: Callable[[str], None],
+        failed: Callable[[str, RefusalReason, bool, str], None],
+        credit_limit_blocks: int,
+        credit_ttl_s: float = 10.0,
+        max_credits: int = 4096,
+        max_sequences: int = 4096,
+        max_tombstones: int = 4096,
+        max_pull_retries: int = 3,
+        checksum: bool = True,
+        call_timeout_s: float = 5.0,
+    ) -> None:
+        self._store = store
+        self._transport = transport
+        self._clock = clock
+        self._kv_ready = kv_ready
+        self._writer_done = writer_done
+        self._failed = failed
+        self._checksum = checksum
+        self._call_timeout_s = call_timeout_s
+        self._block_bytes = store.layout.block_bytes
+        self._hello = Hello(
+            protocol_version=PROTOCOL_VERSION,
+            worker_id=worker_id,
+            epoch=epoch,
+            fingerprint=fingerprint,
+            layout=store.layout.to_bytes(),
+        )
+        self._puller = HandoffPuller(
+            block_size=store.layout.block_size,
+            credits=CreditLedger(limit_blocks=credit_limit_blocks, ttl_s=credit_ttl_s, max_credits=max_credits),
+            max_sequences=max_sequences,
+            max_tombstones=max_tombstones,
+            max_pull_retries=max_pull_retries,
+        )
+        self._sequences: dict[str, _Sequence] = {}
+        self._met: OrderedDict[Peer, None] = OrderedDict()
+        self._meeting: dict[Peer, asyncio.Task[Hello]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    # What the router asks
+
+    def reserve(self, request_id: str, choice: int, decode_attempt: int, blocks: int) -> int:
+        """Promises `blocks` of KV and returns the credit's id; asked again, the same one. Raises `HandoffRefused`:
+        LIMIT (no more promises now), ABORTED (the abort came first), DUPLICATE (already submitted), CLOSED.
+        """
+        self._check_open()
+        credit = self._run(self._puller.reserve(request_id, choice, decode_attempt, blocks, self._clock.now_s()))
+        assert credit is not None
+        return credit
+
+    def submit(self, ticket: Ticket, peer: Peer, credit_id: int, timeout_s: float) -> str:
+        """Redeems a credit for a sequence that is about to enter the engine's queue; returns its key. `HandoffRefused`
+        (EXPIRED, ABORTED, DUPLICATE, STALE_ATTEMPT, LIMIT, CLOSED): do not add it. If the engine then refuses it, say
+        `abort`. After `timeout_s` without KV it fails with DEADLINE.
+        """
+        self._check_open()
+        if (peer.worker_id, peer.epoch) != (ticket.prefill_worker, ticket.epoch):
+            raise HandoffRefused(RefusalReason.INVALID, f"peer: {peer} is not the ticket's {ticket.prefill_worker}")
+        now_s = self._clock.now_s()
+        self._run(self._puller.submit(ticket, credit_id, now_s + timeout_s, now_s))
+        self._sequences[ticket.decode_key] = _Sequence(peer, now_s + timeout_s)
+        return ticket.decode_key
+
+    def submit_local(self, request_id: str, choice: int, decode_attempt: int, credit_id: int) -> str:
+        """Redeems a credit for a sequence that this worker prefills itself; nothing more is said about it here."""
+        self._check_open()
+        now_s = self._clock.now_s()
+        self._run(self._puller.submit_local(request_id, choice, decode_attempt, credit_id, now_s))
+        return seq_id(request_id, choice, Side.DECODE, decode_attempt)
+
+    def abort(self, request_id: str, choice: int, decode_attempt: int, *, notify_holder: bool = True) -> None:
+        """Ends this decode attempt and all before it, credit included; idempotent, may overtake. `writer_done` follows
+        for each that was submitted, when nothing can write into its blocks any more; `failed` does not.
+        """
+        now_s = self._clock.now_s()
+        self._run(self._puller.abort(request_id, choice, decode_attempt, now_s, notify=notify_holder))
+
+    # What the engine does
+
+    def on_blocks(self, key: str, refs: tuple[BlockRef, ...], cached_tokens: int) -> None:
+        """The engine took blocks (`BlocksGranted`); the pull starts. Keys that are not here are ignored."""
+        self._run(self._puller.blocks_granted(key, refs, cached_tokens))
+
+    def on_first_step(self, key: str) -> None:
+        """The sequence produced its first own token: the holder may let go. Again, or for unknown keys: ignored."""
+        self._run(self._puller.first_step(key))
+
+    def tick(self) -> None:
+        """Lapses credits and deadlines; call a few times a second."""
+        self._run(self._puller.tick(self._clock.now_s()))
+
+    # What it says about itself
+
+    def counts(self) -> PullerCounts:
+        """Sequences by state, credits."""
+        return self._puller.counts()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if something does not add up."""
+        self._puller.check_integrity()
+        counts = self._puller.counts()
+        live = counts.waiting_blocks + counts.pulling + counts.cancelling + counts.ready + counts.running
+        assert live == len(self._sequences)
+
+    async def close(self) -> None:
+        """Cancels every task and waits for them; the transport is the caller's to close. Idempotent."""
+        self._closed = True
+        pulls = [s.task for s in self._sequences.values() if s.task is not None]
+        tasks: list[asyncio.Task[Any]] = [*pulls, *self._meeting.values(), *self._background]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Within: actions
+
+    def _run(self, actions: list[PullerAction]) -> int | None:
+        """Takes the actions in order; returns the credit's id after `Credit`."""
+        credit: int | None = None
+        for action in actions:
+            match action:
+                case Refuse(key, reason):
+                    raise HandoffRefused(reason, f"decode worker {self._hello.worker_id} on {key}")
+                case Credit(_, credit_id):
+                    credit = credit_id
+                case StartPull():
+                    self._start(action)
+                case CancelPull(key):
+                    task = self._sequences[key].task
+                    assert task is not None
+                    task.cancel()
+                case WriterDone(key):
+                    self._sequences.pop(key, None)
+                    self._writer_done(key)
+                case Failed(key, reason, message):
+                    self._failed(key, reason, reason.retryable, message)
+                case KvReady(key, first_token):
+                    self._kv_ready(key, first_token, self._stats(key))
+                case Confirm(ticket):
+                    self._spawn(self._confirm(ticket, self._sequences[ticket.decode_key].peer))
+                case SendAbort(ticket):
+                    self._spawn(self._send_abort(ticket, self._sequences[ticket.decode_key].peer))
+                case WriteBlock():
+                    raise AssertionError("only a pull's frame leads to a write")
+        return credit
+
+    def _start(self, action: StartPull) -> None:
+        sequence = self._sequences[action.key]
+        sequence.task = asyncio.create_task(self._pull(action, sequence), name=f"pull {action.key}")
+        sequence.task.add_done_callback(lambda task: self._pull_ended(action, task))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._closed:
+            work.close()
+            return
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # Within: one pull
+
+    async def _pull(self, action: StartPull, sequence: _Sequence) -> None:
+        """Runs one pull to its end frame, or raises `HandoffRefused`."""
+        timeout_s = sequence.deadline_s - self._clock.now_s()
+        try:
+            async with asyncio.timeout(max(0.0, timeout_s)):
+                await asyncio.sleep(action.delay_s)
+                await self._meet(sequence.peer)
+                request = PullRequest(
+                    ticket=action.ticket,
+                    first_block=action.first_block,
+                    pull_index=action.pull_index,
+                    checksum=self._checksum,
+                )
+                frames = self._transport.pull(sequence.peer, request, timeout_s=timeout_s)
+                async with aclosing(frames):
+                    async for frame in frames:
+                        self._accept(action, sequence, frame)
+                        if isinstance(frame, EndFrame):
+                            return
+        except TimeoutError as error:
+            raise HandoffRefused(RefusalReason.DEADLINE, f"no KV within {timeout_s:.3f} s") from error
+        raise HandoffRefused(RefusalReason.PEER_LOST, "the stream of blocks ended before its end frame")
+
+    def _accept(self, action: StartPull, sequence: _Sequence, frame: KVFrame) -> None:
+        """Checks one frame and writes it; raises `HandoffRefused` if it is not the one that was due."""
+        now_s = self._clock.now_s()
+        if isinstance(frame, BlockFrame):
+            if self._checksum and frame.checksum is None:
+                raise HandoffRefused(RefusalReason.CORRUPT, f"block {frame.block_index} came without its checksum")
+            check_block(frame, self._block_bytes)
+            for step in self._puller.block_arrived(action.key, action.pull_index, frame.ticket, frame.block_index):
+                if isinstance(step, WriteBlock):
+                    self._store.write_block(step.block_id, frame.payload)
+                else:
+                    self._run([step])
+            if sequence.first_byte_s is None:
+                sequence.first_byte_s = now_s
+            sequence.last_byte_s = self._clock.now_s()
+            sequence.received_bytes += len(frame.payload)
+            sequence.received_blocks += 1
+            return
+        sequence.end, sequence.end_s = frame, now_s
+        end = (action.key, action.pull_index, frame.ticket, frame.num_tokens, frame.first_token)
+        self._run(self._puller.end_arrived(*end))
+
+    def _pull_ended(self, action: StartPull, task: asyncio.Task[None]) -> None:
+        """The task of one pull is over: tells the protocol why."""
+        reason: RefusalReason | None = None
+        message = ""
+        if task.cancelled():
+            reason, message = RefusalReason.CLOSED, "the decode worker is shutting down"
+        elif (error := task.exception()) is not None:
+            if isinstance(error, HandoffRefused):
+                reason, message = error.reason, str(error)
+            else:
+                reason, message = RefusalReason.INVALID, f"{type(error).__name__}: {error}"
+                log.error("pull of %s failed unexpectedly", action.key, exc_info=error)
+        if reason in (RefusalReason.WRONG_EPOCH, RefusalReason.PEER_LOST) and action.key in self._sequences:
+            self._met.pop(self._sequences[action.key].peer, None)
+        if self._closed:
+            reason = RefusalReason.CLOSED
+        self._run(self._puller.pull_ended(action.key, action.pull_index, reason, message, self._clock.now_s()))
+
+    def _stats(self, key: str) -> TransferStats:
+        sequence = self._sequences[key]
+        assert sequence.end is not None
+        prefill_end_s = sequence.end_s - sequence.end.prefill_end_age_s
+        first_s = sequence.first_byte_s
+        last_s = sequence.last_byte_s if first_s is not None else sequence.end_s
+        return TransferStats(
+            transfer_s=last_s - first_s if first_s is not None else 0.0,
+            exposed_transfer_s=max(0.0, last_s - prefill_end_s),
+            bytes=sequence.received_bytes,
+            blocks=sequence.received_blocks,
+            retries=self._puller.retries_of(key),
+        )
+
+    # Within: hello, confirm, abort
+
+    async def _meet(self, peer: Peer) -> None:
+        """Says Hello once per peer and epoch; pulls that come meanwhile wait for the same answer."""
+        if peer in self._met:
+            return
+        task = self._meeting.get(peer)
+        if task is None:
+            task = self._meeting[peer] = asyncio.create_task(self._introduce(peer))
+            task.add_done_callback(lambda done: self._introduced(peer, done))
+        await asyncio.shield(task)
+
+    async def _introduce(self, peer: Peer) -> Hello:
+        try:
+            theirs = await self._transport.hello(peer, self._hello, timeout_s=self._call_timeout_s)
+        except HandoffRefused as refusal:
+            if refusal.reason is not RefusalReason.DEADLINE:
+                raise
+            raise HandoffRefused(RefusalReason.PEER_LOST, f"no answer to Hello: {refusal.message}") from refusal
+        check_hello(self._hello, theirs)
+        if (theirs.worker_id, theirs.epoch) != (peer.worker_id, peer.epoch):
+            message = f"{peer.kv_address} is now another life of {theirs.worker_id}"
+            raise HandoffRefused(RefusalReason.WRONG_EPOCH, message)
+        return theirs
+
+    def _introduced(self, peer: Peer, task: asyncio.Task[Hello]) -> None:
+        self._meeting.pop(peer, None)
+        if task.cancelled() or task.exception() is not None:
+            return
+        self._met[peer] = None
+        while len(self._met) > MAX_MET_PEERS:
+            self._met.popitem(last=False)
+
+    async def _confirm(self, ticket: Ticket, peer: Peer) -> None:
+        try:
+            for _ in range(CONFIRM_TRIES):
+                try:
+                    await self._transport.confirm(peer, ticket, timeout_s=self._call_timeout_s)
+                    return
+                except HandoffRefused as refusal:
+                    log.info("confirmation of %s: %s", ticket.prefill_key, refusal)
+                    if refusal.reason not in (RefusalReason.PEER_LOST, RefusalReason.DEADLINE):
+                        return
+        finally:
+            self._sequences.pop(ticket.decode_key, None)
+            self._run(self._puller.confirm_ended(ticket.decode_key, self._clock.now_s()))
+
+    async def _send_abort(self, ticket: Ticket, peer: Peer) -> None:
+        try:
+            await self._transport.abort(peer, ticket, timeout_s=self._call_timeout_s)
+        except HandoffRefused as refusal:
+            log.info("abort of %s: %s", ticket.prefill_key, refusal)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise HandoffRefused(RefusalReason.CLOSED, "the decode worker is shutting down")

@@ -1,0 +1,341 @@
+"""KV messages as bytes: `u32 header length | msgpack header | raw payload`. No protobuf, no pickle; bounds on
+everything.
+
+A message is one of: HELLO, PULL, TICKET (confirm and abort), ACK, REFUSED, BLOCKS, END. A header is a msgpack array
+whose first element is the kind and whose second is the protocol version, so that a member of another version is told
+so. Anything that does not parse raises `HandoffRefused(CORRUPT)`, naming the field. Payloads are never copied by
+decoding.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+import xxhash
+
+from ..cluster.types import MAX_TOP_LOGPROBS, SampledToken
+from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, Ticket
+from .transport import BlockFrame, EndFrame, KVFrame, PullRequest
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_LAYOUT_BYTES = 32 * 1024
+MAX_BLOCKS_PER_MESSAGE = 1024
+MAX_TEXT = 512
+MAX_MESSAGE_TEXT = 2048
+_PREFIX = struct.Struct("<I")
+_U64 = 2**64 - 1
+_U31 = 2**31 - 1
+_REASONS = frozenset(reason.value for reason in RefusalReason)
+
+
+class Kind(enum.IntEnum):
+    """First element of every header."""
+
+    HELLO = 1
+    PULL = 2
+    TICKET = 3
+    ACK = 4
+    REFUSED = 5
+    BLOCKS = 6
+    END = 7
+
+
+def block_checksum(ticket: Ticket, block_index: int, generation: int, payload: memoryview | bytes) -> int:
+    """xxh3-64 of the payload, seeded with xxh3-64 of who it is: bytes of another request, block or life do not
+    match.
+    """
+    identity = msgpack.packb([*_ticket_fields(ticket), block_index, generation])
+    return xxhash.xxh3_64_intdigest(payload, seed=xxhash.xxh3_64_intdigest(identity))
+
+
+def check_block(frame: BlockFrame, block_bytes: int) -> None:
+    """Raises `HandoffRefused(CORRUPT)` unless the payload has the right length and, where there is one, its
+    checksum.
+    """
+    if len(frame.payload) != block_bytes:
+        raise _corrupt(f"block {frame.block_index} has {len(frame.payload)} bytes, expected {block_bytes}")
+    if frame.checksum is None:
+        return
+    if block_checksum(frame.ticket, frame.block_index, frame.generation, frame.payload) != frame.checksum:
+        raise _corrupt(f"checksum of block {frame.block_index} of {frame.ticket.prefill_key} does not match")
+
+
+def max_message_bytes(block_bytes: int, message_bytes: int) -> int:
+    """The largest message a peer with this block size sends."""
+    return max(block_bytes, message_bytes) + MAX_HEADER_BYTES + _PREFIX.size
+
+
+# Encoding
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """HELLO carries the speaker's own protocol version where other messages carry this module's."""
+    header = [Kind.HELLO, hello.protocol_version, hello.worker_id, hello.epoch, hello.fingerprint, hello.layout]
+    return _message(header)
+
+
+def encode_pull(request: PullRequest) -> bytes:
+    """A PULL message."""
+    fields = [request.first_block, request.pull_index, request.checksum]
+    return _message([Kind.PULL, PROTOCOL_VERSION, _ticket_fields(request.ticket), *fields])
+
+
+def encode_ticket(ticket: Ticket) -> bytes:
+    """A TICKET message: the whole request of Confirm and Abort."""
+    return _message([Kind.TICKET, PROTOCOL_VERSION, _ticket_fields(ticket)])
+
+
+def encode_ack() -> bytes:
+    """An ACK message."""
+    return _message([Kind.ACK, PROTOCOL_VERSION])
+
+
+def encode_refused(refusal: HandoffRefused) -> bytes:
+    """A REFUSED message; ends a pull, or answers a call."""
+    return _message([Kind.REFUSED, PROTOCOL_VERSION, refusal.reason.value, refusal.message[:MAX_MESSAGE_TEXT]])
+
+
+def encode_blocks(frames: Sequence[BlockFrame]) -> bytes:
+    """A BLOCKS message: blocks of one ticket, in order. The one copy of the payload on its way out is made here."""
+    blocks = [[f.block_index, f.generation, len(f.payload), f.checksum] for f in frames]
+    header = [Kind.BLOCKS, PROTOCOL_VERSION, _ticket_fields(frames[0].ticket), blocks]
+    return _message(header, *(f.payload for f in frames))
+
+
+def encode_end(frame: EndFrame) -> bytes:
+    """An END message."""
+    token = frame.first_token
+    header = [Kind.END, PROTOCOL_VERSION, _ticket_fields(frame.ticket), frame.num_tokens]
+    header += [token.token_id, token.logprob, [list(pair) for pair in token.top]]
+    return _message([*header, frame.prefill_end_age_s, frame.total_bytes])
+
+
+# Decoding
+
+
+def decode_hello(data: bytes) -> Hello:
+    """Inverse of `encode_hello`. Of a HELLO of another version only the version is sure to be right."""
+    header = _header(data, Kind.HELLO, 6, any_version=True)[0]
+    if header[1] != PROTOCOL_VERSION:
+        return Hello(protocol_version=header[1], worker_id="peer", epoch=0, fingerprint="", layout=b"")
+    return Hello(
+        protocol_version=header[1],
+        worker_id=_text(header[2], "worker_id"),
+        epoch=_int(header[3], "epoch", _U64),
+        fingerprint=_text(header[4], "fingerprint"),
+        layout=_binary(header[5], "layout"),
+    )
+
+
+def decode_pull(data: bytes) -> PullRequest:
+    """Inverse of `encode_pull`."""
+    header = _header(data, Kind.PULL, 6)[0]
+    if not isinstance(header[5], bool):
+        raise _corrupt("checksum is not a boolean")
+    return PullRequest(
+        ticket=_ticket(header[2]),
+        first_block=_int(header[3], "first_block", _U31),
+        pull_index=_int(header[4], "pull_index", _U31),
+        checksum=header[5],
+    )
+
+
+def decode_ticket(data: bytes) -> Ticket:
+    """Inverse of `encode_ticket`."""
+    return _ticket(_header(data, Kind.TICKET, 3)[0][2])
+
+
+def decode_ack(data: bytes) -> None:
+    """Returns on ACK; raises the refusal on REFUSED."""
+    if _kind(data) is Kind.REFUSED:
+        raise decode_refused(data)
+    _header(data, Kind.ACK, 2)
+
+
+def decode_refused(data: bytes) -> HandoffRefused:
+    """Inverse of `encode_refused`: the exception, to be raised."""
+    header = _header(data, Kind.REFUSED, 4)[0]
+    reason = _text(header[2], "reason")
+    if reason not in _REASONS:
+        raise _corrupt(f"reason {reason!r} is not known")
+    return HandoffRefused(RefusalReason(reason), _text(header[3], "message", MAX_MESSAGE_TEXT))
+
+
+def decode_hello_reply(data: bytes) -> Hello:
+    """The answer to HELLO; raises the refusal where it is one."""
+    if _kind(data) is Kind.REFUSED:
+        raise decode_refused(data)
+    return decode_hello(data)
+
+
+def decode_frames(data: bytes) -> tuple[KVFrame, ...]:
+    """One message of a pull stream: its frames in order; raises the refusal where it is one. Payloads are views."""
+    kind = _kind(data)
+    if kind is Kind.REFUSED:
+        raise decode_refused(data)
+    return (_decode_end(data),) if kind is Kind.END else _decode_blocks(data)
+
+
+def _decode_blocks(data: bytes) -> tuple[BlockFrame, ...]:
+    header, payload = _header(data, Kind.BLOCKS, 4)
+    ticket, blocks = _ticket(header[2]), header[3]
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= MAX_BLOCKS_PER_MESSAGE:
+        raise _corrupt(f"blocks is not a list of 1…{MAX_BLOCKS_PER_MESSAGE}")
+    frames, offset = [], 0
+    for block in blocks:
+        if not isinstance(block, list) or len(block) != 4:
+            raise _corrupt("a block is not [index, generation, length, checksum]")
+        length = _int(block[2], "length", _U31)
+        if offset + length > len(payload):
+            raise _corrupt(f"payload has {len(payload)} bytes, its header promises more")
+        frames.append(
+            BlockFrame(
+                ticket=ticket,
+                block_index=_int(block[0], "block_index", _U31),
+                generation=_int(block[1], "generation", _U64),
+                payload=payload[offset : offset + length],
+                checksum=None if block[3] is None else _int(block[3], "checksum", _U64),
+            )
+        )
+        offset += length
+    if offset != len(payload):
+        raise _corrupt(f"payload has {len(payload)} bytes, its header promises {offset}")
+    return tuple(frames)
+
+
+def _decode_end(data: bytes) -> EndFrame:
+    header = _header(data, Kind.END, 9)[0]
+    top = header[6]
+    if not isinstance(top, list) or len(top) > MAX_TOP_LOGPROBS:
+        raise _corrupt(f"top is not a list of at most {MAX_TOP_LOGPROBS}")
+    pairs = []
+    for pair in top:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise _corrupt("top: an entry is not [token id, logprob]")
+        pairs.append((_int(pair[0], "top token", _U31), _float(pair[1], "top logprob")))
+    token = SampledToken(
+        token_id=_int(header[4], "token_id", _U31),
+        logprob=None if header[5] is None else _float(header[5], "logprob"),
+        top=tuple(pairs),
+    )
+    return EndFrame(
+        ticket=_ticket(header[2]),
+        num_tokens=_int(header[3], "num_tokens", _U31),
+        first_token=token,
+        prefill_end_age_s=_float(header[7], "prefill_end_age_s"),
+        total_bytes=_int(header[8], "total_bytes", _U64),
+    )
+
+
+# Within
+
+
+def _ticket_fields(ticket: Ticket) -> list[object]:
+    attempts = [ticket.prefill_attempt, ticket.decode_attempt]
+    worker = [ticket.prefill_worker, ticket.epoch]
+    return [ticket.request_id, ticket.choice, *attempts, *worker, ticket.num_tokens, ticket.fingerprint]
+
+
+def _ticket(fields: object) -> Ticket:
+    if not isinstance(fields, list) or len(fields) != 8:
+        raise _corrupt("ticket is not a list of 8 fields")
+    return Ticket(
+        request_id=_text(fields[0], "request_id"),
+        choice=_int(fields[1], "choice", _U31),
+        prefill_attempt=_int(fields[2], "prefill_attempt", _U31),
+        decode_attempt=_int(fields[3], "decode_attempt", _U31),
+        prefill_worker=_text(fields[4], "prefill_worker"),
+        epoch=_int(fields[5], "epoch", _U64),
+        num_tokens=_int(fields[6], "num_tokens", _U31, lowest=1),
+        fingerprint=_text(fields[7], "fingerprint"),
+    )
+
+
+def _message(header: list[object], *payloads: memoryview) -> bytes:
+    packed = msgpack.packb(header)
+    if len(packed) > MAX_HEADER_BYTES:
+        raise ValueError(f"header: {len(packed)} bytes are more than {MAX_HEADER_BYTES}")
+    return b"".join((_PREFIX.pack(len(packed)), packed, *payloads))
+
+
+def _split(data: bytes) -> tuple[list[Any], memoryview]:
+    """Header and payload; the header is a list of at least kind and version, both integers."""
+    if len(data) < _PREFIX.size:
+        raise _corrupt(f"a message of {len(data)} bytes is too short")
+    (length,) = _PREFIX.unpack_from(data)
+    if not 0 < length <= MAX_HEADER_BYTES or _PREFIX.size + length > len(data):
+        raise _corrupt(f"header length {length} is out of bounds")
+    view = memoryview(data)
+    try:
+        header = msgpack.unpackb(
+            view[_PREFIX.size : _PREFIX.size + length],
+            raw=False,
+            max_str_len=MAX_MESSAGE_TEXT * 4,
+            max_bin_len=MAX_LAYOUT_BYTES,
+            max_array_len=MAX_BLOCKS_PER_MESSAGE,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise _corrupt(f"header is not msgpack: {error}") from error
+    if not isinstance(header, list) or len(header) < 2:
+        raise _corrupt("header is not a list")
+    for value, name in zip(header, ("kind", "version"), strict=False):
+        _int(value, name, _U31)
+    return header, view[_PREFIX.size + length :]
+
+
+def _kind(data: bytes) -> Kind:
+    value = _split(data)[0][0]
+    if value not in list(Kind):
+        raise _corrupt(f"kind {value} is not known")
+    return Kind(value)
+
+
+def _header(data: bytes, kind: Kind, length: int, *, any_version: bool = False) -> tuple[list[Any], memoryview]:
+    header, payload = _split(data)
+    if header[0] != kind:
+        raise _corrupt(f"kind {header[0]} where {kind.name} was due")
+    if header[1] != PROTOCOL_VERSION:
+        if any_version:
+            return header, payload
+        raise HandoffRefused(
+            RefusalReason.VERSION_MISMATCH, f"message of KV protocol {header[1]}, this is {PROTOCOL_VERSION}"
+        )
+    if len(header) != length:
+        raise _corrupt(f"{kind.name} has {len(header)} fields, not {length}")
+    if kind is not Kind.BLOCKS and len(payload):
+        raise _corrupt(f"{kind.name} carries {len(payload)} bytes of payload")
+    return header, payload
+
+
+def _int(value: object, name: str, highest: int, *, lowest: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise _corrupt(f"{name}: not an integer in {lowest}…{highest}")
+    return value
+
+
+def _float(value: object, name: str) -> float:
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise _corrupt(f"{name}: not a number")
+    return float(value)
+
+
+def _text(value: object, name: str, limit: int = MAX_TEXT) -> str:
+    if not isinstance(value, str) or len(value) > limit:
+        raise _corrupt(f"{name}: not a text of at most {limit} characters")
+    return value
+
+
+def _binary(value: object, name: str) -> bytes:
+    if not isinstance(value, bytes):
+        raise _corrupt(f"{name}: not bytes")
+    return value
+
+
+def _corrupt(message: str) -> HandoffRefused:
+    return HandoffRefused(RefusalReason.CORRUPT, message)
