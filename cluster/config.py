@@ -168,9 +168,9 @@ class ClusterConfig:
     worker's, the others count up from it."""
     address: Annotated[str | None, Text()] = None
     """Ray cluster to join; None: start a local one."""
-    worker_cpus: Annotated[float, Within(0, 1024)] = 0.9
+    worker_cpus: Annotated[float, Within(0, 1024, above=True)] = 0.9
     """Logical processors that Ray books for a worker, so that a router and two workers schedule on two cores."""
-    router_cpus: Annotated[float, Within(0, 1024)] = 0.2
+    router_cpus: Annotated[float, Within(0, 1024, above=True)] = 0.2
     object_store_bytes: Annotated[int, Bytes(), Within(80 * 2**20, 2**50)] = 80 * 2**20
     """Ray's shared memory where a local Ray is started. Tandem puts nothing there; Ray's minimum is about 75 MiB."""
     drain_timeout_s: Annotated[float, Within(0, 86400)] = 30.0

@@ -1,0 +1,139 @@
+"""What runs inside a Ray actor's process: one member of the cluster, and the little that the driver may ask of it.
+
+1. Ray makes the actor, or makes it again after its process died: `__init__` sets the thread counts, before anything
+   imports torch, and starts the member in a thread, so that the actor answers from the first moment. A member that is
+   started anew draws a new epoch; Tandem's own fences do the rest.
+2. The driver polls `state` for progress, addresses and health.
+3. `drain` lets running requests finish; `stop` ends the member. Both may be called again.
+
+Data never passes here: requests, tokens and KV go over gRPC between the members.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..config import RouterConfig, WorkerConfig, from_dict
+from .state import MemberState, Phase
+
+if TYPE_CHECKING:
+    from .members import RouterMember, WorkerMember
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class MemberActor:
+    """One member, started in a thread of this process. `kind` is `worker` or `router`; `config` is `to_dict`'s.
+
+    Called by Ray only. The methods run on Ray's threads (max_concurrency > 1), so that `state` answers during `drain`.
+    """
+
+    def __init__(self, kind: str, config: Mapping[str, Any], start_timeout_s: float) -> None:
+        _ignore_interrupts()
+        self._kind = kind
+        self._config = config
+        self._start_timeout_s = start_timeout_s
+        self._lock = threading.Lock()
+        self._state = MemberState(phase=Phase.STARTING, stage="importing", pid=os.getpid(), host=_node_ip())
+        self._member: RouterMember | WorkerMember | None = None
+        self._stopping = False
+        _set_threads(int(config["engine"]["threads"]) if kind == "worker" else 1)
+        self._starter = threading.Thread(target=self._start, name="member-start", daemon=True)
+        self._starter.start()
+
+    def state(self) -> MemberState:
+        """How far the start is, and once it is ready, whether the member is healthy. Does not block for long."""
+        with self._lock:
+            state, member = self._state, self._member
+        if member is not None and state.phase is Phase.READY:
+            return state.change(healthy=member.healthy())
+        return state
+
+    def drain(self, timeout_s: float) -> None:
+        """Takes no new work and returns when the running work is done, or after `timeout_s`."""
+        with self._lock:
+            member = self._member
+            if member is None or self._state.phase is not Phase.READY:
+                return
+            self._state = self._state.change(phase=Phase.DRAINING, stage="draining")
+        member.drain(timeout_s)
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the member, also one that is still starting; idempotent. Waits at most `timeout_s` for a start."""
+        with self._lock:
+            self._stopping = True
+            member = self._member
+        if member is not None:
+            member.stop()
+        self._starter.join(timeout_s)
+        with self._lock:
+            self._state = self._state.change(phase=Phase.STOPPED, stage="stopped", healthy=False)
+
+    def _start(self) -> None:
+        began_s = time.monotonic()
+        try:
+            addresses, epoch = self._start_member()
+        except Exception as error:  # Whatever it was, the driver must hear of it: it decides whether to try again.
+            self._set(phase=Phase.FAILED, stage="failed", error=_one_line(error))
+            return
+        took_s = time.monotonic() - began_s
+        self._set(phase=Phase.READY, stage="ready", addresses=addresses, epoch=epoch, healthy=True, start_s=took_s)
+
+    def _start_member(self) -> tuple[dict[str, str], int]:
+        from .members import RouterMember, WorkerMember
+
+        if self._kind == "router":
+            router = RouterMember(from_dict(RouterConfig, self._config))
+            self._adopt(router)
+            router.start(self._start_timeout_s)
+            addresses = {
+                "http": router.http_address,
+                "grpc": router.grpc_address,
+                "registry": router.registry_address,
+            }
+            return addresses, 0
+        worker = WorkerMember(from_dict(WorkerConfig, self._config), progress=self._progress)
+        self._adopt(worker)
+        worker.start(self._start_timeout_s)
+        return {"grpc": worker.address, "kv": worker.kv_address}, worker.epoch
+
+    def _adopt(self, member: RouterMember | WorkerMember) -> None:
+        with self._lock:
+            if self._stopping:
+                raise RuntimeError("stopped before it had started")
+            self._member = member
+
+    def _progress(self, stage: str, fraction: float | None) -> None:
+        self._set(stage=stage, fraction=fraction)
+
+    def _set(self, **changes: Any) -> None:
+        with self._lock:
+            if self._state.phase is Phase.STARTING:
+                self._state = self._state.change(**changes)
+
+
+def _set_threads(count: int) -> None:
+    for name in _THREAD_VARIABLES:
+        os.environ[name] = str(count)
+
+
+def _ignore_interrupts() -> None:
+    # Ctrl-C in the terminal reaches every process of its group; the driver alone decides what it means.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _node_ip() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"

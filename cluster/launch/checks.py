@@ -1,0 +1,142 @@
+"""What is settled before and after the cluster runs, on the driver: ports, model files, readiness, leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import ClusterConfig, EngineConfig, RouterConfig
+from ..models.fetch import WHEEL_MODELS
+from ..models.reference import DUMMY_PREFIX, ModelError, resolve_model
+from .state import LaunchError
+
+_PORTS = ("http_port", "grpc_port", "registry_port")
+
+
+def check_ports(config: RouterConfig) -> None:
+    """Raises LaunchError if one of the router's fixed ports is taken on this machine."""
+    for name in _PORTS:
+        port = getattr(config, name)
+        if port == 0:
+            continue
+        try:
+            _bind(config.host, port).close()
+        except OSError as error:
+            raise LaunchError(
+                f"router.{name}: {config.host}:{port} cannot be used ({error.strerror or error})"
+            ) from None
+
+
+def pin_config(config: ClusterConfig) -> ClusterConfig:
+    """Fixes what must be the same after a restart and in every process: ports that are 0, and relative paths."""
+    router = config.router
+    taken = [_bind(router.host, 0) for name in _PORTS if getattr(router, name) == 0]
+    free = iter([sock.getsockname()[1] for sock in taken])
+    ports = {name: getattr(router, name) or next(free) for name in _PORTS}
+    for sock in taken:
+        sock.close()
+    model = _absolute(router.model)
+    events = router.events_path
+    router = replace(
+        router,
+        **ports,
+        model=model,
+        served_model_name=router.served_model_name or router.model,
+        events_path=None if events is None else str(Path(events).expanduser().absolute()),
+    )
+
+    def engine(own: EngineConfig | None) -> EngineConfig | None:
+        return None if own is None else replace(own, model=model)
+
+    return replace(
+        config,
+        router=router,
+        engine=replace(config.engine, model=model),
+        prefill_engine=engine(config.prefill_engine),
+        decode_engine=engine(config.decode_engine),
+        mixed_engine=engine(config.mixed_engine),
+    )
+
+
+def fetch_model(reference: str, progress: Callable[[str, float | None], None]) -> None:
+    """Brings the model's files here, once, before several processes want them. Raises LaunchError."""
+    try:
+        resolve_model(reference, progress=progress)
+    except (ModelError, OSError) as error:
+        raise LaunchError(" ".join(str(error).split())) from None
+
+
+def wait_ready(http_address: str, timeout_s: float, check: Callable[[], None]) -> None:
+    """Waits until `/ready` answers 200; `check` may raise to give up. Raises LaunchError with the router's reason."""
+    deadline_s = time.monotonic() + timeout_s
+    reason = "no answer"
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{http_address}/ready", timeout=5.0):
+                return
+        except urllib.error.HTTPError as error:
+            reason = _reason(error)
+        except OSError as error:
+            reason = str(getattr(error, "reason", error))
+        check()
+        if time.monotonic() > deadline_s:
+            raise LaunchError(f"the router at {http_address} did not become ready within {timeout_s:g} s: {reason}")
+        time.sleep(0.1)
+
+
+def wait_gone(pids: Iterable[int], timeout_s: float = 5.0) -> None:
+    """Waits for actor processes of this machine to end; kills those that have not after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    left = {pid for pid in pids if _is_actor(pid)}
+    while left and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+        left = {pid for pid in left if _is_actor(pid)}
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_actor(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
+    except OSError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _absolute(model: str) -> str:
+    if model in WHEEL_MODELS:
+        return model
+    prefix = DUMMY_PREFIX if model.startswith(DUMMY_PREFIX) else ""
+    path = Path(model.removeprefix(prefix)).expanduser()
+    return f"{prefix}{path.absolute()}" if path.exists() else model
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    text = error.read(4096).decode("utf-8", "replace")
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return f"HTTP {error.code}"
+    reason = body.get("reason") if isinstance(body, dict) else None
+    return str(reason or f"HTTP {error.code}")

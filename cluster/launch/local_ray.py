@@ -1,0 +1,123 @@
+"""A Ray of our own on this machine: small, quiet, without telemetry, and gone without a trace afterwards.
+
+Ray puts the driver's folder on every worker's `sys.path`; in this repository that would let `router` and `kernels`
+shadow other packages, so Ray is started from its own temporary folder. That folder is short (a Unix socket's path holds
+107 bytes) and removed in the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+NAMESPACE = "tandem"
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES alone; silences a warning
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed",  # the manager says so, in one line
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray, on any system, listen on loopback only
+    "RAY_AUTH_MODE": "token",  # else any local user could run code through Ray's port
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # a worker's memory is bounded by its config, not by Ray's guess
+}
+
+
+class LocalRay:
+    """Starts a one-node Ray; `stop` ends it and removes what it left. Not reentrant: Ray has one driver per process."""
+
+    def __init__(self, num_cpus: int, object_store_bytes: int, *, verbose: bool = False) -> None:
+        self._num_cpus = num_cpus
+        self._object_store_bytes = object_store_bytes
+        self._verbose = verbose
+        self._folder: Path | None = None
+
+    def start(self) -> None:
+        """Blocks until Ray is up: some seconds. Raises RuntimeError and OSError as Ray does; then nothing is left."""
+        prepare_environment(local=True)
+        import ray
+
+        base = "/tmp" if os.path.isdir("/tmp") else None
+        self._folder = Path(tempfile.mkdtemp(prefix="tandem-", dir=base))
+        try:
+            with _own_signals(), _inside(self._folder):
+                ray.init(
+                    address="local",
+                    num_cpus=self._num_cpus,
+                    object_store_memory=self._object_store_bytes,
+                    include_dashboard=False,
+                    namespace=NAMESPACE,
+                    log_to_driver=self._verbose,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(self._folder),
+                    _node_ip_address="127.0.0.1",
+                )
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Idempotent; blocks until Ray's processes are gone."""
+        import ray
+
+        with _own_signals():
+            ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def join_ray(address: str, *, verbose: bool = False) -> None:
+    """Connects this process to the Ray cluster at `address`. Raises ConnectionError and RuntimeError as Ray does."""
+    prepare_environment(local=False)
+    import ray
+
+    with _own_signals(), _inside(Path(tempfile.gettempdir())):
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose, logging_level=logging.ERROR)
+
+
+def prepare_environment(*, local: bool) -> None:
+    """Sets what Ray reads from the environment, before it is imported; the user's own settings win.
+
+    The token is drawn once a process: Ray's driver keeps the first one it reads.
+    """
+    if not local:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        return
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Gives SIGINT and SIGTERM back to whoever runs the cluster: Ray sets its own handlers on the way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,112 @@
+"""Watches the members of a running cluster: says when one died and is back, restarts one that has stopped answering.
+
+Ray restarts a process that ended. What Ray cannot see is a process that lives and does not serve: one whose start
+failed after a restart, that reports itself unhealthy, or that no longer answers. Those the manager ends, so that Ray
+replaces them; with growing pauses where it does not help.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .handles import MemberHandle, poll
+from .state import MemberView, Phase
+
+INTERVAL_S = 0.5
+UNHEALTHY_S = 10.0
+UNANSWERED_S = 60.0
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What the manager remembers about one member."""
+
+    phase: Phase = Phase.READY
+    restarts: int = 0
+    lost_s: float = 0.0
+    unhealthy_since_s: float | None = None
+    pause_s: float = FIRST_PAUSE_S
+    next_restart_s: float = 0.0
+
+
+class Manager:
+    """A thread over the members' handles. `report` gets one line for people about every change; it may not block."""
+
+    def __init__(self, handles: Sequence[MemberHandle], report: Callable[[str], None]) -> None:
+        self._handles = handles
+        self._report = report
+        self._watches = [_Watch(restarts=handle.restarts) for handle in handles]
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._views = tuple(handle.view for handle in handles)
+        self._thread = threading.Thread(target=self._run, name="cluster-manager", daemon=True)
+
+    def start(self) -> None:
+        """Starts watching."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends watching and returns when the thread no longer uses the handles. Idempotent."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def views(self) -> tuple[MemberView, ...]:
+        """The members as last heard of."""
+        with self._lock:
+            return self._views
+
+    def _run(self) -> None:
+        while not self._ended.wait(INTERVAL_S):
+            poll(self._handles, INTERVAL_S)
+            for handle, watch in zip(self._handles, self._watches, strict=True):
+                self._look(handle, watch)
+            with self._lock:
+                self._views = tuple(handle.view for handle in self._handles)
+
+    def _look(self, handle: MemberHandle, watch: _Watch) -> None:
+        now_s = time.monotonic()
+        state = handle.state
+        if state.phase is Phase.LOST and watch.phase is not Phase.LOST:
+            self._report(f"{handle.name} died; Ray is restarting it")
+            watch.lost_s = now_s
+        if handle.restarts > watch.restarts and watch.phase is Phase.READY:
+            self._report(f"{handle.name} died and was restarted")  # faster than we asked
+            watch.lost_s = now_s
+        watch.restarts = handle.restarts
+        if state.phase is Phase.READY and watch.phase is not Phase.READY:
+            epoch = f", epoch {state.epoch:x}" if state.epoch else ""
+            self._report(f"{handle.name} is back after {now_s - watch.lost_s:.1f} s (pid {state.pid}{epoch})")
+        watch.phase = state.phase
+        self._restart_if_stuck(handle, watch, now_s)
+
+    def _restart_if_stuck(self, handle: MemberHandle, watch: _Watch, now_s: float) -> None:
+        state = handle.state
+        if state.phase is Phase.READY and not state.healthy:
+            watch.unhealthy_since_s = watch.unhealthy_since_s or now_s
+        else:
+            watch.unhealthy_since_s = None
+        why = None
+        if state.phase is Phase.FAILED:
+            why = f"could not start ({state.error})"
+        elif watch.unhealthy_since_s is not None and now_s - watch.unhealthy_since_s > UNHEALTHY_S:
+            why = f"has been unhealthy for {UNHEALTHY_S:.0f} s"
+        elif handle.unanswered_s > UNANSWERED_S and state.phase is not Phase.LOST:
+            why = f"has not answered for {UNANSWERED_S:.0f} s"
+        if why is None:
+            if state.phase is Phase.READY:
+                watch.pause_s = FIRST_PAUSE_S
+            return
+        if now_s < watch.next_restart_s:
+            return
+        self._report(f"{handle.name} {why}; restarting it")
+        watch.next_restart_s = now_s + watch.pause_s
+        watch.pause_s = min(2 * watch.pause_s, LONGEST_PAUSE_S)
+        watch.unhealthy_since_s = None
+        watch.lost_s = now_s
+        handle.restart()

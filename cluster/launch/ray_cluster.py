@@ -1,0 +1,282 @@
+"""The whole cluster on Ray: places members, starts them, watches them, drains them, and leaves nothing behind.
+
+1. `start`: checks what can be checked here (model, ports), then brings up Ray or joins it, books a placement group with
+   one bundle for the router and one for each worker, makes the actors and waits until the router says it is ready.
+2. While it runs, `cluster.launch.manager` watches.
+3. `drain`: the router admits nothing more and finishes what runs; then the workers.
+4. `stop`: members end, actors and placement group go, Ray goes, its folder goes; processes that are left are ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..config import ClusterConfig, to_dict
+from .checks import check_ports, fetch_model, pin_config, wait_gone, wait_ready
+from .local_ray import LocalRay, join_ray
+from .state import Endpoints, LaunchError, MemberView, Phase
+
+Progress = Callable[[str, str, float | None], None]
+"""(member, stage, share done or None), whenever one of them changes."""
+
+_POLL_S = 0.2
+_STOP_S = 10.0
+_WILDCARDS = ("0.0.0.0", "::")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Interrupted(LaunchError):
+    """The start was given up because the caller asked for it."""
+
+
+class RayCluster:
+    """One cluster and the Ray driver behind it. Not thread-safe, except that `hurry` may be set from anywhere.
+
+    `progress` and `report` are called from the calling thread or the manager's; they may not block. `interrupted` gives
+    a start up; `hurry` cuts a drain short.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        progress: Progress | None = None,
+        report: Callable[[str], None] | None = None,
+        interrupted: threading.Event | None = None,
+        hurry: threading.Event | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self._config = config
+        self._progress = progress or (lambda member, stage, fraction: None)
+        self._report = report or (lambda line: None)
+        self._interrupted = interrupted or threading.Event()
+        self._hurry = hurry or threading.Event()
+        self._verbose = verbose
+        self._local: LocalRay | None = None
+        self._joined = False
+        self._group: Any = None
+        self._handles: list[Any] = []
+        self._manager: Any = None
+        self._endpoints: Endpoints | None = None
+
+    def __enter__(self) -> RayCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Where clients go; known after `start`."""
+        if self._endpoints is None:
+            raise LaunchError("the cluster has not been started")
+        return self._endpoints
+
+    def members(self) -> tuple[MemberView, ...]:
+        """The members as last heard of; empty before `start` and after `stop`."""
+        return () if self._manager is None else self._manager.views()
+
+    def start(self) -> Endpoints:
+        """Blocks until a request can be served. Raises LaunchError, one line; then nothing is left running."""
+        try:
+            config = self._prepare()
+            self._start_ray(config)
+            self._place(config)
+            self._make_members(config)
+            self._endpoints = self._wait_ready(config)
+        except BaseException:
+            self.stop(at_once=True)
+            raise
+        from .manager import Manager
+
+        self._manager = Manager(self._handles, self._report)
+        self._manager.start()
+        return self._endpoints
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Finishes what runs, at most `timeout_s` (None: the config's). True if all of it ended by itself in time."""
+        deadline_s = time.monotonic() + (self._config.drain_timeout_s if timeout_s is None else timeout_s)
+        self._end_watch()
+        done = True
+        for group in (self._handles[:1], self._handles[1:]):
+            left_s = max(1.0, deadline_s - time.monotonic())
+            done = self._wait_for([handle.begin("drain", left_s) for handle in group], left_s + 2.0) and done
+        return done and time.monotonic() <= deadline_s + 2.0
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ends everything; idempotent. `at_once` kills members instead of asking them to stop."""
+        self._end_watch()
+        pids = [handle.state.pid for handle in self._handles if handle.state.pid]
+        if self._handles and not at_once and not self._hurry.is_set():
+            self._wait_for([handle.begin("stop", _STOP_S) for handle in self._handles], _STOP_S)
+        for handle in self._handles:
+            handle.kill()
+        self._handles = []
+        self._endpoints = None
+        self._leave_ray()
+        if self._config.address is None:
+            wait_gone(pids)
+
+    def _prepare(self) -> ClusterConfig:
+        local = self._config.address is None
+        if local:
+            check_ports(self._config.router)
+            fetch_model(self._config.engine.model, lambda stage, share: self._progress("model", stage, share))
+        self._give_up_if_interrupted()
+        return pin_config(self._config)
+
+    def _start_ray(self, config: ClusterConfig) -> None:
+        try:
+            if config.address is None:
+                self._progress("ray", "starting", None)
+                total = config.router_cpus + config.worker_cpus * (config.prefill + config.decode + config.mixed)
+                self._local = LocalRay(math.ceil(total), config.object_store_bytes, verbose=self._verbose)
+                self._local.start()
+            else:
+                self._progress("ray", f"joining {config.address}", None)
+                self._joined = True
+                join_ray(config.address, verbose=self._verbose)
+        except ImportError:
+            raise LaunchError("Ray is not installed; pip install 'tandem-serve[cluster]'") from None
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            where = "the local Ray" if config.address is None else f"Ray at {config.address}"
+            raise LaunchError(f"{where} could not be reached: {' '.join(str(error).split())}") from error
+        self._progress("ray", "ready", None)
+        self._give_up_if_interrupted()
+
+    def _place(self, config: ClusterConfig) -> None:
+        """One bundle for the router, one for each worker; on one node while the members listen on loopback only."""
+        import ray
+
+        workers = config.prefill + config.decode + config.mixed
+        bundles = [{"CPU": config.router_cpus}] + [{"CPU": config.worker_cpus}] * workers
+        loopback = config.router.host in _LOOPBACK or config.worker.host in _LOOPBACK
+        needed = sum(bundle["CPU"] for bundle in bundles)
+        total = ray.cluster_resources().get("CPU", 0.0)
+        if needed > total + 1e-6:
+            raise LaunchError(f"the Ray cluster has {total:g} CPUs, and this placement books {needed:g}")
+        self._group = ray.util.placement_group(bundles, strategy="STRICT_PACK" if loopback else "PACK")
+        deadline_s = time.monotonic() + config.start_timeout_s
+        self._progress("ray", f"booking {needed:g} CPUs", None)
+        while not self._group.wait(1.0):
+            self._give_up_if_interrupted()
+            if time.monotonic() > deadline_s:
+                where = "on one node" if loopback else "in all"
+                raise LaunchError(
+                    f"no room for the placement within {config.start_timeout_s:g} s: {needed:g} CPUs {where}"
+                )
+
+    def _make_members(self, config: ClusterConfig) -> None:
+        router = self._make("router", "router", 0, config.router_cpus, to_dict(config.router), config)
+        host = config.router.host
+        if host in _WILDCARDS:  # workers need an address to call, which only the router's node knows
+            for _ in self._polling([router], config, until=lambda: bool(router.state.host)):
+                pass
+            host = router.state.host
+        for index, worker in enumerate(config.workers(f"{host}:{config.router.registry_port}"), start=1):
+            self._make(worker.worker_id, worker.role.value, index, config.worker_cpus, to_dict(worker), config)
+
+    def _make(
+        self, name: str, role: str, bundle: int, cpus: float, member: dict[str, Any], config: ClusterConfig
+    ) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from .actors import MemberActor
+        from .handles import MemberHandle
+
+        actor = ray.remote(MemberActor).options(
+            num_cpus=cpus,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=4,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+        )
+        kind = "router" if role == "router" else "worker"
+        handle = MemberHandle(name, role, actor.remote(kind, member, config.start_timeout_s))
+        self._handles.append(handle)
+        return handle
+
+    def _wait_ready(self, config: ClusterConfig) -> Endpoints:
+        shown: dict[str, tuple[str, float | None]] = {}
+        handles = self._handles
+        for _ in self._polling(handles, config, until=lambda: all(h.state.phase is Phase.READY for h in handles)):
+            for handle in handles:
+                now = (handle.state.stage, handle.state.fraction)
+                if shown.get(handle.name) != now:
+                    shown[handle.name] = now
+                    self._progress(handle.name, *now)
+        addresses = handles[0].state.addresses
+        endpoints = Endpoints(
+            http=_reachable(addresses["http"], handles[0].state.host),
+            grpc=_reachable(addresses["grpc"], handles[0].state.host),
+            registry=_reachable(addresses["registry"], handles[0].state.host),
+        )
+        wait_ready(endpoints.http, config.start_timeout_s, self._give_up_if_interrupted)
+        return endpoints
+
+    def _polling(self, handles: list[Any], config: ClusterConfig, until: Callable[[], bool]) -> Iterator[None]:
+        """Polls the members and yields after every round, the last one too; any failure ends the start."""
+        from .handles import poll
+
+        deadline_s = time.monotonic() + config.start_timeout_s
+        while True:
+            poll(handles, _POLL_S)
+            yield
+            for handle in handles:
+                if handle.state.phase is Phase.FAILED:
+                    raise LaunchError(f"{handle.name} could not start: {handle.state.error}")
+                if handle.state.phase is Phase.LOST or handle.restarts:
+                    raise LaunchError(f"{handle.name} died while it started; --verbose shows its output")
+            if until():
+                return
+            self._give_up_if_interrupted()
+            if time.monotonic() > deadline_s:
+                late = ", ".join(f"{h.name} ({h.state.stage})" for h in handles if h.state.phase is not Phase.READY)
+                raise LaunchError(f"not ready within {config.start_timeout_s:g} s: {late}")
+            time.sleep(_POLL_S)
+
+    def _wait_for(self, references: list[Any], timeout_s: float) -> bool:
+        from .handles import finished
+
+        deadline_s = time.monotonic() + timeout_s
+        while not finished(references, _POLL_S):
+            if self._hurry.is_set() or time.monotonic() > deadline_s:
+                return False
+        return True
+
+    def _give_up_if_interrupted(self) -> None:
+        if self._interrupted.is_set():
+            raise Interrupted("interrupted while starting")
+
+    def _end_watch(self) -> None:
+        if self._manager is not None:
+            self._manager.stop()
+            self._manager = None
+
+    def _leave_ray(self) -> None:
+        if self._local is None and not self._joined:
+            return
+        import ray
+
+        if self._group is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.util.remove_placement_group(self._group)
+            self._group = None
+        if self._local is not None:
+            self._local.stop()
+            self._local = None
+        elif self._joined:
+            ray.shutdown()
+            self._joined = False
+
+
+def _reachable(address: str, node_ip: str) -> str:
+    """A wildcard address is nothing that a client can dial; the node's own is."""
+    host, _, port = address.rpartition(":")
+    return f"{node_ip}:{port}" if host.strip("[]") in _WILDCARDS else address

@@ -1,0 +1,71 @@
+"""What a member says about itself to the driver, and what the driver makes of it. Plain data."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+class LaunchError(RuntimeError):
+    """The cluster could not be started or has failed for good; the message is one line for the user."""
+
+
+class Phase(enum.StrEnum):
+    """Where in its life a member is."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    LOST = "lost"
+    """Its process does not answer; Ray is restarting it. Set by the driver."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberState:
+    """A member's report about itself."""
+
+    phase: Phase
+    stage: str = ""
+    """What it is doing, for people."""
+    fraction: float | None = None
+    """How much of the stage is done, 0 to 1; None: unknown."""
+    error: str | None = None
+    """One line, with phase FAILED."""
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """Router: http, grpc, registry. Worker: grpc, kv. Each host:port."""
+    epoch: int = 0
+    healthy: bool = False
+    pid: int = 0
+    host: str = ""
+    """IP address of its node."""
+    start_s: float = 0.0
+    """How long the start took, seconds."""
+
+    def change(self, **changes: Any) -> MemberState:
+        """Returns the state with some fields replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberView:
+    """A member as the driver sees it."""
+
+    name: str
+    """`router`, or the worker's id."""
+    role: str
+    """`router`, `prefill`, `decode` or `mixed`."""
+    state: MemberState
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoints:
+    """Where clients go, each host:port."""
+
+    http: str
+    grpc: str
+    registry: str
