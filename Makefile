@@ -1,0 +1,76 @@
+# Everything starts here: `make demo` and `make test` work from a fresh clone with python3 (3.11-3.13), venv and make.
+# PYTHON=…  another interpreter            ARGS=…  passed on to what is run (make serve ARGS="--decode 2")
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := __init__.py cluster decode_worker kernels kvtransfer prefill_worker router tests
+
+# The bound in pyproject.toml, to try what is on disk first: a configured wheel folder (PIP_FIND_LINKS) may hold a CPU
+# build, where the index would send gigabytes of CUDA. Without such a folder the try fails at once and nothing is lost.
+TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: help venv dev demo serve test lint fmt type proto clean
+
+help:
+	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
+	@echo "make serve   the same cluster, staying up"
+	@echo "make test    install with test tools, run the whole suite    make lint   ruff, import-linter, mypy"
+	@echo "make fmt     format     make type  mypy     make proto  regenerate protobuf code     make clean"
+
+venv: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+demo: venv
+	$(BIN)/tandem demo $(ARGS)
+
+serve: venv
+	$(BIN)/tandem serve $(ARGS)
+
+test: dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: dev .typing/tandem
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+fmt: dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+type: dev .typing/tandem
+	$(BIN)/mypy
+
+proto: dev
+	$(BIN)/python -m tandem.cluster.proto.generate
+
+clean:
+	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# mypy wants the folder above the files to be named like the package.
+.typing/tandem:
+	mkdir -p .typing && ln -sfn .. $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "Tandem needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another interpreter: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu it is in the package python3-venv." >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	@echo "Installing Tandem into $(VENV): minutes on a fresh machine, torch and Ray are large"
+	@$(PIP) install --quiet --no-index --no-deps "$(TORCH)" 2>/dev/null && echo "torch: from a wheel on disk" || true
+	$(PIP) install --progress-bar on -e '.[all]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what tests and checks need"
+	$(PIP) install --progress-bar on -e '.[dev]'
+	@touch $@
