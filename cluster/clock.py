@@ -1,4 +1,6 @@
-"""Time as a parameter: pure code asks a `Clock`, the runtime gives it real time, tests and the simulator virtual time."""
+"""Time as a parameter: pure code asks a `Clock`, the runtime gives it real time, tests and the simulator virtual
+time.
+"""
 
 from __future__ import annotations
 

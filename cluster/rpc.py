@@ -59,8 +59,8 @@ def new_epoch() -> int:
 class Refusal(Exception):
     """A member's refusal of one call, before any effect. Becomes a gRPC status at the servicer.
 
-    RESOURCE_EXHAUSTED: a bounded queue is full, try elsewhere or later. FAILED_PRECONDITION: not this worker (role, epoch,
-    draining, not attached). INVALID_ARGUMENT: wrong everywhere.
+    RESOURCE_EXHAUSTED: a bounded queue is full, try elsewhere or later. FAILED_PRECONDITION: not this worker (role,
+    epoch, draining, not attached). INVALID_ARGUMENT: wrong everywhere.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:

@@ -73,7 +73,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One drawn token. Logprobs are of the raw model distribution (before bias, penalties, temperature), natural log."""
+    """One drawn token. Logprobs are of the raw model distribution (before bias, penalties, temperature), natural
+    log.
+    """
 
     token_id: int
     logprob: float | None = None

@@ -1,7 +1,7 @@
 """The router's own bounded queue: requests between the door and their first token. Pure; time is passed in.
 
-Beyond the bound a request is refused at once with 429 and a Retry-After, not left to rot. The Retry-After is the time the
-queue needs to drain at the rate at which first tokens have been coming.
+Beyond the bound a request is refused at once with 429 and a Retry-After, not left to rot. The Retry-After is the time
+the queue needs to drain at the rate at which first tokens have been coming.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ class Admission:
         self._max_waiting = max_waiting
         self._waiting: set[str] = set()
         self._first_tokens_s: deque[float] = deque(maxlen=RATE_WINDOW)
-        self.draining = False
 
     @property
     def waiting(self) -> int:

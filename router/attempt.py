@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..cluster.messages import sampling_to_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
-from ..cluster.rpc import Refusal
 from ..cluster.types import SamplingParams, Side
 from .link import Inbox, LinkLost, SubscriptionKey, WorkerEvent, WorkerLink
 
@@ -27,7 +26,7 @@ class Path(enum.StrEnum):
 
 
 class AttemptLost(Exception):
-    """This try cannot go on; another one may, if `retryable`."""
+    """One try cannot go on; another one may, if `retryable`."""
 
     def __init__(self, reason: str, message: str, *, retryable: bool = True) -> None:
         super().__init__(message)
@@ -55,82 +54,94 @@ class Work:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
 
-@dataclass(slots=True, kw_only=True)
 class Attempt:
-    """Made by `Placer.place`. Then `submit` once, `next_event` until done, and `close` whatever happened."""
+    """Made by `Placer.place`, with the credit already granted. Then `submit` once, `next_event` until done, and `close`
+    whatever happened.
+    """
 
-    work: Work
-    path: Path
-    router_id: str
-    prefill: WorkerLink | None
-    decode: WorkerLink | None
-    credit: pb.ReserveReply | None
-    kv_address: str = ""
-    uncached_tokens: int = 0
-    inbox: Inbox = field(default_factory=asyncio.Queue)
-    """Bounded by the request's own max_tokens: a worker sends no more."""
-    _waits_for_first: bool = True
-    _open: set[Side] = field(default_factory=set)
-    """Sides that must be aborted if the attempt ends now."""
+    def __init__(
+        self,
+        work: Work,
+        path: Path,
+        *,
+        router_id: str,
+        prefill: WorkerLink | None,
+        decode: WorkerLink | None,
+        credit: pb.ReserveReply | None,
+        kv_address: str,
+        uncached_tokens: int,
+    ) -> None:
+        assert prefill is not None or decode is not None
+        assert (decode is None) == (credit is None), "a decode worker takes part by its credit"
+        self.work = work
+        self.path = path
+        self.prefill = prefill
+        self.decode = decode
+        self._router_id = router_id
+        self._credit = credit
+        self._kv_address = kv_address
+        self._uncached_tokens = uncached_tokens
+        self._inbox: Inbox = asyncio.Queue()  # bounded by the request's max_tokens: a worker sends no more
+        self._waits_for_first = True
+        # Sides to abort if the attempt ends now: a credit binds the decode side from the start.
+        self._open = {Side.DECODE} if decode is not None else set()
+        self._count(+1)
+
+    @property
+    def first_worker(self) -> WorkerLink:
+        """The worker that computes the prompt."""
+        worker = self.prefill or self.decode
+        assert worker is not None
+        return worker
 
     async def submit(self, timeout_s: float) -> None:
         """Dispatches prefill, then decode, which starts to pull while prefill computes. `Refusal` or `AttemptLost`."""
         sequence = self._sequence(timeout_s)
-        self._count(+1)
         if self.decode is not None:
-            self._open.add(Side.DECODE)
-            self.decode.subscribe(self._key(Side.DECODE), self.inbox)
+            self.decode.subscribe(self._key(Side.DECODE), self._inbox)
         if self.prefill is not None:
             self._open.add(Side.PREFILL)
-            self.prefill.subscribe(self._key(Side.PREFILL), self.inbox)
+            self.prefill.subscribe(self._key(Side.PREFILL), self._inbox)
             handoff = self.decode is not None
             await self.prefill.prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff))
-        if self.decode is not None:
-            assert self.credit is not None
-            request = pb.DecodeRequest(sequence=sequence, credit_id=self.credit.credit_id, epoch=self.credit.epoch)
-            if self.prefill is not None:
-                request.peer.worker_id = self.prefill.worker_id
-                request.peer.epoch = self.prefill.epoch
-                request.peer.kv_address = self.kv_address
-            try:
-                await self.decode.decode(request)
-            except Refusal as refusal:
-                # Prefill is already running and its first token still counts, but the handoff has no other end.
-                raise AttemptLost("decode_refused", refusal.message) from refusal
+        if self.decode is None or self._credit is None:
+            return
+        request = pb.DecodeRequest(sequence=sequence, credit_id=self._credit.credit_id, epoch=self._credit.epoch)
+        if self.prefill is not None:
+            request.peer.worker_id = self.prefill.worker_id
+            request.peer.epoch = self.prefill.epoch
+            request.peer.kv_address = self._kv_address
+        await self.decode.decode(request)
 
     async def next_event(self) -> pb.TokensEvent:
         """The next tokens. `AttemptLost` when the side that they must come from has failed."""
         while True:
-            item = await self.inbox.get()
+            item = await self._inbox.get()
             if isinstance(item, LinkLost):
                 self._open.discard(item.side)
                 if self._needs(item.side):
                     raise AttemptLost("worker_lost", f"{item.side} worker {item.worker_id}: {item.message}")
-                continue
-            if (tokens := self._take(item)) is not None:
+            elif (tokens := self._take(item)) is not None:
                 return tokens
 
     def close(self, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
-        """Unsubscribes and aborts every side that has not ended by itself; aborts run in the background, bounded."""
+        """Unsubscribes and aborts every side that has not ended by itself; aborts run in the background, bounded.
+        Once.
+        """
         self._count(-1)
-        number = self.work.number
+        abort = pb.AbortRequest(
+            request_id=self.work.request_id,
+            choice=self.work.sampling.choice,
+            prefill_attempt=self.work.number,
+            decode_attempt=self.work.number,
+            router_id=self._router_id,
+        )
         for side, link in ((Side.PREFILL, self.prefill), (Side.DECODE, self.decode)):
-            if link is None:
-                continue
-            link.unsubscribe(self._key(side))
-            if side in self._open or (side is Side.DECODE and self.credit is not None and not self._submitted):
-                abort = pb.AbortRequest(
-                    request_id=self.work.request_id,
-                    choice=self.work.sampling.choice,
-                    prefill_attempt=number,
-                    decode_attempt=number,
-                    router_id=self.router_id,
-                )
-                spawn(link.abort(abort))
+            if link is not None:
+                link.unsubscribe(self._key(side))
+                if side in self._open:
+                    spawn(link.abort(abort))
         self._open.clear()
-
-    _submitted: bool = False
-    _counted: bool = False
 
     def _take(self, item: WorkerEvent) -> pb.TokensEvent | None:
         event, side = item.event, item.side
@@ -140,16 +151,15 @@ class Attempt:
             if self._needs(side) or failed.reason == "deadline":
                 raise AttemptLost(failed.reason, failed.message, retryable=failed.retryable)
             return None
-        tokens = event.tokens
         if side is Side.DECODE:
             # Its first tokens are its confirmation to the prefill worker: from here on that side frees itself.
             self._open.discard(Side.PREFILL)
-        if tokens.finish_reason:
+        if event.tokens.finish_reason:
             self._open.discard(side)
         if self._waits_for_first:
             self._waits_for_first = False
-            self._first_token_arrived()
-        return tokens
+            self.first_worker.queued_prefill_tokens -= self._uncached_tokens
+        return event.tokens
 
     def _needs(self, side: Side) -> bool:
         """After the first token only the decode worker matters: it may have all KV already, and will say if not."""
@@ -159,7 +169,6 @@ class Attempt:
         return SubscriptionKey(self.work.request_id, self.work.sampling.choice, side, self.work.number)
 
     def _sequence(self, timeout_s: float) -> pb.Sequence:
-        self._submitted = True
         return pb.Sequence(
             request_id=self.work.request_id,
             choice=self.work.sampling.choice,
@@ -169,22 +178,12 @@ class Attempt:
             output_token_ids=self.work.output_token_ids,
             sampling=sampling_to_proto(self.work.sampling),
             timeout_s=timeout_s,
-            router_id=self.router_id,
+            router_id=self._router_id,
         )
-
-    def _first_token_arrived(self) -> None:
-        link = self.prefill or self.decode
-        assert link is not None
-        link.queued_prefill_tokens -= self.uncached_tokens
 
     def _count(self, sign: int) -> None:
         """The router's own corrections to the workers' last heartbeats."""
-        if sign < 0 and not self._counted:
-            return
-        self._counted = sign > 0
-        link = self.prefill or self.decode
-        assert link is not None
         if self._waits_for_first:
-            link.queued_prefill_tokens += sign * self.uncached_tokens
+            self.first_worker.queued_prefill_tokens += sign * self._uncached_tokens
         if self.decode is not None:
             self.decode.decode_rows += sign

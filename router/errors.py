@@ -1,6 +1,7 @@
 """Errors a client may see, each with its HTTP status, OpenAI error type and gRPC code in one place.
 
-OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`. A message names the field, the value and what is allowed.
+OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`. A message names the field, the value and what is
+allowed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt (plus max_tokens) over the model's context."""
 
     code = "context_length_exceeded"
+
+
+class Unauthenticated(ServiceError):
+    """The router wants a key, and the request has none or another one."""
+
+    http_status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+    grpc_code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class ModelNotFound(ServiceError):

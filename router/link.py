@@ -1,7 +1,8 @@
 """The router's connection to one life (epoch) of one worker.
 
-One stream brings everything that worker says to this router; `subscribe` names an inbox for one attempt. When the stream
-breaks, every subscriber is told at once (`LinkLost` in its inbox): the worker has ended, or is ending, what it ran for us.
+One stream brings everything that worker says to this router; `subscribe` names an inbox for one attempt. When the
+stream breaks, every subscriber is told at once (`LinkLost` in its inbox): the worker has ended, or is ending, what it
+ran for us.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ Inbox = asyncio.Queue["WorkerEvent | LinkLost"]
 class WorkerLink:
     """Created when a worker's heartbeat shows a new epoch; closed when the next one does, or the router stops."""
 
-    def __init__(self, *, worker_id: str, address: str, epoch: int, router_id: str, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, *, worker_id: str, address: str, epoch: int, router_id: str, on_change: Callable[[], None]
+    ) -> None:
         self.worker_id = worker_id
         self.address = address
         self.epoch = epoch
@@ -95,7 +98,8 @@ class WorkerLink:
 
     async def abort(self, request: pb.AbortRequest) -> None:
         """Tells the worker to drop an attempt; retried a few times. A worker that cannot be told has lost our stream,
-        and drops everything of ours by itself."""
+        and drops everything of ours by itself.
+        """
         for _ in range(ABORT_TRIES):
             if not self.attached:
                 return

@@ -1,8 +1,8 @@
 """Who is in the cluster now: workers heartbeat to the router, the router attaches to them.
 
-A worker is routable while its heartbeats are fresh, its stream is attached, and it is not draining. Late heartbeats only
-stop new work; requests in flight end with the stream, not with a heartbeat. A worker that comes back has a new epoch and
-is a new member; the old epoch is remembered as dead and never routed to again.
+A worker is routable while its heartbeats are fresh, its stream is attached, and it is not draining. Late heartbeats
+only stop new work; requests in flight end with the stream, not with a heartbeat. A worker that comes back has a new
+epoch and is a new member; the old epoch is remembered as dead and never routed to again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Which worker should take a request: pure rankings over what the router knows. Hints only: workers decide, and may refuse.
+"""Which worker should take a request: pure rankings over what the router knows. Hints only: workers decide, and may
+refuse.
 
-Prefill workers are ranked by predicted TTFT (queued tokens, cached prefix), decode workers by predicted TPOT among those
-whose KV can take the request (free KV, running batch). Ties go to the lower worker id, so that equal input gives equal
-output.
+Prefill workers are ranked by predicted TTFT (queued tokens, cached prefix), decode workers by predicted TPOT among
+those whose KV can take the request (free KV, running batch). Ties go to the lower worker id, so that equal input
+gives equal output.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Finds the workers for one attempt: ranks them (`placement`), asks the decode worker for a credit, and waits when none can.
+"""Finds the workers for one attempt: ranks them (`placement`), asks the decode worker for a credit, and waits when
+none can.
 
-The credit comes first: prefill is only dispatched for a request that some decode worker has promised to take, so that the
-second queue pushes back on the first.
+The credit comes first: prefill is only dispatched for a request that some decode worker has promised to take, so that
+the second queue pushes back on the first.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Placer:
 
     async def place(self, work: Work) -> Attempt:
         """Waits until workers for this attempt are found; bounded by the caller's deadline. `Unavailable` when for
-        `unready_wait_s` no worker was there at all; `Refusal` (INVALID_ARGUMENT) when it can never be placed."""
+        `unready_wait_s` no worker was there at all; `Refusal` (INVALID_ARGUMENT) when it can never be placed.
+        """
         unready_since_s = self._clock.now_s()
         while True:
             prefill, decode = pair(self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE))
@@ -130,8 +132,8 @@ class Placer:
         assert target is not None
         self._members.prefixes.insert(target.worker_id, self._keys(work, target), target.num_blocks)
         return Attempt(
-            work=work,
-            path=path,
+            work,
+            path,
             router_id=self._router_id,
             prefill=prefill_link,
             decode=decode_link,

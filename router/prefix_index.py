@@ -1,7 +1,8 @@
 """The router's guess of which prompt prefixes each worker has cached. A hint: the worker knows, and decides.
 
-The router inserts what it sends; each worker's part is a least-recently-used set as large as the worker's own pool, so it
-forgets about when the worker does. Keys are `cluster.hashing.block_keys`, the same as the workers' prefix caches use.
+The router inserts what it sends; each worker's part is a least-recently-used set as large as the worker's own pool,
+so it forgets about when the worker does. Keys are `cluster.hashing.block_keys`, the same as the workers' prefix
+caches use.
 """
 
 from __future__ import annotations

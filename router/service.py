@@ -1,4 +1,6 @@
-"""The seam between the router's front ends (HTTP, gRPC) and its core: one checked request in, a stream of deltas out."""
+"""The seam between the router's front ends (HTTP, gRPC) and its core: one checked request in, a stream of deltas
+out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from ..cluster.types import FinishReason, SampledToken, SamplingParams, Timings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """A request that has passed every check at the door. `sampling.choice` is 0; choice i uses the same with choice=i."""
+    """A request that has passed every check at the door. `sampling.choice` is 0; choice i uses the same with
+    choice=i.
+    """
 
     request_id: str
     """Drawn by the router, unique; the caller's own id is only logged."""
@@ -51,8 +55,9 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readiness:
-    """Whether a request could be served now, and why not. `ready` needs a prefill and a decode worker whose fingerprints
-    match, or a mixed worker."""
+    """Whether a request could be served now, and why not. `ready` needs a prefill and a decode worker whose
+    fingerprints match, or a mixed worker.
+    """
 
     ready: bool
     reason: str = ""
@@ -66,7 +71,8 @@ class GenerationService(ABC):
     def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """Runs the request. Deltas of the `n` choices interleave. Closing the iterator (`aclose`) or cancelling the
         task that iterates cancels the request on every worker. Raises `router.errors.ServiceError` subclasses, before
-        the first delta or between deltas."""
+        the first delta or between deltas.
+        """
 
     @abstractmethod
     def models(self) -> tuple[ModelCard, ...]:

@@ -1,7 +1,7 @@
 """The seam between the scheduler and a device: what one step computes, and what came of it.
 
-`Scheduler.schedule() -> StepPlan`, `Device.launch(plan)`, `Device.collect() -> StepOutput`, `Scheduler.complete(output)`.
-Several plans may be outstanding; outputs come back in plan order.
+`Scheduler.schedule() -> StepPlan`, `Device.launch(plan)`, `Device.collect() -> StepOutput`,
+`Scheduler.complete(output)`. Several plans may be outstanding; outputs come back in plan order.
 """
 
 from __future__ import annotations

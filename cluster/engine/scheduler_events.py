@@ -61,4 +61,12 @@ class Preempted:
     seq_id: str
 
 
-SchedulerEvent = BlocksGranted | PrefillAdvanced | TokensEmitted | Preempted
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceFailed:
+    """The device could not compute this sequence (`RowOutput.error`) and the rest of the batch went on; it is freed."""
+
+    seq_id: str
+    message: str
+
+
+SchedulerEvent = BlocksGranted | PrefillAdvanced | TokensEmitted | Preempted | SequenceFailed

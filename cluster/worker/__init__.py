@@ -1,1 +1,3 @@
-"""`worker`: the shell every worker process is: engine thread, gRPC server, registration and heartbeat, role as versioned run-time state."""
+"""`worker`: the shell every worker process is: engine thread, gRPC server, registration and heartbeat, role as
+versioned run-time state.
+"""

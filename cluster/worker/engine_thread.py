@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 IDLE_CHECK_AFTER_S = 0.5
 
 
+class EngineStopped(RuntimeError):
+    """The engine has stopped or failed; commands have no effect any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     """A snapshot for other threads, replaced whole after every step."""
@@ -43,7 +47,9 @@ class EngineStatus:
 
 
 class EngineThread:
-    """Runs one scheduler on one device. `submit` may be called from any thread; the callbacks run on the engine thread."""
+    """Runs one scheduler on one device. `submit` may be called from any thread; the callbacks run on the engine
+    thread.
+    """
 
     def __init__(
         self,
@@ -77,11 +83,11 @@ class EngineThread:
     def submit(self, command: Callable[[Scheduler], R]) -> Future[R]:
         """Runs `command(scheduler)` between two steps; the future has its result or its exception. Never blocks.
 
-        RuntimeError if the engine has stopped.
+        `EngineStopped` if it has.
         """
         future: Future[R] = Future()
         if self._stopping or self._failure is not None:
-            future.set_exception(RuntimeError("the engine has stopped"))
+            future.set_exception(EngineStopped("the engine has stopped"))
             return future
         self._commands.append((command, future))
         self._wake.set()
@@ -167,4 +173,4 @@ class EngineThread:
     def _refuse_commands(self) -> None:
         while self._commands:
             _, future = self._commands.popleft()
-            future.set_exception(RuntimeError("the engine has stopped"))
+            future.set_exception(EngineStopped("the engine has stopped"))

@@ -24,6 +24,8 @@ class LiveSequence:
     owner: RoleService
     timer: TimerHandle | None = None
     """Fires at the request's deadline."""
+    told: bool = False
+    """Whether the router has had the timings that go with this side's first tokens."""
 
 
 class RoleService(ABC):

@@ -1,4 +1,5 @@
-"""What every worker process is, whatever its role: identity, engine thread, streams to routers, live sequences, heartbeats.
+"""What every worker process is, whatever its role: identity, engine thread, streams to routers, live sequences,
+heartbeats.
 
 Life of a worker: built (`launch.compose`) → `start`: engine thread and gRPC server run, heartbeats begin → serves →
 `drain`: takes no new work, running work goes on → `stop`: streams, server, engine, device, in that order.
@@ -19,13 +20,14 @@ from grpc import aio
 
 from ..clock import Clock
 from ..config import WorkerConfig
+from ..engine.scheduler import QueueFull
 from ..engine.scheduler_events import SchedulerEvent
 from ..messages import step_time_to_proto
 from ..proto import tandem_internal_v1_pb2 as pb
 from ..proto.tandem_internal_v1_pb2_grpc import RegistryStub
 from ..rpc import HEARTBEAT_TIMEOUT_S, PROTOCOL_VERSION, Refusal, open_channel
-from ..types import Role
-from .engine_thread import EngineThread
+from ..types import Role, SequenceSpec
+from .engine_thread import EngineStopped, EngineThread
 from .outbox import Outbox
 from .services import LiveSequence, RoleService
 
@@ -66,6 +68,7 @@ class WorkerShell:
         self._live: dict[str, LiveSequence] = {}
         self._by_router: dict[str, set[str]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._ticked = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_failure: Callable[[BaseException], None] = lambda error: None
 
@@ -125,6 +128,22 @@ class WorkerShell:
         self._live[sequence.seq_id] = sequence
         self._by_router.setdefault(sequence.router_id, set()).add(sequence.seq_id)
 
+    async def add_to_engine(self, spec: SequenceSpec) -> None:
+        """Queues a sequence. `Refusal` when the queue is full or the engine is gone, ValueError when it never fits.
+
+        Whatever is raised, a cancellation of the caller included, the engine does not keep the sequence.
+        """
+        added = asyncio.wrap_future(self.engine.submit(lambda scheduler: scheduler.add(spec)))
+        try:
+            await asyncio.shield(added)
+        except asyncio.CancelledError:
+            self.engine.submit(lambda scheduler: scheduler.abort(spec.seq_id))
+            raise
+        except QueueFull as full:
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"worker {self.facts.worker_id}: {full}") from full
+        except EngineStopped as stopped:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"worker {self.facts.worker_id}: {stopped}") from stopped
+
     def forget(self, seq_id: str) -> LiveSequence | None:
         """Unregisters a sequence that has ended; idempotent."""
         sequence = self._live.pop(seq_id, None)
@@ -138,9 +157,9 @@ class WorkerShell:
             del self._by_router[sequence.router_id]
         return sequence
 
-    def find(self, seq_id: str) -> LiveSequence | None:
-        """The live sequence of that name."""
-        return self._live.get(seq_id)
+    def sequences_of(self, router_id: str) -> tuple[LiveSequence, ...]:
+        """What this worker runs for a router."""
+        return tuple(self._live[seq_id] for seq_id in self._by_router.get(router_id, ()))
 
     def post(self, sequence: LiveSequence, event: pb.Event) -> None:
         """Tells the sequence's router; leaves with the next flush."""
@@ -158,10 +177,8 @@ class WorkerShell:
 
     def router_gone(self, router_id: str) -> None:
         """Its stream broke: nobody hears the results of its sequences any more, so they end."""
-        for seq_id in list(self._by_router.get(router_id, ())):
-            sequence = self._live.get(seq_id)
-            if sequence is not None:
-                sequence.owner.end(sequence, "router_gone")
+        for sequence in self.sequences_of(router_id):
+            sequence.owner.end(sequence, "router_gone")
 
     def _deadline(self, seq_id: str) -> None:
         sequence = self._live.get(seq_id)
@@ -201,6 +218,12 @@ class WorkerShell:
     def idle(self) -> bool:
         """No live sequence and nothing promised: a drain is complete."""
         return not self._live and all(service.idle() for service in self._services)
+
+    async def wait_idle(self) -> None:
+        """Returns when a drain is complete; looked at with every tick."""
+        while not self.idle:
+            self._ticked.clear()
+            await self._ticked.wait()
 
     def status(self) -> pb.WorkerStatus:
         """What heartbeats and the Status call say."""
@@ -247,6 +270,7 @@ class WorkerShell:
             now_s = self.clock.now_s()
             for service in self._services:
                 service.tick(now_s)
+            self._ticked.set()
 
     async def _heartbeat_forever(self, registry: str) -> None:
         async with open_channel(registry) as channel:

@@ -1,0 +1,156 @@
+"""Builds a worker from its parts: device, scheduler, engine thread, both services, gRPC servers. One process may hold
+both services whatever its role is now, so that roles can flip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from ...decode_worker.service import DecodeService
+from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
+from ...prefill_worker.service import PrefillService
+from ..clock import MonotonicClock
+from ..config import EngineConfig, WorkerConfig
+from ..engine.block_pool import BlockPool
+from ..engine.devices.base import Device
+from ..engine.policies import policy_of
+from ..engine.prefix_cache import PrefixCache
+from ..engine.scheduler import Scheduler
+from ..models.reference import ModelFiles, resolve_model
+from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
+from ..rpc import SERVER_OPTIONS, new_epoch
+from ..types import StepTimeCoefficients
+from ..worker.engine_thread import EngineThread
+from ..worker.servicer import Servicer
+from ..worker.shell import WorkerFacts, WorkerShell
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, float | None], None]
+
+
+def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | None) -> Device:
+    """The device that the config names; loads the weights, so it takes a while. Imports torch only for `cpu`."""
+    if config.device == "paced":
+        from ..engine.devices.paced import PacedDevice
+
+        return PacedDevice(
+            files.config,
+            block_size=config.block_size,
+            kv_cache_bytes=config.kv_cache_bytes,
+            coefficients=StepTimeCoefficients(
+                step_s=config.paced_step_s,
+                prefill_token_s=config.paced_prefill_token_s,
+                decode_row_s=config.paced_decode_row_s,
+                context_token_s=config.paced_context_token_s,
+            ),
+        )
+    from ..engine.devices.cpu import CpuDevice
+
+    return CpuDevice(
+        files,
+        dtype=config.dtype,
+        block_size=config.block_size,
+        kv_cache_bytes=config.kv_cache_bytes,
+        threads=config.threads,
+        cpus=config.cpus,
+        progress=progress,
+    )
+
+
+class WorkerRuntime:
+    """A worker on the running event loop: `start`, serve, `drain`, `stop`."""
+
+    def __init__(self, config: WorkerConfig, on_failure: Callable[[BaseException], None]) -> None:
+        self._config = config
+        self._on_failure = on_failure
+        self._server: aio.Server | None = None
+        self._kv_server: GrpcKVServer | None = None
+        self._device: Device | None = None
+        self.shell: WorkerShell | None = None
+
+    async def start(self, progress: Progress | None = None) -> None:
+        """Loads the model and serves. Raises ModelError, ConfigError, OSError (a port in use)."""
+        config = self._config
+        files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
+        device = await asyncio.to_thread(build_device, config.engine, files, progress)
+        self._device = device
+        shell, prefill, decode = _assemble(config, files, device)
+        self._kv_server = GrpcKVServer(prefill.source, config.host, config.kv_port)
+        kv_port = await self._kv_server.start()
+        self._server = aio.server(options=SERVER_OPTIONS)
+        add_WorkerServicer_to_server(Servicer(shell, prefill, decode), self._server)
+        health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        port = self._server.add_insecure_port(f"{config.host}:{config.port}")
+        await self._server.start()
+        shell.address, shell.kv_address = f"{config.host}:{port}", f"{config.host}:{kv_port}"
+        shell.start(self._on_failure)
+        self.shell = shell
+        logger.info("worker %s (%s) serves on %s, KV on %s", config.worker_id, config.role, shell.address, kv_port)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new work and waits for what runs; False if some is left after `timeout_s`."""
+        assert self.shell is not None
+        self.shell.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.shell.wait_idle()
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Ends everything; idempotent."""
+        if self.shell is not None:
+            await self.shell.stop()
+        if self._server is not None:
+            await self._server.stop(grace=0.5)
+        if self._kv_server is not None:
+            await self._kv_server.stop()
+        if self._device is not None:
+            self._device.close()
+
+
+def _assemble(
+    config: WorkerConfig, files: ModelFiles, device: Device
+) -> tuple[WorkerShell, PrefillService, DecodeService]:
+    """The parts that need each other: scheduler, engine thread, shell, services."""
+    engine_config, clock = config.engine, MonotonicClock()
+    pool = BlockPool(device.kv.num_blocks, engine_config.block_size)
+    # A context longer than the whole KV memory could never run: the promise made to clients is what fits.
+    longest = min(engine_config.max_model_len or files.config.max_model_len, files.config.max_model_len)
+    longest = min(longest, device.kv.num_blocks * engine_config.block_size)
+    scheduler = Scheduler(
+        block_pool=pool,
+        prefix_cache=PrefixCache(pool, enabled=engine_config.prefix_cache),
+        policy=policy_of(config.role),
+        clock=clock,
+        max_batched_tokens=engine_config.max_batched_tokens,
+        max_running=engine_config.max_running,
+        max_waiting=engine_config.max_waiting,
+        max_model_len=longest,
+        eos_token_ids=files.config.eos_token_ids,
+    )
+    facts = WorkerFacts(
+        worker_id=config.worker_id,
+        epoch=new_epoch(),
+        model=files.name,
+        fingerprint=device.fingerprint,
+        kv_layout=device.kv.layout.to_bytes(),
+        block_size=engine_config.block_size,
+        max_model_len=longest,
+        device=device.name,
+    )
+    shell = WorkerShell(config, facts, clock)
+    engine = EngineThread(scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine)
+    prefill = PrefillService(shell, engine, device.kv, pool.generation)
+    decode = DecodeService(shell, engine, device.kv, GrpcKVTransport())
+    shell.assemble(engine, (prefill, decode))
+    return shell, prefill, decode

@@ -1,0 +1,95 @@
+"""Builds a router from its parts: tokenizer, membership and its registry server, core, front ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+
+from grpc import aio
+
+from ...router.core import RouterCore
+from ...router.frontend import Frontend
+from ...router.members import Membership
+from ...router.service import ModelCard
+from ...router.tokenizer import load_tokenizer
+from ..clock import MonotonicClock
+from ..config import RouterConfig
+from ..events import WaterfallLog
+from ..metrics import RouterMetrics
+from ..models.reference import resolve_model
+from ..proto.tandem_internal_v1_pb2_grpc import add_RegistryServicer_to_server
+from ..rpc import SERVER_OPTIONS
+from .compose import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class RouterRuntime:
+    """A router on the running event loop: `start`, serve, `drain`, `stop`."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self.members: Membership | None = None
+        self.core: RouterCore | None = None
+        self.frontend: Frontend | None = None
+        self.http_address = ""
+        self.grpc_address = ""
+        self.registry_address = ""
+        self._registry: aio.Server | None = None
+
+    async def start(self, progress: Progress | None = None) -> None:
+        """Reads the tokenizer and serves. Raises ModelError, ValueError, OSError (a port in use)."""
+        config, clock = self._config, MonotonicClock()
+        files = await asyncio.to_thread(resolve_model, config.model, progress=progress)
+        tokenizer = await asyncio.to_thread(load_tokenizer, files)
+        router_id = f"router-{secrets.token_hex(6)}"
+        name = config.served_model_name or config.model
+        self.members = Membership(router_id=router_id, clock=clock, heartbeat_timeout_s=config.heartbeat_timeout_s)
+        metrics = RouterMetrics(name)
+        metrics.watch_workers(self.members.statuses)
+        card = ModelCard(id=name, max_model_len=files.config.max_model_len, created_unix_s=int(time.time()))
+        self.core = RouterCore(
+            config,
+            router_id=router_id,
+            members=self.members,
+            tokenizer=tokenizer,
+            metrics=metrics,
+            log=WaterfallLog(config.events_path),
+            clock=clock,
+            card=card,
+        )
+        await self._start_registry()
+        self.frontend = Frontend(self.core, tokenizer, config, metrics)
+        addresses = await self.frontend.start()
+        self.http_address, self.grpc_address = addresses.http, addresses.grpc
+        logger.info("router serves HTTP on %s, gRPC on %s", addresses.http, addresses.grpc)
+
+    async def _start_registry(self) -> None:
+        assert self.members is not None
+        self._registry = aio.server(options=SERVER_OPTIONS)
+        add_RegistryServicer_to_server(self.members, self._registry)
+        address = f"{self._config.host}:{self._config.registry_port}"
+        try:
+            port = self._registry.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"registry_port: cannot listen on {address}; it is taken or not of this machine") from error
+        await self._registry.start()
+        self.registry_address = f"{self._config.host}:{port}"
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests and waits for those inside; False if some are left after `timeout_s`."""
+        assert self.core is not None and self.frontend is not None
+        return await self.frontend.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Ends everything; idempotent."""
+        if self.frontend is not None:
+            await self.frontend.stop()
+        if self.core is not None:
+            await self.core.close()
+        if self.members is not None:
+            await self.members.close()
+        if self._registry is not None:
+            await self._registry.stop(grace=0.5)

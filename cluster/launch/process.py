@@ -1,0 +1,89 @@
+"""A worker or a router as a plain process, without Ray: `python -m tandem.cluster.launch.process worker --config FILE.json`.
+
+Prints one JSON line with its addresses when it serves, drains on SIGTERM and SIGINT, and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from ..config import RouterConfig, WorkerConfig, from_dict
+from .members import RouterMember, WorkerMember
+
+PR_SET_PDEATHSIG = 1
+EXIT_ENGINE_FAILED = 70
+
+
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when its parent goes (prctl(2), PR_SET_PDEATHSIG); elsewhere a no-op."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _worker(config: WorkerConfig, start_timeout_s: float) -> WorkerMember:
+    def on_failure(error: BaseException) -> None:
+        print(f"worker {config.worker_id}: the engine failed: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_ENGINE_FAILED)
+
+    member = WorkerMember(config, on_failure=on_failure)
+    member.start(start_timeout_s)
+    return member
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one member until a signal; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="tandem.cluster.launch.process", description=__doc__)
+    parser.add_argument("kind", choices=("worker", "router"))
+    parser.add_argument("--config", type=Path, required=True, help="JSON of a WorkerConfig or RouterConfig")
+    parser.add_argument("--start-timeout-s", type=float, default=120.0)
+    parser.add_argument("--drain-timeout-s", type=float, default=10.0)
+    parser.add_argument("--orphan", action="store_true", help="do not die with the parent process")
+    options = parser.parse_args(arguments)
+    if not options.orphan:
+        die_with_parent()
+    logging.basicConfig(
+        level=os.environ.get("TANDEM_LOG", "WARNING").upper(), format="%(asctime)s %(name)s %(message)s"
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    values = json.loads(options.config.read_text())
+    member: WorkerMember | RouterMember
+    try:
+        if options.kind == "worker":
+            member = _worker(from_dict(WorkerConfig, values), options.start_timeout_s)
+            addresses = {"address": member.address, "kv_address": member.kv_address, "epoch": member.epoch}
+        else:
+            member = RouterMember(from_dict(RouterConfig, values))
+            member.start(options.start_timeout_s)
+            addresses = {
+                "http": member.http_address,
+                "grpc": member.grpc_address,
+                "registry": member.registry_address,
+            }
+    except (ValueError, OSError) as error:
+        print(f"{options.kind}: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(json.dumps({"pid": os.getpid(), **addresses}), flush=True)
+    stop.wait()
+    member.drain(options.drain_timeout_s)
+    member.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

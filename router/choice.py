@@ -1,0 +1,202 @@
+"""One choice of one request, as one readable coroutine: place, submit, stream, and clean up in one `finally`.
+
+1. `Placer.place` finds workers and a credit; 2. `Attempt.submit` dispatches both halves; 3. tokens come in, become text
+(`OutputStream`) and go out as deltas, the first from the prefill worker, the rest from the decode worker; 4. whatever
+way this ends, the attempt's other half is told. When a worker is lost, a new attempt goes on behind the tokens
+already sent: prompt and output stay apart, and a token depends only on seed, choice and index, so the client sees
+nothing but time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+
+from ..cluster.clock import Clock
+from ..cluster.messages import tokens_from_proto
+from ..cluster.proto import tandem_internal_v1_pb2 as pb
+from ..cluster.rpc import Refusal
+from ..cluster.types import FinishReason, Timings
+from .attempt import Attempt, AttemptLost, Path, Work
+from .errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
+from .output import OutputStream
+from .placer import Placer
+from .service import Delta, GenerateRequest
+
+logger = logging.getLogger(__name__)
+REFUSED_WAIT_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceTools:
+    """What a choice needs of its router."""
+
+    router_id: str
+    placer: Placer
+    clock: Clock
+    max_attempts: int
+    spawn: Callable[[Coroutine[Any, Any, None]], None]
+    """Runs a clean-up in the background, bounded, until it is done."""
+    on_lost: Callable[[AttemptLost], None]
+
+
+class ChoiceRun:
+    """The state of one choice; `run` is called once."""
+
+    def __init__(
+        self,
+        tools: ChoiceTools,
+        request: GenerateRequest,
+        choice: int,
+        output: OutputStream,
+        emit: Callable[[Delta], None],
+        on_first_token: Callable[[], None],
+        arrival_s: float,
+    ) -> None:
+        self._tools = tools
+        self._request = request
+        self._sampling = replace(request.sampling, choice=choice)
+        self._output = output
+        self._emit = emit
+        self._on_first_token = on_first_token
+        self._arrival_s = arrival_s
+        self._deadline_s = arrival_s + request.timeout_s
+        self._sent: list[int] = []
+        self._times = _Times()
+        self._number = 0
+        self._lost = 0
+
+    @property
+    def attempts(self) -> int:
+        """Tries that began, the last one included."""
+        return self._lost + 1
+
+    async def run(self) -> Timings:
+        """Streams the choice to its end and returns its waterfall. Raises `ServiceError`."""
+        while True:
+            self._number += 1
+            try:
+                return await self._attempt()
+            except AttemptLost as lost:
+                self._give_up_or_log(lost)
+            except Refusal as refusal:
+                # Refused before any effect: no try is lost, but the view that led there was old.
+                if refusal.code is grpc.StatusCode.INVALID_ARGUMENT:
+                    raise InvalidRequest(refusal.message) from refusal
+                logger.debug("%s: refused: %s", self._request.request_id, refusal.message)
+                await asyncio.sleep(REFUSED_WAIT_S)
+
+    async def _attempt(self) -> Timings:
+        attempt = await self._tools.placer.place(self._work())
+        try:
+            self._times.dispatched(self._tools.clock.now_s())
+            await attempt.submit(self._remaining_s())
+            while not self._output.finished:
+                event = await attempt.next_event()
+                self._take(attempt, event)
+            return self._timings(attempt)
+        finally:
+            attempt.close(self._tools.spawn)
+
+    def _take(self, attempt: Attempt, event: pb.TokensEvent) -> None:
+        """Tokens arrived: to text, to the client, to the waterfall."""
+        now_s = self._tools.clock.now_s()
+        self._times.heard(event)
+        tokens = tokens_from_proto(event.tokens)
+        finish = FinishReason(event.finish_reason) if event.finish_reason else None
+        stop_token_id = event.stop_token_id if event.HasField("stop_token_id") else None
+        chunk = self._output.push(event.index, tokens, finish, stop_token_id)
+        if not chunk.tokens and not chunk.text and chunk.finish_reason is None:
+            return
+        if not self._sent:
+            self._times.first_token_s = now_s
+            self._on_first_token()
+        self._sent.extend(token.token_id for token in chunk.tokens)
+        self._times.last_token_s = now_s
+        self._emit(
+            Delta(
+                choice=self._sampling.choice,
+                text=chunk.text,
+                tokens=chunk.tokens,
+                finish_reason=chunk.finish_reason,
+                stop_reason=chunk.stop_reason,
+                timings=self._timings(attempt) if chunk.finish_reason is not None else None,
+            )
+        )
+
+    def _work(self) -> Work:
+        return Work(
+            request_id=self._request.request_id,
+            number=self._number,
+            prompt_token_ids=self._request.prompt_token_ids,
+            output_token_ids=tuple(self._sent),
+            sampling=self._sampling,
+            deadline_s=self._deadline_s,
+        )
+
+    def _remaining_s(self) -> float:
+        remaining_s = self._deadline_s - self._tools.clock.now_s()
+        if remaining_s <= 0:
+            raise DeadlineExceeded(f"the request's {self._request.timeout_s:g} s ran out before it was dispatched")
+        return remaining_s
+
+    def _give_up_or_log(self, lost: AttemptLost) -> None:
+        self._lost += 1
+        self._tools.on_lost(lost)
+        if lost.reason == "deadline":
+            raise DeadlineExceeded(f"the request's {self._request.timeout_s:g} s ran out") from lost
+        if not lost.retryable:
+            raise ServiceError(f"{lost.reason}: {lost.message}") from lost
+        if self._lost >= self._tools.max_attempts:
+            message = f"gave up after {self._lost} attempts; the last one: {lost.reason}: {lost.message}"
+            raise Unavailable(message, retry_after_s=1.0) from lost
+        logger.info("%s attempt %d: %s: %s", self._request.request_id, self._lost, lost.reason, lost.message)
+
+    def _timings(self, attempt: Attempt) -> Timings:
+        """The waterfall as of now; complete with the last delta."""
+        times, now_s = self._times, self._times.last_token_s
+        prefill = times.prefill or pb.PrefillTimings()
+        decode = times.decode or pb.DecodeTimings()
+        split = attempt.path is Path.SPLIT
+        return Timings(
+            queue_s=max(0.0, times.dispatched_s - self._arrival_s) + prefill.queue_s,
+            prefill_s=prefill.prefill_s,
+            ttft_s=times.first_token_s - self._arrival_s,
+            transfer_s=decode.transfer_s if split else 0.0,
+            exposed_transfer_s=decode.exposed_transfer_s if split else 0.0,
+            decode_s=now_s - times.first_token_s,
+            e2e_s=now_s - self._arrival_s,
+            prefill_worker=attempt.first_worker.worker_id,
+            decode_worker=attempt.decode.worker_id if attempt.decode is not None else "",
+            path=attempt.path.value,
+            transferred_bytes=decode.transferred_bytes if split else 0,
+            cached_tokens=prefill.cached_tokens,
+            output_tokens=len(self._sent),
+        )
+
+
+class _Times:
+    """What a choice's waterfall is made of, on the router's clock but for the workers' own durations."""
+
+    def __init__(self) -> None:
+        self.dispatched_s = 0.0
+        self.first_token_s = 0.0
+        self.last_token_s = 0.0
+        self.prefill: pb.PrefillTimings | None = None
+        self.decode: pb.DecodeTimings | None = None
+
+    def dispatched(self, now_s: float) -> None:
+        """Of the first attempt only: what comes after is not queueing at the door."""
+        self.dispatched_s = self.dispatched_s or now_s
+
+    def heard(self, event: pb.TokensEvent) -> None:
+        """Keeps the durations that came with the first tokens of a side."""
+        if event.HasField("prefill") and self.prefill is None:
+            self.prefill = event.prefill
+        if event.HasField("decode"):
+            self.decode = event.decode

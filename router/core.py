@@ -1,0 +1,241 @@
+"""The router's core: one checked request in, deltas out. Joins admission, placement, choices, metrics and the
+waterfall log.
+
+A request's `n` choices are `n` sequences with the same prompt. The first is dispatched alone; the others follow its
+first token, so that their prompt is a prefix-cache hit instead of being computed n times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+from ..cluster.clock import Clock
+from ..cluster.config import RouterConfig
+from ..cluster.events import WaterfallLog
+from ..cluster.metrics import RouterMetrics
+from ..cluster.types import Role, Timings
+from .admission import Admission
+from .attempt import AttemptLost
+from .choice import ChoiceRun, ChoiceTools
+from .errors import DeadlineExceeded, Overloaded, ServiceError
+from .members import Membership
+from .output import OutputStream
+from .placement import pair
+from .placer import Placer
+from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness
+from .tokenizer_base import Tokenizer
+
+logger = logging.getLogger(__name__)
+MAX_CLEANUPS = 4096
+
+
+class RouterCore(GenerationService):
+    """One per router process; lives on its event loop."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        router_id: str,
+        members: Membership,
+        tokenizer: Tokenizer,
+        metrics: RouterMetrics,
+        log: WaterfallLog,
+        clock: Clock,
+        card: ModelCard,
+    ) -> None:
+        self._config = config
+        self._members = members
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._log = log
+        self._clock = clock
+        self._card = card
+        self._admission = Admission(config.max_waiting)
+        self._cleanups: set[asyncio.Task[None]] = set()
+        placer = Placer(
+            members,
+            router_id=router_id,
+            clock=clock,
+            local_threshold_tokens=config.local_prefill_threshold_tokens,
+            unready_wait_s=config.unready_wait_s,
+        )
+        self._tools = ChoiceTools(
+            router_id=router_id,
+            placer=placer,
+            clock=clock,
+            max_attempts=config.max_attempts,
+            spawn=self._spawn,
+            on_lost=self._on_lost,
+        )
+
+    # --- the service ------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """See `GenerationService.generate`."""
+        arrival_s = self._clock.now_s()
+        key = f"{request.request_id}:{secrets.token_hex(4)}"
+        try:
+            self._admission.enter(key, arrival_s)
+        except Overloaded:
+            self._metrics.count_refusal("overloaded")
+            raise
+        deltas: asyncio.Queue[Delta | None] = asyncio.Queue()  # bounded by n x max_tokens
+        task = asyncio.create_task(self._run_choices(request, key, arrival_s, deltas))
+        task.add_done_callback(lambda _: deltas.put_nowait(None))
+        try:
+            while (delta := await deltas.get()) is not None:
+                yield delta
+            await task
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            self._admission.leave(key)
+
+    def models(self) -> tuple[ModelCard, ...]:
+        """The one model this router serves; its context is what every worker can hold."""
+        lengths = [member.status.max_model_len for member in self._members.members() if member.status.max_model_len]
+        return (replace(self._card, max_model_len=min(lengths, default=self._card.max_model_len)),)
+
+    def readiness(self) -> Readiness:
+        """Ready: a prefill and a decode worker whose fingerprints match, or a mixed worker, can take work now."""
+        workers: list[dict[str, object]] = []
+        for member in self._members.members():
+            status = member.status
+            workers.append(
+                {
+                    "worker_id": status.worker_id,
+                    "role": status.role,
+                    "epoch": f"{status.epoch:016x}",
+                    "address": status.address,
+                    "device": status.device,
+                    "model": status.model,
+                    "fingerprint": status.fingerprint,
+                    "state": self._members.why_not_routable(member) or "ready",
+                    "pid": status.pid,
+                    "num_blocks": status.num_blocks,
+                    "free_blocks": status.free_blocks,
+                    "cached_blocks": status.cached_blocks,
+                    "credited_blocks": status.credited_blocks,
+                    "running": status.running,
+                    "waiting": status.waiting,
+                    "held": status.held,
+                    "leases": status.leases,
+                    "pulls": status.pulls,
+                    "preemptions_total": status.preemptions_total,
+                }
+            )
+        return Readiness(ready=not (reason := self._why_not_ready()), reason=reason, workers=tuple(workers))
+
+    def _why_not_ready(self) -> str:
+        prefill, decode = self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE)
+        if self._members.routable(Role.MIXED) or all(pair(prefill, decode)):
+            return ""
+        if not prefill and not decode:
+            return "no worker is ready"
+        if not prefill:
+            return "no prefill worker is ready"
+        if not decode:
+            return "no decode worker is ready"
+        return "no prefill and decode worker have the same KV fingerprint"
+
+    # --- one request ------------------------------------------------------------------------------------------------
+
+    async def _run_choices(
+        self, request: GenerateRequest, key: str, arrival_s: float, deltas: asyncio.Queue[Delta | None]
+    ) -> None:
+        """All choices of a request, under its deadline; the first failure ends the others."""
+        first_token = asyncio.Event()
+
+        def on_first_token() -> None:
+            self._admission.first_token(key, self._clock.now_s())
+            first_token.set()
+
+        async def follow(choice: int) -> None:
+            await first_token.wait()
+            await self._run_choice(request, choice, arrival_s, deltas, lambda: None)
+
+        try:
+            async with asyncio.timeout(request.timeout_s), asyncio.TaskGroup() as group:
+                group.create_task(self._run_choice(request, 0, arrival_s, deltas, on_first_token))
+                for choice in range(1, request.n):
+                    group.create_task(follow(choice))
+        except TimeoutError:
+            self._metrics.count_failure("deadline")
+            raise DeadlineExceeded(f"the request did not finish within its {request.timeout_s:g} s") from None
+        except BaseExceptionGroup as group_error:
+            raise self._first_error(group_error) from None
+
+    async def _run_choice(
+        self,
+        request: GenerateRequest,
+        choice: int,
+        arrival_s: float,
+        deltas: asyncio.Queue[Delta | None],
+        on_first: Callable[[], None],
+    ) -> None:
+        output = OutputStream(
+            self._tokenizer,
+            stop=request.stop,
+            min_tokens=request.sampling.min_tokens,
+            skip_special=request.skip_special_tokens,
+        )
+        run = ChoiceRun(self._tools, request, choice, output, deltas.put_nowait, on_first, arrival_s)
+        timings = await run.run()
+        self._record(request, choice, timings, str(output.finish_reason), run.attempts)
+
+    def _record(self, request: GenerateRequest, choice: int, timings: Timings, finish_reason: str, tries: int) -> None:
+        prompt_tokens = len(request.prompt_token_ids)
+        self._metrics.observe_choice(
+            timings, prompt_tokens=prompt_tokens, finish_reason=finish_reason, slo=self._config.slo, choice=choice
+        )
+        self._log.record(
+            request_id=request.request_id,
+            client_request_id=request.client_request_id,
+            choice=choice,
+            timings=timings,
+            prompt_tokens=prompt_tokens,
+            finish_reason=finish_reason,
+            attempts=tries,
+        )
+
+    def _first_error(self, group: BaseExceptionGroup[BaseException]) -> BaseException:
+        """The error that a client is told: the first that is not a consequence of another."""
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, ServiceError):
+            self._metrics.count_failure(error.code or error.type)
+        elif not isinstance(error, asyncio.CancelledError):
+            logger.error("a request failed", exc_info=error)
+            self._metrics.count_failure("internal")
+            return ServiceError(f"internal error: {type(error).__name__}")
+        return error
+
+    def _on_lost(self, lost: AttemptLost) -> None:
+        self._metrics.count_retry(lost.reason)
+        self._metrics.count_handoff_failure(lost.reason)
+
+    # --- end --------------------------------------------------------------------------------------------------------
+
+    def _spawn(self, cleanup: Coroutine[Any, Any, None]) -> None:
+        """Runs a clean-up to its end, whatever becomes of the request it belongs to."""
+        if len(self._cleanups) >= MAX_CLEANUPS:
+            logger.warning("too many clean-ups under way; the workers' leases will do it")
+            cleanup.close()
+            return
+        task = asyncio.create_task(cleanup)
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleanups.discard)
+
+    async def close(self) -> None:
+        """Waits for the clean-ups (each has a deadline of its own); idempotent."""
+        while self._cleanups:
+            await asyncio.wait(self._cleanups)
+        self._log.close()
