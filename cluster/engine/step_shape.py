@@ -1,0 +1,34 @@
+"""What a step's time depends on, read off its plan: the inputs of `cluster.latency`'s model. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plan import StepPlan, StepRow
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Sizes of one step, tokens and rows."""
+
+    prefill_tokens: int
+    decode_rows: int
+    context_tokens: int
+    """Context of the decode rows, each with the token it computes."""
+
+
+def is_decode(row: StepRow) -> bool:
+    """Whether the row computes one token on top of KV that is there: what decode is, whichever queue it came from."""
+    return row.start > 0 and len(row.token_ids) == 1
+
+
+def step_shape(plan: StepPlan) -> StepShape:
+    """The shape of one step, from all of its rows."""
+    prefill_tokens = decode_rows = context_tokens = 0
+    for row in plan.rows:
+        if is_decode(row):
+            decode_rows += 1
+            context_tokens += row.start + 1
+        else:
+            prefill_tokens += len(row.token_ids)
+    return StepShape(prefill_tokens, decode_rows, context_tokens)

@@ -1,0 +1,158 @@
+"""How long a step takes: a linear model of it, predictions from it, and a fit of it to the steps an engine runs.
+
+    step time = step_s + prefill_token_s · prefill tokens
+                       + decode_row_s · decode rows + context_token_s · context tokens
+
+`context tokens` are those whose KV the step's decode rows read. Prefill's own attention has no term of its own: it is
+small beside the matrix products until prompts are long, and a fit spreads it over prefill_token_s. Pure: workers report
+coefficients, routers predict from them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .types import StepTimeCoefficients
+
+_MIN_STEP_S = 1e-6
+_REFIT_STEPS = 64
+_ROUNDS = 4
+_HUBER = 1.345
+_PULL = 0.01
+"""Weight of the prior against one step: the square of the relative noise of steps, about 10 %."""
+
+DEFAULT_TOKEN_BUDGET = 512
+DEFAULT_PRIOR = StepTimeCoefficients(step_s=0.01, prefill_token_s=5e-4, decode_row_s=1e-3, context_token_s=1e-7)
+"""What a worker is taken for before it has run a step: a small model on a few CPU cores."""
+
+_TERMS = ("step_s", "prefill_token_s", "decode_row_s", "context_token_s")
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimeModel:
+    """Predicts step time, TTFT and TPOT, seconds, from a worker's coefficients. ValueError if one is negative."""
+
+    coefficients: StepTimeCoefficients
+
+    def __post_init__(self) -> None:
+        for name in _TERMS:
+            value = getattr(self.coefficients, name)
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name}: {value} is not a finite number of seconds >= 0")
+
+    def step_time_s(self, prefill_tokens: int, decode_rows: int = 0, context_tokens: int = 0) -> float:
+        """Seconds that one step takes."""
+        terms = self.coefficients
+        return (
+            terms.step_s
+            + terms.prefill_token_s * prefill_tokens
+            + terms.decode_row_s * decode_rows
+            + terms.context_token_s * context_tokens
+        )
+
+    def predict_ttft_s(self, queued_tokens: int, prompt_tokens: int, token_budget: int = DEFAULT_TOKEN_BUDGET) -> float:
+        """Seconds until a prompt that arrives now has its first token, on a prefill worker.
+
+        `queued_tokens` are computed before it, first come first served, in steps of `token_budget` tokens;
+        `prompt_tokens` are its own uncached ones (at least one is always computed).
+        """
+        if token_budget < 1:
+            raise ValueError(f"token_budget: {token_budget} is not >= 1")
+        tokens = max(queued_tokens, 0) + max(prompt_tokens, 1)
+        steps = -(-tokens // token_budget)
+        return steps * self.coefficients.step_s + tokens * self.coefficients.prefill_token_s
+
+    def predict_tpot_s(self, running: int, context_tokens: int) -> float:
+        """Seconds per output token of a decode batch of `running` sequences that hold `context_tokens` of KV in all."""
+        return self.step_time_s(0, max(running, 1), context_tokens)
+
+
+class OnlineStepTimeFit:
+    """Fits the model to the steps that an engine runs, while it runs them.
+
+    It keeps the last `window` steps with prefill and, apart from them, the last `window` without, so that a long
+    stretch of one kind does not wash out what is known of the other. The fit is least squares on relative errors, with
+    Huber weights (a step that the machine interrupted counts little), coefficients >= 0, and a weak pull towards the
+    prior, scaled to this machine's speed, in directions that the steps so far say nothing about. Memory is bounded;
+    `observe` is O(1), and `coefficients` refits only after enough new steps. Both may be called from any thread.
+    """
+
+    def __init__(self, prior: StepTimeCoefficients = DEFAULT_PRIOR, *, window: int = 256) -> None:
+        if window < 1:
+            raise ValueError(f"window: {window} is not >= 1")
+        StepTimeModel(prior)
+        self._prior = np.array([getattr(prior, name) for name in _TERMS])
+        self._steps = np.zeros((2, window, 5))  # [with prefill?, step, (1, prefill, rows, context, duration)]
+        self._counts = [0, 0]
+        self._refit_at = 1
+        self._fitted = prior
+        self._lock = threading.Lock()
+
+    def observe(self, prefill_tokens: int, decode_rows: int, context_tokens: int, duration_s: float) -> None:
+        """One step that the device ran. Steps of no tokens are passed over; ValueError if a number is negative."""
+        if min(prefill_tokens, decode_rows, context_tokens) < 0 or not 0.0 <= duration_s < math.inf:
+            numbers = (prefill_tokens, decode_rows, context_tokens, duration_s)
+            raise ValueError(f"prefill_tokens, decode_rows, context_tokens, duration_s: {numbers} are not all >= 0")
+        if prefill_tokens + decode_rows == 0:
+            return
+        kind = int(prefill_tokens > 0)
+        with self._lock:
+            slot = self._counts[kind] % self._steps.shape[1]
+            self._steps[kind, slot] = (1.0, prefill_tokens, decode_rows, context_tokens, max(duration_s, _MIN_STEP_S))
+            self._counts[kind] += 1
+
+    def coefficients(self) -> StepTimeCoefficients:
+        """The fit to the steps so far: the prior before the first, never negative. Cheap to call after every step."""
+        with self._lock:
+            total = sum(self._counts)
+            if total < self._refit_at:
+                return self._fitted
+            self._refit_at = total + min(total, _REFIT_STEPS)
+            kept = [steps[: min(count, len(steps))] for steps, count in zip(self._steps, self._counts, strict=True)]
+            data = np.concatenate(kept)
+        theta = _fit(data[:, :4], data[:, 4], self._prior)
+        self._fitted = StepTimeCoefficients(**dict(zip(_TERMS, theta.tolist(), strict=True)))
+        return self._fitted
+
+
+def _fit(x: NDArray[np.float64], y: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Coefficients [4] >= 0 for steps x [N, 4] that took y [N] seconds; see `OnlineStepTimeFit`."""
+    expected = x @ prior
+    if expected.min() > 0.0:
+        prior = prior * float(np.median(y / expected))
+    theta, reference, weight = prior, y, np.ones_like(y)
+    for _ in range(_ROUNDS):
+        a = x / reference[:, None]
+        target = y / reference
+        share = np.sqrt((a * a).mean(axis=0))  # how much of a step each second of a coefficient is
+        share[share == 0.0] = 1.0
+        a /= share
+        gram = (a * weight[:, None]).T @ a + _PULL * np.eye(4)
+        theta = _nonnegative(gram, (a * weight[:, None]).T @ target + _PULL * prior * share) / share
+        reference = np.maximum(x @ theta, _MIN_STEP_S)
+        error = np.abs(y / reference - 1.0)
+        scale = max(1.4826 * float(np.median(error)), 1e-3)
+        weight = np.minimum(1.0, _HUBER * scale / np.maximum(error, 1e-12))
+    return theta
+
+
+def _nonnegative(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Minimizes ½ φᵀ·gram·φ − momentᵀ·φ over φ >= 0, exactly, by trying supports. `gram` [4, 4]: positive definite."""
+    best, best_cost = np.zeros(4), 0.0
+    for size in (4, 3, 2, 1):
+        for support in itertools.combinations(range(4), size):
+            chosen = list(support)
+            part = np.linalg.solve(gram[np.ix_(chosen, chosen)], moment[chosen])
+            cost = -0.5 * float(moment[chosen] @ part)
+            if part.min() >= 0.0 and cost < best_cost:
+                best, best_cost = np.zeros(4), cost
+                best[chosen] = part
+        if size == 4 and best_cost < 0.0:
+            break
+    return best
