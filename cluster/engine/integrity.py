@@ -1,4 +1,4 @@
-"""Proves that a scheduler's sequences are where they say they are: after every step in tests, when idle in production."""
+"""Proves that a scheduler's sequences are where they say they are: in tests after every step, else when idle."""
 
 from __future__ import annotations
 

@@ -295,7 +295,7 @@ class Scheduler:
         return granted
 
     def _preempt(self, seq: Sequence) -> None:
-        assert seq.state is State.RUNNING and seq.plans == 0, f"{seq.seq_id} cannot be preempted now"
+        assert (seq.state, seq.plans) == (State.RUNNING, 0), f"{seq.seq_id} cannot be preempted now"
         del self._running[seq.seq_id]
         self._kv.release(seq)
         seq.restart()
