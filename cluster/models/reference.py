@@ -47,6 +47,8 @@ def resolve_model(reference: str, *, cache_dir: Path | None = None, progress: Pr
     library's own cache. `progress(what, share)` is called during steps that take longer than a moment. Blocks on disk
     and network. Raises `ModelError` (a ValueError) if the reference means nothing, cannot be fetched or cannot be run.
     """
+    if not reference:
+        raise _unknown(reference, [], _FORMS)
     if reference.startswith(DUMMY_PREFIX):
         return _dummy(reference)
     if reference in WHEEL_MODELS:
