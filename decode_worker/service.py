@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import grpc
 
-from ..cluster.engine.scheduler_events import BlocksGranted, Preempted, SchedulerEvent, SequenceFailed, TokensEmitted
+from ..cluster.engine.scheduler_events import BlocksGranted, SchedulerEvent, SequenceFailed, TokensEmitted
 from ..cluster.messages import sequence_from_proto, token_to_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
@@ -47,7 +47,6 @@ class DecodeService(DecodeHandler):
         self._layout = store.layout
         self._transport = transport
         self._stats: dict[str, TransferStats] = {}
-        self._preemptions: dict[str, int] = {}
         self._credit_limit_blocks = max(1, int(store.num_blocks * shell.config.credit_factor))
         self.sink = SinkDriver(
             worker_id=shell.facts.worker_id,
@@ -150,8 +149,6 @@ class DecodeService(DecodeHandler):
                 self.sink.on_blocks(event.seq_id, event.blocks, event.cached_tokens)
             case TokensEmitted():
                 self._on_tokens(sequence, event)
-            case Preempted():
-                self._preemptions[event.seq_id] = self._preemptions.get(event.seq_id, 0) + 1
             case SequenceFailed():
                 self._shell.post_failure(sequence, "decode_failed", event.message, retryable=False)
                 self.end(sequence, "failed")
@@ -167,7 +164,6 @@ class DecodeService(DecodeHandler):
             sequence.told = True
             self._on_first_tokens(tokens, event)
         if event.finish_reason is not None:
-            tokens.decode.preemptions = self._preemptions.get(event.seq_id, 0)
             self._forget(event.seq_id)
         self._shell.post(sequence, pb.Event(tokens=tokens))
 
@@ -203,7 +199,6 @@ class DecodeService(DecodeHandler):
 
     def _forget(self, key: str) -> LiveSequence | None:
         self._stats.pop(key, None)
-        self._preemptions.pop(key, None)
         return self._shell.forget(key)
 
     # --- the shell's calls ------------------------------------------------------------------------------------------

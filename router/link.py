@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc import aio
 
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
@@ -20,6 +22,7 @@ from ..cluster.proto.tandem_internal_v1_pb2_grpc import WorkerStub
 from ..cluster.rpc import CONTROL_TIMEOUT_S, PROTOCOL_VERSION, Refusal, open_channel
 from ..cluster.types import Side
 
+Reply = TypeVar("Reply", bound=Message)
 logger = logging.getLogger(__name__)
 REATTACH_S = 0.2
 ABORT_TRIES = 3
@@ -121,7 +124,7 @@ class WorkerLink:
         self._lose("the worker was replaced or the router stops")
         await self._channel.close()
 
-    async def _call(self, method, request):  # type: ignore[no-untyped-def]
+    async def _call(self, method: Callable[..., Awaitable[Reply]], request: Message) -> Reply:
         """One unary call with a deadline; every failure is a `Refusal` with its status."""
         try:
             reply = await method(request, timeout=CONTROL_TIMEOUT_S)

@@ -19,13 +19,12 @@ from ..clock import MonotonicClock
 from ..config import EngineConfig, WorkerConfig
 from ..engine.block_pool import BlockPool
 from ..engine.devices.base import Device
-from ..engine.policies import policy_of
+from ..engine.policies import policy_for
 from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import Scheduler
 from ..models.reference import ModelFiles, resolve_model
 from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
 from ..rpc import SERVER_OPTIONS, new_epoch
-from ..types import StepTimeCoefficients
 from ..worker.engine_thread import EngineThread
 from ..worker.servicer import Servicer
 from ..worker.shell import WorkerFacts, WorkerShell
@@ -39,17 +38,7 @@ def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
     if config.device == "paced":
         from ..engine.devices.paced import PacedDevice
 
-        return PacedDevice(
-            files.config,
-            block_size=config.block_size,
-            kv_cache_bytes=config.kv_cache_bytes,
-            coefficients=StepTimeCoefficients(
-                step_s=config.paced_step_s,
-                prefill_token_s=config.paced_prefill_token_s,
-                decode_row_s=config.paced_decode_row_s,
-                context_token_s=config.paced_context_token_s,
-            ),
-        )
+        return PacedDevice.for_model(config, files.config)
     from ..engine.devices.cpu import CpuDevice
 
     return CpuDevice(
@@ -81,7 +70,9 @@ class WorkerRuntime:
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
         self._device = device
         shell, prefill, decode = _assemble(config, files, device)
-        self._kv_server = GrpcKVServer(prefill.source, config.host, config.kv_port)
+        self._kv_server = GrpcKVServer(
+            prefill.source, config.host, config.kv_port, block_bytes=device.kv.layout.block_bytes
+        )
         kv_port = await self._kv_server.start()
         self._server = aio.server(options=SERVER_OPTIONS)
         add_WorkerServicer_to_server(Servicer(shell, prefill, decode), self._server)
@@ -130,7 +121,7 @@ def _assemble(
     scheduler = Scheduler(
         block_pool=pool,
         prefix_cache=PrefixCache(pool, enabled=engine_config.prefix_cache),
-        policy=policy_of(config.role),
+        policy=policy_for(config.role),
         clock=clock,
         max_batched_tokens=engine_config.max_batched_tokens,
         max_running=engine_config.max_running,
@@ -151,6 +142,6 @@ def _assemble(
     shell = WorkerShell(config, facts, clock)
     engine = EngineThread(scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine)
     prefill = PrefillService(shell, engine, device.kv, pool.generation)
-    decode = DecodeService(shell, engine, device.kv, GrpcKVTransport())
+    decode = DecodeService(shell, engine, device.kv, GrpcKVTransport(block_bytes=device.kv.layout.block_bytes))
     shell.assemble(engine, (prefill, decode))
     return shell, prefill, decode

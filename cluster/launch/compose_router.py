@@ -80,7 +80,7 @@ class RouterRuntime:
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for those inside; False if some are left after `timeout_s`."""
-        assert self.core is not None and self.frontend is not None
+        assert self.frontend is not None
         return await self.frontend.drain(timeout_s)
 
     async def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""A worker or a router inside this process, behind plain blocking calls: what Ray actors, plain processes and tests hold.
+"""A worker or a router inside this process, behind plain blocking calls: for Ray actors, plain processes and tests.
 
 Each member has an event loop in a thread of its own; `start` returns when it serves, `stop` when nothing of it is left.
 """

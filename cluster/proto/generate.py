@@ -1,7 +1,7 @@
 """Makes the committed protobuf code: `python -m tandem.cluster.proto.generate [folder]` (grpcio-tools needed).
 
-protoc writes absolute imports; inside a package they must be relative, so that nothing called `tandem_v1_pb2` has to lie
-on anyone's `sys.path`.
+protoc writes absolute imports; inside a package they must be relative, so that nothing called `tandem_v1_pb2` has to
+lie on anyone's `sys.path`.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 IDLE_CHECK_AFTER_S = 0.5
+FIT_EVERY_STEPS = 16
 
 
 class EngineStopped(RuntimeError):
@@ -134,10 +135,11 @@ class EngineThread:
             else:
                 prefill_tokens += len(row.token_ids)
         self._fit.observe(prefill_tokens, decode_rows, context_tokens, duration_s)
+        steps = self.status.steps_total
         self.status = EngineStatus(
             load=self.status.load,
-            step_time=self._fit.coefficients(),
-            steps_total=self.status.steps_total + 1,
+            step_time=self._fit.coefficients() if steps % FIT_EVERY_STEPS == 0 else self.status.step_time,
+            steps_total=steps + 1,
             computed_tokens_total=self.status.computed_tokens_total + plan.num_tokens,
         )
 
@@ -163,6 +165,8 @@ class EngineThread:
     def _run_commands(self) -> None:
         while self._commands:
             command, future = self._commands.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 result = command(self._scheduler)
             except Exception as error:
