@@ -1,0 +1,126 @@
+"""Waterfalls as JSON lines: one line for each finished choice, for `tandem bench`, the demo and whoever debugs a
+slow request.
+
+A line is `{"event": "choice", "unix_s", "request_id", "choice", "prompt_tokens", "finish_reason", "timings": {…,
+"tpot_s"}}`, durations in seconds (`cluster.types.Timings`). The event loop only appends to a bounded buffer; a
+thread of its own writes and flushes. When the disk cannot keep up, lines are dropped and counted, and the file says
+so: `{"event": "dropped", "lines": n}`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from .types import Timings
+
+_log = logging.getLogger(__name__)
+
+MAX_BUFFERED_LINES = 8192
+CLOSE_TIMEOUT_S = 5.0
+
+
+class WaterfallLog:
+    """Appends to the file at `path`, which is made if need be; with `path=None` nothing is kept and nothing written.
+
+    Thread-safe. Raises OSError at once where the file cannot be opened; after that, never because of the disk.
+    """
+
+    def __init__(self, path: str | Path | None, *, max_buffered_lines: int = MAX_BUFFERED_LINES) -> None:
+        self.dropped_lines = 0
+        self._max_buffered_lines = max_buffered_lines
+        self._buffer: deque[dict[str, Any]] = deque()
+        self._unreported = 0
+        self._writing = False
+        self._closed = path is None
+        self._changed = threading.Condition()
+        self._file: TextIO | None = None
+        self._thread: threading.Thread | None = None
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by the writer thread)
+            self._thread = threading.Thread(target=self._write_until_closed, name="waterfall-log", daemon=True)
+            self._thread.start()
+
+    def record(
+        self,
+        *,
+        request_id: str,
+        choice: int,
+        timings: Timings,
+        prompt_tokens: int,
+        finish_reason: str,
+        client_request_id: str = "",
+        attempts: int = 1,
+    ) -> None:
+        """Called by the router core once for each choice that ended; does not wait for the disk."""
+        line = {
+            "event": "choice",
+            "unix_s": time.time(),
+            "request_id": request_id,
+            "client_request_id": client_request_id,
+            "choice": choice,
+            "prompt_tokens": prompt_tokens,
+            "finish_reason": str(finish_reason),
+            "attempts": attempts,
+            "timings": {**asdict(timings), "tpot_s": timings.tpot_s},
+        }
+        with self._changed:
+            if self._closed:
+                return
+            if len(self._buffer) >= self._max_buffered_lines:
+                self.dropped_lines += 1
+                self._unreported += 1
+                return
+            self._buffer.append(line)
+            self._changed.notify_all()
+
+    def flush(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
+        """Waits until all that was recorded is in the file; False if that took longer than `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._thread is None or not (self._buffer or self._writing), timeout_s
+            )
+
+    def close(self) -> None:
+        """Writes what is buffered and closes the file; idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(CLOSE_TIMEOUT_S)
+
+    def _write_until_closed(self) -> None:
+        assert self._file is not None
+        with self._file:
+            while True:
+                with self._changed:
+                    self._writing = False
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._buffer or self._closed)
+                    if not self._buffer and not self._unreported:
+                        return
+                    batch = list(self._buffer)
+                    self._buffer.clear()
+                    if self._unreported:
+                        batch.append({"event": "dropped", "unix_s": time.time(), "lines": self._unreported})
+                        self._unreported = 0
+                    self._writing = True
+                self._write(batch)
+
+    def _write(self, batch: list[dict[str, Any]]) -> None:
+        assert self._file is not None
+        try:
+            self._file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in batch))
+            self._file.flush()
+        except OSError as error:
+            _log.warning("waterfall log: lost %d lines: %s", len(batch), error)
+            with self._changed:
+                self.dropped_lines += len(batch)

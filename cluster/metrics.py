@@ -1,0 +1,276 @@
+"""Prometheus metrics of a router process: requests, phases, handoffs, promises kept, and the workers' ledgers.
+
+Names are vLLM's with `tandem:`, so that dashboards carry over. Times come from `Timings`, hence mean what the
+waterfall, the gRPC response and the benchmark client mean: TTFT from arrival at the router, TPOT = (E2E - TTFT) /
+(n - 1), no TPOT for one output token. Each process has its own registry. Workers are read from their last
+heartbeats when `/metrics` is scraped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from .proto.tandem_internal_v1_pb2 import WorkerStatus
+from .types import SLO, Timings
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+MAX_REASONS = 64
+"""Different `reason` labels of one counter; what comes after them is counted as `other`, so that cardinality is
+bounded.
+"""
+
+# Buckets in seconds: TTFT, token and request times as vLLM's, so that quantiles of the two can be laid side by side.
+TTFT_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0),
+)
+TOKEN_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
+    *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0),
+)
+TRANSFER_BUCKETS_S = (*(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),)
+TRANSFER_BUCKETS_BYTES = tuple(float(4**exponent) for exponent in range(5, 19))
+LENGTH_BUCKETS_TOKENS = tuple(float(2**exponent) for exponent in range(18))
+
+
+def attains(timings: Timings, slo: SLO) -> tuple[bool, bool]:
+    """Whether (TTFT, TPOT) of a choice meet their promises. One output token has no TPOT: nothing to break."""
+    tpot_s = timings.tpot_s
+    return timings.ttft_s <= slo.ttft_s, tpot_s is None or tpot_s <= slo.tpot_s
+
+
+class RouterMetrics:
+    """Everything a router counts. Called from its event loop; no method blocks, waits or raises for odd values."""
+
+    def __init__(self, model_name: str = "") -> None:
+        self.registry = CollectorRegistry()
+        self._model = {"model_name": model_name}
+        self._workers: Callable[[], Iterable[WorkerStatus]] = tuple
+        self._reasons: dict[Counter, set[str]] = {}
+        self._make_phases()
+        self._make_handoff()
+        self._make_counters()
+        self.registry.register(_WorkerCollector(lambda: self._workers()))
+        ProcessCollector(registry=self.registry)
+
+    def _make_phases(self) -> None:
+        histogram = self._histogram
+        self._ttft = histogram(
+            "time_to_first_token_seconds", "From arrival at the router to the first token", TTFT_BUCKETS_S
+        )
+        self._itl = histogram(
+            "inter_token_latency_seconds", "Between tokens of one choice, at the router", TOKEN_BUCKETS_S
+        )
+        self._tpot = histogram(
+            "request_time_per_output_token_seconds", "(E2E - TTFT) / (output tokens - 1) of a choice", TOKEN_BUCKETS_S
+        )
+        self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token", REQUEST_BUCKETS_S)
+        self._queue = histogram("request_queue_time_seconds", "Waiting for prefill to begin", REQUEST_BUCKETS_S)
+        self._prefill = histogram("request_prefill_time_seconds", "Computing the prompt", REQUEST_BUCKETS_S)
+        self._decode = histogram("request_decode_time_seconds", "From first to last token", REQUEST_BUCKETS_S)
+        self._prompt_length = histogram("request_prompt_tokens", "Tokens in a prompt", LENGTH_BUCKETS_TOKENS)
+        self._output_length = histogram("request_generation_tokens", "Tokens in an answer", LENGTH_BUCKETS_TOKENS)
+
+    def _make_handoff(self) -> None:
+        histogram = self._histogram
+        self._transfer = histogram("kv_transfer_time_seconds", "First to last KV byte of a handoff", TRANSFER_BUCKETS_S)
+        self._exposed = histogram(
+            "kv_transfer_exposed_seconds",
+            "Last KV byte minus end of prefill: what a request waits for",
+            TRANSFER_BUCKETS_S,
+        )
+        self._transfer_bytes = histogram("kv_transfer_size_bytes", "KV moved by a handoff", TRANSFER_BUCKETS_BYTES)
+        self._transferred = self._counter("kv_transferred_bytes", "KV moved by handoffs")
+        self._handoffs = self._counter("handoffs", "Requests whose KV moved from a prefill to a decode worker")
+        self._handoff_failures = self._counter("handoff_failures", "Handoffs that ended early", "reason")
+
+    def _make_counters(self) -> None:
+        counter = self._counter
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests, counted once a prompt")
+        self._generation_tokens = counter("generation_tokens", "Output tokens of finished choices")
+        self._prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self._prefix_hits = counter("prefix_cache_hits", "Prompt tokens whose KV was there already")
+        self._success = counter("request_success", "Finished choices", "finished_reason")
+        self._paths = counter("requests_by_path", "Choices by path: split, local, mixed, prefill_only", "path")
+        self._failures = counter("request_failures", "Requests that ended in an error", "reason")
+        self._refusals = counter("request_refusals", "Requests refused at the door", "reason")
+        self._retries = counter("request_retries", "Attempts beyond a choice's first", "reason")
+        self._canceled = counter("requests_canceled", "Requests whose client went away")
+        self._slo_requests = counter("slo_requests", "Finished choices under a promise", "slo_class")
+        self._slo_ttft = counter("slo_ttft_attained", "Choices that met TTFT", "slo_class")
+        self._slo_tpot = counter("slo_tpot_attained", "Choices that met TPOT, or have none", "slo_class")
+        self._slo_attained = counter(
+            "slo_attained", "Choices that met TTFT and TPOT; goodput is the rate of this", "slo_class"
+        )
+        self._in_flight = Gauge(
+            "tandem:requests_in_flight", "Requests inside the router", ["model_name"], registry=self.registry
+        ).labels(**self._model)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        metric = Histogram(f"tandem:{name}", about, ["model_name"], buckets=buckets, registry=self.registry)
+        return metric.labels(**self._model)
+
+    def _counter(self, name: str, about: str, label: str | None = None) -> Counter:
+        """A counter; with a label, the parent whose children `_count` makes."""
+        names = ["model_name"] if label is None else ["model_name", label]
+        metric = Counter(f"tandem:{name}", about, names, registry=self.registry)
+        return metric.labels(**self._model) if label is None else metric
+
+    def _count(self, parent: Counter, value: str, amount: float = 1) -> None:
+        known = self._reasons.setdefault(parent, set())
+        if value not in known:
+            if len(known) >= MAX_REASONS:
+                value = "other"
+            known.add(value)
+        parent.labels(self._model["model_name"], value).inc(amount)
+
+    def observe_choice(
+        self,
+        timings: Timings,
+        *,
+        prompt_tokens: int,
+        finish_reason: str,
+        slo: SLO,
+        choice: int = 0,
+        slo_class: str = "default",
+    ) -> None:
+        """Called by the router core once for each choice that finished. Prompt and cached tokens are counted for
+        choice 0 only, whatever `n` is.
+        """
+        self._observe_phases(timings)
+        if choice == 0:
+            self._prompt_tokens.inc(prompt_tokens)
+            self._prompt_length.observe(prompt_tokens)
+            self._prefix_queries.inc(prompt_tokens)
+            self._prefix_hits.inc(timings.cached_tokens)
+        self._generation_tokens.inc(timings.output_tokens)
+        self._output_length.observe(timings.output_tokens)
+        self._count(self._success, str(finish_reason))
+        self._count(self._paths, timings.path)
+        if timings.path == "split":
+            self._handoffs.inc()
+            self._transfer.observe(timings.transfer_s)
+            self._exposed.observe(max(timings.exposed_transfer_s, 0.0))
+            self._transfer_bytes.observe(timings.transferred_bytes)
+            self._transferred.inc(timings.transferred_bytes)
+        ttft_met, tpot_met = attains(timings, slo)
+        self._count(self._slo_requests, slo_class)
+        self._count(self._slo_ttft, slo_class, ttft_met)
+        self._count(self._slo_tpot, slo_class, tpot_met)
+        self._count(self._slo_attained, slo_class, ttft_met and tpot_met)
+
+    def _observe_phases(self, timings: Timings) -> None:
+        self._ttft.observe(timings.ttft_s)
+        self._e2e.observe(timings.e2e_s)
+        self._queue.observe(timings.queue_s)
+        self._prefill.observe(timings.prefill_s)
+        self._decode.observe(timings.decode_s)
+        if timings.tpot_s is not None:
+            self._tpot.observe(timings.tpot_s)
+
+    def observe_inter_token(self, gap_s: float, tokens: int = 1) -> None:
+        """Called by the front ends for each delta but a choice's first: `tokens` came `gap_s` after the ones
+        before. A delta of several tokens counts as that many observations of an equal share.
+        """
+        for _ in range(tokens):
+            self._itl.observe(gap_s / tokens)
+
+    def count_refusal(self, reason: str) -> None:
+        """A request that was turned away: `invalid_request`, `overloaded`, `unavailable`, …"""
+        self._count(self._refusals, reason)
+
+    def count_failure(self, reason: str) -> None:
+        """A request that was admitted and ended in an error."""
+        self._count(self._failures, reason)
+
+    def count_handoff_failure(self, reason: str) -> None:
+        """A handoff that ended early, whether or not the request survived it."""
+        self._count(self._handoff_failures, reason)
+
+    def count_retry(self, reason: str) -> None:
+        """An attempt beyond a choice's first."""
+        self._count(self._retries, reason)
+
+    def count_canceled(self) -> None:
+        """A request whose client went away before its end."""
+        self._canceled.inc()
+
+    def set_in_flight(self, requests: int) -> None:
+        """How many requests are inside the router now."""
+        self._in_flight.set(requests)
+
+    def watch_workers(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
+        """Says where the last heartbeats are; called at every scrape, must not block. One status per live worker."""
+        self._workers = workers
+
+    def render(self) -> bytes:
+        """The exposition text of `/metrics`, of content type `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+
+def kv_usage(status: WorkerStatus) -> float:
+    """Share of KV blocks that are held, 0 to 1; cached blocks that nobody holds count as available."""
+    if not status.num_blocks:
+        return 0.0
+    held = status.num_blocks - status.free_blocks - status.cached_blocks
+    return max(held, 0) / status.num_blocks
+
+
+_WORKER_GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
+    ("num_requests_running", "Sequences in the running batch", lambda s: s.running),
+    ("num_requests_waiting", "Sequences that wait for a place or for KV", lambda s: s.waiting),
+    ("num_requests_held", "Prefilled sequences whose KV waits for a decode worker", lambda s: s.held),
+    ("kv_cache_usage_perc", "Share of KV blocks held; 1 is full", kv_usage),
+    ("kv_blocks_free", "Blocks on the free list", lambda s: s.free_blocks),
+    ("kv_blocks_cached", "Blocks that only the prefix cache keeps", lambda s: s.cached_blocks),
+    ("kv_blocks_held", "Blocks with a holder", lambda s: s.num_blocks - s.free_blocks - s.cached_blocks),
+    ("kv_blocks", "Blocks in all", lambda s: s.num_blocks),
+    ("kv_blocks_credited", "Blocks promised to requests that are on their way", lambda s: s.credited_blocks),
+    ("kv_blocks_credit_limit", "Most blocks that may be promised", lambda s: s.credit_limit_blocks),
+    ("queued_prefill_tokens", "Prompt tokens admitted, not yet computed", lambda s: s.queued_prefill_tokens),
+    ("context_tokens", "Sum of context over running sequences", lambda s: s.context_tokens),
+    ("leases", "Handoffs whose KV is kept for a decode worker", lambda s: s.leases),
+    ("pulls", "Transfers under way", lambda s: s.pulls),
+    ("streams", "Routers attached", lambda s: s.streams),
+    ("ledger_integrity", "1: every block is accounted for", lambda s: s.integrity_ok),
+    ("worker_draining", "1: takes no new work", lambda s: s.draining),
+    ("worker_role_version", "Raised with every change of role", lambda s: s.role_version),
+)
+
+
+class _WorkerCollector(Collector):
+    """Turns the last heartbeats into metrics when scraped, so that a worker that is gone leaves no stale series."""
+
+    def __init__(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
+        self._workers = workers
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        statuses = list(self._workers())
+        labels = ["worker", "role"]
+        for name, about, read in _WORKER_GAUGES:
+            gauge = GaugeMetricFamily(f"tandem:{name}", about, labels=labels)
+            for status in statuses:
+                value = float(read(status))
+                gauge.add_metric([status.worker_id, status.role], value if math.isfinite(value) else 0.0)
+            yield gauge
+        preemptions = CounterMetricFamily("tandem:num_preemptions", "Sequences put back to the queue", labels=labels)
+        info_labels = [*labels, "epoch", "address", "device", "model", "fingerprint"]
+        info = GaugeMetricFamily("tandem:worker_info", "1 for every live worker", labels=info_labels)
+        for s in statuses:
+            preemptions.add_metric([s.worker_id, s.role], s.preemptions_total)
+            info.add_metric([s.worker_id, s.role, str(s.epoch), s.address, s.device, s.model, s.fingerprint], 1)
+        yield preemptions
+        yield info

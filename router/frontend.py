@@ -1,0 +1,176 @@
+"""Serves both front ends in one event loop: HTTP on uvicorn, gRPC on grpc.aio, one `Door` between them and the core.
+
+start -> requests -> drain (no new requests, those inside finish) -> stop. uvicorn's signal handling stays off: who owns
+the process decides what Ctrl-C means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import uvicorn
+from grpc import aio
+
+from ..cluster.config import RouterConfig
+from ..cluster.metrics import RouterMetrics
+from .door import Door
+from .grpc_api import build_grpc_server
+from .http_app import build_http_app
+from .service import GenerationService
+from .tokenizer_base import Tokenizer
+
+BACKLOG_CONNECTIONS = 2048
+STOP_TIMEOUT_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where clients reach the router, `host:port`."""
+
+    http: str
+    grpc: str
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, and with a way to await its start."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.listening.set()
+
+
+class Frontend:
+    """Both front ends. Used from one event loop.
+
+    Raises ValueError where `config.host` is beyond loopback and no `api_key` is given: an open port needs a key.
+    """
+
+    def __init__(
+        self,
+        service: GenerationService,
+        tokenizer: Tokenizer,
+        config: RouterConfig,
+        metrics: RouterMetrics,
+        *,
+        api_key: str | None = None,
+    ) -> None:
+        if api_key is None and not is_loopback(config.host):
+            raise ValueError(
+                f"host: {config.host!r} is beyond loopback, where clients must present a key, and none is set; "
+                "allowed: a loopback address such as 127.0.0.1, or an API key"
+            )
+        self._config = config
+        self._door = Door(service, tokenizer, config, metrics, api_key=api_key)
+        self._http: _Server | None = None
+        self._http_task: asyncio.Task[None] | None = None
+        self._grpc: aio.Server | None = None
+        self._health_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> Addresses:
+        """Binds both ports and serves. Raises OSError naming the address that is taken; then nothing is left bound."""
+        try:
+            http = await self._start_http()
+            grpc = await self._start_grpc()
+        except BaseException:
+            await self.stop()
+            raise
+        return Addresses(http, grpc)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests with 503 / UNAVAILABLE and waits for those inside; False if some remain."""
+        return await self._door.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Ends what still runs, each with an error its client can read, and frees both ports. Idempotent."""
+        await self._door.close()
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
+            self._health_task = None
+        if self._grpc is not None:
+            server, self._grpc = self._grpc, None
+            await server.stop(grace=0.5)
+        if self._http_task is not None:
+            assert self._http is not None
+            self._http.should_exit = True
+            task, self._http_task = self._http_task, None
+            await task
+
+    async def _start_http(self) -> str:
+        listener = bind(self._config.host, self._config.http_port)
+        self._http = _Server(
+            uvicorn.Config(
+                build_http_app(self._door),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=BACKLOG_CONNECTIONS,
+                timeout_graceful_shutdown=STOP_TIMEOUT_S,
+            )
+        )
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
+        listening = asyncio.create_task(self._http.listening.wait())
+        await asyncio.wait({listening, self._http_task}, return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
+        if self._http_task.done():
+            listener.close()
+            self._http_task.result()
+            raise RuntimeError("the HTTP server ended while it started")
+        return address_of(listener)
+
+    async def _start_grpc(self) -> str:
+        server, readiness = build_grpc_server(self._door)
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        try:
+            port = server.add_insecure_port(f"{host}:{self._config.grpc_port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{self._config.grpc_port} for gRPC: {error}") from None
+        await server.start()
+        self._grpc = server
+        self._health_task = asyncio.create_task(readiness.poll())
+        return f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a port bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes any free one. Raises OSError naming the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG_CONNECTIONS)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port} for HTTP: {error.strerror}") from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """`host:port` of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,199 @@
+"""The HTTP front end: OpenAI's API (completions, chat, models) and what operators ask for (health, ready, metrics),
+on Starlette.
+
+Every error, also of routing, is in OpenAI's shape. `/health` says that the process is up, `/ready` that a request
+could be served now. With an API key, all but `/health`, `/ready` and `/metrics` want `Authorization: Bearer <key>`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from ..cluster.metrics import CONTENT_TYPE
+from .door import Door, shutting_down
+from .errors import ServiceError
+from .http_exchange import ClientGone, Exchange, error_json
+from .http_generate import ChatEndpoint, CompletionEndpoint
+from .openai_requests import parse_messages
+from .params import Fields, parse_token_ids
+from .service import ModelCard
+
+_log = logging.getLogger(__name__)
+
+MAX_DETOKENIZE_IDS = 2**20
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class _UnknownRoute(ServiceError):
+    http_status = 404
+    type = "invalid_request_error"
+    code = "unknown_url"
+
+
+class _WrongMethod(ServiceError):
+    http_status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class Endpoint:
+    """An ASGI endpoint: checks the key, runs the handler and turns whatever it raises into one answer.
+
+    `admits`: the handler's work counts as a request inside the router, so that draining waits for it and refuses new
+    ones.
+    """
+
+    def __init__(self, door: Door, handler: Handler, *, open_to_all: bool = False, admits: bool = False) -> None:
+        self._door = door
+        self._handler = handler
+        self._open_to_all = open_to_all
+        self._admits = admits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, max_body_bytes=self._door.config.max_body_bytes)
+        try:
+            await self._answer(exchange)
+        except ClientGone:
+            return
+        except ServiceError as error:
+            await self._fail(exchange, error)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._door.closing or task is None:
+                raise
+            task.uncancel()
+            await self._fail(exchange, shutting_down())
+        except Exception:
+            _log.exception("unexpected error at the HTTP door")
+            await self._fail(exchange, ServiceError("internal error; the router's log has more"))
+
+    async def _answer(self, exchange: Exchange) -> None:
+        if not self._open_to_all:
+            self._door.check_key(exchange.header("authorization"))
+        if self._admits:
+            with self._door.admitted():
+                await self._handler(exchange)
+        else:
+            await self._handler(exchange)
+
+    async def _fail(self, exchange: Exchange, error: ServiceError) -> None:
+        if self._admits and not exchange.started:
+            self._door.count_refusal(error)
+        try:
+            await exchange.fail(error)
+        except (ClientGone, TimeoutError):
+            _log.debug("a client did not take its error: %s", error.message)
+
+
+def build_http_app(door: Door) -> Starlette:
+    """The ASGI application; state lives in `door`."""
+    plain = _PlainEndpoints(door)
+
+    def get(path: str, handler: Handler, *, open_to_all: bool = False) -> Route:
+        return Route(path, Endpoint(door, handler, open_to_all=open_to_all), methods=["GET"])
+
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, Endpoint(door, handler, admits=True), methods=["POST"])
+
+    app = Starlette(
+        routes=[
+            post("/v1/chat/completions", ChatEndpoint(door)),
+            post("/v1/completions", CompletionEndpoint(door)),
+            post("/tokenize", plain.tokenize),
+            post("/detokenize", plain.detokenize),
+            get("/v1/models", plain.models),
+            get("/v1/models/{model:path}", plain.model),
+            get("/health", plain.health, open_to_all=True),
+            get("/ready", plain.ready, open_to_all=True),
+            get("/metrics", plain.metrics, open_to_all=True),
+        ],
+        exception_handlers={HTTPException: _routing_error},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _routing_error(request: Request, exception: Exception) -> Response:
+    """404 and 405 of the routing table in OpenAI's shape."""
+    assert isinstance(exception, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    error: ServiceError
+    if exception.status_code == 405:
+        error = _WrongMethod(f"{where}: method not allowed; allowed: {(exception.headers or {}).get('Allow', '')}")
+    else:
+        error = _UnknownRoute(f"{where}: no such route; see /v1/models, /v1/chat/completions, /v1/completions")
+    headers = dict(exception.headers or {})
+    if request_id := request.headers.get("x-request-id"):
+        headers["x-request-id"] = request_id
+    return JSONResponse(error_json(error), status_code=exception.status_code, headers=headers)
+
+
+class _PlainEndpoints:
+    """Everything but generation."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    async def health(self, exchange: Exchange) -> None:
+        await exchange.send_json({"status": "ok"})
+
+    async def ready(self, exchange: Exchange) -> None:
+        readiness = self._door.readiness()
+        value = {"ready": readiness.ready, "reason": readiness.reason, "workers": list(readiness.workers)}
+        await exchange.send_json(value, status=200 if readiness.ready else 503)
+
+    async def metrics(self, exchange: Exchange) -> None:
+        await exchange.send_bytes(self._door.metrics.render(), CONTENT_TYPE)
+
+    async def models(self, exchange: Exchange) -> None:
+        cards = [_card_json(card) for card in self._door.service.models()]
+        await exchange.send_json({"object": "list", "data": cards})
+
+    async def model(self, exchange: Exchange) -> None:
+        await exchange.send_json(_card_json(self._door.card(exchange.path_params["model"])))
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        """vLLM's: `{"prompt"}` or `{"messages"}` in; `{"count", "max_model_len", "tokens"}` out."""
+        fields = Fields(await exchange.read_json())
+        card = self._door.card(fields.string("model"))
+        prompt = fields.string("prompt")
+        if prompt is None:
+            ids = await self._door.encode_chat(
+                parse_messages(fields),
+                param="messages",
+                add_generation_prompt=fields.boolean("add_generation_prompt", True),
+            )
+        else:
+            add_special = fields.boolean("add_special_tokens", True)
+            ids = await self._door.encode(prompt, add_special=add_special, param="prompt")
+        await exchange.send_json({"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids})
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        """vLLM's: `{"tokens"}` in, `{"prompt"}` out; special tokens are shown."""
+        fields = Fields(await exchange.read_json())
+        self._door.card(fields.string("model"))
+        if fields.raw("tokens") is None:
+            raise fields.refuse("tokens", "is missing", "a list of token ids")
+        tokens = fields.sequence("tokens", "token ids", MAX_DETOKENIZE_IDS)
+        ids = parse_token_ids(fields, "tokens", tokens, self._door.tokenizer.vocab_size)
+        await exchange.send_json({"prompt": self._door.tokenizer.decode(ids, skip_special=False)})
+
+
+def _card_json(card: ModelCard) -> dict[str, object]:
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": card.created_unix_s,
+        "owned_by": "tandem",
+        "max_model_len": card.max_model_len,
+    }

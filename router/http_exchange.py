@@ -1,0 +1,232 @@
+"""One HTTP request and its answer on ASGI: bounded body, strict JSON, OpenAI's error shape, server-sent events,
+disconnects.
+
+Written on ASGI itself, not on Starlette's request and response classes, for two reasons: a client that goes away
+must cancel its request at once, also while no token comes and also when nothing is streamed; and a stream costs one
+`send` a delta.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.types import Message, Receive, Scope, Send
+
+from .errors import InvalidRequest, ServiceError
+
+T = TypeVar("T")
+
+BODY_TIMEOUT_S = 60.0
+"""For a client to send its body."""
+DISCARD_FACTOR = 4
+"""An oversized body is read up to this many times the limit, so that a client still sending can read the 413."""
+ERROR_SEND_TIMEOUT_S = 5.0
+MAX_ECHOED_CHARS = 128
+
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody reads an answer."""
+
+
+class PayloadTooLarge(ServiceError):
+    """The body is over `RouterConfig.max_body_bytes`."""
+
+    http_status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class BodyTimeout(ServiceError):
+    """The body did not come within BODY_TIMEOUT_S."""
+
+    http_status = 408
+    type = "timeout"
+    code = "body_timeout"
+
+
+def error_json(error: ServiceError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {
+        "error": {
+            "message": str(error.message),
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_headers(error: ServiceError) -> dict[str, str]:
+    """Retry-After (whole seconds, RFC 9110 §10.2.3) and OpenAI's retry-after-ms, where the error says when."""
+    if error.retry_after_s is None:
+        return {}
+    retry_after_s = max(error.retry_after_s, 0.0)
+    return {
+        "retry-after": str(max(math.ceil(retry_after_s), 1)),
+        "retry-after-ms": str(math.ceil(retry_after_s * 1000)),
+    }
+
+
+class Exchange:
+    """One request being answered. Methods raise ClientGone once the client has closed its connection."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, max_body_bytes: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._max_body_bytes = max_body_bytes
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.started = False
+        self.path_params: Mapping[str, str] = scope.get("path_params", {})
+        self.request_id = self.header("x-request-id") or ""
+
+    def header(self, name: str) -> str | None:
+        """A request header; None if absent."""
+        value = self._headers.get(name.encode("ascii"))
+        return None if value is None else value.decode("latin-1")
+
+    # -- the request ------------------------------------------------------------------------------------------------
+
+    async def read_json(self) -> dict[str, Any]:
+        """The body as a JSON object. PayloadTooLarge, BodyTimeout, or InvalidRequest saying what is wrong with it."""
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await self._read_body()
+        except TimeoutError:
+            raise BodyTimeout(f"the request's body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+        return parse_json_object(body)
+
+    async def _read_body(self) -> bytes:
+        declared = self.header("content-length")
+        announced_bytes = int(declared) if declared is not None and declared.isdigit() else 0
+        discard_limit_bytes = DISCARD_FACTOR * self._max_body_bytes
+        if announced_bytes > discard_limit_bytes:
+            raise self._too_large(announced_bytes)
+        parts: list[bytes] = []
+        size_bytes = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            size_bytes += len(part)
+            if size_bytes <= self._max_body_bytes:
+                parts.append(part)
+            if size_bytes > discard_limit_bytes:
+                raise self._too_large(size_bytes)
+            if not message.get("more_body", False):
+                break
+        if size_bytes > self._max_body_bytes:
+            raise self._too_large(size_bytes)
+        return b"".join(parts)
+
+    def _too_large(self, size_bytes: int) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the request's body has {size_bytes} bytes or more; allowed: {self._max_body_bytes}")
+
+    async def until_gone(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Runs `work` in this task; the moment the client closes its connection `work` is canceled and ClientGone
+        raised.
+
+        Call it after the body was read: until then a message may be part of it.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            return await work()
+        except asyncio.CancelledError:
+            if gone:
+                task.uncancel()
+                raise ClientGone from None
+            raise
+        finally:
+            watcher.cancel()
+
+    # -- the answer -------------------------------------------------------------------------------------------------
+
+    async def send_json(self, value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """A whole answer."""
+        await self.send_bytes(
+            _encode_json(value).encode("utf-8", "replace"), "application/json", status=status, headers=headers
+        )
+
+    async def send_bytes(
+        self, body: bytes, content_type: str, *, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """A whole answer of any type."""
+        await self._start(status, {"content-type": content_type, "content-length": str(len(body)), **(headers or {})})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def start_events(self) -> None:
+        """Begins a stream of server-sent events."""
+        await self._start(200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
+
+    async def send_events(self, values: list[dict[str, Any]]) -> None:
+        """One event an object, in one write."""
+        if values:
+            body = "".join(f"data: {_encode_json(value)}\n\n" for value in values).encode()
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end_events(self, *, done: bool) -> None:
+        """Ends the stream; with OpenAI's `[DONE]` where it was complete."""
+        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if done else b""})
+
+    async def fail(self, error: ServiceError) -> None:
+        """Answers with an error: a status where nothing was sent yet, else a last event."""
+        async with asyncio.timeout(ERROR_SEND_TIMEOUT_S):
+            if self.started:
+                await self.send_events([error_json(error)])
+                await self.end_events(done=False)
+                return
+            headers = error_headers(error)
+            if isinstance(error, PayloadTooLarge | BodyTimeout):
+                headers["connection"] = "close"  # what is left of the body is not a next request
+            await self.send_json(error_json(error), status=error.http_status, headers=headers)
+
+    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.started = True
+        pairs = [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
+        if self.request_id:
+            pairs.append((b"x-request-id", self.request_id[:MAX_ECHOED_CHARS].encode("latin-1", "replace")))
+        message: Message = {"type": "http.response.start", "status": status, "headers": pairs}
+        await self._send(message)
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """A JSON object (RFC 8259) that UTF-8 can carry: no NaN, no infinity, no lone surrogates. InvalidRequest
+    otherwise.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"body: not UTF-8 at byte {error.start}; allowed: a JSON object in UTF-8") from None
+    except RecursionError:
+        raise InvalidRequest("body: JSON nested too deeply; allowed: a JSON object") from None
+    except ValueError as error:
+        raise InvalidRequest(f"body: not valid JSON: {error}; allowed: a JSON object") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"body: is {type(value).__name__}; allowed: a JSON object")
+    if b"\\u" in body:  # only an escape can smuggle one in
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("body: has a lone surrogate (\\ud800 to \\udfff); allowed: Unicode text") from None
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
