@@ -91,7 +91,8 @@ def _uniforms(specs: Sequence[SampleSpec]) -> list[float]:
     seeds = [spec.params.seed for spec in specs]
     choices = [spec.params.choice for spec in specs]
     indices = [spec.output_index for spec in specs]
-    return uniform_batch(seeds, choices, indices, Purpose.SAMPLE)[:, 0].tolist()
+    uniforms: list[float] = uniform_batch(seeds, choices, indices, Purpose.SAMPLE)[:, 0].tolist()
+    return uniforms
 
 
 def _sample_row(logits: NDArray[np.float32], spec: SampleSpec, u: float) -> int | SampleFailure:

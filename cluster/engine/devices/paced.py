@@ -97,13 +97,17 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A launched plan, its tokens flattened over rows [T], and its time on the device, seconds."""
+    """A launched plan, its tokens flattened over rows (T tokens of R rows), and its time on the device, seconds."""
 
     plan: StepPlan
-    token_ids: NDArray[np.uint64]
-    positions: NDArray[np.uint64]
+    values: NDArray[np.uint64]
+    """[T]: the value words to write."""
     slots: NDArray[np.intp]
-    """block id · block size + slot: where each token's KV goes."""
+    """[T], block id · block size + slot: where each token's KV goes."""
+    ends: NDArray[np.intp]
+    """[R]: where each row ends among the T tokens."""
+    previous: NDArray[np.intp]
+    """[R]: the slot before each row's first; -1 where it starts at position 0."""
     start_s: float
     end_s: float
 
@@ -198,25 +202,12 @@ class PacedDevice(Device):
             raise RuntimeError(f"launch: {MAX_OUTSTANDING_STEPS} steps are outstanding; collect first")
         for row in plan.rows:
             self._check_row(row)
-        token_ids = np.array([token for row in plan.rows for token in row.token_ids], dtype=U64)
-        positions = [p for row in plan.rows for p in range(row.start, row.start + len(row.token_ids))]
-        slots = [self._slot(row, p) for row in plan.rows for p in range(row.start, row.start + len(row.token_ids))]
-        if len(set(slots)) != len(slots):
-            raise ValueError("block_ids: two rows of the plan write the same slot")
+        values, slots, ends, previous = self._flatten(plan)
         shape = step_shape(plan)
         duration_s = self._model.step_time_s(shape.prefill_tokens, shape.decode_rows, shape.context_tokens)
         start_s = max(self._clock.now_s(), self._free_at_s)
         self._free_at_s = start_s + duration_s
-        self._steps.append(
-            _Step(
-                plan,
-                token_ids,
-                np.array(positions, dtype=U64),
-                np.array(slots, dtype=np.intp),
-                start_s,
-                self._free_at_s,
-            )
-        )
+        self._steps.append(_Step(plan, values, slots, ends, previous, start_s, self._free_at_s))
 
     def collect(self) -> StepOutput:
         """Sleeps until the oldest step's time is over. Raises KVCorruption only if `raise_on_corruption` was set."""
@@ -250,20 +241,41 @@ class PacedDevice(Device):
         if min(row.token_ids) < 0 or max(row.token_ids) >= self.vocab_size:
             raise ValueError(f"token_ids: {row.seq_id!r} has one that is not in 0…{self.vocab_size - 1}")
 
-    def _slot(self, row: StepRow, position: int) -> int:
+    def _flatten(
+        self, plan: StepPlan
+    ) -> tuple[NDArray[np.uint64], NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """`values`, `slots`, `ends` and `previous` of a step; ValueError if two of its tokens would share a slot."""
         size = self.kv.layout.block_size
-        return row.block_ids[position // size] * size + position % size
+        starts = np.array([row.start for row in plan.rows], dtype=np.intp)
+        counts = np.array([len(row.token_ids) for row in plan.rows], dtype=np.intp)
+        ends = np.cumsum(counts, dtype=np.intp)
+        positions = np.arange(counts.sum(), dtype=np.intp) + np.repeat(starts - ends + counts, counts)
+        # The blocks that the rows touch, one row after another, from the block of the slot before the first.
+        firsts = np.maximum(starts - 1, 0) // size
+        used = (starts + counts - 1) // size - firsts + 1
+        blocks = np.array(
+            [
+                block
+                for row, first, many in zip(plan.rows, firsts.tolist(), used.tolist(), strict=True)
+                for block in row.block_ids[first : first + many]
+            ],
+            dtype=np.intp,
+        )
+        bases = np.cumsum(used) - used - firsts
+        slots = blocks[np.repeat(bases, counts) + positions // size] * size + positions % size
+        if np.unique(slots).shape != slots.shape:
+            raise ValueError("block_ids: two rows of the plan write the same slot")
+        previous = np.where(starts > 0, blocks[bases + firsts] * size + (starts - 1) % size, -1)
+        token_ids = np.array([token for row in plan.rows for token in row.token_ids], dtype=U64)
+        return slot_values(token_ids, positions.astype(U64)), slots, ends, previous
 
     def _compute(self, step: _Step) -> tuple[RowOutput, ...]:
         """Checks every row's prefix, writes the step's KV and draws its tokens; rows whose KV is not their own fail."""
         rows, size = step.plan.rows, self.kv.layout.block_size
-        ends = np.cumsum([len(row.token_ids) for row in rows])
-        last = np.array([self._slot(row, row.start - 1) if row.start else 0 for row in rows], dtype=np.intp)
-        previous = self.kv.slots[last // size, 0, last % size, 0]
-        previous[[row.start == 0 for row in rows]] = ROOT
-        values = slot_values(step.token_ids, step.positions)
+        values, ends = step.values, step.ends
+        previous = np.where(step.previous < 0, ROOT, self.kv.slots[step.previous // size, 0, step.previous % size, 0])
         keys = np.zeros_like(values)
-        single = [r for r, row in enumerate(rows) if len(row.token_ids) == 1]
+        single = np.flatnonzero(np.diff(ends, prepend=0) == 1)
         keys[ends[single] - 1] = previous[single] * MULTIPLIER + values[ends[single] - 1]
         errors: dict[int, str] = {}
         good = np.ones(values.shape, dtype=bool)

@@ -442,7 +442,7 @@ def test_store_is_zero_copy_and_checks_its_arguments() -> None:
     store.write_block(1, bytes(range(192)))
     assert bytes(view) == bytes(range(192))
     for call in (lambda: store.read_block(2), lambda: store.read_block(-1), lambda: store.write_block(0, b"short")):
-        with pytest.raises(ValueError, match="block_id|payload"):
+        with pytest.raises(ValueError, match=r"block_id|payload"):
             call()
 
 
