@@ -1,0 +1,249 @@
+"""KV over gRPC, on its own port and channels: service `tandem.kv.v1.KV` with raw-byte messages of `kvtransfer.wire`.
+
+Hello, Confirm, Abort are unary; Pull streams from the holder. A refusal travels inside the stream as a REFUSED
+message, so that its reason survives; gRPC's own statuses mean that the connection, the deadline or the version
+failed. Flow control is HTTP/2's: a reader that is slow to write holds the sender, not memory. Every call has a
+deadline, also at the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from . import wire
+from .ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
+from .transport import MESSAGE_BYTES, EndFrame, KVFrame, KVSource, KVTransport, PullRequest
+
+log = logging.getLogger(__name__)
+
+SERVICE = "tandem.kv.v1.KV"
+MAX_PULL_S = 3600.0
+"""Server's own bound on a pull, for clients that send no deadline."""
+MAX_CALL_S = 60.0
+
+
+def _options(block_bytes: int, message_bytes: int) -> list[tuple[str, int]]:
+    """Both ends: bounds on messages, and pings that find a peer that vanished without a word within 15 s."""
+    limit = wire.max_message_bytes(block_bytes, message_bytes)
+    return [
+        ("grpc.max_send_message_length", limit),
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+class GrpcKVServer:
+    """Serves one `KVSource`. Create, start and stop on one event loop."""
+
+    def __init__(
+        self,
+        source: KVSource,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        block_bytes: int,
+        message_bytes: int = MESSAGE_BYTES,
+        max_pulls: int = 4096,
+    ) -> None:
+        self._source = source
+        self._host = host
+        self._port = port
+        self._block_bytes = block_bytes
+        self._message_bytes = message_bytes
+        self._max_pulls = max_pulls
+        self._pulls = 0
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def pulls(self) -> int:
+        """Pull streams open now."""
+        return self._pulls
+
+    async def start(self) -> int:
+        """Binds and serves; returns the port. RuntimeError if it cannot bind."""
+        options = [
+            *_options(self._block_bytes, self._message_bytes),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.so_reuseport", 0),
+        ]
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._max_pulls + 1024)
+        handlers = {
+            "Hello": grpc.unary_unary_rpc_method_handler(self._hello),
+            "Pull": grpc.unary_stream_rpc_method_handler(self._pull),
+            "Confirm": grpc.unary_unary_rpc_method_handler(self._confirm),
+            "Abort": grpc.unary_unary_rpc_method_handler(self._abort),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        port: int = server.add_insecure_port(f"{self._host}:{self._port}")
+        await server.start()
+        self._server = server
+        return port
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Refuses new calls, gives open ones `grace_s`, then cancels them; idempotent."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(grace_s)
+
+    async def _hello(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def answer() -> bytes:
+            return wire.encode_hello(await self._source.hello(wire.decode_hello(data)))
+
+        return await _answer(answer)
+
+    async def _confirm(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def answer() -> bytes:
+            await self._source.confirm(wire.decode_ticket(data))
+            return wire.encode_ack()
+
+        return await _answer(answer)
+
+    async def _abort(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def answer() -> bytes:
+            await self._source.abort_ticket(wire.decode_ticket(data))
+            return wire.encode_ack()
+
+        return await _answer(answer)
+
+    async def _pull(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Writes messages until the end frame; a refusal is the last message. Cancelled when the reader goes away."""
+        if self._pulls >= self._max_pulls:
+            refusal = HandoffRefused(RefusalReason.LIMIT, f"{self._max_pulls} pulls are open")
+            await context.write(wire.encode_refused(refusal))
+            return
+        self._pulls += 1
+        try:
+            async with asyncio.timeout(min(context.time_remaining() or MAX_PULL_S, MAX_PULL_S)):
+                await self._send(wire.decode_pull(data), context)
+        except HandoffRefused as refusal:
+            await context.write(wire.encode_refused(refusal))
+        except TimeoutError:
+            await context.write(wire.encode_refused(HandoffRefused(RefusalReason.DEADLINE, "the pull took too long")))
+        finally:
+            self._pulls -= 1
+
+    async def _send(self, request: PullRequest, context: grpc.aio.ServicerContext) -> None:
+        async with aclosing(self._source.open_pull(request)) as items:
+            async for item in items:
+                if isinstance(item, EndFrame):
+                    await context.write(wire.encode_end(item))
+                    return
+                message = wire.encode_blocks(item.frames)
+                item.verify()
+                await context.write(message)
+
+
+async def _answer(answer: Callable[[], Awaitable[bytes]]) -> bytes:
+    """The answer to a unary call, or its refusal as a message."""
+    try:
+        async with asyncio.timeout(MAX_CALL_S):
+            return await answer()
+    except HandoffRefused as refusal:
+        return wire.encode_refused(refusal)
+
+
+@dataclass(slots=True)
+class _Channel:
+    channel: grpc.aio.Channel
+    calls: int = 0
+
+
+class GrpcKVTransport(KVTransport):
+    """Reader's end. Keeps one channel per peer address, at most `max_channels` idle ones."""
+
+    def __init__(self, *, block_bytes: int, message_bytes: int = MESSAGE_BYTES, max_channels: int = 64) -> None:
+        self._block_bytes = block_bytes
+        self._message_bytes = message_bytes
+        self._max_channels = max_channels
+        self._channels: OrderedDict[str, _Channel] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
+        return wire.decode_hello_reply(await self._call(peer, "Hello", wire.encode_hello(mine), timeout_s))
+
+    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
+        with self._channel(peer) as channel:
+            method = channel.unary_stream(f"/{SERVICE}/Pull")
+            call = method(wire.encode_pull(request), timeout=max(0.0, timeout_s))
+            try:
+                async for message in call:
+                    for frame in wire.decode_frames(message):
+                        yield frame
+                        if isinstance(frame, EndFrame):
+                            return
+            except grpc.aio.AioRpcError as error:
+                raise _refusal_of(error, peer) from error
+            finally:
+                call.cancel()
+        raise HandoffRefused(RefusalReason.PEER_LOST, f"{peer.worker_id} ended the stream before the end frame")
+
+    async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
+        wire.decode_ack(await self._call(peer, "Confirm", wire.encode_ticket(ticket), timeout_s))
+
+    async def abort(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
+        wire.decode_ack(await self._call(peer, "Abort", wire.encode_ticket(ticket), timeout_s))
+
+    async def close(self) -> None:
+        channels = [held.channel for held in self._channels.values()]
+        self._channels.clear()
+        await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
+
+    async def _call(self, peer: Peer, method: str, message: bytes, timeout_s: float) -> bytes:
+        with self._channel(peer) as channel:
+            try:
+                answer: bytes = await channel.unary_unary(f"/{SERVICE}/{method}")(message, timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                raise _refusal_of(error, peer) from error
+        return answer
+
+    @contextmanager
+    def _channel(self, peer: Peer) -> Iterator[grpc.aio.Channel]:
+        """The peer's channel, counted as in use."""
+        held = self._channels.get(peer.kv_address)
+        if held is None:
+            options = [
+                *_options(self._block_bytes, self._message_bytes),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 1000),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.enable_retries", 0),
+                ("grpc.enable_http_proxy", 0),
+            ]
+            held = self._channels[peer.kv_address] = _Channel(grpc.aio.insecure_channel(peer.kv_address, options))
+        self._channels.move_to_end(peer.kv_address)
+        held.calls += 1
+        try:
+            yield held.channel
+        finally:
+            held.calls -= 1
+            self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        """Closes the least recently used idle channels beyond the bound: addresses of workers that are gone."""
+        surplus = len(self._channels) - self._max_channels
+        for address in [a for a, held in self._channels.items() if held.calls == 0][: max(0, surplus)]:
+            task = asyncio.ensure_future(self._channels.pop(address).channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+
+def _refusal_of(error: grpc.aio.AioRpcError, peer: Peer) -> HandoffRefused:
+    """GRPC's status in this protocol's words."""
+    code = error.code()
+    reason = {
+        grpc.StatusCode.DEADLINE_EXCEEDED: RefusalReason.DEADLINE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: RefusalReason.LIMIT,
+        grpc.StatusCode.UNIMPLEMENTED: RefusalReason.VERSION_MISMATCH,
+    }.get(code, RefusalReason.PEER_LOST)
+    return HandoffRefused(reason, f"{peer.worker_id} at {peer.kv_address}: {code.name}: {error.details()}")
