@@ -96,7 +96,7 @@ class Pair:
     async def until(self, condition: Callable[[], bool]) -> None:
         """Lets the loop run until the condition holds."""
         async with asyncio.timeout(20):
-            while not condition():
+            while not condition():  # noqa: ASYNC110  (nobody announces it)
                 await asyncio.sleep(0)
 
     def ticket(self, *, num_tokens: int = 10, prefill_attempt: int = 0, decode_attempt: int = 0) -> Ticket:
