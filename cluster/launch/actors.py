@@ -11,6 +11,7 @@ Data never passes here: requests, tokens and KV go over gRPC between the members
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -23,6 +24,8 @@ from .state import MemberState, Phase
 
 if TYPE_CHECKING:
     from .members import RouterMember, WorkerMember
+
+logger = logging.getLogger(__name__)
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -54,14 +57,14 @@ class MemberActor:
             return state.change(healthy=member.healthy())
         return state
 
-    def drain(self, timeout_s: float) -> None:
-        """Takes no new work and returns when the running work is done, or after `timeout_s`."""
+    def drain(self, timeout_s: float) -> bool:
+        """Takes no new work and waits for what runs; False if some was left after `timeout_s`."""
         with self._lock:
             member = self._member
             if member is None or self._state.phase is not Phase.READY:
-                return
+                return True
             self._state = self._state.change(phase=Phase.DRAINING, stage="draining")
-        member.drain(timeout_s)
+        return member.drain(timeout_s)
 
     def stop(self, timeout_s: float) -> None:
         """Ends the member, also one that is still starting; idempotent. Waits at most `timeout_s` for a start."""
@@ -97,7 +100,7 @@ class MemberActor:
                 "registry": router.registry_address,
             }
             return addresses, 0
-        worker = WorkerMember(from_dict(WorkerConfig, self._config), progress=self._progress)
+        worker = WorkerMember(from_dict(WorkerConfig, self._config), progress=self._progress, on_failure=_end_process)
         self._adopt(worker)
         worker.start(self._start_timeout_s)
         return {"grpc": worker.address, "kv": worker.kv_address}, worker.epoch
@@ -126,6 +129,12 @@ def _ignore_interrupts() -> None:
     # Ctrl-C in the terminal reaches every process of its group; the driver alone decides what it means.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_process(error: BaseException) -> None:
+    # A worker whose engine died serves nothing more: the process ends, and Ray starts a new one.
+    logger.critical("the engine died: %s", _one_line(error))
+    os._exit(1)
 
 
 def _node_ip() -> str:

@@ -1,0 +1,91 @@
+"""The prompts of a benchmark run: real ones from files (humaneval, mt_bench, gsm8k) or the package, or random tokens.
+
+A prompt is text, or token ids where its exact length matters.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .prompts import PROMPTS
+
+_FIELDS = ("prompt", "question", "text", "instruction", "input")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRequest:
+    """One request to send."""
+
+    prompt: str | tuple[int, ...]
+    max_tokens: int
+    ignore_eos: bool = False
+
+
+def prompt_requests(count: int, max_tokens: int, path: str | Path | None, seed: int) -> tuple[BenchRequest, ...]:
+    """`count` real prompts in an order drawn by `seed`, repeated where the file (None: the package) has fewer."""
+    prompts = list(PROMPTS if path is None else read_prompts(path))
+    random.Random(seed).shuffle(prompts)
+    return tuple(BenchRequest(prompt=prompts[index % len(prompts)], max_tokens=max_tokens) for index in range(count))
+
+
+def random_requests(
+    count: int, input_tokens: int, output_tokens: int, vocabulary: Sequence[int], seed: int
+) -> tuple[BenchRequest, ...]:
+    """`count` prompts of exactly `input_tokens` ids drawn from `vocabulary`, to be answered with `output_tokens`."""
+    for name, value in (("random_input_len", input_tokens), ("random_output_len", output_tokens)):
+        if value < 1:
+            raise ValueError(f"{name}: {value} is not allowed; allowed: at least 1")
+    draw = random.Random(seed)
+    return tuple(
+        BenchRequest(prompt=tuple(draw.choices(vocabulary, k=input_tokens)), max_tokens=output_tokens, ignore_eos=True)
+        for _ in range(count)
+    )
+
+
+def vocabulary_of(tokenize: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
+    """Ordinary token ids of whatever model is served: those of the package's prompts. `tokenize` asks the server."""
+    found = {token for prompt in PROMPTS for token in tokenize(prompt)}
+    return tuple(sorted(found))
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """Prompts of a .jsonl file (gzipped where it ends in .gz): `prompt`, `question`, `turns[0]`, or chat `messages`.
+
+    Raises ValueError naming file and line.
+    """
+    file = Path(path)
+    try:
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        lines = raw.decode("utf-8").splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"dataset_path: {str(file)!r} cannot be read ({error})") from None
+    prompts = tuple(
+        _prompt(json_line, f"{file}:{number}") for number, json_line in enumerate(lines, 1) if json_line.strip()
+    )
+    if not prompts:
+        raise ValueError(f"dataset_path: {str(file)!r} has no prompts")
+    return prompts
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"dataset_path: {where} is not JSON ({error})") from None
+    found: Any = row if isinstance(row, str) else None
+    if isinstance(row, dict):
+        found = next((row[name] for name in _FIELDS if isinstance(row.get(name), str)), None)
+        turns = row.get("turns") or [
+            entry.get("content") for entry in row.get("messages") or [] if isinstance(entry, dict)
+        ]
+        if found is None and isinstance(turns, list) and turns:
+            found = turns[0]
+    if not isinstance(found, str) or not found:
+        raise ValueError(f"dataset_path: {where} has no prompt; allowed: one of {', '.join(_FIELDS)}, turns, messages")
+    return found

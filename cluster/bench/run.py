@@ -1,0 +1,172 @@
+"""One benchmark run, from options to result: asks what is served, draws prompts and arrivals, sends, adds up."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .arrivals import arrival_times
+from .client import CHAT, COMPLETIONS, Target, run_load, send
+from .datasets import BenchRequest, prompt_requests, random_requests, vocabulary_of
+from .report import RequestRecord, Summary, result_json, summarize
+
+DATASETS = ("prompts", "random")
+_ASK_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What to send, named as `vllm bench serve` names it."""
+
+    base_url: str = "http://127.0.0.1:8000"
+    model: str | None = None
+    """None: the first that the server lists."""
+    endpoint: str = CHAT
+    """CHAT or COMPLETIONS; random tokens always go to COMPLETIONS."""
+    dataset_name: str = "prompts"
+    dataset_path: str | None = None
+    """`prompts`: a .jsonl or .jsonl.gz file; None: the package's own."""
+    num_prompts: int = 100
+    output_len: int = 64
+    """`prompts`: max_tokens of each request."""
+    random_input_len: int = 1024
+    random_output_len: int = 128
+    request_rate: float = math.inf
+    """Requests per second; inf: all at once."""
+    burstiness: float = 1.0
+    max_concurrency: int | None = None
+    goodput_ms: Mapping[str, float] = field(default_factory=dict)
+    """Promises by metric: ttft, tpot, e2el."""
+    percentiles: tuple[float, ...] = (99.0,)
+    num_warmups: int = 1
+    """Requests sent one after the other before the run, not counted."""
+    temperature: float | None = None
+    seed: int = 0
+    api_key: str | None = None
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.dataset_name not in DATASETS:
+            raise ValueError(f"dataset_name: {self.dataset_name!r} is not allowed; allowed: {', '.join(DATASETS)}")
+        for name, low in (("num_prompts", 1), ("output_len", 1), ("num_warmups", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; allowed: at least {low}")
+        if self.max_concurrency is not None and self.max_concurrency < 1:
+            raise ValueError(f"max_concurrency: {self.max_concurrency} is not allowed; allowed: at least 1")
+        for percentile in self.percentiles:
+            if not 0 <= percentile <= 100:
+                raise ValueError(f"metric_percentiles: {percentile} is not allowed; allowed: 0 to 100")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """What came of it."""
+
+    summary: Summary
+    records: tuple[RequestRecord, ...]
+    facts: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The result with vLLM's field names."""
+        return result_json(self.summary, self.records, self.facts)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `as_json` to a file. Raises OSError."""
+        Path(path).write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+
+
+class ServerUnusable(Exception):
+    """The server does not answer, or not as it should; one line."""
+
+
+async def run_bench(options: BenchOptions, on_done: Callable[[RequestRecord], None] | None = None) -> BenchResult:
+    """Runs the load. Raises ServerUnusable where nothing can be sent; single failures are in the records."""
+    model = options.model or served_model(options.base_url, options.api_key)
+    target = Target(
+        base_url=options.base_url,
+        model=model,
+        endpoint=COMPLETIONS if options.dataset_name == "random" else options.endpoint,
+        api_key=options.api_key,
+        temperature=options.temperature,
+        timeout_s=options.timeout_s,
+    )
+    requests = _requests(options, model)
+    arrivals = arrival_times(options.num_prompts, options.request_rate, options.burstiness, options.seed)
+    for request in requests[: options.num_warmups]:
+        record = await send(target, request, 0.0)
+        if record.error:
+            raise ServerUnusable(f"{options.base_url}{target.endpoint}: {record.error}")
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    records = await run_load(target, requests, arrivals, max_concurrency=options.max_concurrency, on_done=on_done)
+    return BenchResult(
+        summary=summarize(records, options.goodput_ms, options.percentiles),
+        records=tuple(records),
+        facts=_facts(options, target, date),
+    )
+
+
+def served_model(base_url: str, api_key: str | None = None) -> str:
+    """The first model that the server lists. Raises ServerUnusable."""
+    listed = ask(base_url, "/v1/models", api_key=api_key)
+    try:
+        return str(listed["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        raise ServerUnusable(f"{base_url}/v1/models lists no model") from None
+
+
+def ask(base_url: str, path: str, body: Mapping[str, Any] | None = None, api_key: str | None = None) -> Any:
+    """One short question to the server, GET or, with a body, POST; returns the answer's JSON. Raises ServerUnusable."""
+    url = base_url.rstrip("/") + path
+    headers = {"Content-Type": "application/json"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=_ASK_TIMEOUT_S) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ServerUnusable(f"{url}: HTTP {error.code}") from None
+    except (OSError, ValueError) as error:
+        raise ServerUnusable(f"{url}: {getattr(error, 'reason', error)}") from None
+
+
+def _requests(options: BenchOptions, model: str) -> tuple[BenchRequest, ...]:
+    if options.dataset_name == "prompts":
+        return prompt_requests(options.num_prompts, options.output_len, options.dataset_path, options.seed)
+
+    def tokenize(text: str) -> list[int]:
+        answer = ask(options.base_url, "/tokenize", {"model": model, "prompt": text}, options.api_key)
+        return [int(token) for token in answer["tokens"]]
+
+    return random_requests(
+        options.num_prompts,
+        options.random_input_len,
+        options.random_output_len,
+        vocabulary_of(tokenize),
+        options.seed,
+    )
+
+
+def _facts(options: BenchOptions, target: Target, date: str) -> dict[str, Any]:
+    rate = options.request_rate
+    return {
+        "date": date,
+        "backend": "openai-chat" if target.endpoint == CHAT else "openai",
+        "base_url": target.base_url,
+        "endpoint": target.endpoint,
+        "model_id": target.model,
+        "dataset_name": options.dataset_name,
+        "dataset_path": options.dataset_path,
+        "num_prompts": options.num_prompts,
+        "request_rate": "inf" if math.isinf(rate) else rate,
+        "burstiness": options.burstiness,
+        "max_concurrency": options.max_concurrency,
+        "seed": options.seed,
+    }

@@ -1,0 +1,143 @@
+"""The report against numbers worked out by hand."""
+
+import json
+import math
+
+import pytest
+from tandem.cluster.bench.report import RequestRecord, attains, parse_goodput, result_json, summarize
+from tandem.cluster.bench.show import table
+
+# Sent at 10.0 (due 9.9), tokens at 10.2, 10.3, 10.5: TTFT 200 ms, E2E 500 ms, TPOT (500-200)/2 = 150 ms.
+FIRST = RequestRecord(
+    due_s=9.9,
+    sent_s=10.0,
+    first_token_s=10.2,
+    last_token_s=10.5,
+    chunk_times_s=(10.2, 10.3, 10.5),
+    prompt_tokens=5,
+    output_tokens=3,
+    text="abc",
+)
+# One token: no TPOT. TTFT = E2E = 100 ms.
+SINGLE = RequestRecord(
+    due_s=11.0,
+    sent_s=11.0,
+    first_token_s=11.1,
+    last_token_s=11.1,
+    chunk_times_s=(11.1,),
+    prompt_tokens=7,
+    output_tokens=1,
+    text="x",
+)
+# TTFT 400 ms, E2E 1,000 ms, five tokens in two pieces: TPOT 600/4 = 150 ms, one gap of 600 ms.
+SLOW = RequestRecord(
+    due_s=11.0,
+    sent_s=11.0,
+    first_token_s=11.4,
+    last_token_s=12.0,
+    chunk_times_s=(11.4, 12.0),
+    prompt_tokens=8,
+    output_tokens=5,
+)
+FAILED = RequestRecord(due_s=11.5, sent_s=11.7, error="HTTP 429: full")
+ALL = (FIRST, SINGLE, SLOW, FAILED)
+
+
+def test_one_request() -> None:
+    assert FIRST.ttft_s == pytest.approx(0.2)
+    assert FIRST.e2e_s == pytest.approx(0.5)
+    assert FIRST.tpot_s == pytest.approx(0.15)
+    assert FIRST.itls_s == pytest.approx((0.1, 0.2))
+    assert FIRST.lateness_s == pytest.approx(0.1)
+    assert SINGLE.tpot_s is None
+    assert SINGLE.itls_s == ()
+    assert FAILED.ttft_s is None
+    assert not FAILED.ok
+
+
+def test_summary() -> None:
+    summary = summarize(ALL, {"ttft": 250.0, "tpot": 160.0}, (50.0, 99.0))
+    assert (summary.completed, summary.failed) == (3, 1)
+    assert summary.duration_s == pytest.approx(2.0)  # 10.0 to 12.0
+    assert summary.total_input_tokens == 20
+    assert summary.total_output_tokens == 9
+    assert summary.request_throughput == pytest.approx(1.5)
+    assert summary.output_throughput == pytest.approx(4.5)
+    assert summary.total_token_throughput == pytest.approx(14.5)
+    ttft = summary.metrics_ms["ttft"]
+    assert ttft["mean"] == pytest.approx((200 + 100 + 400) / 3)
+    assert ttft["median"] == ttft["p50"] == pytest.approx(200)
+    assert ttft["max"] == pytest.approx(400)
+    assert ttft["p99"] == pytest.approx(200 + 0.98 * 200)  # linear between the 2nd and 3rd of three
+    assert ttft["std"] == pytest.approx(
+        math.sqrt(((200 - 700 / 3) ** 2 + (100 - 700 / 3) ** 2 + (400 - 700 / 3) ** 2) / 3)
+    )
+    assert summary.metrics_ms["tpot"]["mean"] == pytest.approx(150)
+    assert summary.metrics_ms["itl"]["mean"] == pytest.approx((100 + 200 + 600) / 3)
+    assert summary.metrics_ms["e2el"]["max"] == pytest.approx(1000)
+    assert summary.metrics_ms["lateness"]["mean"] == pytest.approx((100 + 0 + 0 + 200) / 4)  # the failed one too
+
+
+def test_attainment_is_joint_and_counts_failures() -> None:
+    summary = summarize(ALL, {"ttft": 250.0, "tpot": 160.0})
+    assert summary.attained == 2  # FIRST and SINGLE; SLOW misses TTFT, FAILED everything
+    assert summary.attainment == pytest.approx(0.5)
+    assert summary.request_goodput == pytest.approx(1.0)
+    assert summarize(ALL, {"ttft": 250.0, "tpot": 140.0}).attained == 1  # FIRST misses TPOT though its TTFT is kept
+    assert summarize(ALL, {"e2el": 500.5}).attained == 2
+    nothing_promised = summarize(ALL, {})
+    assert nothing_promised.attained is None
+    assert nothing_promised.attainment is None
+    assert nothing_promised.request_goodput is None
+
+
+def test_the_limit_itself_is_kept() -> None:
+    record = RequestRecord(due_s=0, sent_s=0, first_token_s=0.5, last_token_s=0.5, output_tokens=1)
+    assert attains(record, {"ttft": 500.0})
+    assert not attains(record, {"ttft": 499.9})
+
+
+def test_nothing_completed() -> None:
+    summary = summarize((FAILED,), {"ttft": 1.0})
+    assert summary.completed == 0
+    assert summary.attainment == 0
+    assert math.isnan(summary.metrics_ms["ttft"]["mean"])
+    assert "-" in table(summary)
+
+
+def test_result_has_vllms_names_and_is_json() -> None:
+    summary = summarize(ALL, {"ttft": 250.0})
+    result = json.loads(json.dumps(result_json(summary, ALL, {"model_id": "m"}), allow_nan=False))
+    assert {"duration", "completed", "total_input_tokens", "request_throughput", "request_goodput"} <= result.keys()
+    assert {"output_throughput", "total_token_throughput", "model_id", "generated_texts", "errors"} <= result.keys()
+    for metric in ("ttft", "tpot", "itl", "e2el"):
+        assert {f"{name}_{metric}_ms" for name in ("mean", "median", "std", "p99")} <= result.keys()
+    assert result["ttfts"] == pytest.approx([0.2, 0.1, 0.4, None])
+    assert result["itls"][0] == pytest.approx([0.1, 0.2])
+    assert result["input_lens"] == [5, 7, 8, 0]
+    assert result["errors"][3] == "HTTP 429: full"
+    empty = json.dumps(result_json(summarize((FAILED,), {}), (FAILED,), {}), allow_nan=False)
+    assert json.loads(empty)["mean_ttft_ms"] is None
+
+
+def test_goodput_flags() -> None:
+    assert parse_goodput(["ttft:200", "tpot:50.5"]) == {"ttft": 200.0, "tpot": 50.5}
+    assert parse_goodput([]) == {}
+
+
+@pytest.mark.parametrize("pair", ["itl:3", "ttft", "ttft:", "ttft:0", "tpot:-1", "e2el:inf", "ttft:nan", "TTFT:3"])
+def test_bad_goodput_flags(pair: str) -> None:
+    with pytest.raises(ValueError, match=r"^goodput: .*allowed: "):
+        parse_goodput([pair])
+
+
+def test_goodput_given_twice() -> None:
+    with pytest.raises(ValueError, match="given twice"):
+        parse_goodput(["ttft:1", "ttft:2"])
+
+
+def test_table_reads() -> None:
+    text = table(summarize(ALL, {"ttft": 250.0, "tpot": 160.0}))
+    assert "3 completed, 1 failed in 2.0 s" in text
+    assert "50.0% of requests kept TTFT <= 250 ms and TPOT <= 160 ms" in text
+    assert "goodput     1.00 requests/s" in text
