@@ -1,4 +1,4 @@
-"""Streams equal one-shot decoding, for every token sequence; one-shot decoding equals that of Hugging Face `tokenizers`."""
+"""Streams equal one-shot decoding, for every token sequence; one-shot decoding equals that of `tokenizers`."""
 
 from __future__ import annotations
 
