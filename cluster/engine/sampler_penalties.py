@@ -38,7 +38,8 @@ def apply_processors(row: NDArray[np.float32], spec: SampleSpec) -> None:
     if spec.banned_token_ids:
         ban(row, spec.banned_token_ids)
     if params.repetition_penalty != 1.0:
-        context = np.concatenate((_ids(spec.prompt_token_ids), _ids(spec.output_token_ids)))
+        size = row.shape[0]
+        context = np.concatenate((_ids(spec.prompt_token_ids, size), _ids(spec.output_token_ids, size)))
         penalize_repetition(row, context, params.repetition_penalty)
     if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
         penalize_output(row, spec.output_token_ids, params)
@@ -72,10 +73,12 @@ def penalize_repetition(row: NDArray[np.float32], token_ids: NDArray[np.int64], 
 
 def penalize_output(row: NDArray[np.float32], output_token_ids: Sequence[int], params: SamplingParams) -> None:
     """Subtracts presence_penalty + frequency_penalty × count from each token of the output so far (OpenAI's rule)."""
-    ids, counts = np.unique(_ids(output_token_ids), return_counts=True)
+    ids, counts = np.unique(_ids(output_token_ids, row.shape[0]), return_counts=True)
     penalty = params.presence_penalty + params.frequency_penalty * counts
     row[ids] -= penalty.astype(np.float32)
 
 
-def _ids(token_ids: Sequence[int]) -> NDArray[np.int64]:
-    return np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
+def _ids(token_ids: Sequence[int], size: int) -> NDArray[np.int64]:
+    """Those below `size`: a context may hold ids that the output layer lacks, which cannot be drawn anyway."""
+    ids = np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
+    return ids[(ids >= 0) & (ids < size)]
