@@ -105,9 +105,13 @@ class EngineThread:
         try:
             while not self._stopping:
                 self._run_commands()
-                worked = self._step()
+                plan = self._scheduler.schedule()
+                # Grants must not wait for the step: a decode worker may pull while it runs.
                 self._publish()
-                if not worked and not self._commands:
+                if plan is not None:
+                    self._step(plan)
+                    self._publish()
+                elif not self._commands:
                     self._idle()
         except BaseException as error:
             logger.exception("the engine failed")
@@ -116,15 +120,11 @@ class EngineThread:
         finally:
             self._refuse_commands()
 
-    def _step(self) -> bool:
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return False
+    def _step(self, plan: StepPlan) -> None:
         self._device.launch(plan)
         output = self._device.collect()
         self._scheduler.complete(output)
         self._observe(plan, output.duration_s)
-        return True
 
     def _observe(self, plan: StepPlan, duration_s: float) -> None:
         decode_rows = prefill_tokens = context_tokens = 0

@@ -1,0 +1,181 @@
+"""A whole cluster inside the test's process, with real sockets, real queues and the device that a test asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig
+from tandem.cluster.launch.members import RouterMember, WorkerMember
+from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
+from tandem.cluster.types import Role
+from tandem.router.client import TandemClient
+
+WAIT_S = 30.0
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+    """Polls until `condition()`; fails, saying what was waited for."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"waited {timeout_s:g} s for {what}")
+        time.sleep(0.005)
+
+
+class LocalCluster:
+    """One router and its workers; `close` ends all of them."""
+
+    def __init__(self, engine: EngineConfig, *, router: RouterConfig, worker: WorkerConfig) -> None:
+        self.engine = engine
+        self._worker = worker
+        self.router = RouterMember(replace(router, model=engine.model, http_port=0, grpc_port=0, registry_port=0))
+        self.router.start(60)
+        self.workers: dict[str, WorkerMember] = {}
+        self.http = httpx.Client(base_url=f"http://{self.router.http_address}", timeout=60, trust_env=False)
+        self.grpc = TandemClient(self.router.grpc_address)
+
+    def add(self, role: Role, name: str | None = None, **engine: object) -> WorkerMember:
+        """Starts one more worker; keyword arguments replace fields of its engine's config."""
+        worker_id = name or f"{role}-{sum(1 for w in self.workers if w.startswith(role))}"
+        config = replace(
+            self._worker,
+            worker_id=worker_id,
+            role=role,
+            engine=replace(self.engine, **engine),
+            routers=(self.router.registry_address,),
+        )
+        member = WorkerMember(config)
+        self.workers[worker_id] = member
+        member.start(120)
+        return member
+
+    def status(self, worker_id: str) -> pb.WorkerStatus:
+        """What the worker says of itself now, not at its last heartbeat."""
+        shell = self.workers[worker_id].runtime.shell
+        assert shell is not None
+        return shell.status()
+
+    def wait_ready(self) -> None:
+        """Returns when a request could be served and every worker is known."""
+
+        def ready() -> bool:
+            answer = self.http.get("/ready")
+            states = [worker["state"] for worker in answer.json()["workers"]]
+            return answer.status_code == 200 and states.count("ready") == len(self.workers)
+
+        wait_until(ready, "the cluster to be ready")
+
+    def wait_clean(self) -> None:
+        """Returns when nothing of any request is left on any worker; fails, naming what is, if that does not come."""
+        for worker_id in self.workers:
+            wait_until(lambda worker_id=worker_id: not self.leftovers(worker_id), f"{worker_id} to be clean")
+            self.check_integrity(worker_id)
+
+    def leftovers(self, worker_id: str) -> dict[str, int]:
+        """Blocks, leases, credits, pulls, sequences and streams that somebody still owns."""
+        status = self.status(worker_id)
+        counts = {
+            "held_blocks": status.num_blocks - status.free_blocks - status.cached_blocks,
+            "leases": status.leases,
+            "credited_blocks": status.credited_blocks,
+            "pulls": status.pulls,
+            "sequences": status.streams,
+            "waiting": status.waiting,
+            "running": status.running,
+            "held": status.held,
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def check_integrity(self, worker_id: str) -> None:
+        """Proves the ledger on the engine's own thread."""
+        shell = self.workers[worker_id].runtime.shell
+        assert shell is not None
+        shell.engine.submit(lambda scheduler: scheduler.check_integrity()).result(30)
+
+    def close(self) -> None:
+        """Ends everything; idempotent."""
+        self.http.close()
+        self.grpc.close()
+        for worker in self.workers.values():
+            worker.stop()
+        self.router.stop()
+
+
+@pytest.fixture
+def start_cluster() -> Iterator[Callable[..., LocalCluster]]:
+    """Starts clusters that end with the test: `start_cluster(engine, router=…, worker=…)`."""
+    clusters: list[LocalCluster] = []
+
+    def start(
+        engine: EngineConfig, *, router: RouterConfig | None = None, worker: WorkerConfig | None = None
+    ) -> LocalCluster:
+        cluster = LocalCluster(
+            engine,
+            router=router or RouterConfig(),
+            worker=worker or WorkerConfig(worker_id="template", role=Role.MIXED),
+        )
+        clusters.append(cluster)
+        return cluster
+
+    yield start
+    for cluster in clusters:
+        cluster.close()
+
+
+@pytest.fixture
+def start_split(start_cluster: Callable[..., LocalCluster]) -> Callable[..., LocalCluster]:
+    """Starts a cluster of one prefill and one decode worker and waits until it is ready."""
+
+    def start(engine: EngineConfig, **configs: object) -> LocalCluster:
+        cluster = start_cluster(engine, **configs)
+        cluster.add(Role.PREFILL)
+        cluster.add(Role.DECODE)
+        cluster.wait_ready()
+        return cluster
+
+    return start
+
+
+@pytest.fixture
+def paced() -> Callable[..., EngineConfig]:
+    """An engine that computes nothing: `paced(paced_prefill_token_s=0.01)`."""
+
+    def make(**fields: object) -> EngineConfig:
+        defaults: dict[str, object] = {
+            "model": "dummy:tiny-llama",
+            "device": "paced",
+            "kv_cache_bytes": 16 * 2**20,
+            "paced_step_s": 0.001,
+            "paced_prefill_token_s": 0.00001,
+            "paced_decode_row_s": 0.0,
+        }
+        return EngineConfig(**(defaults | fields))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def real_prompts(shared_data: Path) -> list[str]:
+    """Forty real prompts of three kinds: code, conversation, arithmetic."""
+    import gzip
+    import json
+
+    prompts: list[str] = []
+    fields = {"humaneval": "prompt", "mt_bench_question": "turns", "gsm8k_test": "question"}
+    for name, field in fields.items():
+        with gzip.open(shared_data / "prompts" / f"{name}.jsonl.gz", "rt") as lines:
+            for _, line in zip(range(14), lines, strict=False):
+                value = json.loads(line)[field]
+                prompts.append(value if isinstance(value, str) else value[0])
+    return prompts[:40]
+
+
+@pytest.fixture
+def wait() -> Callable[..., None]:
+    """`wait(condition, "what for")`: polls, bounded."""
+    return wait_until
