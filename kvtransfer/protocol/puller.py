@@ -58,6 +58,7 @@ class PullerEvent(enum.StrEnum):
 
     RESERVE = "reserve"
     SUBMIT = "submit"
+    SUBMIT_LOCAL = "submit_local"
     BLOCKS_GRANTED = "blocks_granted"
     BLOCK_ARRIVED = "block_arrived"
     END_ARRIVED = "end_arrived"
