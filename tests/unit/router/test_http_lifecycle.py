@@ -79,9 +79,7 @@ def test_one_failing_prompt_ends_the_others(front: Any) -> None:
     from tandem.router.errors import Unavailable
 
     front.service.error, front.service.fail_at = Unavailable("lost"), 4
-    response = httpx.post(
-        f"{front.url}/v1/completions", json={"model": "tiny", "prompt": ["a", "b"]}, timeout=WAIT_S
-    )
+    response = httpx.post(f"{front.url}/v1/completions", json={"model": "tiny", "prompt": ["a", "b"]}, timeout=WAIT_S)
     assert (response.status_code, response.json()["error"]["message"]) == (503, "lost")
     wait_until(lambda: front.service.running == 0)
 
