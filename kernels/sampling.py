@@ -16,51 +16,85 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DRAW_BLOCK = 256
+_HEAD = 1024
 
 
-def keep_top_k(z: NDArray[np.float32], k: int) -> None:
-    """Sets all but the `k` largest logits (and ties with the k-th) to -inf, in place. k <= 0 or k >= V: keeps all."""
-    size = z.shape[0]
-    if 0 < k < size:
-        kth = z.max() if k == 1 else np.partition(z, size - k)[size - k]
-        z[z < kth] = -np.inf
+def top_k_ids(z: NDArray[np.float32], k: int) -> NDArray[np.int64] | None:
+    """The `k` largest logits, and ties with the k-th, ascending by id; None (all) for k <= 0 or k >= V."""
+    if not 0 < k < z.shape[0]:
+        return None
+    return np.flatnonzero(z >= _kth_largest(z, k))
 
 
-def keep_min_p(z: NDArray[np.float32], min_p: float) -> None:
-    """Sets tokens less likely than `min_p` times the likeliest to -inf, in place. `z`: logits whose maximum is 0.
+def min_p_ids(z: NDArray[np.float32], min_p: float) -> NDArray[np.int64] | None:
+    """Tokens at least `min_p` times as likely as the likeliest, ascending by id; None (all) for min_p <= 0.
 
-    Nguyen et al., "Turning Up the Heat: Min-p Sampling", section 3.
+    `z`: logits whose maximum is 0. Nguyen et al., "Turning Up the Heat: Min-p Sampling", section 3.
     """
-    if min_p > 0.0:
-        z[z < math.log(min_p)] = -np.inf
+    if min_p <= 0.0:
+        return None
+    return np.flatnonzero(z >= math.log(min_p))
 
 
-def keep_top_p(z: NDArray[np.float32], top_p: float) -> None:
-    """Keeps the smallest set of most likely tokens whose mass reaches `top_p` (at least one), others to -inf, in place.
+def top_p_ids(z: NDArray[np.float32], top_p: float) -> NDArray[np.int64] | None:
+    """The smallest set of most likely tokens whose mass reaches `top_p` (at least one), ascending; None (all) for 1.
 
     `z`: logits whose maximum is 0. Nucleus sampling, Holtzman et al. 2020, section 3.1. Only a head of the row is
-    sorted: tokens under (1 - top_p) / V of the likeliest one's probability weigh less than 1 - top_p together, so none
-    of them is in the nucleus.
+    sorted: the largest 1,024 if they reach the mass, else all but those under (1 - top_p) / V of the likeliest one's
+    probability, which weigh less than 1 - top_p together.
     """
     if top_p >= 1.0:
-        return
-    floor = math.log((1.0 - top_p) / z.shape[0])
-    head = np.sort(z[z >= floor])[::-1]
-    mass = np.cumsum(np.exp(head.astype(np.float64)))
-    total = float(np.exp(z).sum(dtype=np.float64))
-    kept = min(int(np.searchsorted(mass, top_p * total)) + 1, head.shape[0])
-    last = head[kept - 1]
-    above = z > last
-    tied = np.flatnonzero(z == last)[: kept - int(np.count_nonzero(above))]
-    above[tied] = True
-    z[~above] = -np.inf
+        return None
+    size = z.shape[0]
+    mass = top_p * float(np.exp(z).sum(dtype=np.float64))
+    ids: NDArray[np.int64] | None = None
+    if size > _HEAD:
+        ids = np.flatnonzero(z >= _kth_largest(z, _HEAD))
+        if float(np.exp(z[ids]).sum(dtype=np.float64)) < mass:
+            ids = np.flatnonzero(z >= math.log((1.0 - top_p) / size))
+    head = z if ids is None else z[ids]
+    ordered = np.sort(head)[::-1]
+    count = int(np.searchsorted(np.cumsum(np.exp(ordered), dtype=np.float64), mass)) + 1
+    count = min(count, head.shape[0])
+    last = ordered[count - 1]
+    kept = head > last
+    kept[np.flatnonzero(head == last)[: count - int(np.count_nonzero(kept))]] = True
+    return np.flatnonzero(kept) if ids is None else ids[kept]
+
+
+def truncate(
+    z: NDArray[np.float32], *, top_k: int = 0, min_p: float = 0.0, top_p: float = 1.0
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
+    """Top-k, then min-p, then top-p, each on what the one before left. `z`: logits whose maximum is 0.
+
+    Returns:
+        The ids that are left, ascending (None: all), and their logits.
+    """
+    ids = top_k_ids(z, top_k)
+    left = z if ids is None else z[ids]
+    ids, left = _narrow(ids, left, min_p_ids(left, min_p))
+    return _narrow(ids, left, top_p_ids(left, top_p))
+
+
+def _narrow(
+    ids: NDArray[np.int64] | None, z: NDArray[np.float32], kept: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
+    if kept is None:
+        return ids, z
+    return (kept if ids is None else ids[kept]), z[kept]
+
+
+def _kth_largest(z: NDArray[np.float32], k: int) -> np.float32:
+    """The `k`-th largest logit, 1 <= k <= V."""
+    largest: np.float32 = np.partition(z, z.shape[0] - k)[z.shape[0] - k]
+    return largest
 
 
 def draw(z: NDArray[np.float32], u: float) -> int:
-    """Inverse-CDF draw over ascending token ids from softmax(z), with one uniform `u` in [0, 1).
+    """Inverse-CDF draw of an index from softmax(z), with one uniform `u` in [0, 1).
 
     `z`: logits whose maximum is 0; -inf entries are never drawn. Masses are summed in float64, first within stretches
-    of 256 ids, then over stretches: that order is part of the definition, so equal rows give equal tokens.
+    of 256, then over stretches: that order is part of the definition, so equal rows give equal tokens.
     """
     size = z.shape[0]
     weights = np.zeros(-(-size // _DRAW_BLOCK) * _DRAW_BLOCK, dtype=np.float32)
@@ -94,6 +128,6 @@ def most_likely(x: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     k = min(k, size)
     if k == 0:
         return np.empty(0, dtype=np.int64)
-    kth = np.partition(x, size - k)[size - k]
+    kth = _kth_largest(x, k)
     ids = np.flatnonzero((x >= kth) & (x > -np.inf))
     return ids[np.argsort(-x[ids], kind="stable")][:k]

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...kernels.philox import Purpose, uniform_batch
-from ...kernels.sampling import draw, keep_min_p, keep_top_k, keep_top_p, log_normalizer, most_likely
+from ...kernels.sampling import draw, log_normalizer, most_likely, truncate
 from ..types import SampledToken, SamplingParams
 from .plan import SampleSpec
 from .sampler_penalties import apply_processors, is_plain
@@ -96,26 +96,26 @@ def _uniforms(specs: Sequence[SampleSpec]) -> list[float]:
 
 
 def _sample_row(logits: NDArray[np.float32], spec: SampleSpec, u: float) -> int | SampleFailure:
-    """Steps 2 to 8 on a copy of one row, [V]."""
-    params = spec.params
-    z = logits.copy()
-    try:
-        apply_processors(z, spec)
-    except ValueError as error:
-        return SampleFailure(str(error))
+    """Steps 2 to 8 on one row, [V], which is not changed."""
+    params, z = spec.params, logits
+    if not is_plain(spec):
+        z = logits.copy()
+        try:
+            apply_processors(z, spec)
+        except ValueError as error:
+            return SampleFailure(str(error))
     best = int(z.argmax())
     peak = float(z[best])
     if not math.isfinite(peak):
         return _bad_peak(peak)
     if is_greedy(params):
         return best
-    z -= np.float32(peak)
+    z = z - np.float32(peak)
     if params.temperature != 1.0:
         z /= np.float32(params.temperature)
-    keep_top_k(z, params.top_k)
-    keep_min_p(z, params.min_p)
-    keep_top_p(z, params.top_p)
-    return draw(z, u)
+    ids, left = truncate(z, top_k=params.top_k, min_p=params.min_p, top_p=params.top_p)
+    index = draw(left, u)
+    return index if ids is None else int(ids[index])
 
 
 def _bad_peak(peak: float) -> SampleFailure:
