@@ -9,6 +9,7 @@ from tandem.router.byte_tokenizer import ByteTokenizer
 from tandem.router.detokenizer import Detokenizer
 from tandem.router.tokenizer import FastTokenizer
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 DATA = Path(__file__).parents[2] / "data" / "tokenizers"
 
@@ -57,3 +58,19 @@ def test_special_token_shown_at_the_start_keeps_the_space_after_it(metaspace: Fa
     assert Detokenizer(metaspace).push(1) == ""
     detokenizer = Detokenizer(metaspace, skip_special=False)
     assert detokenizer.push(1) + detokenizer.push(hello) == "<s> hello"
+
+
+def test_an_id_without_bytes_does_not_open_the_text(metaspace: FastTokenizer) -> None:
+    (hello,) = metaspace.encode("hello", add_special=False)
+    ids = [metaspace.vocab_size, hello]  # models pad their vocabulary
+    detokenizer = Detokenizer(metaspace)
+    assert [detokenizer.push(token_id) for token_id in ids] == ["", "hello"]
+    assert metaspace.decode(ids) == "hello"
+
+
+def test_metaspace_decoder_drops_every_space_of_the_first_token() -> None:
+    backend = Backend.from_file(str(DATA / "metaspace.json"))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = FastTokenizer(backend)
+    ids = [backend.token_to_id("\u2581\u2581"), backend.token_to_id("\u2581hello")]
+    assert tokenizer.decode(ids) == " hello" == backend.decode(ids)
