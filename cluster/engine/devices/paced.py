@@ -69,7 +69,8 @@ class PacedKVStore(KVStore):
     def read_block(self, block_id: int) -> memoryview:
         """A read-only view, no copy. ValueError if there is no such block."""
         self._check(block_id)
-        return self._bytes[block_id].data.toreadonly()
+        view: memoryview = self._bytes[block_id].data
+        return view.toreadonly()
 
     def write_block(self, block_id: int, payload: memoryview | bytes) -> None:
         self._check(block_id)
