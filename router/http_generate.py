@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .door import DEADLINE_GRACE_S, Door
-from .errors import DeadlineExceeded
+from .errors import DeadlineExceeded, ServiceError
 from .http_exchange import Exchange
 from .openai_requests import OpenAICall, parse_chat, parse_completion
 from .openai_responses import ChatResponder, CompletionResponder, Responder, Usage
@@ -130,6 +130,8 @@ class GenerationEndpoint(ABC):
                 await exchange.send_events(responder.opening_chunks(len(prepared.requests) * prepared.n))
             usage.add(delta)
             await exchange.send_events(responder.chunks(prompt * prepared.n + delta.choice, delta))
+        if not exchange.started:
+            raise ServiceError("the service ended without an answer")
         if prepared.include_usage:
             await exchange.send_events([responder.usage_chunk(usage)])
         await exchange.end_events(done=True)

@@ -98,11 +98,13 @@ class ScriptedService(GenerationService):
 class Front:
     """A running `Frontend`; its loop runs in a thread of its own."""
 
-    def __init__(self, config: RouterConfig, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, config: RouterConfig, *, api_key: str | None = None, loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
         self.service = ScriptedService()
         self.metrics = RouterMetrics(MODEL)
         self.tokenizer = ByteTokenizer(300)
-        self._loop = asyncio.new_event_loop()
+        self._loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="front")
         self._thread.start()
         self.frontend = Frontend(self.service, self.tokenizer, config, self.metrics, api_key=api_key)
@@ -136,8 +138,8 @@ def make_config(**changes: Any) -> RouterConfig:
 def start_front() -> Iterator[Callable[..., Front]]:
     fronts: list[Front] = []
 
-    def start(*, api_key: str | None = None, **changes: Any) -> Front:
-        fronts.append(Front(make_config(**changes), api_key=api_key))
+    def start(*, api_key: str | None = None, loop: asyncio.AbstractEventLoop | None = None, **changes: Any) -> Front:
+        fronts.append(Front(make_config(**changes), api_key=api_key, loop=loop))
         return fronts[-1]
 
     yield start

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
 import pytest
+import uvloop
 from tandem.cluster.config import RouterConfig
 from tandem.cluster.metrics import RouterMetrics
+from tandem.cluster.types import SampledToken
+from tandem.router import http_exchange, http_generate
 from tandem.router.byte_tokenizer import ByteTokenizer
+from tandem.router.client import TandemClient
+from tandem.router.errors import Unavailable
 from tandem.router.frontend import Frontend
-from tandem.router.service import ModelCard
+from tandem.router.service import Delta, GenerateRequest, ModelCard
 
 WAIT_S = 20
 CHAT = "/v1/chat/completions"
@@ -75,9 +81,40 @@ def test_a_client_that_goes_away_cancels_all_prompts(front: Any) -> None:
     wait_until(lambda: front.service.running == 0)
 
 
-def test_one_failing_prompt_ends_the_others(front: Any) -> None:
-    from tandem.router.errors import Unavailable
+def test_a_client_that_does_not_read_is_ended_at_its_deadline(front: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service may have finished or not: what counts is that nothing of the request stays because of the client."""
+    ended = threading.Event()
 
+    async def endless(request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        try:
+            while True:
+                yield Delta(choice=0, text="x" * 100_000, tokens=(SampledToken(120),))
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(front.service, "generate", endless)
+    monkeypatch.setattr(http_generate, "DEADLINE_GRACE_S", 0.1)
+    monkeypatch.setattr(http_exchange, "ERROR_SEND_TIMEOUT_S", 0.1)
+    host, port = front.http.split(":")
+    data = json.dumps({**BODY, "stream": True}).encode()
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nx-request-timeout-s: 0.2\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        assert ended.wait(WAIT_S)
+        assert front.run(front.frontend.drain(WAIT_S))
+
+
+def test_uvloop_serves_both(start_front: Callable[..., Any]) -> None:
+    front = start_front(loop=uvloop.new_event_loop())
+    assert httpx.post(f"{front.url}{CHAT}", json=BODY, timeout=WAIT_S).status_code == 200
+    with TandemClient(front.grpc) as client:
+        assert client.generate("Hi").collect().text == front.service.text
+    front.service.hang_at = 1
+    post_raw(front, BODY).close()
+    assert front.service.canceled.wait(WAIT_S)
+
+
+def test_one_failing_prompt_ends_the_others(front: Any) -> None:
     front.service.error, front.service.fail_at = Unavailable("lost"), 4
     response = httpx.post(f"{front.url}/v1/completions", json={"model": "tiny", "prompt": ["a", "b"]}, timeout=WAIT_S)
     assert (response.status_code, response.json()["error"]["message"]) == (503, "lost")
@@ -93,8 +130,6 @@ def test_a_client_that_goes_away_while_it_sends_its_body_leaves_nothing(front: A
 
 
 def test_an_error_event_ends_a_stream_without_done(front: Any) -> None:
-    from tandem.router.errors import Unavailable
-
     front.service.error, front.service.fail_at = Unavailable("the decode worker is lost"), 2
     response = httpx.post(f"{front.url}{CHAT}", json={**BODY, "stream": True}, timeout=WAIT_S)
     events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
