@@ -24,7 +24,7 @@ from ..cluster.rpc import Refusal
 from ..cluster.types import FinishReason, Timings
 from .attempt import Attempt, AttemptLost, Path, Work
 from .errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
-from .output import OutputStream
+from .output import OutputGap, OutputStream
 from .placer import Placer
 from .service import Delta, GenerateRequest
 
@@ -110,7 +110,10 @@ class ChoiceRun:
         tokens = tokens_from_proto(event.tokens)
         finish = FinishReason(event.finish_reason) if event.finish_reason else None
         stop_token_id = event.stop_token_id if event.HasField("stop_token_id") else None
-        chunk = self._output.push(event.index, tokens, finish, stop_token_id)
+        try:
+            chunk = self._output.push(event.index, tokens, finish, stop_token_id)
+        except OutputGap as gap:
+            raise AttemptLost("output_gap", str(gap)) from gap
         if not chunk.tokens and not chunk.text and chunk.finish_reason is None:
             return
         if not self._sent:

@@ -57,6 +57,7 @@ class RouterCore(GenerationService):
         self._clock = clock
         self._card = card
         self._admission = Admission(config.max_waiting)
+        self._in_flight = 0
         self._cleanups: set[asyncio.Task[None]] = set()
         placer = Placer(
             members,
@@ -85,6 +86,7 @@ class RouterCore(GenerationService):
         except Overloaded:
             self._metrics.count_refusal("overloaded")
             raise
+        self._count_in_flight(+1)
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()  # bounded by n x max_tokens
         task = asyncio.create_task(self._run_choices(request, key, arrival_s, deltas))
         task.add_done_callback(lambda _: deltas.put_nowait(None))
@@ -94,9 +96,15 @@ class RouterCore(GenerationService):
             await task
         finally:
             if not task.done():
+                self._metrics.count_canceled()
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
             self._admission.leave(key)
+            self._count_in_flight(-1)
+
+    def _count_in_flight(self, change: int) -> None:
+        self._in_flight += change
+        self._metrics.set_in_flight(self._in_flight)
 
     def models(self) -> tuple[ModelCard, ...]:
         """The one model this router serves; its context is what every worker can hold."""

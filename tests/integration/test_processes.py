@@ -1,0 +1,201 @@
+"""Members as plain processes, without Ray: they serve, survive each other's deaths, drain on SIGTERM, die with their
+parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig, to_dict
+from tandem.cluster.engine.devices.paced_language import expected_tokens
+from tandem.cluster.models.reference import resolve_model
+from tandem.cluster.types import Role
+from tandem.router.client import TandemClient
+
+MODEL = "dummy:tiny-llama"
+PROMPT = list(range(1, 120))
+ENGINE = EngineConfig(
+    model=MODEL, device="paced", kv_cache_bytes=16 * 2**20, paced_step_s=0.01, paced_prefill_token_s=0.00001
+)
+Wait = Callable[..., None]
+
+
+def expected(prompt: list[int], n: int) -> list[int]:
+    config = resolve_model(MODEL).config
+    return list(expected_tokens(prompt, n, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids))
+
+
+class Processes:
+    """Starts members and ends what is left of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.running: list[subprocess.Popen[str]] = []
+
+    def start(self, kind: str, config: RouterConfig | WorkerConfig) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        path = self._folder / f"{kind}-{len(self.running)}.json"
+        path.write_text(json.dumps(to_dict(config)))
+        command = [sys.executable, "-m", "tandem.cluster.launch.process", kind, "--config", str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=self._folder)
+        self.running.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"the {kind} ended with {process.wait(10)} before it served"
+        return process, json.loads(line)
+
+    def worker(self, role: Role, name: str, registry: str, **engine: Any) -> subprocess.Popen[str]:
+        config = WorkerConfig(worker_id=name, role=role, engine=replace(ENGINE, **engine), routers=(registry,))
+        return self.start("worker", config)[0]
+
+    def close(self) -> None:
+        for process in self.running:
+            process.kill()
+            process.wait(10)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    started = Processes(tmp_path)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def router(processes: Processes) -> dict[str, Any]:
+    config = RouterConfig(model=MODEL, http_port=0, grpc_port=0, registry_port=0, unready_wait_s=20)
+    return processes.start("router", config)[1]
+
+
+def ready_workers(router: dict[str, Any]) -> list[str]:
+    workers = httpx.get(f"http://{router['http']}/ready", trust_env=False).json()["workers"]
+    return [worker["worker_id"] for worker in workers if worker["state"] == "ready"]
+
+
+def test_a_killed_worker_costs_time_but_no_answer(processes: Processes, router: dict[str, Any], wait: Wait) -> None:
+    """kill -9 of the decode worker that streams; the other one goes on behind the tokens already sent."""
+    processes.worker(Role.PREFILL, "p0", router["registry"])
+    decoders = {name: processes.worker(Role.DECODE, name, router["registry"]) for name in ("d0", "d1")}
+    wait(lambda: len(ready_workers(router)) == 3, "three workers")
+    with TandemClient(router["grpc"]) as client:
+        tokens: list[int] = []
+        killed = False
+        for delta in client.generate(token_ids=PROMPT, max_tokens=60, temperature=0):
+            tokens += delta.token_ids
+            if len(tokens) >= 5 and not killed:
+                killed = True
+                streaming = _busy(router)
+                decoders[streaming].send_signal(signal.SIGKILL)
+            if delta.timings is not None:
+                assert delta.timings.decode_worker != streaming
+        assert tokens == expected(PROMPT, 60)
+        metrics = httpx.get(f"http://{router['http']}/metrics", trust_env=False).text
+        assert 'tandem:request_retries_total{model_name="dummy:tiny-llama",reason="worker_lost"} 1.0' in metrics
+
+
+def _busy(router: dict[str, Any]) -> str:
+    """The decode worker that runs the one request, by elimination of idle ones over a few heartbeats."""
+    import time
+
+    for _ in range(400):
+        workers = httpx.get(f"http://{router['http']}/ready", trust_env=False).json()["workers"]
+        busy = [w["worker_id"] for w in workers if w["role"] == "decode" and w["running"]]
+        if busy:
+            return str(busy[0])
+        time.sleep(0.01)
+    raise AssertionError("no decode worker reports a running sequence")
+
+
+def test_a_killed_prefill_worker_is_replaced_by_another_life(
+    processes: Processes, router: dict[str, Any], wait: Wait
+) -> None:
+    """kill -9 while it prefills: the request waits for the worker's next life and is answered from there."""
+    prefill = processes.worker(Role.PREFILL, "p0", router["registry"], paced_prefill_token_s=0.02)
+    processes.worker(Role.DECODE, "d0", router["registry"])
+    wait(lambda: len(ready_workers(router)) == 2, "two workers")
+    answers: list[list[int]] = []
+    with TandemClient(router["grpc"]) as client:
+
+        def ask() -> None:
+            answers.append(client.generate(token_ids=PROMPT, max_tokens=4, temperature=0).collect().token_ids)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        metrics = f"http://{router['http']}/metrics"
+        wait(lambda: "tandem:requests_in_flight{" in httpx.get(metrics, trust_env=False).text, "metrics")
+        wait(lambda: _gauge(router, "tandem:requests_in_flight") == 1, "the request to be in flight")
+        prefill.send_signal(signal.SIGKILL)
+        prefill.wait(10)
+        processes.worker(Role.PREFILL, "p0", router["registry"])
+        thread.join(30)
+    assert answers == [expected(PROMPT, 4)]
+
+
+def _gauge(router: dict[str, Any], name: str) -> float:
+    lines = httpx.get(f"http://{router['http']}/metrics", trust_env=False).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+
+
+def test_sigterm_drains_and_leaves_no_port(processes: Processes, router: dict[str, Any], wait: Wait) -> None:
+    """A worker told to end refuses new work, finishes what it runs, and exits with 0."""
+    processes.worker(Role.PREFILL, "p0", router["registry"])
+    decode = processes.worker(Role.DECODE, "d0", router["registry"])
+    wait(lambda: len(ready_workers(router)) == 2, "two workers")
+    with TandemClient(router["grpc"]) as client:
+        tokens: list[int] = []
+        for delta in client.generate(token_ids=PROMPT, max_tokens=60, temperature=0):
+            tokens += delta.token_ids
+            if len(tokens) == 5:
+                decode.send_signal(signal.SIGTERM)
+        assert tokens == expected(PROMPT, 60)
+    assert decode.wait(20) == 0
+
+
+def test_a_member_dies_with_its_parent(tmp_path: Path, wait: Wait) -> None:
+    """kill -9 of whoever started it leaves no orphan."""
+    config = tmp_path / "worker.json"
+    config.write_text(json.dumps(to_dict(WorkerConfig(worker_id="w", role=Role.MIXED, engine=ENGINE))))
+    script = (
+        "import subprocess, sys, time\n"
+        f"c = [sys.executable, '-m', 'tandem.cluster.launch.process', 'worker', '--config', {str(config)!r}]\n"
+        "p = subprocess.Popen(c, stdout=subprocess.PIPE, text=True)\n"
+        "print(p.stdout.readline().strip(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert parent.stdout is not None
+        child = json.loads(parent.stdout.readline())["pid"]
+        assert psutil.pid_exists(child)
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait(10)
+        wait(lambda: not psutil.pid_exists(child), "the orphan to be gone")
+    finally:
+        parent.kill()
+        parent.wait(10)
+        if parent.stdout is not None:
+            parent.stdout.close()
+
+
+def test_a_bad_config_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    config = tmp_path / "worker.json"
+    values = to_dict(WorkerConfig(worker_id="w", role=Role.MIXED, engine=ENGINE))
+    values["engine"]["block_size"] = 0
+    config.write_text(json.dumps(values))
+    command = [sys.executable, "-m", "tandem.cluster.launch.process", "worker", "--config", str(config)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "block_size" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
