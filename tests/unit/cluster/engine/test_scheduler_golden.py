@@ -19,7 +19,6 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-
 from tandem.cluster.clock import VirtualClock
 from tandem.cluster.engine.block_pool import BlockPool
 from tandem.cluster.engine.plan import RowOutput, StepOutput, StepPlan, StepRow

@@ -1,0 +1,335 @@
+"""A scheduler under any order of commands, with a device and transports that would notice every mistake.
+
+The fake device keeps a value for each KV slot: a hash of all tokens up to that position. It runs a plan as late as
+possible (when it is collected), reads every slot of the context before it draws, and draws a function of them;
+transports write garbage until they say that they have stopped. So a block freed too early, a wrong prefix hit or a
+table mixed up gives wrong KV at once, and no sequence may ever see any.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from zlib import crc32
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tandem.cluster.clock import VirtualClock
+from tandem.cluster.engine.block_pool import BlockPool
+from tandem.cluster.engine.plan import RowOutput, StepOutput, StepPlan, StepRow
+from tandem.cluster.engine.policies import policy_for
+from tandem.cluster.engine.prefix_cache import PrefixCache
+from tandem.cluster.engine.scheduler import QueueFull, Scheduler
+from tandem.cluster.engine.scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, TokensEmitted
+from tandem.cluster.types import FinishReason, Handoff, Role, SampledToken, SamplingParams, SequenceSpec
+
+VOCAB, EOS, MAX_LEN = 11, 0, 40
+TEXTS = ([3, 1, 4, 1, 5, 9, 2, 6] * 6, [2, 7, 1, 8, 2, 8, 1, 8] * 6)
+
+
+def kv_of(tokens: list[int], salt: bytes, start: int, end: int) -> list[int]:
+    """What the slots of positions start … end-1 must hold: a hash of everything up to each."""
+    value, values = crc32(salt), []
+    for token in tokens[:end]:
+        value = crc32(token.to_bytes(4, "little"), value)
+        values.append(value)
+    return values[start:]
+
+
+def draw(kv: int, index: int, params: SamplingParams) -> int:
+    token = kv % VOCAB
+    while index < params.min_tokens and token in (EOS, *params.stop_token_ids):
+        token = (token + 1) % VOCAB
+    return token
+
+
+def alone(spec: SequenceSpec) -> tuple[list[int], FinishReason]:
+    """All output tokens of the sequence as it would run by itself, and how it ends."""
+    outputs, params = list(spec.output_token_ids), spec.sampling
+    while True:
+        tokens = [*spec.prompt_token_ids, *outputs]
+        token = draw(kv_of(tokens, spec.cache_salt, len(tokens) - 1, len(tokens))[0], len(outputs), params)
+        outputs.append(token)
+        if len(outputs) > params.min_tokens and (token in params.stop_token_ids or token == EOS):
+            return outputs, FinishReason.STOP
+        if len(outputs) == params.max_tokens or len(tokens) + 1 == MAX_LEN:
+            return outputs, FinishReason.LENGTH
+
+
+SPECS = st.builds(
+    SequenceSpec,
+    seq_id=st.just(""),
+    prompt_token_ids=st.builds(
+        lambda text, length, tail: (*TEXTS[text][:length], *tail),
+        st.integers(0, 1),
+        st.sampled_from([1, 3, 6, 6, 8, 9, 12]),
+        st.sampled_from([(), (), (7,), (7, 8, 9)]),
+    ),
+    output_token_ids=st.sampled_from([(), (), (), (5,), (5, 6)]),
+    sampling=st.builds(
+        SamplingParams,
+        max_tokens=st.sampled_from([9, 5, 12, 2, 1]),
+        min_tokens=st.sampled_from([12, 3, 0]),
+        stop_token_ids=st.sampled_from([(), (), (4,)]),
+    ),
+    handoff=st.sampled_from([Handoff.NONE, Handoff.IN, Handoff.NONE, Handoff.OUT]),
+    cache_salt=st.sampled_from([b"", b"", b"", b"x"]),
+)
+
+
+@dataclass
+class Run:
+    spec: SequenceSpec
+    expected: list[int]
+    reason: FinishReason
+    got: list[int] = field(default_factory=list)
+    grant: BlocksGranted | None = None
+    writing: bool = False
+    kv_arrived: bool = False
+    computed: int = 0
+    finished: bool = False
+    aborted: bool = False
+
+    @property
+    def held(self) -> bool:
+        """OUT, prefilled, not finished: waits for `release`."""
+        return self.spec.handoff is Handoff.OUT and bool(self.got) and not self.finished and not self.aborted
+
+    @property
+    def active(self) -> bool:
+        return not (self.finished or self.aborted)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        blocks=st.integers(8, 14),
+        size=st.sampled_from([2, 3]),
+        running=st.integers(2, 5),
+        slack=st.integers(0, 12),
+        plans=st.integers(1, 3),
+        cache=st.booleans(),
+        role=st.sampled_from(Role),
+    )
+    def start(self, blocks: int, size: int, running: int, slack: int, plans: int, cache: bool, role: Role) -> None:
+        self.size, self.budget, self.running = size, running + slack, running
+        self.pool = BlockPool(blocks, size)
+        self.kv: list[list[int | None]] = [[None] * size for _ in range(blocks)]
+        self.scheduler = Scheduler(
+            block_pool=self.pool,
+            prefix_cache=PrefixCache(self.pool, cache),
+            policy=policy_for(role),
+            clock=VirtualClock(),
+            max_batched_tokens=self.budget,
+            max_running=running,
+            max_waiting=6,
+            max_model_len=MAX_LEN,
+            eos_token_ids=(EOS,),
+            max_outstanding_plans=plans,
+        )
+        self.runs: dict[str, Run] = {}
+        self.plans: deque[StepPlan] = deque()
+
+    @rule(specs=st.lists(SPECS, min_size=1, max_size=3))
+    def submit(self, specs: list[SequenceSpec]) -> None:
+        for spec in specs:
+            if spec.sampling.max_tokens > len(spec.output_token_ids):
+                self.add(replace(spec, seq_id=f"s{len(self.runs)}"))
+
+    def add(self, spec: SequenceSpec) -> None:
+        sent, handoff, max_tokens = spec.output_token_ids, spec.handoff, spec.sampling.max_tokens
+        expected, reason = alone(spec)
+        if handoff is Handoff.IN and len(expected) == len(sent) + 1:
+            return  # the first token ends it: never submitted
+        try:
+            self.scheduler.add(spec)
+        except QueueFull:
+            assert self.scheduler.load().waiting >= 6
+        except ValueError:
+            slots = self.pool.num_blocks * self.size
+            assert len(spec.prompt_token_ids) + max_tokens - 1 > slots or spec.context_tokens > slots
+        else:
+            self.runs[spec.seq_id] = Run(spec, expected, reason, got=list(sent) if handoff is Handoff.IN else [])
+
+    @rule()
+    def launch(self) -> None:
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return
+        assert 0 < plan.num_tokens <= self.budget
+        assert 0 < len(plan.rows) <= self.running
+        assert len({row.seq_id for row in plan.rows}) == len(plan.rows)
+        assert all(self.runs[row.seq_id].active for row in plan.rows)
+        self.plans.append(plan)
+
+    @precondition(lambda self: self.plans)
+    @rule()
+    def finish(self) -> None:
+        plan = self.plans.popleft()
+        output = StepOutput(plan.plan_id, tuple(self.compute(row) for row in plan.rows))
+        self.scheduler.complete(output)
+        self.hear()
+
+    @rule(steps=st.integers(1, 6))
+    def drive(self, steps: int) -> None:
+        for _ in range(steps):
+            self.launch()
+            if self.plans:
+                self.finish()
+            self.scheduler.check_integrity()
+
+    @rule()
+    def hear(self) -> None:
+        for event in self.scheduler.take_events():
+            run = self.runs[event.seq_id]
+            assert run.active, f"{event} of a sequence that has ended"
+            match event:
+                case BlocksGranted():
+                    assert run.grant is None
+                    assert event.cached_tokens % self.size == 0
+                    run.grant, run.writing = event, run.spec.handoff is Handoff.IN
+                case PrefillAdvanced():
+                    run.computed = event.computed_tokens
+                case Preempted():
+                    assert run.spec.handoff is not Handoff.OUT
+                    run.computed = 0
+                case TokensEmitted():
+                    self.take(run, event)
+
+    def take(self, run: Run, event: TokensEmitted) -> None:
+        sent = list(run.spec.output_token_ids)
+        if not run.got:
+            run.got = sent
+        assert event.index == len(run.got)
+        run.got += [token.token_id for token in event.tokens]
+        assert run.got == run.expected[: len(run.got)]
+        if event.finish_reason is not None:
+            assert (run.got, event.finish_reason) == (run.expected, run.reason)
+            run.finished = True
+
+    @precondition(lambda self: any(run.writing for run in self.runs.values()))
+    @rule(data=st.data())
+    def write_garbage(self, data: st.DataObject) -> None:
+        run = data.draw(st.sampled_from([run for run in self.runs.values() if run.writing]), "run")
+        for block_id in self.blocks_to_write(run):
+            self.kv[block_id] = [-1] * self.size
+
+    @precondition(lambda self: any(run.writing and run.active for run in self.runs.values()))
+    @rule(data=st.data())
+    def kv_arrives(self, data: st.DataObject) -> None:
+        self.deliver(data.draw(st.sampled_from([r for r in self.runs.values() if r.writing and r.active]), "run"))
+
+    @precondition(lambda self: any(run.writing for run in self.runs.values()))
+    @rule(data=st.data(), abort_first=st.booleans())
+    def pull_fails(self, data: st.DataObject, abort_first: bool) -> None:
+        run = data.draw(st.sampled_from([run for run in self.runs.values() if run.writing]), "run")
+        if abort_first:
+            self.end(run)
+        self.scheduler.writer_done(run.spec.seq_id)
+        run.writing = False
+        self.end(run)
+
+    @precondition(lambda self: sum(run.active for run in self.runs.values()) > 3)
+    @rule(data=st.data(), late=st.booleans())
+    def abort(self, data: st.DataObject, late: bool) -> None:
+        runs = [run for run in self.runs.values() if late or run.active]
+        self.end(data.draw(st.sampled_from(runs), "run"))
+
+    @precondition(lambda self: any(run.held for run in self.runs.values()))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.read_and_release(data.draw(st.sampled_from([run for run in self.runs.values() if run.held]), "run"))
+
+    @rule(role=st.sampled_from(Role))
+    def flip(self, role: Role) -> None:
+        self.scheduler.set_policy(policy_for(role))
+
+    @invariant()
+    def integrity(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+
+    def compute(self, row: StepRow) -> RowOutput:
+        """The device: writes the row's KV, and for a sample reads the whole context back."""
+        run, end = self.runs[row.seq_id], row.start + len(row.token_ids)
+        tokens = [*run.spec.prompt_token_ids, *run.expected][:end]
+        assert list(row.token_ids) == tokens[row.start :]
+        for position, value in enumerate(kv_of(tokens, run.spec.cache_salt, row.start, end), row.start):
+            self.kv[row.block_ids[position // self.size]][position % self.size] = value
+        if row.sample is None:
+            return RowOutput(row.seq_id)
+        assert row.sample.output_index == len(row.sample.output_token_ids) == end - len(run.spec.prompt_token_ids)
+        read = self.read(row.block_ids, end)
+        assert read == kv_of(tokens, run.spec.cache_salt, 0, end)
+        return RowOutput(row.seq_id, (SampledToken(draw(read[-1], row.sample.output_index, row.sample.params)),))
+
+    def read(self, block_ids: object, end: int) -> list[int]:
+        return [self.kv[block_ids[p // self.size]][p % self.size] for p in range(end)]
+
+    def blocks_to_write(self, run: Run) -> list[int]:
+        assert run.grant is not None
+        refs = run.grant.blocks[run.grant.cached_tokens // self.size :]
+        assert all(self.pool.generation(ref.block_id) == ref.generation for ref in refs)
+        return [ref.block_id for ref in refs]
+
+    def deliver(self, run: Run) -> None:
+        """The transport: all KV of the context, into the blocks that were no hits, then the first token."""
+        self.blocks_to_write(run)
+        assert run.grant is not None
+        spec, context = run.spec, run.spec.context_tokens
+        tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
+        values = kv_of(tokens, spec.cache_salt, run.grant.cached_tokens, context)
+        for position, value in enumerate(values, run.grant.cached_tokens):
+            self.kv[run.grant.blocks[position // self.size].block_id][position % self.size] = value
+        first = run.expected[spec.context_tokens - len(spec.prompt_token_ids)]
+        self.scheduler.kv_ready(spec.seq_id, SampledToken(first))
+        run.got.append(first)
+        run.writing, run.kv_arrived = False, True
+
+    def read_and_release(self, run: Run) -> None:
+        """The decode worker's side: what it reads under the grant's references is this sequence's KV."""
+        assert run.grant is not None
+        refs, context = run.grant.blocks, run.spec.context_tokens
+        assert all(self.pool.generation(ref.block_id) == ref.generation for ref in refs)
+        tokens = [*run.spec.prompt_token_ids, *run.spec.output_token_ids]
+        assert self.read([ref.block_id for ref in refs], context) == kv_of(tokens, run.spec.cache_salt, 0, context)
+        self.scheduler.release(run.spec.seq_id)
+        self.scheduler.release(run.spec.seq_id)
+        run.finished = True
+
+    def end(self, run: Run) -> None:
+        was_active = run.active
+        ended = self.scheduler.abort(run.spec.seq_id)
+        assert ended or not was_active or not run.active
+        run.aborted = run.aborted or ended
+
+    def teardown(self) -> None:
+        """Driven on without new work, every sequence ends and every block comes back."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(20 * MAX_LEN * (len(self.runs) + 1)):
+            self.hear()
+            for run in list(self.runs.values()):
+                if run.writing and run.active:
+                    self.deliver(run)
+                elif run.writing:
+                    self.scheduler.writer_done(run.spec.seq_id)
+                    run.writing = False
+                if run.held:
+                    self.read_and_release(run)
+            if not any(run.active for run in self.runs.values()) and not self.plans:
+                break
+            self.launch()
+            if self.plans:
+                self.finish()
+            self.scheduler.check_integrity()
+        assert not [run.spec.seq_id for run in self.runs.values() if run.active]
+        assert self.pool.holders() == frozenset()
+        assert self.pool.num_available == self.pool.num_blocks
+        load = self.scheduler.load()
+        assert (load.waiting, load.running, load.held, load.queued_prefill_tokens) == (0, 0, 0, 0)
+        self.scheduler.check_integrity()
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestScheduler = SchedulerMachine.TestCase
