@@ -140,6 +140,8 @@ class RouterConfig:
     events_path: Annotated[str | None, Text()] = None
     """JSON lines of waterfalls; None: none written."""
     slo: SLO = field(default_factory=SLO)
+    api_key: Annotated[str | None, Text()] = field(default=None, repr=False)
+    """What clients must present; None: nothing, which only a router on loopback may leave it at."""
 
     def __post_init__(self) -> None:
         check(self)

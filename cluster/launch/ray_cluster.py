@@ -37,22 +37,21 @@ class Interrupted(LaunchError):
 class RayCluster:
     """One cluster and the Ray driver behind it. Not thread-safe, except that `hurry` may be set from anywhere.
 
-    `progress` and `report` are called from the calling thread or the manager's; they may not block. `interrupted` gives
-    a start up; `hurry` cuts a drain short.
+    `report` is called from the manager's thread and may not block. `interrupted` gives a start up; `hurry` cuts a drain
+    short.
     """
 
     def __init__(
         self,
         config: ClusterConfig,
         *,
-        progress: Progress | None = None,
         report: Callable[[str], None] | None = None,
         interrupted: threading.Event | None = None,
         hurry: threading.Event | None = None,
         verbose: bool = False,
     ) -> None:
         self._config = config
-        self._progress = progress or (lambda member, stage, fraction: None)
+        self._progress: Progress = lambda member, stage, share: None
         self._report = report or (lambda line: None)
         self._interrupted = interrupted or threading.Event()
         self._hurry = hurry or threading.Event()
@@ -81,8 +80,9 @@ class RayCluster:
         """The members as last heard of; empty before `start` and after `stop`."""
         return () if self._manager is None else self._manager.views()
 
-    def start(self) -> Endpoints:
+    def start(self, progress: Progress | None = None) -> Endpoints:
         """Blocks until a request can be served. Raises LaunchError, one line; then nothing is left running."""
+        self._progress = progress or self._progress
         try:
             config = self._prepare()
             self._start_ray(config)

@@ -90,6 +90,8 @@ BAD_ROUTER = [
     ("max_attempts", 0),
     ("events_path", ""),
     ("slo", {"ttft_s": 1.0}),
+    ("api_key", ""),
+    ("unready_wait_s", -1),
 ]
 
 BAD_CLUSTER = [
@@ -208,6 +210,10 @@ def test_yaml_file(tmp_path: Path) -> None:
     assert config.engine_of(Role.PREFILL).device == "paced"
     assert config.engine_of(Role.DECODE) is config.engine
     assert config.router.slo == SLO(ttft_s=0.2, tpot_s=0.05)
+
+
+def test_a_key_is_not_shown() -> None:
+    assert "secret" not in repr(RouterConfig(api_key="secret"))
 
 
 def test_empty_file_is_the_default(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Awaitable, Callable
 
 import pytest
+import uvloop
 from tandem.cluster.bench.client import CHAT, COMPLETIONS, Target, read_events, run_load, send
 from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.bench.report import RequestRecord
@@ -60,7 +61,11 @@ def test_failures(status: int, events: list[tuple[float, bytes]], error: str) ->
 Handler = Callable[[dict[str, object], asyncio.StreamWriter], Awaitable[None]]
 
 
-def serve(handler: Handler, work: Callable[[str], Awaitable[list[RequestRecord]]]) -> list[RequestRecord]:
+def serve(
+    handler: Handler,
+    work: Callable[[str], Awaitable[list[RequestRecord]]],
+    run: Callable[..., list[RequestRecord]] = asyncio.run,
+) -> list[RequestRecord]:
     """Runs `work(base_url)` against an HTTP server whose answers `handler` writes."""
 
     tasks: list[asyncio.Task[None]] = []
@@ -80,7 +85,7 @@ def serve(handler: Handler, work: Callable[[str], Awaitable[list[RequestRecord]]
             await asyncio.gather(*tasks)
             return records
 
-    return asyncio.run(main())
+    return run(main())
 
 
 async def answer(body: dict[str, object], writer: asyncio.StreamWriter) -> None:
@@ -96,7 +101,8 @@ async def answer(body: dict[str, object], writer: asyncio.StreamWriter) -> None:
     writer.write(b"0\r\n\r\n")
 
 
-def test_load_comes_back_in_order() -> None:
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_load_comes_back_in_order(run: Callable[..., list[RequestRecord]]) -> None:
     requests = [BenchRequest(prompt="x" * size, max_tokens=size) for size in (3, 1, 4)]
     seen: list[RequestRecord] = []
 
@@ -104,7 +110,7 @@ def test_load_comes_back_in_order() -> None:
         target = Target(base_url=url, model="m")
         return await run_load(target, requests, (0.0, 0.0, 0.01), max_concurrency=2, on_done=seen.append)
 
-    records = serve(answer, work)
+    records = serve(answer, work, run)
     assert [record.error for record in records] == [""] * 3
     assert [record.output_tokens for record in records] == [3, 1, 4]
     assert [record.prompt_tokens for record in records] == [3, 1, 4]

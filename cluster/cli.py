@@ -1,0 +1,289 @@
+"""The `tandem` command. Heavy imports wait for the command that needs them, so that `tandem --help` is instant.
+
+Errors are one line on stderr. Exit codes: 0 well, 1 failed, 2 wrong usage or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from .launch.state import LaunchError
+
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer carries
+_CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+_API_KEY_VARIABLE = "TANDEM_API_KEY"
+
+app = typer.Typer(
+    name="tandem",
+    help="Serve large language models with prefill and decode in separate worker pools.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure a running server.", rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+Url = Annotated[str, typer.Option("--url", help="The router's HTTP address.")]
+Key = Annotated[str | None, typer.Option("--api-key", envvar=_API_KEY_VARIABLE, show_envvar=True, help="Client's key.")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `tandem` command. Ends the process with the command's exit code."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; prints errors, one line each, on stderr."""
+    if list(argv) in ([], ["bench"]):
+        argv = [*argv, "--help"]
+    try:
+        result = app(args=_join_goodput(argv), prog_name="tandem", standalone_mode=False)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except typer.Abort:
+        return _fail("interrupted", 130)
+    except _USAGE_ERROR as error:
+        return _fail(f"{_format(error)} (see --help)", 2)
+    except ValueError as error:  # ConfigError and ModelError included: they name field, value and what is allowed
+        return _fail(str(error), 2)
+    except LaunchError as error:
+        return _fail(str(error), 1)
+    except Exception as error:
+        if os.environ.get("TANDEM_TRACEBACK"):
+            raise
+        name = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
+        return _fail(f"{name}{error} (TANDEM_TRACEBACK=1 shows where)", 1)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"tandem: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _format(error: Exception) -> str:
+    return str(getattr(error, "format_message", lambda: error)())
+
+
+def _join_goodput(argv: Sequence[str]) -> list[str]:
+    """`--goodput ttft:200 tpot:50`, as vLLM has it, to one option for each pair."""
+    joined: list[str] = []
+    taking = False
+    for word in argv:
+        if word == "--goodput":
+            taking = True
+            continue
+        if taking and not word.startswith("-"):
+            joined += ["--goodput", word]
+            continue
+        taking = False
+        joined.append(word)
+    return joined
+
+
+def _set(overrides: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """Adds the values that were given; `engine__device` stands for the dotted path `engine.device`."""
+    overrides |= {name.replace("__", "."): value for name, value in values.items() if value is not None}
+    return overrides
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _root(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve large language models with prefill and decode in separate worker pools."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from .. import __version__
+
+    print(__version__)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Alias, folder, .gguf file, Hugging Face id or dummy:<config>. Default: smollm2-135m."),
+    ] = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers. Default: 1.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers. Default: 1.")] = None,
+    mixed: Annotated[int | None, typer.Option(help="Workers that do both. Alone: --prefill 0 --decode 0.")] = None,
+    config: Annotated[str | None, typer.Option(help="cluster.yaml; flags win over it.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join. Default: start a local one.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="0: any free one. Default: 8000.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="0: any free one. Default: 8001.")] = None,
+    registry_port: Annotated[int | None, typer.Option(help="Where workers report. Default: 8002.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or paced (computes nothing, takes a model's time).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. Default: bfloat16.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="KV memory of a worker, e.g. 512MiB.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context, tokens. Default: the model's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads of a worker. Default: 1.")] = None,
+    local_prefill_threshold: Annotated[
+        int | None, typer.Option(help="Prompts with fewer uncached tokens skip the prefill pool. Default: 0, off.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    events: Annotated[str | None, typer.Option(help="Write each request's waterfall to this file, JSON lines.")] = None,
+    drain_timeout: Annotated[float | None, typer.Option(help="Seconds that running requests get at the end.")] = None,
+    api_key: Key = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the members' own output.")] = False,
+) -> None:
+    """Start a cluster and serve until Ctrl-C, which drains it; twice stops at once."""
+    from .cli_serve import serve as run_serve
+    from .config import build_config
+
+    overrides = _set(
+        {},
+        model=model,
+        prefill=prefill,
+        decode=decode,
+        mixed=mixed,
+        address=address,
+        router__host=host,
+        router__http_port=http_port,
+        router__grpc_port=grpc_port,
+        router__registry_port=registry_port,
+        engine__device=device,
+        engine__dtype=dtype,
+        engine__kv_cache_bytes=kv_cache,
+        engine__max_model_len=max_model_len,
+        engine__threads=threads,
+        router__local_prefill_threshold_tokens=local_prefill_threshold,
+        router__served_model_name=served_model_name,
+        router__events_path=events,
+        drain_timeout_s=drain_timeout,
+        router__api_key=api_key,
+    )
+    raise typer.Exit(run_serve(build_config(config, overrides), verbose=verbose))
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and end.")] = None,
+    url: Url = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Default: the first that is served.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, tokens.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", min=0)] = None,
+    api_key: Key = None,
+) -> None:
+    """Talk to a running server; without --prompt, line by line."""
+    from .cli_chat import ChatOptions
+    from .cli_chat import chat as run_chat
+
+    options = ChatOptions(
+        url=url,
+        model=model,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        api_key=api_key,
+    )
+    raise typer.Exit(run_chat(options, prompt))
+
+
+@app.command()
+def status(
+    url: Url = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="The router's own answer.")] = False,
+) -> None:
+    """Show a running cluster's workers. Exit code 1 where it is not ready."""
+    from .cli_status import status as run_status
+
+    raise typer.Exit(run_status(url, as_json=as_json))
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Model reference.")] = "smollm2-135m",
+    device: Annotated[str, typer.Option(help="cpu or paced.")] = "cpu",
+    num_prompts: Annotated[int, typer.Option(help="Requests of the load.", min=1)] = 12,
+    request_rate: Annotated[float, typer.Option(help="Requests per second of the load.")] = 1.0,
+) -> None:
+    """Start a cluster, ask it a question, put some load on it, show what happened, stop it."""
+    from .demo import DemoOptions, run_demo
+
+    options = DemoOptions(model=model, device=device, num_prompts=num_prompts, request_rate=request_rate)
+    raise typer.Exit(run_demo(options))
+
+
+@bench.command("serve")
+def bench_serve(
+    base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    endpoint: Annotated[
+        str, typer.Option(help="/v1/chat/completions or /v1/completions; random tokens go to the latter.")
+    ] = "/v1/chat/completions",
+    model: Annotated[str | None, typer.Option(help="Default: the first that is served.")] = None,
+    dataset_name: Annotated[str, typer.Option(help="prompts or random.")] = "prompts",
+    dataset_path: Annotated[
+        str | None, typer.Option(help=".jsonl or .jsonl.gz of prompts. Default: a dozen that ship with tandem.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(help="Requests to send.")] = 100,
+    output_len: Annotated[int, typer.Option(help="max_tokens of real prompts.")] = 64,
+    random_input_len: Annotated[int, typer.Option(help="Tokens of a random prompt.")] = 1024,
+    random_output_len: Annotated[int, typer.Option(help="Tokens of its answer.")] = 128,
+    request_rate: Annotated[float, typer.Option(help="Requests per second; inf: all at once.")] = float("inf"),
+    burstiness: Annotated[float, typer.Option(help="Shape of the gamma arrivals; 1: Poisson.")] = 1.0,
+    max_concurrency: Annotated[int | None, typer.Option(help="Requests under way at most; closes the loop.")] = None,
+    goodput: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC:MS...", help="Promises: ttft:MS tpot:MS e2el:MS.")
+    ] = None,
+    metric_percentiles: Annotated[str, typer.Option(help="Comma-separated.")] = "99",
+    num_warmups: Annotated[int, typer.Option(help="Requests beforehand, not counted.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="Default: the server's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
+    save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+    api_key: Key = None,
+) -> None:
+    """Send an open-loop load and report TTFT, TPOT, attainment and goodput."""
+    from .bench.report import parse_goodput
+    from .bench.run import BenchOptions
+    from .cli_bench import bench_serve as run_bench_serve
+
+    try:
+        percentiles = tuple(float(text) for text in metric_percentiles.split(","))
+    except ValueError:
+        raise ValueError(f"metric_percentiles: {metric_percentiles!r} is not allowed; allowed: e.g. 50,99") from None
+    options = BenchOptions(
+        base_url=base_url,
+        model=model,
+        endpoint=endpoint,
+        dataset_name=dataset_name,
+        dataset_path=dataset_path,
+        num_prompts=num_prompts,
+        output_len=output_len,
+        random_input_len=random_input_len,
+        random_output_len=random_output_len,
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=max_concurrency,
+        goodput_ms=parse_goodput(goodput or ()),
+        percentiles=percentiles,
+        num_warmups=num_warmups,
+        temperature=temperature,
+        seed=seed,
+        api_key=api_key,
+    )
+    raise typer.Exit(run_bench_serve(options, save_result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""`tandem serve`: a cluster that stays up until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from .cli_display import Display
+from .config import ClusterConfig
+from .launch.interrupts import Interrupts
+from .launch.ray_cluster import Interrupted, RayCluster
+from .launch.state import Endpoints
+
+_QUESTION = "Why is the sky blue?"
+_SIGNALS = {1: "draining: running requests finish; Ctrl-C again stops at once", 2: "stopping"}
+
+
+def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
+    """Runs the cluster and returns the exit code. Raises LaunchError where it cannot start."""
+    display = Display()
+    display.line(headline(config))
+    with (
+        Interrupts(lambda count: display.line(_SIGNALS.get(count, "stopping"))) as interrupts,
+        watched_cluster(config, display, interrupts, verbose=verbose) as cluster,
+    ):
+        try:
+            with display.steps() as progress:
+                endpoints = cluster.start(progress)
+        except Interrupted:
+            display.line("stopped before it was ready")
+            return 130
+        display.line(welcome(config, endpoints))
+        interrupts.first.wait()
+        if not cluster.drain():
+            display.line("not everything finished in time")
+        cluster.stop(at_once=interrupts.second.is_set())
+        display.line("stopped")
+    return 0
+
+
+def watched_cluster(
+    config: ClusterConfig, display: Display, interrupts: Interrupts, *, verbose: bool = False
+) -> RayCluster:
+    """A cluster that reports to `display` and listens to `interrupts`."""
+    return RayCluster(
+        config, report=display.line, interrupted=interrupts.first, hurry=interrupts.second, verbose=verbose
+    )
+
+
+def headline(config: ClusterConfig) -> str:
+    """The first line of every run: model, device and pools; a device that computes nothing is named as such."""
+    pools = [f"{count} {name}" for name, count in _pools(config) if count]
+    where = "a local Ray" if config.address is None else f"Ray at {config.address}"
+    paced = " (computes nothing, takes a model's time)" if config.engine.device == "paced" else ""
+    device = f"{config.engine.device}{paced}"
+    return f"Tandem: {config.router.model} on {device}, {config.engine.dtype}, {' + '.join(pools)} on {where}"
+
+
+def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
+    """Endpoints, and lines to copy."""
+    model = config.router.served_model_name or config.router.model
+    key = config.router.api_key
+    base = f"http://{endpoints.http}"
+    chat = json.dumps({"model": model, "messages": [{"role": "user", "content": _QUESTION}], "stream": True})
+    generate = json.dumps({"chat": {"messages": [{"role": "user", "content": _QUESTION}]}})
+    bearer = ' -H "Authorization: Bearer $TANDEM_API_KEY"' if key else ""
+    grpc_key = ", api_key=os.environ['TANDEM_API_KEY']" if key else ""
+    imports = "import os; " if key else ""
+    openai_key = "os.environ['TANDEM_API_KEY']" if key else "'none'"
+    grpc_line = (
+        f"{imports}from tandem.router.client import TandemClient; "
+        f"print(TandemClient({endpoints.grpc!r}{grpc_key}).generate("
+        f"messages=[{{'role': 'user', 'content': {_QUESTION!r}}}]).collect().text)"
+    )
+    openai_line = (
+        f"{imports}from openai import OpenAI; "
+        f"print(OpenAI(base_url={base + '/v1'!r}, api_key={openai_key}).chat.completions.create(model={model!r}, "
+        f"messages=[{{'role': 'user', 'content': {_QUESTION!r}}}]).choices[0].message.content)"
+    )
+    return "\n".join(
+        [
+            "ready",
+            f"  HTTP     {base}   (metrics: {base}/metrics)",
+            f"  gRPC     {endpoints.grpc}",
+            "",
+            f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json'{bearer} -d {shlex.quote(chat)}",
+            f"  grpcurl -plaintext{bearer} -d {shlex.quote(generate)} {endpoints.grpc} tandem.v1.Tandem/Generate",
+            f"  python -c {_quote(grpc_line)}",
+            f"  python -c {_quote(openai_line)}",
+            f"  tandem chat --url {base}",
+            "",
+            "Ctrl-C drains and stops.",
+        ]
+    )
+
+
+def _quote(code: str) -> str:
+    """Double quotes around Python code that has single ones only: readable, and safe in a shell."""
+    escaped = code.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")
+    return f'"{escaped}"'
+
+
+def _pools(config: ClusterConfig) -> tuple[tuple[str, int], ...]:
+    return (("prefill", config.prefill), ("decode", config.decode), ("mixed", config.mixed))

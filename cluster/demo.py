@@ -1,0 +1,150 @@
+"""`tandem demo`: the whole thing once, on this machine: start, a streamed answer, where its time went, load, stop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import uvloop
+
+from ..router.client import ClientDelta, TandemClient
+from .bench.run import BenchOptions, BenchResult, run_bench
+from .bench.show import table
+from .bench.waterfall import draw, spans
+from .cli_display import Display
+from .cli_serve import headline, watched_cluster
+from .config import ClusterConfig, build_config
+from .launch.interrupts import Interrupts
+from .launch.ray_cluster import Interrupted, RayCluster
+from .launch.state import Endpoints, LaunchError
+from .proto import tandem_v1_pb2 as pb
+
+QUESTION = "Explain in two sentences why the sky is blue."
+ANSWER_TOKENS = 64
+LOAD_TOKENS = 16
+PROMISES_MS = {"ttft": 1000.0, "tpot": 100.0}
+_REQUEST_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """What the demo runs on, and how much load it makes."""
+
+    model: str
+    device: str
+    num_prompts: int
+    request_rate: float
+
+    def cluster(self) -> ClusterConfig:
+        """One router, one prefill worker, one decode worker, on free ports."""
+        return build_config(
+            None,
+            {
+                "model": self.model,
+                "engine.device": self.device,
+                "engine.kv_cache_bytes": "128MiB",
+                "router.http_port": 0,
+                "router.grpc_port": 0,
+                "router.registry_port": 0,
+                "router.slo.ttft_s": PROMISES_MS["ttft"] / 1e3,
+                "router.slo.tpot_s": PROMISES_MS["tpot"] / 1e3,
+            },
+        )
+
+
+def run_demo(options: DemoOptions) -> int:
+    """Runs it and returns the exit code; whatever happens, nothing is left running. Raises LaunchError."""
+    began_s = time.monotonic()
+    display = Display()
+    config = options.cluster()
+    display.line(headline(config))
+    with (
+        Interrupts(lambda _: display.line("stopping")) as interrupts,
+        watched_cluster(config, display, interrupts) as cluster,
+    ):
+        try:
+            code = _show(options, cluster, display)
+        except Interrupted:
+            return 130
+        if interrupts.first.is_set():
+            return 130
+        cluster.drain()
+        cluster.stop()
+        display.line(f"\nstopped; {time.monotonic() - began_s:.0f} s in all")
+    return code
+
+
+def _show(options: DemoOptions, cluster: RayCluster, display: Display) -> int:
+    with display.steps() as progress:
+        endpoints = cluster.start(progress)
+    display.line(f"ready: http://{endpoints.http}, gRPC {endpoints.grpc}\n")
+    timings = _answer(endpoints, display)
+    display.line("\nwhere that request's time went")
+    display.line(waterfall(timings))
+    result = _load(options, endpoints, display)
+    display.line(table(result.summary))
+    failed = sorted({record.error for record in result.records if record.error})
+    for error in failed:
+        display.line(f"failed      {error}")
+    return 1 if failed else 0
+
+
+def _answer(endpoints: Endpoints, display: Display) -> pb.Timings:
+    """Streams one chat answer over gRPC and returns its waterfall."""
+    display.line(f"> {QUESTION}")
+    timings: pb.Timings | None = None
+    with TandemClient(endpoints.grpc, timeout_s=_REQUEST_TIMEOUT_S) as client:
+        deltas = client.generate(
+            messages=[{"role": "user", "content": QUESTION}], max_tokens=ANSWER_TOKENS, temperature=0.0
+        )
+        last: ClientDelta | None = None
+        for last in deltas:
+            display.piece(last.text)
+            timings = last.timings or timings
+    display.line()
+    if timings is None:
+        raise LaunchError("the answer came without timings")
+    return timings
+
+
+def waterfall(timings: pb.Timings) -> str:
+    """The timings as a drawing, headed by the way the request took."""
+    way = {
+        "split": f"prefilled by {timings.prefill_worker}, decoded by {timings.decode_worker}",
+        "local": f"prefilled and decoded by {timings.decode_worker}, not split",
+        "mixed": f"prefilled and decoded by {timings.decode_worker}, not split",
+        "prefill_only": f"answered by {timings.prefill_worker} alone",
+    }.get(timings.path, timings.path)
+    tpot = f", TPOT {timings.tpot_s * 1e3:.1f} ms" if timings.HasField("tpot_s") else ""
+    bars = draw(
+        spans(
+            queue_s=timings.queue_s,
+            prefill_s=timings.prefill_s,
+            ttft_s=timings.ttft_s,
+            transfer_s=timings.transfer_s,
+            exposed_transfer_s=timings.exposed_transfer_s,
+            decode_s=timings.decode_s,
+            e2e_s=timings.e2e_s,
+            transferred_bytes=timings.transferred_bytes,
+            path=timings.path,
+        )
+    )
+    return f"{way}; TTFT {timings.ttft_s * 1e3:.1f} ms{tpot}\n{bars}"
+
+
+def _load(options: DemoOptions, endpoints: Endpoints, display: Display) -> BenchResult:
+    display.line(
+        f"\n{options.num_prompts} real prompts, {LOAD_TOKENS} tokens each, "
+        f"arriving at random at {options.request_rate:g}/s whatever the answers do"
+    )
+    bench = BenchOptions(
+        base_url=f"http://{endpoints.http}",
+        num_prompts=options.num_prompts,
+        output_len=LOAD_TOKENS,
+        request_rate=options.request_rate,
+        goodput_ms=PROMISES_MS,
+        num_warmups=0,
+        timeout_s=_REQUEST_TIMEOUT_S,
+    )
+    with display.count("load", options.num_prompts) as advance:
+        return uvloop.run(run_bench(bench, lambda _: advance()))

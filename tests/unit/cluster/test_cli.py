@@ -1,0 +1,255 @@
+"""The command line: errors are one line with an exit code, help needs nothing heavy, lines to copy are right."""
+
+import io
+import json
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tandem.cluster import cli, cli_serve, cli_status
+from tandem.cluster.cli_display import Display
+from tandem.cluster.config import build_config
+from tandem.cluster.launch.state import Endpoints
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["srve"], 2, "No such command 'srve'"),
+        (["serve", "--prefil", "2"], 2, "No such option: --prefil"),
+        (["serve", "--prefill", "two"], 2, "--prefill"),
+        (["serve", "--decode", "0"], 2, "decode: 0 is not allowed; allowed: at least 1 where prefill is 1"),
+        (["serve", "--device", "tpu"], 2, "engine.device: 'tpu' is not allowed; allowed: one of cpu, paced"),
+        (["serve", "--kv-cache", "much"], 2, "engine.kv_cache_bytes: 'much'"),
+        (["serve", "--config", "/nonexistent.yaml"], 2, "config: '/nonexistent.yaml'"),
+        (["chat", "--url", "localhost:8000", "--prompt", "x"], 2, "url: 'localhost:8000'"),
+        (["chat", "--max-tokens", "0", "--prompt", "x"], 2, "--max-tokens"),
+        (["chat", "--url", "http://127.0.0.1:1", "--prompt", "x"], 1, "http://127.0.0.1:1/v1/models"),
+        (["status", "--url", "nowhere"], 2, "url: 'nowhere'"),
+        (["status", "--url", "http://127.0.0.1:1"], 1, "no router answers at http://127.0.0.1:1/ready"),
+        (["bench", "serve", "--goodput", "ttft"], 2, "goodput: 'ttft'"),
+        (["bench", "serve", "--goodput", "ttft:1", "itl:3"], 2, "goodput: 'itl:3'"),
+        (["bench", "serve", "--dataset-name", "sonnet"], 2, "dataset_name: 'sonnet'"),
+        (["bench", "serve", "--metric-percentiles", "p99"], 2, "metric_percentiles: 'p99'"),
+        (["bench", "serve", "--base-url", "http://127.0.0.1:1"], 1, "http://127.0.0.1:1/v1/models"),
+        (
+            ["bench", "serve", "--base-url", "http://127.0.0.1:1", "--model", "m", "--request-rate", "0"],
+            2,
+            "request_rate",
+        ),
+        (["bench", "swerve"], 2, "No such command 'swerve'"),
+    ],
+)
+def test_errors_are_one_line(argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(argv) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("tandem: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_missing_model_and_a_taken_port_are_found_before_ray_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    free = ["--http-port", "0", "--grpc-port", "0", "--registry-port", "0"]
+    assert cli.run(["serve", "--model", "smolm2-135m", *free]) == 1
+    assert "smolm2-135m" in capsys.readouterr().err
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as taken:
+        port = taken.server_address[1]
+        assert cli.run(["serve", "--model", "dummy:tiny-llama", *free, "--grpc-port", str(port)]) == 1
+    assert f"router.grpc_port: 127.0.0.1:{port} cannot be used" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 0
+    assert "serve" in capsys.readouterr().out
+    assert cli.run(["bench"]) == 0
+    assert cli.run(["serve", "--help"]) == 0
+    capsys.readouterr()
+    assert cli.run(["version"]) == cli.run(["--version"]) == 0
+    one, other = capsys.readouterr().out.split()
+    assert one == other
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from tandem.cluster import cli; cli.run(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert not {"torch", "ray", "grpc", "numpy", "httpx", "yaml"} & set(done.stderr.split())
+
+
+def test_goodput_takes_several_values_as_vllm_has_it() -> None:
+    argv = ["bench", "serve", "--goodput", "ttft:200", "tpot:50", "--seed", "1"]
+    assert cli._join_goodput(argv) == ["bench", "serve", "--goodput", "ttft:200", "--goodput", "tpot:50", "--seed", "1"]
+
+
+def test_welcome_lines_can_be_copied() -> None:
+    config = build_config(None, {"model": "m", "router.api_key": "k"})
+    endpoints = Endpoints(http="127.0.0.1:1", grpc="127.0.0.1:2", registry="127.0.0.1:3")
+    lines = [line.strip() for line in cli_serve.welcome(config, endpoints).splitlines()]
+    by_start = {line.split()[0] + line.split()[1][:2]: shlex.split(line) for line in lines if len(line.split()) > 3}
+    curl = by_start["curl-N"]
+    assert json.loads(curl[-1])["model"] == "m"
+    assert curl[2] == "http://127.0.0.1:1/v1/chat/completions"
+    grpcurl = by_start["grpcurl-p"]
+    assert grpcurl[-1] == "tandem.v1.Tandem/Generate"
+    assert json.loads(grpcurl[grpcurl.index("-d") + 1])["chat"]["messages"][0]["role"] == "user"
+    pythons = [shlex.split(line)[2] for line in lines if line.startswith("python -c")]
+    assert len(pythons) == 2
+    for code in pythons:
+        compile(code, "line", "exec")
+        assert "TANDEM_API_KEY" in code
+    assert not any("'k'" in line for line in lines)
+
+
+def test_headline_says_what_computes_nothing() -> None:
+    assert "computes nothing" in cli_serve.headline(build_config(None, {"engine.device": "paced"}))
+    text = cli_serve.headline(build_config(None, {"mixed": 2}))
+    assert text == "Tandem: smollm2-135m on cpu, bfloat16, 1 prefill + 1 decode + 2 mixed on a local Ray"
+
+
+WORKER = {
+    "worker_id": "decode-0",
+    "role": "decode",
+    "epoch": "313c771c7697350b",
+    "device": "cpu",
+    "model": "m",
+    "state": "ready",
+    "num_blocks": 200,
+    "free_blocks": 100,
+    "cached_blocks": 50,
+    "running": 3,
+    "waiting": 2,
+    "held": 1,
+    "leases": 4,
+}
+
+
+def test_status_table() -> None:
+    lines = cli_status.render("http://h:1", {"ready": True, "reason": "", "workers": [WORKER]}).splitlines()
+    assert lines[0] == "http://h:1  ready  m"
+    assert lines[2].split() == [
+        "worker",
+        "role",
+        "state",
+        "device",
+        "epoch",
+        "KV",
+        "use",
+        "running",
+        "waiting",
+        "held",
+        "leases",
+    ]
+    assert lines[3].split() == [
+        "decode-0",
+        "decode",
+        "ready",
+        "cpu",
+        "313c771c",
+        "25%",
+        "of",
+        "200",
+        "3",
+        "2",
+        "1",
+        "4",
+    ]
+    assert "not ready: no prefill" in cli_status.render("u", {"ready": False, "reason": "no prefill", "workers": []})
+
+
+class _Router(BaseHTTPRequestHandler):
+    """Answers as a router that is not ready, and as a chat model that says hello."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        models = {"data": [{"id": "m"}]}
+        ready = {"ready": False, "reason": "no decode worker", "workers": [WORKER]}
+        self._send(503, ready) if self.path == "/ready" else self._send(200, models)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("seed") == 13:
+            return self._send(400, {"error": {"message": "seed: 13 is not allowed"}})
+        said = f"{len(body['messages'])} messages, "
+        pieces = [{"role": "assistant", "content": ""}, {"content": said}, {"content": "hello"}]
+        events = [f"data: {json.dumps({'choices': [{'delta': piece}]})}\n\n" for piece in pieces]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write("".join([*events, "data: [DONE]\n\n"]).encode())
+
+    def _send(self, status: int, value: object) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def router() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Router) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_status_of_a_router_that_is_not_ready(router: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["status", "--url", router]) == 1
+    assert "not ready: no decode worker" in capsys.readouterr().out
+    assert cli.run(["status", "--url", router, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["workers"][0]["worker_id"] == "decode-0"
+
+
+def test_chat_once(router: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["chat", "--url", router, "--prompt", "hi", "--system", "be brief"]) == 0
+    assert capsys.readouterr().out == "2 messages, hello\n"
+    assert cli.run(["chat", "--url", router, "--prompt", "hi", "--seed", "13"]) == 1
+    assert "HTTP 400: seed: 13 is not allowed" in capsys.readouterr().err
+
+
+def test_conversation_keeps_its_history(
+    router: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/new\nthree\n"))
+    assert cli.run(["chat", "--url", router]) == 0
+    assert capsys.readouterr().out.splitlines() == ["1 messages, hello", "3 messages, hello", "1 messages, hello"]
+
+
+def test_logs_have_no_control_characters() -> None:
+    stream = io.StringIO()
+    display = Display(stream)
+    with display.steps() as progress:
+        for share in (0.0, 0.1, 0.3, 0.31, 1.0):
+            progress("model", "loading", share)
+        progress("model", "ready", None)
+    display.line("done")
+    assert stream.getvalue().splitlines() == [
+        "model: loading",
+        "model: loading 25%",
+        "model: loading 100%",
+        "model: ready",
+        "done",
+    ]
+
+
+def test_unexpected_errors_are_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*args: object, **kwargs: object) -> int:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(cli_status, "status", broken)
+    monkeypatch.delenv("TANDEM_TRACEBACK", raising=False)
+    assert cli.run(["status"]) == 1
+    assert capsys.readouterr().err.startswith("tandem: KeyError: 'surprise'")
