@@ -116,7 +116,7 @@ def _parse_llama_like(fields: _Fields, model_type: str, eos: tuple[int, ...]) ->
     if head_dim % 2:
         raise fields.refuse("head_dim", head_dim, "an even number")
     max_model_len = fields.size("max_position_embeddings")
-    rope_theta, rope_scaling = _rope(fields, max_model_len)
+    rope_theta, rope_scaling = _rope(fields)
     attention_bias = fields.get("attention_bias", bool, False) if model_type in ("llama", "qwen3") else False
     return ModelConfig(
         architecture=architecture,
@@ -181,7 +181,7 @@ def _parse_opt(fields: _Fields, eos: tuple[int, ...]) -> ModelConfig:
     )
 
 
-def _rope(fields: _Fields, max_model_len: int) -> tuple[float, RopeScaling | None]:
+def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
     name = "rope_parameters" if fields.config.get("rope_parameters") is not None else "rope_scaling"
     table = fields.get(name, dict, {})

@@ -115,3 +115,22 @@ def test_planner_and_router_install_without_torch(project: dict) -> None:
     assert not re.search(
         r"\b(transformers|openai|vllm|pytest)\b", str(project["project"]["optional-dependencies"]["all"])
     )
+
+
+def test_make_refuses_another_python(repository: Path, tmp_path: Path) -> None:
+    """Before anything is made, and with the way out."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(repository / name, tmp_path / name)
+    old = tmp_path / "old-python"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.2" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    command = ["make", "demo", f"PYTHON={old}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode != 0
+    assert "Tandem needs Python 3.11, 3.12 or 3.13" in result.stderr
+    assert "Python 3.9.2" in result.stderr
+    assert "make demo PYTHON=" in result.stderr
+    assert not (tmp_path / ".venv").exists()

@@ -161,6 +161,48 @@ def test_tokenizer(tmp_path: Path) -> None:
         read_gguf_tokenizer(write(tmp_path / "bare.gguf", tokenizer=False))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "types", "eos", "message"),
+    [
+        (TOKENS, [1] * 3, 2, "token_type has 3 entries for 32 tokens"),
+        (TOKENS, [1] * VOCAB, 99, "eos_token_id is 99, allowed: below 32"),
+    ],
+)
+def test_tokenizers_that_contradict_themselves(
+    tmp_path: Path, tokens: list[str], types: list[int], eos: int, message: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_eos_token_id(eos)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=message):
+        read_gguf_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "pre", "add_bos", "space"),
+    [("gpt2", "smollm", False, False), ("gpt2", "llama-bpe", True, False), ("llama", "default", True, True)],
+)
+def test_what_llama_cpp_assumes_where_the_file_is_silent(
+    tmp_path: Path, model: str, pre: str, add_bos: bool, space: bool
+) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = read_gguf_tokenizer(path)
+    assert (tokenizer.add_bos, tokenizer.add_space_prefix) == (add_bos, space)
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
 def test_tensors_come_back(tmp_path: Path, kind: str) -> None:
     values = RNG.standard_normal((6, 64), dtype=np.float32)
