@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 
 from ..clock import Clock
 from ..types import EngineLoad, Handoff, SampledToken, SequenceSpec
@@ -182,7 +183,7 @@ class Scheduler:
         """
         if len(self._outstanding) >= self._max_outstanding_plans:
             return None
-        by_age = sorted(self._running.values(), key=_age)
+        by_age = sorted(self._running.values(), key=attrgetter("order"))
         decoding = [seq for seq in by_age if seq.can_decode]
         prefilling = [seq for seq in by_age if seq.can_prefill]
         shares = self._policy.shares(
@@ -318,8 +319,9 @@ class Scheduler:
         )
         for seq in list(self._waiting):
             if budget == 0 and not seq.needs_pull:
+                places -= 1  # which is kept for it
                 continue
-            if places == 0 or not self._grant(seq, self._policy.headroom_blocks(growing)):
+            if places <= 0 or not self._grant(seq, self._policy.headroom_blocks(growing)):
                 break
             places -= 1
             growing += seq.spec.handoff is not Handoff.OUT
@@ -394,7 +396,3 @@ class Scheduler:
         if seq.plans == 0:
             self._kv.release(seq)
             del self._sequences[seq.seq_id]
-
-
-def _age(seq: Sequence) -> int:
-    return seq.order

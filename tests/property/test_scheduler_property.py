@@ -9,6 +9,7 @@ table mixed up gives wrong KV at once, and no sequence may ever see any.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from zlib import crc32
 
@@ -96,6 +97,11 @@ class Run:
         """OUT, prefilled, not finished: waits for `release`."""
         return self.spec.handoff is Handoff.OUT and bool(self.got) and not self.finished and not self.aborted
 
+    def kv(self, start: int, end: int) -> list[int]:
+        """What the slots of positions start … end-1 must hold."""
+        tokens = [*self.spec.prompt_token_ids, *self.expected]
+        return kv_of(tokens, self.spec.cache_salt, start, end)
+
     @property
     def active(self) -> bool:
         return not (self.finished or self.aborted)
@@ -107,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         size=st.sampled_from([2, 3]),
         running=st.integers(2, 5),
         slack=st.integers(0, 12),
-        plans=st.integers(1, 3),
+        plans=st.sampled_from([1, 2, 2, 3]),
         cache=st.booleans(),
         role=st.sampled_from(Role),
     )
@@ -170,11 +176,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.complete(output)
         self.hear()
 
-    @rule(steps=st.integers(1, 6))
-    def drive(self, steps: int) -> None:
+    @rule(steps=st.integers(1, 8), ahead=st.integers(0, 2))
+    def drive(self, steps: int, ahead: int) -> None:
+        """Steps with up to `ahead` more plans outstanding, while cancelled transports still write."""
         for _ in range(steps):
             self.launch()
-            if self.plans:
+            self.hear()
+            for run in self.runs.values():
+                if run.writing and not run.active:
+                    self.overwrite(run)
+            if len(self.plans) > ahead:
                 self.finish()
             self.scheduler.check_integrity()
 
@@ -188,6 +199,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert run.grant is None
                     assert event.cached_tokens % self.size == 0
                     run.grant, run.writing = event, run.spec.handoff is Handoff.IN
+                    read = self.read([ref.block_id for ref in event.blocks], event.cached_tokens)
+                    assert read == run.kv(0, event.cached_tokens)
                 case PrefillAdvanced():
                     run.computed = event.computed_tokens
                 case Preempted():
@@ -211,8 +224,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def write_garbage(self, data: st.DataObject) -> None:
         run = data.draw(st.sampled_from([run for run in self.runs.values() if run.writing]), "run")
-        for block_id in self.blocks_to_write(run):
-            self.kv[block_id] = [-1] * self.size
+        self.overwrite(run)
 
     @precondition(lambda self: any(run.writing and run.active for run in self.runs.values()))
     @rule(data=st.data())
@@ -220,14 +232,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.deliver(data.draw(st.sampled_from([r for r in self.runs.values() if r.writing and r.active]), "run"))
 
     @precondition(lambda self: any(run.writing for run in self.runs.values()))
-    @rule(data=st.data(), abort_first=st.booleans())
-    def pull_fails(self, data: st.DataObject, abort_first: bool) -> None:
+    @rule(data=st.data(), order=st.sampled_from(["abort", "abort, stop", "stop, abort"]))
+    def pull_fails(self, data: st.DataObject, order: str) -> None:
         run = data.draw(st.sampled_from([run for run in self.runs.values() if run.writing]), "run")
-        if abort_first:
-            self.end(run)
-        self.scheduler.writer_done(run.spec.seq_id)
-        run.writing = False
-        self.end(run)
+        for what in order.split(", "):
+            if what == "abort":
+                self.end(run)
+            else:
+                self.scheduler.writer_done(run.spec.seq_id)
+                run.writing = False
 
     @precondition(lambda self: sum(run.active for run in self.runs.values()) > 3)
     @rule(data=st.data(), late=st.booleans())
@@ -254,17 +267,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         run, end = self.runs[row.seq_id], row.start + len(row.token_ids)
         tokens = [*run.spec.prompt_token_ids, *run.expected][:end]
         assert list(row.token_ids) == tokens[row.start :]
-        for position, value in enumerate(kv_of(tokens, run.spec.cache_salt, row.start, end), row.start):
+        for position, value in enumerate(run.kv(row.start, end), row.start):
             self.kv[row.block_ids[position // self.size]][position % self.size] = value
         if row.sample is None:
             return RowOutput(row.seq_id)
         assert row.sample.output_index == len(row.sample.output_token_ids) == end - len(run.spec.prompt_token_ids)
         read = self.read(row.block_ids, end)
-        assert read == kv_of(tokens, run.spec.cache_salt, 0, end)
+        assert read == run.kv(0, end)
         return RowOutput(row.seq_id, (SampledToken(draw(read[-1], row.sample.output_index, row.sample.params)),))
 
-    def read(self, block_ids: object, end: int) -> list[int]:
+    def read(self, block_ids: Sequence[int], end: int) -> list[int | None]:
         return [self.kv[block_ids[p // self.size]][p % self.size] for p in range(end)]
+
+    def overwrite(self, run: Run) -> None:
+        for block_id in self.blocks_to_write(run):
+            self.kv[block_id] = [-1] * self.size
 
     def blocks_to_write(self, run: Run) -> list[int]:
         assert run.grant is not None
@@ -277,9 +294,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.blocks_to_write(run)
         assert run.grant is not None
         spec, context = run.spec, run.spec.context_tokens
-        tokens = [*spec.prompt_token_ids, *spec.output_token_ids]
-        values = kv_of(tokens, spec.cache_salt, run.grant.cached_tokens, context)
-        for position, value in enumerate(values, run.grant.cached_tokens):
+        for position, value in enumerate(run.kv(run.grant.cached_tokens, context), run.grant.cached_tokens):
             self.kv[run.grant.blocks[position // self.size].block_id][position % self.size] = value
         first = run.expected[spec.context_tokens - len(spec.prompt_token_ids)]
         self.scheduler.kv_ready(spec.seq_id, SampledToken(first))
@@ -291,8 +306,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert run.grant is not None
         refs, context = run.grant.blocks, run.spec.context_tokens
         assert all(self.pool.generation(ref.block_id) == ref.generation for ref in refs)
-        tokens = [*run.spec.prompt_token_ids, *run.spec.output_token_ids]
-        assert self.read([ref.block_id for ref in refs], context) == kv_of(tokens, run.spec.cache_salt, 0, context)
+        assert self.read([ref.block_id for ref in refs], context) == run.kv(0, context)
         self.scheduler.release(run.spec.seq_id)
         self.scheduler.release(run.spec.seq_id)
         run.finished = True

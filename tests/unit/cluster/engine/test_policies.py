@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tandem.cluster.engine.policies import (
+    BatchPolicy,
+    DecodePolicy,
+    MixedPolicy,
+    PrefillPolicy,
+    StepShares,
+    StepView,
+    policy_for,
+)
+from tandem.cluster.types import Role
+
+
+def shares(policy: BatchPolicy, budget: int, decode: int, prefill: int) -> tuple[int, int]:
+    result = policy.shares(StepView(budget_tokens=budget, decode_rows=decode, prefill_tokens=prefill))
+    assert isinstance(result, StepShares)
+    return result.decode_rows, result.prefill_tokens
+
+
+def test_prefill_takes_prompts_first_but_leftover_decodes_drain() -> None:
+    policy = PrefillPolicy()
+    assert shares(policy, 512, 0, 10_000) == (0, 512)
+    assert shares(policy, 512, 100, 10_000) == (64, 448)
+    assert shares(policy, 512, 100, 500) == (64, 448)
+    assert shares(policy, 512, 100, 400) == (100, 412)
+    assert policy.headroom_blocks(7) == 0
+
+
+def test_decode_bounds_what_prompts_add_to_a_step() -> None:
+    policy = DecodePolicy()
+    assert shares(policy, 512, 60, 10_000) == (60, 128)
+    assert shares(policy, 512, 1, 10_000) == (1, 128)
+    assert shares(policy, 512, 0, 10_000) == (0, 512)
+    assert shares(policy, 64, 60, 10_000) == (60, 4)
+    assert policy.headroom_blocks(7) == 7
+
+
+def test_mixed_fills_the_rest() -> None:
+    policy = MixedPolicy()
+    assert shares(policy, 512, 60, 10_000) == (60, 452)
+    assert shares(policy, 512, 0, 3) == (0, 512)
+    assert policy.headroom_blocks(7) == 7
+
+
+@given(role=st.sampled_from(Role), budget=st.integers(2, 600), data=st.data())
+def test_shares_stay_within_the_budget_and_starve_nobody(role: Role, budget: int, data: st.DataObject) -> None:
+    decode = data.draw(st.integers(0, budget - 1))
+    prefill = data.draw(st.integers(1, 10_000))
+    rows, tokens = shares(policy_for(role), budget, decode, prefill)
+    assert 0 <= rows <= decode
+    assert 1 <= tokens <= budget - rows
+    assert rows > 0 or decode == 0
+
+
+def test_policies_know_their_role() -> None:
+    assert [policy_for(role).role for role in Role] == list(Role)
+
+
+def test_divisors_are_checked() -> None:
+    with pytest.raises(ValueError, match="decode_divisor: 0 is not at least 1"):
+        PrefillPolicy(decode_divisor=0)
+    with pytest.raises(ValueError, match="prefill_divisor: -1 is not at least 1"):
+        DecodePolicy(prefill_divisor=-1)
