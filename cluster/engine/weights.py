@@ -1,0 +1,200 @@
+"""How a `Model` is built from a source of weights (`weight_source`), and the fingerprint that names its KV.
+
+Memory rule: one resident copy, in the form that computes, and at most one layer in passing. So sources hand out one
+tensor (or a stretch of rows) at a time, every linear is packed as soon as its own tensors are read, and `release` after
+each layer lets go of mapped file pages. All shapes are checked against the files' headers before anything is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import xxhash
+
+from ...kernels.dispatch import half_dtype, make_linear
+from ...kernels.linear import EmbeddingTable, Linear, StackedLinear, TiedHead, fits_half
+from ..models.config import ModelConfig
+from ..models.errors import ModelError
+from ..models.reference import ModelFiles
+from .gguf_weights import GgufWeights
+from .hf_weights import DummyWeights, HfWeights
+from .model import DecoderLayer, Model, Norm
+from .weight_source import WeightSource, check_shapes, expected_shapes
+
+Progress = Callable[[float], None]
+"""Called with the share of the model that is loaded, 0 to 1."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_STRETCH_ELEMENTS = 2**20
+"""Tables and output heads are read this many elements at a time."""
+_FULL_HASH_BYTES = 2**30
+_SAMPLE_BYTES = 2**20
+_SAMPLES = 64
+
+
+def open_weights(files: ModelFiles) -> WeightSource:
+    """The source for a resolved model. ModelError if its files cannot be read."""
+    if files.kind == "dummy":
+        return DummyWeights(files.config)
+    assert files.path is not None
+    return GgufWeights(files.path, files.config) if files.kind == "gguf" else HfWeights(files.path, files.config)
+
+
+def load_model(files: ModelFiles, dtype: str, progress: Progress | None = None) -> Model:
+    """Reads and packs a model. `dtype`: `bfloat16` (16-bit weights, float32 sums) or `float32`.
+
+    Raises ModelError (a ValueError) naming what is wrong with the files or `dtype`.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: {dtype!r} is not one of {sorted(DTYPES)}")
+    source = open_weights(files)
+    return build_model(files.config, source, DTYPES[dtype], progress)
+
+
+@torch.inference_mode()
+def build_model(
+    config: ModelConfig, source: WeightSource, dtype: torch.dtype, progress: Progress | None = None
+) -> Model:
+    """A model from checked tensors of `source`, one layer in passing at a time."""
+    check_shapes(config, source)
+    builder = _Builder(config, source, dtype, progress)
+    embed = builder.table("embed.weight")
+    layers = [builder.layer(f"layers.{index}.") for index in range(config.num_layers)]
+    model = Model(
+        config=config,
+        embed=embed,
+        positions=builder.table("positions.weight") if config.learned_positions else None,
+        project_in=builder.linear("project_in") if config.embed_dim is not None else None,
+        layers=layers,
+        final_norm=builder.norm("final_norm") if config.norm_before else None,
+        project_out=builder.linear("project_out") if config.embed_dim is not None else None,
+        head=TiedHead(embed) if config.tie_word_embeddings else builder.head(),
+    )
+    builder.finish()
+    return model
+
+
+class _Builder:
+    """Reads tensors in the order in which the model wants them and counts elements for `progress`."""
+
+    def __init__(
+        self, config: ModelConfig, source: WeightSource, dtype: torch.dtype, progress: Progress | None
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.dtype = dtype
+        self.shapes = expected_shapes(config)
+        self._progress = progress or (lambda share: None)
+        self._total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        self._read = 0
+
+    def finish(self) -> None:
+        self.source.release()
+        self._progress(1.0)
+
+    def _tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        tensor = self.source.read(name, rows)
+        self._read += tensor.numel()
+        return tensor
+
+    def _layer_done(self) -> None:
+        self.source.release()
+        self._progress(self._read / self._total)
+
+    def _stretches(self, name: str) -> list[slice]:
+        rows, columns = self.shapes[name]
+        step = max(1, _STRETCH_ELEMENTS // columns)
+        return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+    def table(self, name: str) -> EmbeddingTable:
+        """An embedding table in compute form, filled stretch by stretch."""
+        table: torch.Tensor | None = None
+        for rows in self._stretches(name):
+            values = self._tensor(name, rows)
+            if table is None:
+                dtype = self.dtype if self.dtype == torch.float32 else half_dtype(values)
+                table = torch.empty(self.shapes[name], dtype=dtype)
+            if table.dtype == torch.float16 and not fits_half(values):
+                table = table.to(torch.bfloat16)
+            table[rows] = values.to(table.dtype)
+            del values
+            self._layer_done()
+        assert table is not None
+        return EmbeddingTable(table)
+
+    def head(self) -> Linear:
+        """An output head of its own, packed stretch by stretch."""
+        parts = []
+        for rows in self._stretches("head.weight"):
+            parts.append(make_linear(self._tensor("head.weight", rows), None, self.dtype))
+            self._layer_done()
+        return parts[0] if len(parts) == 1 else StackedLinear(parts)
+
+    def linear(self, *names: str) -> Linear:
+        """One linear of the named ones stacked, so that packed projections are one product."""
+        weights = [self._tensor(f"{name}.weight") for name in names]
+        biases = [self._tensor(f"{name}.bias") for name in names if f"{name}.bias" in self.shapes]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        del weights
+        if self.dtype == torch.float32 and len(names) == 1:
+            weight = weight.to(torch.float32, copy=True)  # never a view of a mapped file: those pages are let go
+        self.source.release()
+        return make_linear(weight, torch.cat(biases).float() if biases else None, self.dtype)
+
+    def norm(self, name: str) -> Norm:
+        """A norm's vectors, float32 in every precision."""
+        bias = f"{name}.bias"
+        return Norm(
+            weight=self._tensor(f"{name}.weight").to(torch.float32, copy=True),
+            bias=self._tensor(bias).to(torch.float32, copy=True) if bias in self.shapes else None,
+            eps=self.config.norm_eps,
+        )
+
+    def layer(self, prefix: str) -> DecoderLayer:
+        gated, normed = self.config.gated_mlp, self.config.qk_norm
+        layer = DecoderLayer(
+            attention_norm=self.norm(f"{prefix}attention_norm"),
+            qkv=self.linear(f"{prefix}q", f"{prefix}k", f"{prefix}v"),
+            q_norm=self.norm(f"{prefix}q_norm") if normed else None,
+            k_norm=self.norm(f"{prefix}k_norm") if normed else None,
+            attention_out=self.linear(f"{prefix}attention_out"),
+            mlp_norm=self.norm(f"{prefix}mlp_norm"),
+            up=self.linear(f"{prefix}gate", f"{prefix}up") if gated else self.linear(f"{prefix}up"),
+            down=self.linear(f"{prefix}down"),
+        )
+        self._layer_done()
+        return layer
+
+
+def fingerprint(files: ModelFiles, dtype: str) -> str:
+    """Hex digest of everything that decides a token's KV: weights, architecture with its rope facts, precision.
+
+    Files below 1 GiB are hashed whole; of larger ones the size, the first MiB (safetensors and GGUF keep their headers
+    there) and 64 stretches of 1 MiB spread evenly. It names files that are the same, not files that an adversary made.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr(("tandem-kv-1", files.kind, files.config, dtype)).encode())
+    if files.kind == "dummy":
+        return digest.hexdigest()
+    assert files.path is not None
+    paths = sorted(files.path.glob("*.safetensors")) if files.path.is_dir() else [files.path]
+    for path in paths:
+        digest.update(_content_hash(path))
+    return digest.hexdigest()
+
+
+def _content_hash(path: Path) -> bytes:
+    size_bytes = path.stat().st_size
+    hashed = xxhash.xxh3_128(size_bytes.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if size_bytes <= _FULL_HASH_BYTES:
+            while piece := file.read(_SAMPLE_BYTES):
+                hashed.update(piece)
+        else:
+            for sample in range(_SAMPLES + 1):
+                file.seek((size_bytes - _SAMPLE_BYTES) * sample // _SAMPLES)
+                hashed.update(file.read(_SAMPLE_BYTES))
+    return hashed.digest()

@@ -1,0 +1,32 @@
+"""Writes the keys and values of a step's tokens into their slots of the paged KV memory.
+
+Shapes: T tokens, N blocks, K kv heads, S slots of a block, D head dim. One layer of KV is the (strided) view
+`kv[:, layer]` [N, 2, K, S, D] of the block-major memory; the values are rounded to its dtype here, once, so that
+attention sees the same numbers whether they were computed in this step, in an earlier one or by another worker.
+"""
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import torch
+
+
+def kv_write_reference(
+    layer_N2KSD: torch.Tensor,
+    new_T2KD: torch.Tensor,
+    blocks_T: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> None:
+    """Token by token."""
+    for t in range(new_T2KD.shape[0]):
+        layer_N2KSD[int(blocks_T[t]), :, :, int(slots_T[t])] = new_T2KD[t].to(layer_N2KSD.dtype)
+
+
+def kv_write_cpu(
+    layer_N2KSD: torch.Tensor,
+    new_T2KD: torch.Tensor,
+    blocks_T: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> None:
+    """One scatter for all tokens, keys and values together."""
+    layer_N2KSD[blocks_T, :, :, slots_T] = new_T2KD.to(layer_N2KSD.dtype)
