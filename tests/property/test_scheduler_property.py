@@ -111,8 +111,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(8, 14),
         size=st.sampled_from([2, 3]),
-        running=st.integers(2, 5),
-        slack=st.integers(0, 12),
+        running=st.sampled_from([2, 3, 5]),
+        slack=st.sampled_from([0, 1, 2, 12]),
         plans=st.sampled_from([1, 2, 2, 3]),
         cache=st.booleans(),
         role=st.sampled_from(Role),
@@ -345,5 +345,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestScheduler = SchedulerMachine.TestCase

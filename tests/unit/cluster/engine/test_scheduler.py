@@ -49,8 +49,10 @@ class Engine:
             max_outstanding_plans=plans,
         )
 
-    def add(self, seq_id: str, prompt: int = 8, handoff: Handoff = Handoff.NONE, **sampling: object) -> None:
-        start = 1000 * (1 + sum(map(ord, seq_id)))
+    def add(
+        self, seq_id: str, prompt: int = 8, handoff: Handoff = Handoff.NONE, *, text: str = "", **sampling: object
+    ) -> None:
+        start = 1000 * (1 + sum(map(ord, text or seq_id)))
         params = SamplingParams(**{"max_tokens": 4, **sampling})  # type: ignore[arg-type]
         self.scheduler.add(
             SequenceSpec(
@@ -142,6 +144,20 @@ def test_timings_are_from_arrival_to_admission_to_first_token() -> None:
     assert (a0.queue_s, a0.prefill_s) == (0.0, 1.0)
     assert (a1.queue_s, a1.prefill_s) == (0.0, 1.0)
     assert (b0.queue_s, b0.prefill_s) == (1.5, 0.5)
+
+
+def test_blocks_in_an_outstanding_plan_are_no_hits_yet() -> None:
+    engine = Engine(budget=8, plans=3)
+    engine.add("a", prompt=24)
+    first, second = engine.scheduler.schedule(), engine.scheduler.schedule()
+    assert (rows(first), rows(second)) == ([("a", 0, 8)], [("a", 8, 8)])
+    assert first is not None
+    engine.finish(first)
+    engine.add("b", prompt=24, text="a", handoff=Handoff.IN)
+    engine.scheduler.schedule()
+    (granted,) = [event for event in engine.scheduler.take_events() if isinstance(event, BlocksGranted)]
+    assert granted.cached_tokens == 8
+    engine.scheduler.check_integrity()
 
 
 def test_kv_ready_before_the_grant_is_a_bug_of_the_caller() -> None:
