@@ -14,6 +14,10 @@ from ..cluster.types import SamplingParams, Side
 from .link import Inbox, LinkLost, SubscriptionKey, WorkerEvent, WorkerLink
 
 
+FINISHED = "finished"
+"""The decode worker's reason when prefill's first token was also the last (`kvtransfer.ticket.RefusalReason`)."""
+
+
 class Path(enum.StrEnum):
     """How a choice is served. Whatever is not `split` is counted and visible."""
 
@@ -148,6 +152,9 @@ class Attempt:
         if event.HasField("failed"):
             self._open.discard(side)
             failed = event.failed
+            if failed.reason == FINISHED:
+                # The first token ended the choice, so there is nothing to pull; it may still be on its way to us.
+                return None
             if self._needs(side) or failed.reason == "deadline":
                 raise AttemptLost(failed.reason, failed.message, retryable=failed.retryable)
             return None

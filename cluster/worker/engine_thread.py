@@ -23,6 +23,7 @@ from ..engine.devices.base import Device
 from ..engine.plan import StepPlan
 from ..engine.scheduler import Scheduler
 from ..engine.scheduler_events import SchedulerEvent
+from ..engine.step_shape import step_shape
 from ..latency import OnlineStepTimeFit
 from ..types import EngineLoad, StepTimeCoefficients
 
@@ -30,7 +31,6 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 IDLE_CHECK_AFTER_S = 0.5
-FIT_EVERY_STEPS = 16
 
 
 class EngineStopped(RuntimeError):
@@ -127,19 +127,12 @@ class EngineThread:
         self._observe(plan, output.duration_s)
 
     def _observe(self, plan: StepPlan, duration_s: float) -> None:
-        decode_rows = prefill_tokens = context_tokens = 0
-        for row in plan.rows:
-            context_tokens += row.start
-            if len(row.token_ids) == 1:
-                decode_rows += 1
-            else:
-                prefill_tokens += len(row.token_ids)
-        self._fit.observe(prefill_tokens, decode_rows, context_tokens, duration_s)
-        steps = self.status.steps_total
+        shape = step_shape(plan)
+        self._fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, duration_s)
         self.status = EngineStatus(
             load=self.status.load,
-            step_time=self._fit.coefficients() if steps % FIT_EVERY_STEPS == 0 else self.status.step_time,
-            steps_total=steps + 1,
+            step_time=self._fit.coefficients(),
+            steps_total=self.status.steps_total + 1,
             computed_tokens_total=self.status.computed_tokens_total + plan.num_tokens,
         )
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig
+from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig, to_dict
 from tandem.cluster.launch.members import RouterMember, WorkerMember
+from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import Role
 from tandem.router.client import TandemClient
@@ -106,6 +111,48 @@ class LocalCluster:
         self.router.stop()
 
 
+class Processes:
+    """Starts members and ends what is left of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.running: list[subprocess.Popen[str]] = []
+
+    def start(self, kind: str, config: RouterConfig | WorkerConfig) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        """Starts a member and returns it with the addresses it printed when it served."""
+        path = self._folder / f"{kind}-{len(self.running)}.json"
+        path.write_text(json.dumps(to_dict(config)))
+        command = [sys.executable, "-m", "tandem.cluster.launch.process", kind, "--config", str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=self._folder)
+        self.running.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"the {kind} ended with {process.wait(10)} before it served"
+        return process, json.loads(line)
+
+    def worker(
+        self, engine: EngineConfig, role: Role, name: str, registry: str, **fields: Any
+    ) -> subprocess.Popen[str]:
+        """Starts a worker; keyword arguments replace fields of its engine's config."""
+        config = WorkerConfig(worker_id=name, role=role, engine=replace(engine, **fields), routers=(registry,))
+        return self.start("worker", config)[0]
+
+    def close(self) -> None:
+        """Kills what still runs."""
+        for process in self.running:
+            process.kill()
+            process.wait(10)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    started = Processes(tmp_path)
+    yield started
+    started.close()
+
+
 @pytest.fixture
 def start_cluster() -> Iterator[Callable[..., LocalCluster]]:
     """Starts clusters that end with the test: `start_cluster(engine, router=…, worker=…)`."""
@@ -163,7 +210,6 @@ def paced() -> Callable[..., EngineConfig]:
 def real_prompts(shared_data: Path) -> list[str]:
     """Forty real prompts of three kinds: code, conversation, arithmetic."""
     import gzip
-    import json
 
     prompts: list[str] = []
     fields = {"humaneval": "prompt", "mt_bench_question": "turns", "gsm8k_test": "question"}
@@ -179,3 +225,58 @@ def real_prompts(shared_data: Path) -> list[str]:
 def wait() -> Callable[..., None]:
     """`wait(condition, "what for")`: polls, bounded."""
     return wait_until
+
+
+@pytest.fixture(scope="module")
+def module_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Like `processes`, for the tests of a whole module."""
+    started = Processes(tmp_path_factory.mktemp("members"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def module_wait() -> Callable[..., None]:
+    """Like `wait`, for fixtures of a module."""
+    return wait_until
+
+
+class TransformersOracle:
+    """SmolLM2 in transformers, fp32. Token ids in, token ids out: its own reading of the GGUF's tokenizer is not
+    used."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch = torch
+        self.model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        self.model.eval()
+
+    def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
+        """The most likely continuation, end of sequence ignored."""
+        ids = self._torch.tensor([prompt])
+        with self._torch.inference_mode():
+            output = self.model.generate(
+                ids,
+                attention_mask=self._torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                min_new_tokens=max_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return [int(token) for token in output[0, len(prompt) :]]
+
+    def gap(self, context: list[int], one: int, other: int) -> float:
+        """How far apart the logits of two next tokens are."""
+        with self._torch.inference_mode():
+            logits = self.model(self._torch.tensor([context])).logits[0, -1]
+        return abs(float(logits[one] - logits[other]))
+
+
+@pytest.fixture(scope="session")
+def transformers_smollm2(smollm2: ModelFiles) -> TransformersOracle:
+    """The reference for the real model."""
+    assert smollm2.path is not None
+    return TransformersOracle(smollm2.path)

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,45 +35,8 @@ def expected(prompt: list[int], n: int) -> list[int]:
     return list(expected_tokens(prompt, n, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids))
 
 
-class Processes:
-    """Starts members and ends what is left of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.running: list[subprocess.Popen[str]] = []
-
-    def start(self, kind: str, config: RouterConfig | WorkerConfig) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-        path = self._folder / f"{kind}-{len(self.running)}.json"
-        path.write_text(json.dumps(to_dict(config)))
-        command = [sys.executable, "-m", "tandem.cluster.launch.process", kind, "--config", str(path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=self._folder)
-        self.running.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, f"the {kind} ended with {process.wait(10)} before it served"
-        return process, json.loads(line)
-
-    def worker(self, role: Role, name: str, registry: str, **engine: Any) -> subprocess.Popen[str]:
-        config = WorkerConfig(worker_id=name, role=role, engine=replace(ENGINE, **engine), routers=(registry,))
-        return self.start("worker", config)[0]
-
-    def close(self) -> None:
-        for process in self.running:
-            process.kill()
-            process.wait(10)
-            if process.stdout is not None:
-                process.stdout.close()
-
-
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    started = Processes(tmp_path)
-    yield started
-    started.close()
-
-
-@pytest.fixture
-def router(processes: Processes) -> dict[str, Any]:
+def router(processes: Any) -> dict[str, Any]:
     config = RouterConfig(model=MODEL, http_port=0, grpc_port=0, registry_port=0, unready_wait_s=20)
     return processes.start("router", config)[1]
 
@@ -84,10 +46,10 @@ def ready_workers(router: dict[str, Any]) -> list[str]:
     return [worker["worker_id"] for worker in workers if worker["state"] == "ready"]
 
 
-def test_a_killed_worker_costs_time_but_no_answer(processes: Processes, router: dict[str, Any], wait: Wait) -> None:
+def test_a_killed_worker_costs_time_but_no_answer(processes: Any, router: dict[str, Any], wait: Wait) -> None:
     """kill -9 of the decode worker that streams; the other one goes on behind the tokens already sent."""
-    processes.worker(Role.PREFILL, "p0", router["registry"])
-    decoders = {name: processes.worker(Role.DECODE, name, router["registry"]) for name in ("d0", "d1")}
+    processes.worker(ENGINE, Role.PREFILL, "p0", router["registry"])
+    decoders = {name: processes.worker(ENGINE, Role.DECODE, name, router["registry"]) for name in ("d0", "d1")}
     wait(lambda: len(ready_workers(router)) == 3, "three workers")
     with TandemClient(router["grpc"]) as client:
         tokens: list[int] = []
@@ -119,11 +81,11 @@ def _busy(router: dict[str, Any]) -> str:
 
 
 def test_a_killed_prefill_worker_is_replaced_by_another_life(
-    processes: Processes, router: dict[str, Any], wait: Wait
+    processes: Any, router: dict[str, Any], wait: Wait
 ) -> None:
     """kill -9 while it prefills: the request waits for the worker's next life and is answered from there."""
-    prefill = processes.worker(Role.PREFILL, "p0", router["registry"], paced_prefill_token_s=0.02)
-    processes.worker(Role.DECODE, "d0", router["registry"])
+    prefill = processes.worker(ENGINE, Role.PREFILL, "p0", router["registry"], paced_prefill_token_s=0.02)
+    processes.worker(ENGINE, Role.DECODE, "d0", router["registry"])
     wait(lambda: len(ready_workers(router)) == 2, "two workers")
     answers: list[list[int]] = []
     with TandemClient(router["grpc"]) as client:
@@ -138,7 +100,7 @@ def test_a_killed_prefill_worker_is_replaced_by_another_life(
         wait(lambda: _gauge(router, "tandem:requests_in_flight") == 1, "the request to be in flight")
         prefill.send_signal(signal.SIGKILL)
         prefill.wait(10)
-        processes.worker(Role.PREFILL, "p0", router["registry"])
+        processes.worker(ENGINE, Role.PREFILL, "p0", router["registry"])
         thread.join(30)
     assert answers == [expected(PROMPT, 4)]
 
@@ -148,10 +110,10 @@ def _gauge(router: dict[str, Any], name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
 
 
-def test_sigterm_drains_and_leaves_no_port(processes: Processes, router: dict[str, Any], wait: Wait) -> None:
+def test_sigterm_drains_and_leaves_no_port(processes: Any, router: dict[str, Any], wait: Wait) -> None:
     """A worker told to end refuses new work, finishes what it runs, and exits with 0."""
-    processes.worker(Role.PREFILL, "p0", router["registry"])
-    decode = processes.worker(Role.DECODE, "d0", router["registry"])
+    processes.worker(ENGINE, Role.PREFILL, "p0", router["registry"])
+    decode = processes.worker(ENGINE, Role.DECODE, "d0", router["registry"])
     wait(lambda: len(ready_workers(router)) == 2, "two workers")
     with TandemClient(router["grpc"]) as client:
         tokens: list[int] = []
