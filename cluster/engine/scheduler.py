@@ -30,7 +30,14 @@ from .integrity import check_sequences
 from .plan import StepOutput, StepPlan, StepRow
 from .policies import BatchPolicy, StepView
 from .prefix_cache import PrefixCache
-from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, SchedulerEvent, TokensEmitted
+from .scheduler_events import (
+    BlocksGranted,
+    Preempted,
+    PrefillAdvanced,
+    SchedulerEvent,
+    SequenceFailed,
+    TokensEmitted,
+)
 from .sequence import Sequence, State, WaitingQueue, check_spec
 from .sequence_kv import WRITER, SequenceKV
 
@@ -213,8 +220,11 @@ class Scheduler:
         """Takes in what the oldest outstanding plan has produced: KV is now written, tokens are drawn."""
         assert self._outstanding, f"output of plan {output.plan_id}, but no plan is outstanding"
         plan, sequences = self._outstanding[0].plan, self._outstanding[0].sequences
-        got = [(row.seq_id, len(row.tokens)) for row in output.rows]
-        want = [(row.seq_id, 1 if row.sample is not None else 0) for row in plan.rows]
+        got = [(row.seq_id, None if row.error else len(row.tokens)) for row in output.rows]
+        want = [
+            (row.seq_id, None if result.error else int(row.sample is not None))
+            for row, result in zip(plan.rows, output.rows, strict=True)
+        ]
         assert output.plan_id == plan.plan_id, f"output of plan {output.plan_id}, but {plan.plan_id} is the oldest"
         assert got == want, f"plan {plan.plan_id} wants (sequence, tokens) {want}, its output has {got}"
         self._outstanding.popleft()
@@ -222,6 +232,14 @@ class Scheduler:
             seq.plans -= 1
             if seq.state is State.ENDED:
                 self._forget_if_idle(seq)
+                continue
+            if result.error:
+                # Nothing of this step is kept, least of all as a prefix that others would build on.
+                self._end(seq)
+                self._events.append(SequenceFailed(seq_id=seq.seq_id, message=result.error))
+                continue
+            if result.error:
+                self._fail(seq, result.error)
                 continue
             seq.computed = row.start + len(row.token_ids)
             self._kv.written(seq)
@@ -382,6 +400,12 @@ class Scheduler:
             del self._running[seq.seq_id]
             self._held[seq.seq_id] = seq
             seq.state = State.HELD
+
+    def _fail(self, seq: Sequence, message: str) -> None:
+        """Its KV is in doubt: nobody may find any of it again, or a retry would fail on the very same blocks."""
+        self._kv.distrust(seq)
+        self._events.append(SequenceFailed(seq_id=seq.seq_id, message=message))
+        self._end(seq)
 
     def _end(self, seq: Sequence) -> None:
         if seq.state is State.WAITING:

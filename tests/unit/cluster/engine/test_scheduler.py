@@ -12,7 +12,13 @@ from tandem.cluster.engine.plan import RowOutput, StepOutput, StepPlan
 from tandem.cluster.engine.policies import BatchPolicy, DecodePolicy, MixedPolicy, PrefillPolicy
 from tandem.cluster.engine.prefix_cache import PrefixCache
 from tandem.cluster.engine.scheduler import Scheduler
-from tandem.cluster.engine.scheduler_events import BlocksGranted, Preempted, SchedulerEvent, TokensEmitted
+from tandem.cluster.engine.scheduler_events import (
+    BlocksGranted,
+    Preempted,
+    SchedulerEvent,
+    SequenceFailed,
+    TokensEmitted,
+)
 from tandem.cluster.types import FinishReason, Handoff, SampledToken, SamplingParams, SequenceSpec
 
 EOS = 0
@@ -185,6 +191,29 @@ def test_a_wrong_output_is_a_bug_of_the_device() -> None:
     engine.scheduler.check_integrity()
 
 
+def test_a_row_that_fails_ends_its_sequence_alone_and_its_kv_is_never_found_again() -> None:
+    engine = Engine(budget=8, plans=2)
+    engine.add("good", prompt=4)
+    engine.add("bad", prompt=24)
+    first, second = engine.scheduler.schedule(), engine.scheduler.schedule()
+    assert first is not None
+    assert rows(second) == [("bad", 4, 8)]
+    error = RowOutput("bad", error="logits are not numbers")
+    engine.scheduler.complete(StepOutput(first.plan_id, (RowOutput("good", (SampledToken(100),)), error)))
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.take_events()[-1] == SequenceFailed(seq_id="bad", message="logits are not numbers")
+    assert engine.pool.table("bad")  # the second plan still writes
+    assert second is not None
+    engine.finish(second)
+    assert engine.pool.holders() == {"good"}
+    assert engine.pool.num_cached == 0
+    for _ in range(4):
+        engine.step()
+    assert engine.tokens["good"] == [101, 102, 103]
+    assert engine.pool.num_cached == 1
+    engine.scheduler.check_integrity()
+
+
 def test_an_abort_before_the_grant_was_heard_frees_the_writers_hold_too() -> None:
     engine = Engine()
     engine.add("a", handoff=Handoff.IN)
@@ -352,3 +381,29 @@ def test_load_counts() -> None:
 def test_limits_are_checked(limit: str, value: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(**{limit: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plans", [1, 2])
+def test_a_row_that_fails_ends_its_sequence_alone(plans: int) -> None:
+    """RowOutput.error: bad logits or foreign KV. The batch goes on; nothing of the failed step becomes a prefix."""
+    engine = Engine(plans=plans, budget=32)
+    engine.add("good")
+    engine.add("bad", prompt=12)
+    plan = engine.scheduler.schedule()
+    assert plan is not None
+    rows = tuple(
+        RowOutput(row.seq_id, error="logits are not numbers")
+        if row.seq_id == "bad"
+        else RowOutput(row.seq_id, (SampledToken(7),))
+        for row in plan.rows
+    )
+    engine.scheduler.complete(StepOutput(plan.plan_id, rows))
+    events = engine.scheduler.take_events()
+    assert SequenceFailed(seq_id="bad", message="logits are not numbers") in events
+    assert [event.tokens[0].token_id for event in events if isinstance(event, TokensEmitted)] == [7]
+    engine.scheduler.check_integrity()
+    assert not engine.scheduler.abort("bad")
+    engine.scheduler.abort("good")
+    load = engine.scheduler.load()
+    assert load.free_blocks + load.cached_blocks == load.num_blocks
+    assert load.cached_blocks == 2, "only the blocks of the sequence that did not fail"
