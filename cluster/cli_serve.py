@@ -12,15 +12,20 @@ from .launch.ray_cluster import Interrupted, RayCluster
 from .launch.state import Endpoints
 
 _QUESTION = "Why is the sky blue?"
-_SIGNALS = {1: "draining: running requests finish; Ctrl-C again stops at once", 2: "stopping"}
 
 
 def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
     """Runs the cluster and returns the exit code. Raises LaunchError where it cannot start."""
     display = Display()
     display.line(headline(config))
+    ready = False
+
+    def on_signal(count: int) -> None:
+        gentle = "draining: running requests finish; Ctrl-C again stops at once"
+        display.line(gentle if ready and count == 1 else "stopping")
+
     with (
-        Interrupts(lambda count: display.line(_SIGNALS.get(count, "stopping"))) as interrupts,
+        Interrupts(on_signal) as interrupts,
         watched_cluster(config, display, interrupts, verbose=verbose) as cluster,
     ):
         try:
@@ -29,6 +34,7 @@ def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
         except Interrupted:
             display.line("stopped before it was ready")
             return 130
+        ready = True
         display.line(welcome(config, endpoints))
         interrupts.first.wait()
         if not cluster.drain():

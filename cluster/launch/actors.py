@@ -85,7 +85,15 @@ class MemberActor:
             self._set(phase=Phase.FAILED, stage="failed", error=_one_line(error))
             return
         took_s = time.monotonic() - began_s
-        self._set(phase=Phase.READY, stage="ready", addresses=addresses, epoch=epoch, healthy=True, start_s=took_s)
+        self._set(
+            phase=Phase.READY,
+            stage="ready",
+            fraction=None,
+            addresses=addresses,
+            epoch=epoch,
+            healthy=True,
+            start_s=took_s,
+        )
 
     def _start_member(self) -> tuple[dict[str, str], int]:
         from .members import RouterMember, WorkerMember

@@ -13,19 +13,20 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 NAMESPACE = "tandem"
+_BASE = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+_PREFIX = "tandem-"
 
 _ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES alone; silences a warning
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed",  # the manager says so, in one line
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray, on any system, listen on loopback only
-    "RAY_AUTH_MODE": "token",  # else any local user could run code through Ray's port
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a worker's memory is bounded by its config, not by Ray's guess
@@ -46,8 +47,8 @@ class LocalRay:
         prepare_environment(local=True)
         import ray
 
-        base = "/tmp" if os.path.isdir("/tmp") else None
-        self._folder = Path(tempfile.mkdtemp(prefix="tandem-", dir=base))
+        _sweep()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_BASE))
         try:
             with _own_signals(), _inside(self._folder):
                 ray.init(
@@ -86,17 +87,29 @@ def join_ray(address: str, *, verbose: bool = False) -> None:
 
 
 def prepare_environment(*, local: bool) -> None:
-    """Sets what Ray reads from the environment, before it is imported; the user's own settings win.
+    """Sets what Ray reads from the environment, most of it while it is imported; the user's own settings win.
 
-    The token is drawn once a process: Ray's driver keeps the first one it reads.
+    A local Ray asks for a token by itself; the one here, drawn once a process as the driver keeps the first it reads,
+    saves it from writing one to the user's home.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not local:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         return
-    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" in sys.modules:
+        return  # read already: half of the rest would be worse than none of it
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _sweep() -> None:
+    """Removes the folders of this user's drivers that were killed before they could."""
+    for folder in _BASE.glob(f"{_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and folder.stat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
