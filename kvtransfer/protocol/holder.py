@@ -49,6 +49,8 @@ class HandoffHolder:
         self._next_reader_id = 1
         self._tombstones: BoundedMemory[str, Tombstone] = BoundedMemory(limit=max_tombstones, ttl_s=tombstone_ttl_s)
         self._floors = AbortFloors(limit=max_tombstones, ttl_s=tombstone_ttl_s)
+        self._unmet: BoundedMemory[str, tuple[int, int]] = BoundedMemory(limit=max_tombstones, ttl_s=tombstone_ttl_s)
+        """Newest (decode attempt, pull) of tickets whose readers went away before their prefill came."""
         self._max_tombstones = max_tombstones
 
     # The engine's events
@@ -71,6 +73,7 @@ class HandoffHolder:
         actions: list[HolderAction] = []
         if record is None:
             record = Record(key, name, prefill_attempt, HolderState.QUEUED, num_tokens)
+            record.decode_attempt, record.pull_index = self._unmet.get(key) or (-1, -1)
             self._records[key] = record
         elif record.num_tokens != num_tokens:
             actions += self._revoke_readers(record, RefusalReason.WRONG_TOKENS)
@@ -140,6 +143,7 @@ class HandoffHolder:
         """Someone wants the blocks from `first_block` on: `Serve`, or `Refuse` with the reason."""
         key = ticket.prefill_key
         reason = self._refusal(ticket)
+        newest = self._unmet.get(key) or (-1, -1)
         if reason is None and not 0 <= first_block <= self._blocks_for(ticket.num_tokens):
             reason = RefusalReason.INVALID
         record = self._records.get(key)
@@ -150,8 +154,11 @@ class HandoffHolder:
                 reason = RefusalReason.STALE_ATTEMPT
             elif ticket.num_tokens != record.num_tokens:
                 reason = RefusalReason.WRONG_TOKENS
-        if reason is None and record is None and self._awaited_tickets() >= self._max_tickets:
-            reason = RefusalReason.LIMIT
+        if reason is None and record is None:
+            if (ticket.decode_attempt, pull_index) <= newest:
+                reason = RefusalReason.STALE_ATTEMPT
+            elif self._awaited_tickets() >= self._max_tickets:
+                reason = RefusalReason.LIMIT
         if reason is not None:
             return [Refuse(key, reason)]
         if record is None:
@@ -199,6 +206,7 @@ class HandoffHolder:
             return []
         if record.state is HolderState.AWAITED:
             del self._records[record.key]
+            self._unmet.put(record.key, (record.decode_attempt, record.pull_index), now_s)
             return []
         return self._bury(record, now_s) if record.state is HolderState.REVOKED else []
 
@@ -268,6 +276,7 @@ class HandoffHolder:
             reason = RefusalReason.UNKNOWN_TICKET if awaited else RefusalReason.EXPIRED
             actions += self._end(record, Outcome.EXPIRED, reason, now_s)
         self._tombstones.expire(now_s)
+        self._unmet.expire(now_s)
         self._floors.expire(now_s)
         return actions
 
@@ -352,7 +361,9 @@ class HandoffHolder:
         assert record.outcome is not None
         assert not record.readers
         del self._records[record.key]
-        if not (record.outcome is Outcome.EXPIRED and record.reason is RefusalReason.UNKNOWN_TICKET):
+        if record.reason is RefusalReason.UNKNOWN_TICKET:  # its prefill may still come, for another decode attempt
+            self._unmet.put(record.key, (record.decode_attempt, record.pull_index), now_s)
+        else:
             buried = Tombstone(record.outcome, record.reason, record.decode_attempt)
             self._tombstones.put(record.key, buried, now_s)
         if record.owed is Owed.RELEASE:

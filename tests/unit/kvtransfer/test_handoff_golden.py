@@ -315,7 +315,7 @@ PULLER_EVENTS = {
 
 def table(first: str, name: str, states: dict[Any, list[str]], events: dict[Any, str]) -> str:
     """One line for each state and event: where it leads, and what is to be done."""
-    lines = [f"# From each state, by each event (of a first attempt): the next state, and the actions."]
+    lines = ["# From each state, by each event (of a first attempt): the next state, and the actions."]
     for state, event in itertools.product(states, events):
         transcript = Transcript()
         for line in (first, *states[state]):
