@@ -143,6 +143,12 @@ class BlockPool:
             raise IntegrityError(f"block {block_id} is retained while nobody holds it")
         self._retained.add(block_id)
 
+    def unretain(self, block_id: int) -> None:
+        """The prefix cache has forgotten this held block: when released, it is free."""
+        if self._holders[block_id] == 0:
+            raise IntegrityError(f"block {block_id} is forgotten while nobody holds it")
+        self._retained.discard(block_id)
+
     def table(self, holder: str) -> Sequence[int]:
         """The holder's block ids in order: the live table, which grows; read-only for callers. Empty if unknown."""
         return self._tables.get(holder, ())

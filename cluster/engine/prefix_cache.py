@@ -53,6 +53,13 @@ class PrefixCache:
             self._key_of[block_id] = key
             self._pool.retain(block_id)
 
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Takes the names off held blocks whose content is in doubt; whoever holds them may go on."""
+        for block_id in block_ids:
+            if block_id in self._key_of:
+                self._forget(block_id)
+                self._pool.unretain(block_id)
+
     def check_integrity(self) -> None:
         """Proves that both maps are each other's inverse. O(entries); raises IntegrityError."""
         if len(self._block_of) != len(self._key_of):

@@ -30,14 +30,7 @@ from .integrity import check_sequences
 from .plan import StepOutput, StepPlan, StepRow
 from .policies import BatchPolicy, StepView
 from .prefix_cache import PrefixCache
-from .scheduler_events import (
-    BlocksGranted,
-    Preempted,
-    PrefillAdvanced,
-    SchedulerEvent,
-    SequenceFailed,
-    TokensEmitted,
-)
+from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, SchedulerEvent, SequenceFailed, TokensEmitted
 from .sequence import Sequence, State, WaitingQueue, check_spec
 from .sequence_kv import WRITER, SequenceKV
 
@@ -78,10 +71,8 @@ class Scheduler:
         if max_model_len < 2:
             raise ValueError(f"max_model_len: {max_model_len} is not at least 2")
         if max_batched_tokens < max_running:
-            raise ValueError(
-                f"max_batched_tokens: {max_batched_tokens} is below max_running, {max_running}; "
-                "a step must be able to hold one token of every running sequence"
-            )
+            names = f"max_batched_tokens: {max_batched_tokens} is below max_running, {max_running}"
+            raise ValueError(f"{names}; a step must be able to hold one token of every running sequence")
         self._kv = SequenceKV(block_pool, prefix_cache)
         self._policy = policy
         self._clock = clock
@@ -142,9 +133,7 @@ class Scheduler:
         seq = self._sequences.get(seq_id)
         if seq is None or seq.state is State.ENDED:
             return
-        assert seq.state is State.PULLING, (
-            f"kv_ready of {seq_id}, which is {seq.state.value}: no blocks were granted for it"
-        )
+        assert seq.state is State.PULLING, f"kv_ready of {seq_id} ({seq.state.value}): no blocks were granted for it"
         del self._pulling[seq_id]
         self._running[seq_id] = seq
         seq.state = State.RUNNING
@@ -217,14 +206,14 @@ class Scheduler:
         return plan
 
     def complete(self, output: StepOutput) -> None:
-        """Takes in what the oldest outstanding plan has produced: KV is now written, tokens are drawn."""
+        """Takes in what the oldest outstanding plan has produced: KV is now written, tokens are drawn, a failed row fails
+        its sequence alone.
+        """
         assert self._outstanding, f"output of plan {output.plan_id}, but no plan is outstanding"
         plan, sequences = self._outstanding[0].plan, self._outstanding[0].sequences
-        got = [(row.seq_id, None if row.error else len(row.tokens)) for row in output.rows]
-        want = [
-            (row.seq_id, None if result.error else int(row.sample is not None))
-            for row, result in zip(plan.rows, output.rows, strict=True)
-        ]
+        got = [(row.seq_id, row.error or len(row.tokens)) for row in output.rows]
+        pairs = zip(plan.rows, output.rows, strict=True)
+        want = [(row.seq_id, result.error or int(row.sample is not None)) for row, result in pairs]
         assert output.plan_id == plan.plan_id, f"output of plan {output.plan_id}, but {plan.plan_id} is the oldest"
         assert got == want, f"plan {plan.plan_id} wants (sequence, tokens) {want}, its output has {got}"
         self._outstanding.popleft()
@@ -234,12 +223,9 @@ class Scheduler:
                 self._forget_if_idle(seq)
                 continue
             if result.error:
-                # Nothing of this step is kept, least of all as a prefix that others would build on.
+                self._kv.distrust(seq)
                 self._end(seq)
                 self._events.append(SequenceFailed(seq_id=seq.seq_id, message=result.error))
-                continue
-            if result.error:
-                self._fail(seq, result.error)
                 continue
             seq.computed = row.start + len(row.token_ids)
             self._kv.written(seq)
@@ -400,12 +386,6 @@ class Scheduler:
             del self._running[seq.seq_id]
             self._held[seq.seq_id] = seq
             seq.state = State.HELD
-
-    def _fail(self, seq: Sequence, message: str) -> None:
-        """Its KV is in doubt: nobody may find any of it again, or a retry would fail on the very same blocks."""
-        self._kv.distrust(seq)
-        self._events.append(SequenceFailed(seq_id=seq.seq_id, message=message))
-        self._end(seq)
 
     def _end(self, seq: Sequence) -> None:
         if seq.state is State.WAITING:

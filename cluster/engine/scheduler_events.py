@@ -1,7 +1,8 @@
 """What a scheduler tells its worker: one frozen dataclass per thing that happened, in order, through `take_events`.
 
 For a sequence the order is always: BlocksGranted? (PrefillAdvanced | Preempted)* TokensEmitted*, the last
-TokensEmitted with a finish reason. An aborted sequence says nothing after `Scheduler.abort` has returned.
+TokensEmitted with a finish reason, or SequenceFailed instead. An aborted sequence says nothing after `Scheduler.abort`
+has returned.
 """
 
 from __future__ import annotations

@@ -69,6 +69,12 @@ class SequenceKV:
             self.cache.register(keys, self.pool.table(seq.seq_id)[seq.registered : full])
             seq.registered = full
 
+    def distrust(self, seq: Sequence) -> None:
+        """The KV of `seq` is in doubt: none of it, hits included, is found in the prefix cache any more, or every retry
+        would fail on the very same blocks.
+        """
+        self.cache.forget(self.pool.table(seq.seq_id))
+
     def release(self, seq: Sequence) -> None:
         """`seq` lets go of its blocks; a writer's hold stays. Idempotent."""
         self.pool.release(seq.seq_id)

@@ -65,3 +65,22 @@ def test_disabled_it_keeps_nothing() -> None:
     assert cache.lookup(KEYS) == ()
     pool.release("a")
     assert pool.num_free == 4
+
+
+def test_doubtful_content_is_forgotten() -> None:
+    pool = BlockPool(4, 4)
+    cache = PrefixCache(pool, True)
+    refs = pool.allocate(3, "a")
+    cache.register(KEYS, [ref.block_id for ref in refs])
+    pool.share(refs[:1], "b")
+    cache.forget(pool.table("b"))
+    cache.forget(pool.table("b"))
+    assert cache.lookup(KEYS) == ()
+    assert cache.lookup(KEYS[1:]) == refs[1:]
+    pool.release("a")
+    pool.release("b")
+    assert (pool.num_free, pool.num_cached) == (2, 2)
+    pool.check_integrity(())
+    cache.check_integrity()
+    with pytest.raises(IntegrityError, match="nobody holds it"):
+        cache.forget([refs[1].block_id])

@@ -6,6 +6,7 @@ A line that begins with `> ` is a command, the indented lines under it are what 
     > engine policy=mixed blocks=8 size=4 budget=8 running=4 waiting=4 len=64 plans=1   (first in each file)
     > submit a prompt=1..10 max=3 [handoff=out|in] [output=5,6] [draws=7,0] [stop=9] [salt=x]
     > launch / > finish        schedule a plan / complete the oldest one;   > step [n] does both, n times
+    > finish a                 … and the device fails on row a
     > kv_ready a 7   > writer_done a   > release a   > abort a   > role decode
 
 Tokens drawn are 100 + output index unless `draws` says otherwise; 0 is end of sequence.
@@ -30,6 +31,7 @@ from tandem.cluster.engine.scheduler_events import (
     Preempted,
     PrefillAdvanced,
     SchedulerEvent,
+    SequenceFailed,
     TokensEmitted,
 )
 from tandem.cluster.types import Handoff, Role, SampledToken, SamplingParams, SequenceSpec
@@ -112,11 +114,11 @@ class Transcript:
         self.outstanding.append(plan)
         return [f"plan {plan.plan_id}: " + "  ".join(self.show_row(row) for row in plan.rows)]
 
-    def do_finish(self) -> list[str]:
+    def do_finish(self, failing: str = "") -> list[str]:
         if not self.outstanding:
             return ["no plan is outstanding"]
         plan = self.outstanding.popleft()
-        self.scheduler.complete(StepOutput(plan.plan_id, tuple(self.draw(row) for row in plan.rows)))
+        self.scheduler.complete(StepOutput(plan.plan_id, tuple(self.draw(row, failing) for row in plan.rows)))
         return [f"plan {plan.plan_id} is complete"]
 
     def do_step(self, times: str = "1") -> list[str]:
@@ -148,7 +150,9 @@ class Transcript:
         self.scheduler.set_policy(policy_for(Role(role)))
         return []
 
-    def draw(self, row: StepRow) -> RowOutput:
+    def draw(self, row: StepRow, failing: str) -> RowOutput:
+        if row.seq_id == failing:
+            return RowOutput(row.seq_id, error="logits are not numbers")
         if row.sample is None:
             return RowOutput(row.seq_id)
         index, scripted = row.sample.output_index, self.draws[row.seq_id]
@@ -167,6 +171,8 @@ class Transcript:
                 return f"· {event.seq_id} has KV of {event.computed_tokens} tokens"
             case Preempted():
                 return f"· {event.seq_id} is preempted"
+            case SequenceFailed():
+                return f"· {event.seq_id} failed: {event.message}"
             case TokensEmitted():
                 (token,) = event.tokens
                 why = f", {event.finish_reason}" if event.finish_reason else ""
