@@ -1,4 +1,4 @@
-"""Prometheus metrics of a router process: requests, phases, handoffs, promises kept, and the workers' ledgers.
+"""Prometheus metrics of a router: requests, phases, handoffs, promises kept, workers' ledgers; and of a worker alone.
 
 Names are vLLM's with `tandem:`, so that dashboards carry over. Times come from `Timings`, hence mean what the
 waterfall, the gRPC response and the benchmark client mean: TTFT from arrival at the router, TPOT = (E2E - TTFT) /
@@ -274,3 +274,11 @@ class _WorkerCollector(Collector):
             info.add_metric([s.worker_id, s.role, str(s.epoch), s.address, s.device, s.model, s.fingerprint], 1)
         yield preemptions
         yield info
+
+
+def worker_registry(status: Callable[[], WorkerStatus]) -> CollectorRegistry:
+    """What a worker's own `/metrics` shows: its status as of the scrape, under the names that the router uses."""
+    registry = CollectorRegistry()
+    registry.register(_WorkerCollector(lambda: (status(),)))
+    ProcessCollector(registry=registry)
+    return registry

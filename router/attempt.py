@@ -13,7 +13,6 @@ from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.types import SamplingParams, Side
 from .link import Inbox, LinkLost, SubscriptionKey, WorkerEvent, WorkerLink
 
-
 FINISHED = "finished"
 """The decode worker's reason when prefill's first token was also the last (`kvtransfer.ticket.RefusalReason`)."""
 

@@ -79,7 +79,7 @@ class RouterCore(GenerationService):
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `GenerationService.generate`."""
-        arrival_s = self._clock.now_s()
+        arrival_s = self._clock.now_s() if request.arrival_s is None else request.arrival_s
         key = f"{request.request_id}:{secrets.token_hex(4)}"
         try:
             self._admission.enter(key, arrival_s)
@@ -193,6 +193,7 @@ class RouterCore(GenerationService):
             stop=request.stop,
             min_tokens=request.sampling.min_tokens,
             skip_special=request.skip_special_tokens,
+            continuation=request.continuation,
         )
         run = ChoiceRun(self._tools, request, choice, output, deltas.put_nowait, on_first, arrival_s)
         timings = await run.run()

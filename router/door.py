@@ -149,6 +149,10 @@ class Door:
             raise InvalidRequest(f"{param}: {show(text)} is no time; allowed: seconds above 0", param=param)
         return min(timeout_s, limit_s)
 
+    def now_s(self) -> float:
+        """The router's clock, for the arrival of a request."""
+        return self._clock.now_s()
+
     async def encode(self, text: str, *, add_special: bool, param: str) -> tuple[int, ...]:
         """Token ids of a text read from the field `param`."""
         try:

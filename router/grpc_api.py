@@ -87,6 +87,7 @@ class TandemServicer(pb_grpc.TandemServicer):
         )
 
     async def _prepare(self, request: pb.GenerateRequest, remaining_s: float) -> GenerateRequest:
+        arrival_s = self._door.now_s()
         card = self._door.card(request.model or None)
         limits = self._door.limits(card)
         fields = Fields(_plain(request.sampling), prefix="sampling.")
@@ -100,6 +101,8 @@ class TandemServicer(pb_grpc.TandemServicer):
             stop=options.stop,
             timeout_s=min(remaining_s, self._door.config.request_timeout_s),
             client_request_id=request.request_id[:MAX_REQUEST_ID_CHARS],
+            continuation=not request.HasField("chat"),
+            arrival_s=arrival_s,
         )
 
     async def _tokenize(self, request: pb.GenerateRequest, card: ModelCard) -> tuple[str, tuple[int, ...]]:

@@ -45,6 +45,8 @@ class GenerationEndpoint(ABC):
 
     id_prefix: str
     prompt_field: str
+    continues_prompt: bool
+    """Whether the output goes on behind the prompt's own text."""
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -67,6 +69,7 @@ class GenerationEndpoint(ABC):
         """The shape of the answer."""
 
     async def _prepare(self, exchange: Exchange, body: Mapping[str, Any]) -> _Prepared:
+        arrival_s = self._door.now_s()
         model = body.get("model")
         card = self._door.card(model if isinstance(model, str) and model else None)
         call = self._parse(body, self._door.limits(card))
@@ -85,6 +88,8 @@ class GenerationEndpoint(ABC):
                 timeout_s=timeout_s,
                 skip_special_tokens=options.skip_special_tokens,
                 client_request_id=exchange.request_id,
+                continuation=self.continues_prompt,
+                arrival_s=arrival_s,
             )
             for index, ids in enumerate(prompts)
         )
@@ -142,6 +147,7 @@ class ChatEndpoint(GenerationEndpoint):
 
     id_prefix = "chatcmpl"
     prompt_field = "messages"
+    continues_prompt = False
 
     def _parse(self, body: Mapping[str, Any], limits: Limits) -> OpenAICall:
         return parse_chat(body, limits)
@@ -158,6 +164,7 @@ class CompletionEndpoint(GenerationEndpoint):
 
     id_prefix = "cmpl"
     prompt_field = "prompt"
+    continues_prompt = True
 
     def _parse(self, body: Mapping[str, Any], limits: Limits) -> OpenAICall:
         return parse_completion(body, limits)

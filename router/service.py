@@ -27,6 +27,10 @@ class GenerateRequest:
     timeout_s: float = 600.0
     skip_special_tokens: bool = True
     client_request_id: str = ""
+    continuation: bool = False
+    """The output goes on behind the prompt's own text (completions), so that a leading space belongs to it."""
+    arrival_s: float | None = None
+    """When the request came, on the router's clock: TTFT counts from there. None: when the core takes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,1 +1,4 @@
-"""`launch`: what starts and composes processes: a worker from its services, a cluster on Ray. Ray is imported here and nowhere else."""
+"""`launch`: what starts and composes processes: a worker from its services, a router, a cluster on Ray.
+
+Ray is imported here and nowhere else.
+"""

@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from wsgiref.simple_server import WSGIServer
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
+from prometheus_client import start_http_server
 
 from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
@@ -22,6 +26,7 @@ from ..engine.devices.base import Device
 from ..engine.policies import policy_for
 from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import Scheduler
+from ..metrics import worker_registry
 from ..models.reference import ModelFiles, resolve_model
 from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
 from ..rpc import SERVER_OPTIONS, new_epoch
@@ -48,8 +53,21 @@ def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
         kv_cache_bytes=config.kv_cache_bytes,
         threads=config.threads,
         cpus=config.cpus,
-        progress=progress,
+        progress=None if progress is None else lambda share: progress("loading weights", share),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _MetricsServer:
+    """prometheus-client's little HTTP server and its thread."""
+
+    server: WSGIServer
+    thread: threading.Thread
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
 
 
 class WorkerRuntime:
@@ -61,6 +79,7 @@ class WorkerRuntime:
         self._server: aio.Server | None = None
         self._kv_server: GrpcKVServer | None = None
         self._device: Device | None = None
+        self._metrics: _MetricsServer | None = None
         self.shell: WorkerShell | None = None
 
     async def start(self, progress: Progress | None = None) -> None:
@@ -84,6 +103,9 @@ class WorkerRuntime:
         shell.address, shell.kv_address = f"{config.host}:{port}", f"{config.host}:{kv_port}"
         shell.start(self._on_failure)
         self.shell = shell
+        if config.metrics_port is not None:
+            server, thread = start_http_server(config.metrics_port, config.host, worker_registry(shell.status))
+            self._metrics = _MetricsServer(server, thread)
         logger.info("worker %s (%s) serves on %s, KV on %s", config.worker_id, config.role, shell.address, kv_port)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -105,6 +127,8 @@ class WorkerRuntime:
             await self._server.stop(grace=0.5)
         if self._kv_server is not None:
             await self._kv_server.stop()
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.stop)
         if self._device is not None:
             self._device.close()
 

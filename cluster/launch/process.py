@@ -1,7 +1,7 @@
 """A worker or a router as a plain process, without Ray, for tests and debugging.
 
-`python -m tandem.cluster.launch.process worker|router --config FILE.json` prints one JSON line with its addresses when it
-serves, drains on SIGTERM and SIGINT, and dies with its parent.
+`python -m tandem.cluster.launch.process worker|router --config FILE.json` prints one JSON line with its addresses
+when it serves, drains on SIGTERM and SIGINT, and dies with its parent.
 """
 
 from __future__ import annotations

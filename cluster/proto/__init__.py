@@ -1,2 +1,4 @@
-"""`proto`: protobuf messages of the public API (`tandem.v1`) and of the cluster's own (`tandem.internal.v1`). Generated code is committed;
-`make proto` makes it anew."""
+"""`proto`: protobuf messages of the public API (`tandem.v1`) and of the cluster's own (`tandem.internal.v1`).
+
+Generated code is committed; `make proto` makes it anew.
+"""

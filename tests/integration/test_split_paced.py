@@ -5,6 +5,7 @@ The paced device's tokens depend on every KV slot of the context, so an answer t
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -273,3 +274,18 @@ def test_kv_that_waits_in_the_prefill_worker_is_pulled_when_blocks_come_free(
         answers = [future.result() for future in futures]
     assert answers == [expected([i + 1] * length, 30) for i in range(6)]
     cluster.wait_clean()
+
+
+def test_a_worker_shows_its_own_metrics(start_cluster: Start, paced: Paced) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    worker = WorkerConfig(worker_id="t", role=Role.MIXED, metrics_port=port)
+    cluster = start_cluster(paced(), worker=worker)
+    cluster.add(Role.MIXED)
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+    blocks = cluster.status("mixed-0").num_blocks
+    assert f'tandem:kv_blocks_free{{role="mixed",worker="mixed-0"}} {float(blocks)}' in text
+    cluster.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
