@@ -206,9 +206,7 @@ class Scheduler:
         return plan
 
     def complete(self, output: StepOutput) -> None:
-        """Takes in what the oldest outstanding plan has produced: KV is now written, tokens are drawn, a failed row fails
-        its sequence alone.
-        """
+        """Takes in the oldest outstanding plan's output: KV is written, tokens are drawn, a failed row ends its sequence."""
         assert self._outstanding, f"output of plan {output.plan_id}, but no plan is outstanding"
         plan, sequences = self._outstanding[0].plan, self._outstanding[0].sequences
         got = [(row.seq_id, row.error or len(row.tokens)) for row in output.rows]
