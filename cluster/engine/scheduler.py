@@ -206,7 +206,7 @@ class Scheduler:
         return plan
 
     def complete(self, output: StepOutput) -> None:
-        """Takes in the oldest outstanding plan's output: KV is written, tokens are drawn, a failed row ends its sequence."""
+        """Takes in the oldest plan's output: KV is written, tokens are drawn, a failed row ends its sequence."""
         assert self._outstanding, f"output of plan {output.plan_id}, but no plan is outstanding"
         plan, sequences = self._outstanding[0].plan, self._outstanding[0].sequences
         got = [(row.seq_id, row.error or len(row.tokens)) for row in output.rows]
