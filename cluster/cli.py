@@ -51,13 +51,12 @@ def run(argv: Sequence[str]) -> int:
         return _fail(f"{_format(error)} (see --help)", 2)
     except ValueError as error:  # ConfigError and ModelError included: they name field, value and what is allowed
         return _fail(str(error), 2)
-    except LaunchError as error:
+    except (LaunchError, OSError) as error:
         return _fail(str(error), 1)
     except Exception as error:
         if os.environ.get("TANDEM_TRACEBACK"):
             raise
-        name = "" if isinstance(error, (OSError, RuntimeError)) else f"{type(error).__name__}: "
-        return _fail(f"{name}{error} (TANDEM_TRACEBACK=1 shows where)", 1)
+        return _fail(f"{type(error).__name__}: {error} (TANDEM_TRACEBACK=1 shows where)", 1)
     return result if isinstance(result, int) else 0
 
 

@@ -82,7 +82,7 @@ class BenchResult:
         Path(path).write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
 
 
-class ServerUnusable(Exception):
+class ServerUnusable(OSError):
     """The server does not answer, or not as it should; one line."""
 
 
