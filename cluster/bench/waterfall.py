@@ -42,7 +42,7 @@ def spans(
         Span(name="first token", start_s=prefill_end_s, end_s=max(ttft_s, prefill_end_s)),
     ]
     if path == "split":
-        note = f"{transferred_bytes / 2**20:.2f} MiB, {exposed_transfer_s * 1e3:.1f} ms of it after prefill"
+        note = f"{transferred_bytes / 2**20:.2f} MiB, ended {exposed_transfer_s * 1e3:.1f} ms after prefill"
         start_s = max(0.0, transfer_end_s - transfer_s)
         parts.append(Span(name="KV transfer", start_s=start_s, end_s=transfer_end_s, note=note))
     parts.append(Span(name="decode", start_s=max(0.0, e2e_s - decode_s), end_s=e2e_s))

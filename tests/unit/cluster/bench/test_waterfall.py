@@ -31,6 +31,6 @@ def test_drawing() -> None:
     assert lines[0] == "queue       |#                   |     10.0 ms"
     assert lines[1] == "prefill     | ####               |     40.0 ms"
     assert lines[4] == "decode      |      ##############|    140.0 ms"
-    assert lines[3].endswith("(1.00 MiB, 5.0 ms of it after prefill)")
+    assert lines[3].endswith("(1.00 MiB, ended 5.0 ms after prefill)")
     assert lines[-1].endswith("200 ms")
     assert len({line.rindex("|") for line in lines[:-1]}) == 1
