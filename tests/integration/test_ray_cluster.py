@@ -6,19 +6,20 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
 from tandem.cluster.config import build_config
 from tandem.cluster.launch.ray_cluster import RayCluster
 from tandem.cluster.launch.state import Endpoints, LaunchError, MemberView, Phase
 from tandem.router.client import TandemClient
 
 MODEL = "dummy:tiny-llama"
+KEY = "open sesame"
 SETTINGS = {
     "model": MODEL,
     "engine.device": "paced",
@@ -26,6 +27,7 @@ SETTINGS = {
     "router.http_port": 0,
     "router.grpc_port": 0,
     "router.registry_port": 0,
+    "router.api_key": KEY,
     "drain_timeout_s": 60,
 }
 DEADLINE_S = 120.0
@@ -64,7 +66,7 @@ def member(cluster: RayCluster, name: str) -> MemberView:
 def complete(endpoints: Endpoints, prompt: str, max_tokens: int = 8) -> str:
     body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
-        f"http://{endpoints.http}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"http://{endpoints.http}/v1/completions", json.dumps(body).encode(), {"Authorization": f"Bearer {KEY}"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return str(json.load(answer)["choices"][0]["text"])
@@ -94,7 +96,7 @@ def descendants() -> dict[int, str]:
 
 
 def test_a_request_is_split_over_the_two_workers(running: Running) -> None:
-    with TandemClient(running.endpoints.grpc, timeout_s=60) as client:
+    with TandemClient(running.endpoints.grpc, api_key=KEY, timeout_s=60) as client:
         answer = client.generate("one two three", max_tokens=5, temperature=0.0, ignore_eos=True).collect()
     assert len(answer.token_ids) == 5
     assert answer.timings is not None
@@ -126,6 +128,16 @@ def test_a_killed_process_comes_back(running: Running, name: str) -> None:
     assert any(line.startswith(f"{name} is back after") or "was restarted" in line for line in running.reports)
 
 
+def test_the_key_reaches_the_router(running: Running) -> None:
+    with (
+        pytest.raises(urllib.error.HTTPError) as caught,
+        urllib.request.urlopen(f"http://{running.endpoints.http}/v1/models", timeout=60),
+    ):
+        pass
+    with caught.value:
+        assert caught.value.code == 401
+
+
 def test_a_second_cluster_cannot_take_the_same_port(running: Running) -> None:
     port = int(running.endpoints.http.rpartition(":")[2])
     with pytest.raises(LaunchError, match=rf"router\.http_port: 127\.0\.0\.1:{port} cannot be used"):
@@ -137,7 +149,7 @@ def test_drain_finishes_what_runs_and_stop_leaves_nothing(running: Running) -> N
     began = threading.Event()
 
     def long_request() -> None:
-        with TandemClient(running.endpoints.grpc, timeout_s=60) as client:
+        with TandemClient(running.endpoints.grpc, api_key=KEY, timeout_s=60) as client:
             tokens = 0
             for delta in client.generate("a long answer", max_tokens=300, ignore_eos=True):
                 tokens += len(delta.token_ids)
