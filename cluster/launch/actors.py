@@ -96,14 +96,10 @@ class MemberActor:
         )
 
     def _start_member(self) -> tuple[dict[str, str], int]:
-        from .compose_router import API_KEY_VARIABLE
         from .members import RouterMember, WorkerMember
 
         if self._kind == "router":
-            config = from_dict(RouterConfig, self._config)
-            if config.api_key is not None:  # a router reads its key from its environment, wherever Ray put it
-                os.environ[API_KEY_VARIABLE] = config.api_key
-            router = RouterMember(config)
+            router = RouterMember(from_dict(RouterConfig, self._config))
             self._adopt(router)
             router.start(self._start_timeout_s)
             addresses = {

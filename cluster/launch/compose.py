@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,21 @@ def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
     )
 
 
+def advertised_host(host: str, routers: tuple[str, ...]) -> str:
+    """The address under which others reach a server that is bound to `host`.
+
+    A wildcard is no address: the one that this machine uses towards its first router stands for it (a UDP socket that is
+    connected and sends nothing tells which that is).
+    """
+    if host not in ("0.0.0.0", "::") or not routers:
+        return host
+    peer, _, port = routers[0].rpartition(":")
+    family = socket.AF_INET6 if host == "::" else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer.strip("[]"), int(port)))
+        return str(probe.getsockname()[0])
+
+
 @dataclass(frozen=True, slots=True)
 class _MetricsServer:
     """prometheus-client's little HTTP server and its thread."""
@@ -100,7 +116,8 @@ class WorkerRuntime:
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         port = self._server.add_insecure_port(f"{config.host}:{config.port}")
         await self._server.start()
-        shell.address, shell.kv_address = f"{config.host}:{port}", f"{config.host}:{kv_port}"
+        host = advertised_host(config.host, config.routers)
+        shell.address, shell.kv_address = f"{host}:{port}", f"{host}:{kv_port}"
         shell.start(self._on_failure)
         self.shell = shell
         if config.metrics_port is not None:

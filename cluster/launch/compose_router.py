@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 
@@ -25,8 +24,6 @@ from ..rpc import SERVER_OPTIONS
 from .compose import Progress
 
 logger = logging.getLogger(__name__)
-API_KEY_VARIABLE = "TANDEM_API_KEY"
-"""Environment variable with the key that clients must present; needed where the router listens beyond loopback."""
 
 
 class RouterRuntime:
@@ -64,7 +61,7 @@ class RouterRuntime:
             card=card,
         )
         await self._start_registry()
-        self.frontend = Frontend(self.core, tokenizer, config, metrics, api_key=os.environ.get(API_KEY_VARIABLE))
+        self.frontend = Frontend(self.core, tokenizer, config, metrics, api_key=config.api_key)
         addresses = await self.frontend.start()
         self.http_address, self.grpc_address = addresses.http, addresses.grpc
         logger.info("router serves HTTP on %s, gRPC on %s", addresses.http, addresses.grpc)
