@@ -92,6 +92,7 @@ class PrefillSide:
     ended: list[str] = field(default_factory=list)
     """Keys that `ReleaseBlocks` or `AbortPrefill` came for."""
     newest_attempt: dict[str, int] = field(default_factory=dict)
+    aborted: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.holder = HandoffHolder(
@@ -129,6 +130,7 @@ class DecodeSide:
     sequences: dict[str, Decoding] = field(default_factory=dict)
     grants: deque[str] = field(default_factory=deque)
     confirming: deque[str] = field(default_factory=deque)
+    aborted: dict[str, int] = field(default_factory=dict)
     writers: dict[str, tuple[int, bool]] = field(default_factory=dict)
     """By key: pull index of the writer that runs, and whether it was told to stop."""
 
@@ -178,13 +180,14 @@ class Handoff(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), worker=st.sampled_from("AB"), again=st.booleans())
     def retry(self, data: st.DataObject, worker: str, again: bool) -> None:
-        """Another decode attempt, after a new prefill or on the one that is held."""
-        request = self.requests[data.draw(st.sampled_from(sorted(self.requests)))]
-        request.decode_attempt += 1
-        if again:
-            request.prefill_attempt += 1
-            self.send_prefill(request)
-        self.network.append(("reserve", worker, request.name, request.decode_attempt))
+        """Other decode attempts, after a new prefill or on the one that is held."""
+        for name in data.draw(st.lists(st.sampled_from(sorted(self.requests)), min_size=1, max_size=4, unique=True)):
+            request = self.requests[name]
+            request.decode_attempt += 1
+            if again:
+                request.prefill_attempt += 1
+                self.send_prefill(request)
+            self.network.append(("reserve", worker, name, request.decode_attempt))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -221,6 +224,7 @@ class Handoff(RuleBasedStateMachine):
         if not any(isinstance(action, act.Refuse) for action in actions):
             key = f"{name}/0/p{attempt}"
             assert key not in self.p.sequences
+            assert attempt > self.p.aborted.get(name, -1), "an abort that came first was forgotten"
             self.p.sequences[key] = Prefilling(name, tokens)
         self.do_p(actions)
 
@@ -247,13 +251,16 @@ class Handoff(RuleBasedStateMachine):
         actions = d.puller.submit(ticket, credit_id, self.now_s + TIMEOUT_S, self.now_s)
         if not actions:
             assert ticket.decode_key not in d.sequences
+            assert ticket.decode_attempt > d.aborted.get(ticket.request_id, -1)
             d.sequences[ticket.decode_key] = Decoding(ticket)
 
     def on_abort_prefill(self, name: str, attempt: int) -> None:
+        self.p.aborted[name] = max(attempt, self.p.aborted.get(name, -1))
         self.do_p(self.p.holder.abort_attempt(name, 0, attempt, self.now_s))
 
     def on_abort_decode(self, worker: str, name: str, attempt: int) -> None:
         d = self.d[worker]
+        d.aborted[name] = max(attempt, d.aborted.get(name, -1))
         covered = [
             key
             for key, sequence in d.sequences.items()
@@ -273,6 +280,7 @@ class Handoff(RuleBasedStateMachine):
         for action in (actions := self.p.holder.pull(ticket, first, pull_index, self.now_s)):
             if isinstance(action, act.Serve):
                 self.p.streams[action.reader_id] = Stream(ticket, to, pull_index, first)
+                assert ticket.epoch == self.p.epoch
                 newest = self.p.newest_attempt.get(ticket.prefill_key, -1)
                 assert ticket.decode_attempt >= newest
                 self.p.newest_attempt[ticket.prefill_key] = ticket.decode_attempt
@@ -280,31 +288,48 @@ class Handoff(RuleBasedStateMachine):
                 self.network.append(("refused", to, ticket.decode_key, pull_index, action.reason))
         self.do_p([action for action in actions if not isinstance(action, act.Serve | act.Refuse)])
 
-    def on_frame(self, to: tuple[str, int], pull_index: int, ticket: Ticket, index: int, content: Content) -> None:
-        d = self.writer_of(to, ticket.decode_key, pull_index)
+    def on_frame(
+        self, to: tuple[str, int], key: str, pull_index: int, ticket: Ticket, index: int, content: Content
+    ) -> None:
+        d = self.writer_of(to, key, pull_index)
         if d is None:
+            if (late := self.d[to[0]]).epoch == to[1]:
+                assert isinstance(late.puller.block_arrived(key, pull_index, ticket, index)[0], act.Refuse)
             return
-        for action in d.puller.block_arrived(ticket.decode_key, pull_index, ticket, index):
+        for action in d.puller.block_arrived(key, pull_index, ticket, index):
             if isinstance(action, act.Refuse):
-                self.end_writer(d, ticket.decode_key, action.reason)
+                self.end_writer(d, key, action.reason)
                 return
             assert isinstance(action, act.WriteBlock)
-            sequence = d.sequences[ticket.decode_key]
+            assert ticket.decode_key == key
+            sequence = d.sequences[key]
             assert not sequence.writer_done, "a write after the engine was told that none would come"
             assert action.block_id == sequence.blocks[index].block_id
             assert content == (ticket.request_id, index), "another request's KV"
             d.memory.content[action.block_id] = content
 
-    def on_end(self, to: tuple[str, int], pull_index: int, ticket: Ticket) -> None:
-        d = self.writer_of(to, ticket.decode_key, pull_index)
+    def on_end(self, to: tuple[str, int], key: str, pull_index: int, ticket: Ticket) -> None:
+        d = self.writer_of(to, key, pull_index)
         if d is None:
             return
-        actions = d.puller.end_arrived(ticket.decode_key, pull_index, ticket, ticket.num_tokens, TOKEN)
+        actions = d.puller.end_arrived(key, pull_index, ticket, ticket.num_tokens, TOKEN)
         if isinstance(actions[0], act.Refuse):
-            self.end_writer(d, ticket.decode_key, actions[0].reason)
+            self.end_writer(d, key, actions[0].reason)
             return
+        assert ticket.decode_key == key
         self.do_d(d, actions)
-        self.end_writer(d, ticket.decode_key, None)
+        self.end_writer(d, key, None)
+
+    def misroute(self, pick: int) -> None:
+        """A block turns up in another stream, where the next was due. Were it ever so, it must be found."""
+        frames = [message for message in self.network if message[0] == "frame"]
+        for d in self.d.values():
+            for key, (pull_index, _) in sorted(d.writers.items()):
+                _, _, _, _, ticket, _, content = frames[pick % len(frames)]
+                if ticket.decode_key != key and pick % 5 == 0:
+                    due = d.puller._records[key].next_block
+                    self.on_frame((d.name, d.epoch), key, pull_index, ticket, due, content)
+                    return
 
     def on_refused(self, to: tuple[str, int], key: str, pull_index: int, reason: RefusalReason) -> None:
         d = self.writer_of(to, key, pull_index)
@@ -380,11 +405,11 @@ class Handoff(RuleBasedStateMachine):
                 self.end_reader(reader_id)
                 return
             content = self.p.memory.content[ref.block_id]
-            self.network.append(("frame", stream.to, stream.pull_index, stream.ticket, stream.index, content))
+            self.network.append(("frame", stream.to, key, stream.pull_index, stream.ticket, stream.index, content))
             stream.index += 1
             self.do_p(self.p.holder.pull_progress(reader_id, self.now_s))
         elif view.first_token is not None:
-            self.network.append(("end", stream.to, stream.pull_index, stream.ticket))
+            self.network.append(("end", stream.to, key, stream.pull_index, stream.ticket))
             self.end_reader(reader_id)
 
     @precondition(lambda self: self.p.streams)
@@ -498,6 +523,7 @@ class Handoff(RuleBasedStateMachine):
             pick = order.randrange(10_000)
             ready: list[Callable[[int], None]] = [self.decode_engine_admits, self.first_step]
             ready += [self.deliver] * (2 * bool(self.network))
+            ready += [self.misroute] * any(message[0] == "frame" for message in self.network)
             ready += [self.prefill_engine] * any(not s.held for s in self.p.sequences.values())
             ready += [self.holder_hears] * bool(self.p.events)
             ready += [self.prefill_engine_obeys] * bool(self.p.commands)
