@@ -1,5 +1,5 @@
-"""KV messages as bytes: `u32 header length | msgpack header | raw payload`. No protobuf, no pickle; bounds on
-everything.
+"""KV messages as bytes: `u32 header length | u64 xxh3 of the header | msgpack header | raw payload`. No protobuf, no
+pickle; bounds on everything.
 
 A message is one of: HELLO, PULL, TICKET (confirm and abort), ACK, REFUSED, BLOCKS, END. A header is a msgpack array
 whose first element is the kind and whose second is the protocol version, so that a member of another version is told
@@ -26,7 +26,7 @@ MAX_LAYOUT_BYTES = 32 * 1024
 MAX_BLOCKS_PER_MESSAGE = 1024
 MAX_TEXT = 512
 MAX_MESSAGE_TEXT = 2048
-_PREFIX = struct.Struct("<I")
+_PREFIX = struct.Struct("<IQ")
 _U64 = 2**64 - 1
 _U31 = 2**31 - 1
 _REASONS = frozenset(reason.value for reason in RefusalReason)
@@ -259,20 +259,24 @@ def _message(header: list[object], *payloads: memoryview) -> bytes:
     packed = msgpack.packb(header)
     if len(packed) > MAX_HEADER_BYTES:
         raise ValueError(f"header: {len(packed)} bytes are more than {MAX_HEADER_BYTES}")
-    return b"".join((_PREFIX.pack(len(packed)), packed, *payloads))
+    prefix = _PREFIX.pack(len(packed), xxhash.xxh3_64_intdigest(packed))
+    return b"".join((prefix, packed, *payloads))
 
 
 def _split(data: bytes) -> tuple[list[Any], memoryview]:
     """Header and payload; the header is a list of at least kind and version, both integers."""
     if len(data) < _PREFIX.size:
         raise _corrupt(f"a message of {len(data)} bytes is too short")
-    (length,) = _PREFIX.unpack_from(data)
+    length, digest = _PREFIX.unpack_from(data)
     if not 0 < length <= MAX_HEADER_BYTES or _PREFIX.size + length > len(data):
         raise _corrupt(f"header length {length} is out of bounds")
     view = memoryview(data)
+    packed, payload = view[_PREFIX.size : _PREFIX.size + length], view[_PREFIX.size + length :]
+    if xxhash.xxh3_64_intdigest(packed) != digest:
+        raise _corrupt("the header's checksum does not match")
     try:
         header = msgpack.unpackb(
-            view[_PREFIX.size : _PREFIX.size + length],
+            packed,
             raw=False,
             max_str_len=MAX_MESSAGE_TEXT * 4,
             max_bin_len=MAX_LAYOUT_BYTES,
@@ -286,7 +290,7 @@ def _split(data: bytes) -> tuple[list[Any], memoryview]:
         raise _corrupt("header is not a list")
     for value, name in zip(header, ("kind", "version"), strict=False):
         _int(value, name, _U31)
-    return header, view[_PREFIX.size + length :]
+    return header, payload
 
 
 def _kind(data: bytes) -> Kind:
