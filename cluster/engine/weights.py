@@ -7,6 +7,7 @@ each layer lets go of mapped file pages. All shapes are checked against the file
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,7 @@ class _Builder:
 
     def _layer_done(self) -> None:
         self.source.release()
+        _return_free_memory()
         self._progress(self._read / self._total)
 
     def _stretches(self, name: str) -> list[slice]:
@@ -167,6 +169,15 @@ class _Builder:
         )
         self._layer_done()
         return layer
+
+
+def _return_free_memory() -> None:
+    """Gives freed heap back to the system. Packed weights lie between the freed float32 of their layers; without this
+    glibc keeps those holes, up to a fifth of a model. Other C libraries lack the call and need none.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def fingerprint(files: ModelFiles, dtype: str) -> str:

@@ -269,7 +269,7 @@ def test_memory_rule(tmp_path: Path) -> None:
     """One resident copy in compute form plus one layer (float32) in passing; a hoarder is caught by the same limit."""
     elements = sum(torch.Size(shape).numel() for shape in expected_shapes(MEMORY_CONFIG).values())
     layer = sum(torch.Size(s).numel() for n, s in expected_shapes(MEMORY_CONFIG).items() if n.startswith("layers.0."))
-    margin = 12 * 2**20  # allocator slack and the pages of one open file
+    margin = 10 * 2**20  # allocator slack and the pages of one open file
     limit = {"bfloat16": elements * 2 + layer * 4 + margin, "float32": elements * 4 + layer * 4 + margin}
     gguf_path, folder = tmp_path / "m.gguf", tmp_path / "hf"
     folder.mkdir()

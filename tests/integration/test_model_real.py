@@ -1,0 +1,169 @@
+"""SmolLM2-135M-Instruct itself: our decoder on its GGUF file against transformers on the same file.
+
+transformers reads the file with its own code (names, un-permutation, dequantization by `gguf`). It gets a copy without
+the vocabulary, which it would parse twice, for half a minute, to load weights.
+"""
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf as ggml
+import numpy as np
+import pytest
+import torch
+import transformers
+from tandem.cluster.engine.devices.cpu import TensorKVStore, kv_layout
+from tandem.cluster.engine.model import Model
+from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
+from tandem.cluster.engine.runner import Runner
+from tandem.cluster.engine.weights import load_model
+from tandem.cluster.models.gguf import open_gguf
+from tandem.cluster.models.reference import ModelFiles
+from tandem.cluster.types import SamplingParams
+from tandem.router.tokenizer import load_tokenizer
+
+BLOCK_SIZE = 16
+COUNT, NEW_TOKENS, CHUNK = 20, 32, 48
+MAX_PROMPT_TOKENS = 120
+TOLERANCE = 1e-4
+"""Of fp32 logits, relative to the largest of the row."""
+TIE = 2 * TOLERANCE
+"""Two logits nearer than this (relative to the largest) may change places by rounding."""
+BFLOAT16_TOLERANCE = 0.03
+"""Of teacher-forced logits with 16-bit weights and bfloat16 KV, relative to the largest of the row."""
+FALLBACK = (
+    "Explain why the sky is blue.",
+    "Write a haiku about the sea.",
+    "What is the capital of France?",
+    "def fibonacci(n):",
+)
+
+
+def texts(data: Path) -> list[str]:
+    """Real prompts, the three sources in turn; a few of ours where the data is not beside the repository."""
+    if not data.is_dir():
+        return [f"{text} (variant {i})" for i in range(-(-COUNT // len(FALLBACK))) for text in FALLBACK]
+
+    def read(name: str) -> list[dict[str, Any]]:
+        with gzip.open(data / name, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in itertools.islice(lines, 40)]
+
+    sources = (
+        [row["turns"][0] for row in read("mt_bench_question.jsonl.gz")],
+        [row["question"] for row in read("gsm8k_test.jsonl.gz")],
+        [row["prompt"] for row in read("humaneval.jsonl.gz")],
+    )
+    return [text for group in zip(*sources, strict=True) for text in group]
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: ModelFiles, repository: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(smollm2)
+    chats = (
+        tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special=False)
+        for text in texts(repository.parent / "shared" / "data" / "prompts")
+    )
+    chosen = list(itertools.islice((ids for ids in chats if len(ids) <= MAX_PROMPT_TOKENS), COUNT))
+    assert len(chosen) == COUNT
+    return chosen
+
+
+def without_vocabulary(files: ModelFiles, path: Path) -> None:
+    """The model's architecture and tensors, as stored, in a file of their own."""
+    file, prefix = open_gguf(files.path), "llama."
+    writer = ggml.GGUFWriter(path, "llama")
+    for key, value in file.metadata.items():
+        if key.startswith(prefix):
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    for name, tensor in file.tensors.items():
+        stored = np.asarray(file.raw(name)).reshape(*tensor.shape[:-1], -1)
+        if tensor.type == ggml.GGMLQuantizationType.F32:
+            writer.add_tensor(name, stored.view(np.float32))
+        else:
+            writer.add_tensor(name, stored, raw_dtype=tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    folder = tmp_path_factory.mktemp("gguf")
+    without_vocabulary(smollm2, folder / "model.gguf")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
+
+
+def spec() -> SampleSpec:
+    return SampleSpec(SamplingParams(temperature=0.0), 0, [], [])
+
+
+def decode(model: Model, dtype: str, prompts: list[list[int]], forced: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits [COUNT, NEW_TOKENS, V] of each new token: prefill in chunks, then all prompts as one decode batch.
+
+    The next token is the likeliest one, or what `forced` [COUNT, NEW_TOKENS] says.
+    """
+    needed = [-(-(len(p) + NEW_TOKENS) // BLOCK_SIZE) for p in prompts]
+    store = TensorKVStore(kv_layout(model.config, dtype, BLOCK_SIZE), sum(needed))
+    runner = Runner(model, store.tensor)
+    shuffled = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).tolist()
+    tables = [[shuffled.pop() for _ in range(count)] for count in needed]
+    logits = torch.empty(len(prompts), NEW_TOKENS, model.config.vocab_size)
+    for i, (tokens, table) in enumerate(zip(prompts, tables, strict=True)):
+        for start in range(0, len(tokens), CHUNK):
+            piece = tokens[start : start + CHUNK]
+            last = start + CHUNK >= len(tokens)
+            out = runner.run(StepPlan(0, (StepRow("p", start, piece, table, spec() if last else None),)))
+        logits[i, 0] = out[0]
+    for step in range(NEW_TOKENS - 1):
+        tokens = logits[:, step].argmax(-1) if forced is None else forced[:, step]
+        rows = [StepRow(str(i), len(p) + step, [int(tokens[i])], tables[i], spec()) for i, p in enumerate(prompts)]
+        logits[:, step + 1] = runner.run(StepPlan(0, tuple(rows)))
+    return logits
+
+
+@pytest.fixture(scope="module")
+def exact(smollm2: ModelFiles, prompts: list[list[int]]) -> torch.Tensor:
+    """Our float32 logits of the greedy continuations."""
+    return decode(load_model(smollm2, "float32"), "float32", prompts)
+
+
+def test_logits_and_greedy_tokens_equal_transformers(
+    oracle: torch.nn.Module, prompts: list[list[int]], exact: torch.Tensor
+) -> None:
+    """Given our tokens so far, transformers' likeliest next token is ours at every one of 640 places, so that its own
+    greedy continuations are the same; where it is not, the two logits must tie within rounding.
+    """
+    tokens = exact.argmax(-1)
+    ties = 0
+    for i, prompt in enumerate(prompts):
+        context = torch.tensor([prompt + tokens[i, :-1].tolist()])
+        with torch.no_grad():
+            expected = oracle(context).logits[0, len(prompt) - 1 :]
+        largest = expected.abs().amax(-1)
+        error = ((exact[i] - expected).abs().amax(-1) / largest).max()
+        assert error <= TOLERANCE, f"prompt {i}: relative error {error:.2e}"
+        for step in (expected.argmax(-1) != tokens[i]).nonzero().flatten().tolist():
+            gap = (expected[step].max() - expected[step, tokens[i, step]]) / largest[step]
+            assert gap <= TIE, f"prompt {i}, token {step}: no tie, relative gap {gap:.2e}"
+            ties += 1
+    assert ties <= 2, "so many ties are not rounding"
+
+
+def test_continuations_are_sensible(smollm2: ModelFiles, prompts: list[list[int]], exact: torch.Tensor) -> None:
+    text = load_tokenizer(smollm2).decode(exact[0].argmax(-1).tolist())
+    assert len(text.split()) > 10
+    assert len({tuple(row) for row in exact.argmax(-1).tolist()}) == COUNT
+
+
+def test_bfloat16_is_near_float32(smollm2: ModelFiles, prompts: list[list[int]], exact: torch.Tensor) -> None:
+    forced = exact.argmax(-1)
+    logits = decode(load_model(smollm2, "bfloat16"), "bfloat16", prompts, forced)
+    error = (logits - exact).abs().amax(-1) / exact.abs().amax(-1)
+    agreement = (logits.argmax(-1) == forced).float().mean()
+    assert error.max() <= BFLOAT16_TOLERANCE, f"relative error {error.max():.3f}"
+    assert agreement >= 0.97
+    assert error.max() > TOLERANCE, "this is float32 twice"
