@@ -48,6 +48,9 @@ def sampling_from_proto(message: pb.Sampling) -> SamplingParams:
     for name, value in floats.items():
         if not math.isfinite(value):
             raise ValueError(f"sampling.{name}: {value} is not finite")
+    for token_id, bias in message.logit_bias.items():
+        if not math.isfinite(bias):
+            raise ValueError(f"sampling.logit_bias: {bias} of token {token_id} is not finite")
     if message.max_tokens < 1:
         raise ValueError(f"sampling.max_tokens: {message.max_tokens} is less than 1")
     return SamplingParams(
@@ -69,12 +72,24 @@ def sampling_from_proto(message: pb.Sampling) -> SamplingParams:
     )
 
 
-def sequence_from_proto(message: pb.Sequence, *, seq_id: str, handoff: Handoff, now_s: float) -> SequenceSpec:
-    """The engine's view of one attempt; `timeout_s` becomes a deadline on this process's clock. ValueError as above."""
+def sequence_from_proto(
+    message: pb.Sequence, *, seq_id: str, handoff: Handoff, now_s: float, vocab_size: int
+) -> SequenceSpec:
+    """The engine's view of one attempt; `timeout_s` becomes a deadline on this process's clock. ValueError as above,
+    and for token ids that are not below `vocab_size`: a device could only fail on them, with everybody else's step.
+    """
     if not message.prompt_token_ids:
         raise ValueError("sequence.prompt_token_ids: empty; a prompt has at least one token")
     if not (math.isfinite(message.timeout_s) and message.timeout_s > 0):
         raise ValueError(f"sequence.timeout_s: {message.timeout_s} is not a positive number of seconds")
+    named = {
+        "prompt_token_ids": message.prompt_token_ids,
+        "output_token_ids": message.output_token_ids,
+        "sampling.logit_bias": message.sampling.logit_bias,
+    }
+    for name, token_ids in named.items():
+        if max(token_ids, default=0) >= vocab_size:
+            raise ValueError(f"sequence.{name}: {max(token_ids)} is not in 0…{vocab_size - 1}")
     return SequenceSpec(
         seq_id=seq_id,
         prompt_token_ids=tuple(message.prompt_token_ids),

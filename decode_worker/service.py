@@ -46,7 +46,9 @@ class DecodeService(DecodeHandler):
         self._engine = engine
         self._layout = store.layout
         self._transport = transport
-        self._stats: dict[str, TransferStats] = {}
+        self._arrived: dict[str, tuple[TransferStats, SampledToken]] = {}
+        """Of sequences whose KV is here and whose first own token is not: how it came, and the token that came with
+        it."""
         self._credit_limit_blocks = max(1, int(store.num_blocks * shell.config.credit_factor))
         self.sink = SinkDriver(
             worker_id=shell.facts.worker_id,
@@ -72,6 +74,10 @@ class DecodeService(DecodeHandler):
                 f"context_tokens: {request.context_tokens} does not fit worker {self._shell.facts.worker_id}, "
                 f"which holds contexts of up to {self._shell.facts.max_model_len} tokens, output included"
             )
+        waiting, limit = self._engine.status.load.waiting, self._shell.config.engine.max_waiting
+        if waiting >= limit:  # or prefill would compute for a queue that then refuses
+            text = f"worker {self._shell.facts.worker_id}: {waiting} sequences wait already, max_waiting is {limit}"
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         blocks = self._layout.blocks_for(request.context_tokens + 1)
         try:
             return self.sink.reserve(request.request_id, request.choice, request.decode_attempt, blocks)
@@ -86,7 +92,13 @@ class DecodeService(DecodeHandler):
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, text)
         handoff = Handoff.IN if request.HasField("peer") else Handoff.NONE
         key = seq_id(message.request_id, message.choice, Side.DECODE, message.decode_attempt)
-        spec = sequence_from_proto(message, seq_id=key, handoff=handoff, now_s=self._shell.clock.now_s())
+        spec = sequence_from_proto(
+            message,
+            seq_id=key,
+            handoff=handoff,
+            now_s=self._shell.clock.now_s(),
+            vocab_size=self._shell.facts.vocab_size,
+        )
         self._redeem(request, spec.context_tokens)
         sequence = LiveSequence(
             seq_id=key,
@@ -168,14 +180,18 @@ class DecodeService(DecodeHandler):
         self._shell.post(sequence, pb.Event(tokens=tokens))
 
     def _on_first_tokens(self, tokens: pb.TokensEvent, event: TokensEmitted) -> None:
-        stats = self._stats.pop(event.seq_id, None)
-        if stats is None:
+        arrived = self._arrived.pop(event.seq_id, None)
+        if arrived is None:
             tokens.prefill.queue_s = event.queue_s
             tokens.prefill.prefill_s = event.prefill_s
             tokens.prefill.cached_tokens = event.cached_tokens
             return
         # The first step is done: the prefill worker may let its copy go.
         self.sink.on_first_step(event.seq_id)
+        stats, first_token = arrived
+        # The prefill worker has told the router of it already, but on another connection: that may be slower.
+        tokens.index -= 1
+        tokens.tokens.insert(0, token_to_proto(first_token))
         tokens.decode.transfer_s = stats.transfer_s
         tokens.decode.exposed_transfer_s = stats.exposed_transfer_s
         tokens.decode.transferred_bytes = stats.bytes
@@ -185,7 +201,7 @@ class DecodeService(DecodeHandler):
     # --- the sink's callbacks ---------------------------------------------------------------------------------------
 
     def _kv_ready(self, key: str, first_token: SampledToken, stats: TransferStats) -> None:
-        self._stats[key] = stats
+        self._arrived[key] = (stats, first_token)
         self._engine.submit(lambda scheduler: scheduler.kv_ready(key, first_token))
 
     def _writer_done(self, key: str) -> None:
@@ -198,7 +214,7 @@ class DecodeService(DecodeHandler):
         self._engine.submit(lambda scheduler: scheduler.abort(key))
 
     def _forget(self, key: str) -> LiveSequence | None:
-        self._stats.pop(key, None)
+        self._arrived.pop(key, None)
         return self._shell.forget(key)
 
     # --- the shell's calls ------------------------------------------------------------------------------------------

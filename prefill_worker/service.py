@@ -69,6 +69,7 @@ class PrefillService(PrefillHandler):
             seq_id=key,
             handoff=Handoff.OUT if request.handoff else Handoff.NONE,
             now_s=self._shell.clock.now_s(),
+            vocab_size=self._shell.facts.vocab_size,
         )
         try:
             self.source.on_submitted(message.request_id, message.choice, message.prefill_attempt, spec.context_tokens)

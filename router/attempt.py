@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..cluster.messages import sampling_to_proto
@@ -50,11 +50,25 @@ class Work:
     """Tokens already sent to the client; the attempt goes on behind them."""
     sampling: SamplingParams
     deadline_s: float
+    avoid: frozenset[str] = frozenset()
+    """Workers that refused the try before: asked again only where there are no others."""
+    block_keys: dict[int, list[bytes]] = field(default_factory=dict)
+    """Of the context, by block size, as the placer comes to need them."""
 
     @property
     def context_tokens(self) -> int:
         """Tokens to prefill."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def abort_request(self, router_id: str) -> pb.AbortRequest:
+        """Ends this attempt, both halves, and all before it."""
+        return pb.AbortRequest(
+            request_id=self.request_id,
+            choice=self.sampling.choice,
+            prefill_attempt=self.number,
+            decode_attempt=self.number,
+            router_id=router_id,
+        )
 
 
 class Attempt:
@@ -86,6 +100,8 @@ class Attempt:
         self._uncached_tokens = uncached_tokens
         self._inbox: Inbox = asyncio.Queue()  # bounded by the request's max_tokens: a worker sends no more
         self._waits_for_first = True
+        self.asked = ""
+        """The worker that was asked last; the one that refused if `submit` raises `Refusal`."""
         # Sides to abort if the attempt ends now: a credit binds the decode side from the start.
         self._open = {Side.DECODE} if decode is not None else set()
         self._count(+1)
@@ -106,6 +122,7 @@ class Attempt:
             self._open.add(Side.PREFILL)
             self.prefill.subscribe(self._key(Side.PREFILL), self._inbox)
             handoff = self.decode is not None
+            self.asked = self.prefill.worker_id
             await self.prefill.prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff))
         if self.decode is None or self._credit is None:
             return
@@ -114,6 +131,7 @@ class Attempt:
             request.peer.worker_id = self.prefill.worker_id
             request.peer.epoch = self.prefill.epoch
             request.peer.kv_address = self._kv_address
+        self.asked = self.decode.worker_id
         await self.decode.decode(request)
 
     async def next_event(self) -> pb.TokensEvent:
@@ -121,7 +139,9 @@ class Attempt:
         while True:
             item = await self._inbox.get()
             if isinstance(item, LinkLost):
-                self._open.discard(item.side)
+                # Nothing is closed by that: the stream may be back, and what was submitted meanwhile runs on it.
+                if item.side is Side.DECODE and self.prefill is not None:
+                    self._open.add(Side.PREFILL)  # its confirmation may never have arrived
                 if self._needs(item.side):
                     raise AttemptLost("worker_lost", f"{item.side} worker {item.worker_id}: {item.message}")
             elif (tokens := self._take(item)) is not None:
@@ -132,13 +152,7 @@ class Attempt:
         Once.
         """
         self._count(-1)
-        abort = pb.AbortRequest(
-            request_id=self.work.request_id,
-            choice=self.work.sampling.choice,
-            prefill_attempt=self.work.number,
-            decode_attempt=self.work.number,
-            router_id=self._router_id,
-        )
+        abort = self.work.abort_request(self._router_id)
         for side, link in ((Side.PREFILL, self.prefill), (Side.DECODE, self.decode)):
             if link is not None:
                 link.unsubscribe(self._key(side))

@@ -30,6 +30,8 @@ from .service import Delta, GenerateRequest
 
 logger = logging.getLogger(__name__)
 REFUSED_WAIT_S = 0.05
+WORKER_ERRORS = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED})
+"""Not refusals: the worker's code broke, and will break again. They cost a try."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,8 @@ class ChoiceTools:
     max_attempts: int
     spawn: Callable[[Coroutine[Any, Any, None]], None]
     """Runs a clean-up in the background, bounded, until it is done."""
-    on_lost: Callable[[AttemptLost], None]
+    on_lost: Callable[[AttemptLost, Path, bool], None]
+    """An attempt was lost on this path; True: another one follows."""
 
 
 class ChoiceRun:
@@ -70,6 +73,8 @@ class ChoiceRun:
         self._times = _Times()
         self._number = 0
         self._lost = 0
+        self._path = Path.SPLIT
+        self._avoid: frozenset[str] = frozenset()
 
     @property
     def attempts(self) -> int:
@@ -88,14 +93,23 @@ class ChoiceRun:
                 # Refused before any effect: no try is lost, but the view that led there was old.
                 if refusal.code is grpc.StatusCode.INVALID_ARGUMENT:
                     raise InvalidRequest(refusal.message) from refusal
+                if refusal.code in WORKER_ERRORS:
+                    self._give_up_or_log(AttemptLost("worker_error", refusal.message))
+                    continue
                 logger.debug("%s: refused: %s", self._request.request_id, refusal.message)
+                self._times.refused()
                 await asyncio.sleep(REFUSED_WAIT_S)
 
     async def _attempt(self) -> Timings:
         attempt = await self._tools.placer.place(self._work())
+        self._path = attempt.path
         try:
             self._times.dispatched(self._tools.clock.now_s())
-            await attempt.submit(self._remaining_s())
+            try:
+                await attempt.submit(self._remaining_s())
+            except Refusal:
+                self._avoid = frozenset({attempt.asked})
+                raise
             while not self._output.finished:
                 event = await attempt.next_event()
                 self._take(attempt, event)
@@ -140,6 +154,7 @@ class ChoiceRun:
             output_token_ids=tuple(self._sent),
             sampling=self._sampling,
             deadline_s=self._deadline_s,
+            avoid=self._avoid,
         )
 
     def _remaining_s(self) -> float:
@@ -150,12 +165,13 @@ class ChoiceRun:
 
     def _give_up_or_log(self, lost: AttemptLost) -> None:
         self._lost += 1
-        self._tools.on_lost(lost)
+        again = lost.retryable and lost.reason != "deadline" and self._lost < self._tools.max_attempts
+        self._tools.on_lost(lost, self._path, again)
         if lost.reason == "deadline":
             raise DeadlineExceeded(f"the request's {self._request.timeout_s:g} s ran out") from lost
         if not lost.retryable:
             raise ServiceError(f"{lost.reason}: {lost.message}") from lost
-        if self._lost >= self._tools.max_attempts:
+        if not again:
             message = f"gave up after {self._lost} attempts; the last one: {lost.reason}: {lost.message}"
             raise Unavailable(message, retry_after_s=1.0) from lost
         logger.info("%s attempt %d: %s: %s", self._request.request_id, self._lost, lost.reason, lost.message)
@@ -196,6 +212,11 @@ class _Times:
     def dispatched(self, now_s: float) -> None:
         """Of the first attempt only: what comes after is not queueing at the door."""
         self.dispatched_s = self.dispatched_s or now_s
+
+    def refused(self) -> None:
+        """That was no dispatch: the choice still waits at the door."""
+        if not self.first_token_s:
+            self.dispatched_s = 0.0
 
     def heard(self, event: pb.TokensEvent) -> None:
         """Keeps the durations that came with the first tokens of a side."""

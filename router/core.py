@@ -20,7 +20,7 @@ from ..cluster.events import WaterfallLog
 from ..cluster.metrics import RouterMetrics
 from ..cluster.types import Role, Timings
 from .admission import Admission
-from .attempt import AttemptLost
+from .attempt import AttemptLost, Path
 from .choice import ChoiceRun, ChoiceTools
 from .errors import DeadlineExceeded, Overloaded, ServiceError
 from .members import Membership
@@ -65,6 +65,7 @@ class RouterCore(GenerationService):
             clock=clock,
             local_threshold_tokens=config.local_prefill_threshold_tokens,
             unready_wait_s=config.unready_wait_s,
+            spawn=self._spawn,
         )
         self._tools = ChoiceTools(
             router_id=router_id,
@@ -90,17 +91,20 @@ class RouterCore(GenerationService):
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()  # bounded by n x max_tokens
         task = asyncio.create_task(self._run_choices(request, key, arrival_s, deltas))
         task.add_done_callback(lambda _: deltas.put_nowait(None))
+        unfinished = request.n
         try:
             while (delta := await deltas.get()) is not None:
+                unfinished -= delta.finish_reason is not None
                 yield delta
             await task
         finally:
-            if not task.done():
-                self._metrics.count_canceled()
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
             self._admission.leave(key)
             self._count_in_flight(-1)
+            if not task.done():
+                if unfinished:
+                    self._metrics.count_canceled()
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def _count_in_flight(self, change: int) -> None:
         self._in_flight += change
@@ -175,8 +179,9 @@ class RouterCore(GenerationService):
                 for choice in range(1, request.n):
                     group.create_task(follow(choice))
         except TimeoutError:
-            self._metrics.count_failure("deadline")
-            raise DeadlineExceeded(f"the request did not finish within its {request.timeout_s:g} s") from None
+            late = DeadlineExceeded(f"the request did not finish within its {request.timeout_s:g} s")
+            self._metrics.count_failure(late.code or late.type)
+            raise late from None
         except BaseExceptionGroup as group_error:
             raise self._first_error(group_error) from None
 
@@ -227,9 +232,11 @@ class RouterCore(GenerationService):
             return ServiceError(f"internal error: {type(error).__name__}")
         return error
 
-    def _on_lost(self, lost: AttemptLost) -> None:
-        self._metrics.count_retry(lost.reason)
-        self._metrics.count_handoff_failure(lost.reason)
+    def _on_lost(self, lost: AttemptLost, path: Path, again: bool) -> None:
+        if again:
+            self._metrics.count_retry(lost.reason)
+        if path is Path.SPLIT:
+            self._metrics.count_handoff_failure(lost.reason)
 
     # --- end --------------------------------------------------------------------------------------------------------
 

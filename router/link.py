@@ -74,6 +74,7 @@ class WorkerLink:
         """Choices that this router decodes there now."""
         self._router_id = router_id
         self._on_change = on_change
+        self._closed = False
         self._channel = open_channel(address)
         self._stub = WorkerStub(self._channel)
         self._inboxes: dict[SubscriptionKey, Inbox] = {}
@@ -107,10 +108,10 @@ class WorkerLink:
             if not self.attached:
                 return
             try:
-                await self._stub.Abort(request, timeout=CONTROL_TIMEOUT_S)
+                await self._call(self._stub.Abort, request)
                 return
-            except aio.AioRpcError as error:
-                logger.debug("abort on %s: %s", self.worker_id, error.details())
+            except Refusal as refusal:
+                logger.debug("abort: %s", refusal.message)
                 await asyncio.sleep(REATTACH_S)
 
     async def drain(self) -> None:
@@ -119,6 +120,7 @@ class WorkerLink:
 
     async def close(self) -> None:
         """Ends the stream and the channel; subscribers hear `LinkLost`. Idempotent."""
+        self._closed = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._lose("the worker was replaced or the router stops")
@@ -130,10 +132,22 @@ class WorkerLink:
             reply = await method(request, timeout=CONTROL_TIMEOUT_S)
         except aio.AioRpcError as error:
             raise Refusal(error.code(), f"{self.worker_id}: {error.details()}") from error
+        except aio.UsageError as error:
+            raise self._gone() from error
+        except asyncio.CancelledError:
+            # A channel that is closed cancels its calls, and with them whoever awaits one: that is not the caller's
+            # own cancellation, and must not end it as if it were.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise self._gone() from None
         epoch = getattr(reply, "epoch", self.epoch)
         if epoch != self.epoch:
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"{self.worker_id}: another epoch answered")
         return reply
+
+    def _gone(self) -> Refusal:
+        return Refusal(grpc.StatusCode.UNAVAILABLE, f"{self.worker_id}: this life of the worker is over")
 
     async def _run(self) -> None:
         while True:
@@ -143,6 +157,9 @@ class WorkerLink:
             except aio.AioRpcError as error:
                 logger.info("stream of %s: %s %s", self.worker_id, error.code().name, error.details())
                 self._lose(f"stream broken: {error.code().name}")
+            except Exception as error:
+                logger.exception("stream of %s", self.worker_id)
+                self._lose(f"stream broken: {type(error).__name__}")
             await asyncio.sleep(REATTACH_S)
 
     async def _read(self) -> None:

@@ -52,9 +52,14 @@ class Membership(RegistryServicer):
         self._dead_epochs: OrderedDict[int, None] = OrderedDict()
         self._changed = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def Heartbeat(self, status: pb.WorkerStatus, context: aio.ServicerContext) -> pb.HeartbeatReply:
         """A worker says that it lives and how loaded it is. Mismatched members are refused here, not per request."""
+        if self._closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the router is stopping")
+        if status.worker_id not in self._members:
+            self.members()  # drops those that are long gone, though nobody looks at them
         refusal = self._refusal(status)
         if refusal:
             logger.warning("heartbeat of %s refused: %s", status.worker_id, refusal)
@@ -158,7 +163,8 @@ class Membership(RegistryServicer):
             return
 
     async def close(self) -> None:
-        """Closes every link; idempotent."""
+        """Closes every link, and lets no worker join any more; idempotent."""
+        self._closed = True
         members, self._members = self._members, {}
         await asyncio.gather(*(member.link.close() for member in members.values()), *self._closing)
 

@@ -7,8 +7,11 @@ the second queue pushes back on the first.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -19,6 +22,7 @@ from ..cluster.rpc import Refusal
 from ..cluster.types import Role
 from .attempt import Attempt, Path, Work
 from .errors import Unavailable
+from .link import WorkerLink
 from .members import Membership
 from .placement import WorkerView, pair, rank_decode, rank_prefill
 
@@ -30,6 +34,8 @@ RETRY_S = 0.05
 @dataclass(frozen=True, slots=True)
 class _Granted:
     view: WorkerView
+    link: WorkerLink
+    """To the life that granted it."""
     reply: pb.ReserveReply
 
 
@@ -37,8 +43,17 @@ class Placer:
     """One per router."""
 
     def __init__(
-        self, members: Membership, *, router_id: str, clock: Clock, local_threshold_tokens: int, unready_wait_s: float
+        self,
+        members: Membership,
+        *,
+        router_id: str,
+        clock: Clock,
+        local_threshold_tokens: int,
+        unready_wait_s: float,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
+        """`spawn` runs a clean-up in the background, bounded, until it is done."""
+        self._spawn = spawn
         self._members = members
         self._router_id = router_id
         self._clock = clock
@@ -73,7 +88,8 @@ class Placer:
         self, work: Work, prefill: tuple[WorkerView, ...], decode: tuple[WorkerView, ...]
     ) -> Attempt | None:
         cached_tokens = self._cached_tokens(work, prefill)
-        best = rank_prefill(prefill, work.context_tokens, cached_tokens)[0]
+        ranked = rank_prefill(prefill, work.context_tokens, cached_tokens)
+        best = min(ranked, key=lambda view: view.worker_id in work.avoid)
         uncached_tokens = work.context_tokens - cached_tokens[best.worker_id]
         if work.sampling.max_tokens - len(work.output_token_ids) == 1:
             return self._attempt(work, Path.PREFILL_ONLY, prefill=best, uncached_tokens=uncached_tokens)
@@ -103,12 +119,16 @@ class Placer:
             context_tokens=work.context_tokens,
             max_tokens=work.sampling.max_tokens,
         )
-        for view in rank_decode(views, work.context_tokens):
+        ranked = rank_decode(views, work.context_tokens)
+        for view in sorted(ranked, key=lambda view: view.worker_id in work.avoid):
             link = self._members.link(view.worker_id)
             if link is None:
                 continue
             try:
-                return _Granted(view, await link.reserve(request))
+                return _Granted(view, link, await link.reserve(request))
+            except asyncio.CancelledError:
+                self._spawn(link.abort(work.abort_request(self._router_id)))  # it may have been granted all the same
+                raise
             except Refusal as refusal:
                 if refusal.code is grpc.StatusCode.INVALID_ARGUMENT:
                     raise
@@ -125,8 +145,7 @@ class Placer:
         uncached_tokens: int,
     ) -> Attempt | None:
         prefill_link = self._members.link(prefill.worker_id) if prefill else None
-        decode_link = self._members.link(granted.view.worker_id) if granted else None
-        if (prefill and prefill_link is None) or (granted and decode_link is None):
+        if prefill and prefill_link is None:
             return None
         target = prefill or (granted.view if granted else None)
         assert target is not None
@@ -136,7 +155,7 @@ class Placer:
             path,
             router_id=self._router_id,
             prefill=prefill_link,
-            decode=decode_link,
+            decode=granted.link if granted else None,
             credit=granted.reply if granted else None,
             kv_address=self._members.kv_address(prefill.worker_id) if prefill else "",
             uncached_tokens=uncached_tokens,
@@ -152,5 +171,10 @@ class Placer:
             for view in views
         }
 
-    def _keys(self, work: Work, view: WorkerView) -> list[bytes]:
-        return block_keys(work.prompt_token_ids + work.output_token_ids, view.block_size)
+    @staticmethod
+    def _keys(work: Work, view: WorkerView) -> list[bytes]:
+        """Hashed once per attempt and block size, however many workers are asked how often."""
+        if view.block_size not in work.block_keys:
+            token_ids = work.prompt_token_ids + work.output_token_ids
+            work.block_keys[view.block_size] = block_keys(token_ids, view.block_size)
+        return work.block_keys[view.block_size]

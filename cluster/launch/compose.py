@@ -61,8 +61,8 @@ def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
 def advertised_host(host: str, routers: tuple[str, ...]) -> str:
     """The address under which others reach a server that is bound to `host`.
 
-    A wildcard is no address: the one that this machine uses towards its first router stands for it (a UDP socket that is
-    connected and sends nothing tells which that is).
+    A wildcard is no address: the one that this machine uses towards its first router stands for it (a UDP socket that
+    is connected and sends nothing tells which that is).
     """
     if host not in ("0.0.0.0", "::") or not routers:
         return host
@@ -114,7 +114,11 @@ class WorkerRuntime:
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
-        port = self._server.add_insecure_port(f"{config.host}:{config.port}")
+        try:
+            port = self._server.add_insecure_port(f"{config.host}:{config.port}")
+        except RuntimeError as error:
+            where = f"{config.host}:{config.port}"
+            raise OSError(f"port: cannot listen on {where}; it is taken or not of this machine") from error
         await self._server.start()
         host = advertised_host(config.host, config.routers)
         shell.address, shell.kv_address = f"{host}:{port}", f"{host}:{kv_port}"
@@ -128,7 +132,7 @@ class WorkerRuntime:
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new work and waits for what runs; False if some is left after `timeout_s`."""
         assert self.shell is not None
-        self.shell.draining = True
+        self.shell.begin_drain()
         try:
             async with asyncio.timeout(timeout_s):
                 await self.shell.wait_idle()
@@ -178,6 +182,7 @@ def _assemble(
         kv_layout=device.kv.layout.to_bytes(),
         block_size=engine_config.block_size,
         max_model_len=longest,
+        vocab_size=device.vocab_size,
         device=device.name,
     )
     shell = WorkerShell(config, facts, clock)

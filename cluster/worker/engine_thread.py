@@ -67,6 +67,8 @@ class EngineThread:
         self._commands: deque[tuple[Callable[[Scheduler], Any], Future[Any]]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._ended = threading.Event()
+        """Set before commands are refused for the last time."""
         self._failure: BaseException | None = None
         self._fit = OnlineStepTimeFit()
         self.status = EngineStatus(load=scheduler.load(), step_time=self._fit.coefficients())
@@ -92,6 +94,8 @@ class EngineThread:
             return future
         self._commands.append((command, future))
         self._wake.set()
+        if self._ended.is_set():  # between the look above and the append: nobody else would answer it
+            self._refuse_commands()
         return future
 
     def stop(self, timeout_s: float) -> None:
@@ -100,6 +104,7 @@ class EngineThread:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        self._end()
 
     def _run(self) -> None:
         try:
@@ -118,7 +123,7 @@ class EngineThread:
             self._failure = error
             self._on_failure(error)
         finally:
-            self._refuse_commands()
+            self._end()
 
     def _step(self, plan: StepPlan) -> None:
         self._device.launch(plan)
@@ -167,7 +172,16 @@ class EngineThread:
             else:
                 future.set_result(result)
 
+    def _end(self) -> None:
+        self._ended.set()
+        self._refuse_commands()
+
     def _refuse_commands(self) -> None:
-        while self._commands:
-            _, future = self._commands.popleft()
-            future.set_exception(EngineStopped("the engine has stopped"))
+        """Answers whatever nobody will run; from any thread, several at once."""
+        while True:
+            try:
+                _, future = self._commands.popleft()
+            except IndexError:
+                return
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineStopped("the engine has stopped"))

@@ -39,6 +39,11 @@ class Servicer(WorkerServicer):
             )
         if not request.router_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "router_id: empty")
+        if self._shell.failure is not None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the engine has failed: {self._shell.failure}")
+        # A router opens a new stream when its old one broke, and has given up what it had asked for, though this side
+        # may not have noticed yet.
+        self._shell.router_gone(request.router_id)
         stream = self._shell.outbox.attach(request.router_id)
         try:
             # An empty frame says that the worker knows this router now: the router waits for it before it submits.
@@ -91,7 +96,7 @@ class Servicer(WorkerServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: aio.ServicerContext) -> pb.DrainReply:
         """From now on new work is refused."""
-        self._shell.draining = True
+        self._shell.begin_drain()
         return pb.DrainReply()
 
 

@@ -10,6 +10,7 @@ Everything here but the engine thread lives on one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ class WorkerFacts:
     kv_layout: bytes
     block_size: int
     max_model_len: int
+    vocab_size: int
     device: str
 
 
@@ -69,6 +71,8 @@ class WorkerShell:
         self._by_router: dict[str, set[str]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._ticked = asyncio.Event()
+        self._news = asyncio.Event()
+        """Set, and replaced, when routers should hear of this worker before its next heartbeat is due."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_failure: Callable[[BaseException], None] = lambda error: None
 
@@ -93,6 +97,14 @@ class WorkerShell:
         self._tasks.append(asyncio.create_task(self._tick_forever()))
         for registry in self.config.routers:
             self._tasks.append(asyncio.create_task(self._heartbeat_forever(registry)))
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
+
+    def begin_drain(self) -> None:
+        """From now on new work is refused, and routers hear of it at once."""
+        self.draining = True
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     async def stop(self) -> None:
         """Ends tasks, streams and the engine; idempotent."""
@@ -201,15 +213,36 @@ class WorkerShell:
         self.failure = error
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(self._on_failure, error)
+            self._loop.call_soon_threadsafe(self._fail)
         except RuntimeError:
             logger.debug("a failure after the loop has closed needs no report")
+
+    def _fail(self) -> None:
+        """Ends every stream, so that routers go on elsewhere even where the process cannot end by itself."""
+        assert self.failure is not None
+        self.begin_drain()
+        self.outbox.close()
+        self._on_failure(self.failure)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        """Ticks and heartbeats end with the worker; one that breaks would leave leases and promises for ever."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self.failure is None:
+            logger.error("worker %s cannot go on", self.facts.worker_id, exc_info=error)
+            self.failure = error
+            self._fail()
 
     def _handle_events(self, events: Sequence[SchedulerEvent]) -> None:
         for event in events:
             sequence = self._live.get(event.seq_id)
-            if sequence is not None:
+            if sequence is None:
+                continue
+            try:
                 sequence.owner.on_event(sequence, event)
+            except Exception as error:  # one sequence ends; the rest of the step's events must not be lost
+                logger.exception("%s of %s", type(event).__name__, event.seq_id)
+                self.post_failure(sequence, "internal", f"{type(error).__name__}: {error}", retryable=True)
+                sequence.owner.end(sequence, "internal")
         self.outbox.flush()
 
     # --- status -----------------------------------------------------------------------------------------------------
@@ -276,8 +309,10 @@ class WorkerShell:
         async with open_channel(registry) as channel:
             stub = RegistryStub(channel)
             while True:
+                news = self._news
                 try:
                     await stub.Heartbeat(self.status(), timeout=HEARTBEAT_TIMEOUT_S)
                 except aio.AioRpcError as error:
                     logger.debug("heartbeat to %s: %s", registry, error.details())
-                await asyncio.sleep(self.config.heartbeat_interval_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), self.config.heartbeat_interval_s)
