@@ -4,7 +4,7 @@ Shapes: T tokens, N blocks, K kv heads, S slots of a block, D head dim. One laye
 `kv[:, layer]` [N, 2, K, S, D] of the block-major memory; the values are rounded to its dtype here, once, so that
 attention sees the same numbers whether they were computed in this step, in an earlier one or by another worker.
 """
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -29,4 +29,5 @@ def kv_write_cpu(
     slots_T: torch.Tensor,
 ) -> None:
     """One scatter for all tokens, keys and values together."""
-    layer_N2KSD[blocks_T, :, :, slots_T] = new_T2KD.to(layer_N2KSD.dtype)
+    layer_NS2KD = layer_N2KSD.permute(0, 3, 1, 2, 4)
+    layer_NS2KD.index_put_((blocks_T, slots_T), new_T2KD.to(layer_N2KSD.dtype))

@@ -10,22 +10,23 @@ import torch
 
 
 def rotary_tables(positions_T: torch.Tensor, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each [T, 1, D/2] float32, of position times frequency; made once a step for all layers."""
+    """(cos, sin), each [T, 1, D] float32, of position times frequency; made once a step for all layers.
+
+    `sin` is negative in its first half, so that both halves of a head turn by x * cos + swapped(x) * sin.
+    """
     angles = torch.outer(positions_T.float(), inverse_frequencies)
-    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
 
 
 def rotary_reference(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Each pair (a, b) turns by its angle: (a cos - b sin, b cos + a sin)."""
     a, b = x_THD.float().chunk(2, dim=-1)
+    cos, sin = cos.chunk(2, dim=-1)[1], sin.chunk(2, dim=-1)[1]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def rotary_cpu(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The same in three operations, without the intermediate halves."""
-    tokens, heads, dim = x_THD.shape
-    pairs = x_THD.reshape(tokens, heads, 2, dim // 2)  # [T, H, 2, D/2]
-    out = torch.mul(pairs, cos.unsqueeze(2))
-    out[:, :, 0].addcmul_(pairs[:, :, 1], sin, value=-1.0)
-    out[:, :, 1].addcmul_(pairs[:, :, 0], sin)
-    return out.view(tokens, heads, dim)
+    """The same in three operations over whole heads."""
+    swapped = torch.roll(x_THD, x_THD.shape[-1] // 2, -1)
+    return torch.mul(x_THD, cos).addcmul_(swapped, sin)

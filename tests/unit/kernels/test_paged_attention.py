@@ -114,8 +114,23 @@ def test_bfloat16_memory_is_widened_once() -> None:
 
 
 def test_workspace_keeps_its_memory() -> None:
+    workspace, layer = Workspace(), torch.zeros(9, 2, 2, 4, 8)
+    large = workspace.gathered(layer, 6, 2)
+    assert workspace.gathered(layer, 6, 2) is large
+    small = workspace.gathered(layer, 3, 3)
+    assert small.wide.data_ptr() == large.wide.data_ptr()
+    assert small.k.shape == (6, 4, 8)
+    assert large.k_transposed.shape == (4, 8, 12)
+    larger = workspace.gathered(layer, 8, 1)
+    assert workspace.gathered(layer, 6, 2).wide.data_ptr() == larger.wide.data_ptr() != large.wide.data_ptr()
+    assert workspace.gathered(layer.bfloat16(), 6, 2).stored.dtype == torch.bfloat16
+
+
+def test_workspace_serves_changing_batches() -> None:
+    shape = AttentionShape(4, 2, head_dim=8, block_size=4)
     workspace = Workspace()
-    first = workspace.take("a", (4, 8), torch.float32)
-    assert workspace.take("a", (2, 8), torch.float32).data_ptr() == first.data_ptr()
-    assert workspace.take("b", (2, 8), torch.float32).data_ptr() != first.data_ptr()
-    assert workspace.take("a", (8, 8), torch.float32).shape == (8, 8)
+    for seed, lengths in enumerate([[(3, 1)], [(0, 30), (8, 1)], [(40, 1), (3, 1)], [(0, 3)], [(0, 30), (8, 1)]]):
+        rows, q, kv = ragged(lengths, shape, seed)
+        plan = plan_attention(rows, shape)
+        expected = paged_attention_reference(q, kv, plan, shape)
+        torch.testing.assert_close(paged_attention_cpu(q, kv, plan, shape, workspace), expected, rtol=1e-4, atol=1e-5)
