@@ -1,0 +1,184 @@
+"""One attempt: what is open, what is aborted, and that the router's own counts return to zero."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
+from tandem.cluster.types import SamplingParams, Side
+from tandem.router.attempt import Attempt, AttemptLost, Path, Work
+
+P, D = Side.PREFILL, Side.DECODE
+WORK = Work(
+    request_id="q",
+    number=3,
+    prompt_token_ids=(1, 2, 3, 4, 5),
+    output_token_ids=(6,),
+    sampling=SamplingParams(max_tokens=9, choice=2),
+    deadline_s=1e9,
+)
+
+
+async def split(r: Any) -> tuple[Attempt, Any, Any]:
+    prefill, decode = await r.split()
+    attempt = Attempt(
+        WORK,
+        Path.SPLIT,
+        router_id="r",
+        prefill=r.link("p0"),
+        decode=r.link("d0"),
+        credit=pb.ReserveReply(credit_id=1, epoch=decode.epoch),
+        kv_address="h:1",
+        uncached_tokens=6,
+    )
+    return attempt, prefill, decode
+
+
+def counts(r: Any) -> tuple[int, int, int, int]:
+    p, d = r.link("p0"), r.link("d0")
+    return p.queued_prefill_tokens, p.decode_rows, d.queued_prefill_tokens, d.decode_rows
+
+
+async def close(r: Any, attempt: Attempt) -> None:
+    """Closes and waits for the aborts."""
+    aborts: list[asyncio.Task[None]] = []
+    attempt.close(lambda work: aborts.append(asyncio.create_task(work)))
+    await asyncio.gather(*aborts)
+    assert counts(r) == (0, 0, 0, 0)
+    r.assert_nothing_left()
+
+
+def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an async test on a loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
+
+    return run
+
+
+@scenario
+async def test_counts_follow_the_attempt(rig: Any) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        assert counts(r) == (6, 0, 0, 1)
+        await attempt.submit(60.0)
+        [asked], [redeemed] = prefill.requests(pb.PrefillRequest), decode.requests(pb.DecodeRequest)
+        assert asked.handoff
+        assert asked.sequence == redeemed.sequence
+        assert (asked.sequence.choice, asked.sequence.prefill_attempt, asked.sequence.decode_attempt) == (2, 3, 3)
+        assert (redeemed.credit_id, redeemed.epoch, redeemed.peer.kv_address) == (1, decode.epoch, "h:1")
+        prefill.send(r.event(asked.sequence, P, tokens=(1, [7], "")))
+        await attempt.next_event()
+        assert counts(r) == (0, 0, 0, 1)
+        decode.send(r.event(asked.sequence, D, tokens=(1, [7, 8], "stop")))
+        assert (await attempt.next_event()).finish_reason == "stop"
+        await close(r, attempt)
+        assert not prefill.requests(pb.AbortRequest)
+        assert not decode.requests(pb.AbortRequest)
+
+
+@scenario
+async def test_never_submitted_gives_the_credit_back(rig: Any) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        await close(r, attempt)
+        assert not prefill.requests(pb.AbortRequest)
+        [abort] = decode.requests(pb.AbortRequest)
+        assert (abort.request_id, abort.choice, abort.decode_attempt, abort.router_id) == ("q", 2, 3, "r")
+
+
+@scenario
+async def test_an_early_end_aborts_both_sides(rig: Any) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        await attempt.submit(60.0)
+        await close(r, attempt)
+        assert len(prefill.requests(pb.AbortRequest)) == len(decode.requests(pb.AbortRequest)) == 1
+
+
+@scenario
+async def test_after_decodes_first_tokens_prefill_frees_itself(rig: Any) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        await attempt.submit(60.0)
+        [asked] = decode.requests(pb.DecodeRequest)
+        decode.send(r.event(asked.sequence, D, tokens=(1, [7, 8], "")))
+        await attempt.next_event()
+        assert counts(r) == (0, 0, 0, 1)
+        await close(r, attempt)
+        assert not prefill.requests(pb.AbortRequest)
+        assert len(decode.requests(pb.AbortRequest)) == 1
+
+
+@pytest.mark.parametrize(("side", "after_first", "lost"), [(P, False, True), (P, True, False), (D, True, True)])
+@scenario
+async def test_which_lost_stream_ends_it(rig: Any, side: Side, after_first: bool, lost: bool) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        await attempt.submit(60.0)
+        [asked] = decode.requests(pb.DecodeRequest)
+        if after_first:
+            prefill.send(r.event(asked.sequence, P, tokens=(1, [7], "")))
+            await attempt.next_event()
+        link = r.link("p0" if side is P else "d0")
+        (prefill if side is P else decode).break_streams()
+        await r.until(lambda: not link.attached, "the break")
+        await r.until(lambda: link.attached, "the stream to be back")
+        if lost:
+            with pytest.raises(AttemptLost, match=f"{side} worker") as error:
+                await attempt.next_event()
+            assert (error.value.reason, error.value.retryable) == ("worker_lost", True)
+        else:
+            decode.send(r.event(asked.sequence, D, tokens=(1, [7, 8], "")))
+            assert (await attempt.next_event()).index == 1
+        await close(r, attempt)
+        # The stream is back, and the worker may not have noticed that it was gone: it is told.
+        assert len((prefill if side is P else decode).requests(pb.AbortRequest)) == int(lost)
+
+
+@scenario
+async def test_a_submit_accepted_on_the_next_stream_is_aborted(rig: Any) -> None:
+    """The decode worker's stream breaks and is back while prefill is asked: the decode half runs, unheard."""
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        prefill.hold["Prefill"] = asyncio.Event()
+        submit = asyncio.create_task(attempt.submit(60.0))
+        await r.until(lambda: prefill.requests(pb.PrefillRequest), "prefill to be asked")
+        decode.break_streams()
+        await r.until(lambda: not r.link("d0").attached, "the break")
+        await r.until(lambda: r.link("d0").attached, "the stream to be back")
+        prefill.hold["Prefill"].set()
+        await submit
+        assert decode.requests(pb.DecodeRequest)
+        with pytest.raises(AttemptLost):
+            await attempt.next_event()
+        await close(r, attempt)
+        assert len(decode.requests(pb.AbortRequest)) == 1
+        assert len(prefill.requests(pb.AbortRequest)) == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "reason", "retryable", "lost"),
+    [(D, "corrupt", True, True), (P, "prefill_failed", False, True), (P, "deadline", False, True)],
+)
+@scenario
+async def test_failures_carry_their_reason(rig: Any, side: Side, reason: str, retryable: bool, lost: bool) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        await attempt.submit(60.0)
+        [asked] = decode.requests(pb.DecodeRequest)
+        failing, other = (prefill, decode) if side is P else (decode, prefill)
+        failing.send(r.event(asked.sequence, side, failed=(reason, retryable)))
+        with pytest.raises(AttemptLost) as error:
+            await attempt.next_event()
+        assert (error.value.reason, error.value.retryable) == (reason, retryable)
+        await close(r, attempt)
+        # The side that failed has ended by itself.
+        assert not failing.requests(pb.AbortRequest)
+        assert len(other.requests(pb.AbortRequest)) == 1
