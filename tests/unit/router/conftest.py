@@ -170,14 +170,14 @@ def front(start_front: Callable[..., Front]) -> Front:
     return start_front()
 
 
-# --- workers that do what a test says -----------------------------------------------------------------------------------
+# --- workers that do what a test says ---------------------------------------------------------------------------------
 
 
 async def until(condition: Callable[[], object], what: str = "the condition") -> None:
     """Lets the loop run until `condition()`; fails after a bounded wait, saying what was waited for."""
     try:
         async with asyncio.timeout(WAIT_S):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - what it looks at is plain state of code under test
                 await asyncio.sleep(0.002)
     except TimeoutError:
         pytest.fail(f"waited {WAIT_S:g} s for {what}")

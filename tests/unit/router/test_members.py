@@ -1,0 +1,138 @@
+"""Who is in the cluster: joining, coming back, falling silent, being refused; and the view that placement ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from tandem.cluster.clock import VirtualClock
+from tandem.cluster.rpc import Refusal
+from tandem.cluster.types import Role
+
+
+def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an async test on a loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"worker_id": ""}, "all three must be set"),
+        ({"epoch": 0}, "all three must be set"),
+        ({"address": ""}, "all three must be set"),
+        ({"protocol_version": 999}, "protocol_version: 999"),
+        ({"role": "cook"}, "'cook' is not one of"),
+    ],
+)
+@scenario
+async def test_a_mismatched_member_is_refused_when_it_comes(rig: Any, change: dict[str, Any], message: str) -> None:
+    async with rig() as r:
+        worker = await r.worker("p0", Role.PREFILL)
+        with pytest.raises(Refusal, match=message):
+            await r.heartbeat(worker, **change)
+        assert len(r.members.members()) == 1
+
+
+@scenario
+async def test_a_new_epoch_is_a_new_member_and_the_old_one_is_dead(rig: Any) -> None:
+    async with rig() as r:
+        worker = await r.worker("p0", Role.PREFILL)
+        old, old_epoch = r.link("p0"), worker.epoch
+        r.members.prefixes.insert("p0", [b"key"], 10)
+        worker.epoch ^= 2
+        await r.heartbeat(worker)
+        assert r.link("p0") is not old
+        assert r.link("p0").epoch == worker.epoch
+        assert r.members.prefixes.match_blocks("p0", [b"key"]) == 0
+        with pytest.raises(Refusal, match="replaced by a newer life"):
+            await r.heartbeat(worker, epoch=old_epoch)
+        assert len(r.members.members()) == 1
+        await r.until(lambda: not old.attached, "the old link to be closed")
+
+
+@scenario
+async def test_routable_is_attached_and_heard_and_not_draining(rig: Any) -> None:
+    async with rig() as r:
+        clock = VirtualClock()
+        r.members._clock = clock
+        worker = await r.worker("p0", Role.PREFILL)
+        [member] = r.members.members()
+
+        def routable() -> bool:
+            return len(r.members.routable(Role.PREFILL, Role.MIXED)) == 1
+
+        assert routable()
+        assert not r.members.routable(Role.DECODE)
+        await r.heartbeat(worker, draining=True)
+        assert (routable(), r.members.why_not_routable(member)) == (False, "draining")
+        await r.heartbeat(worker)
+        clock.advance(1001)
+        assert (routable(), r.members.why_not_routable(member)) == (False, "no heartbeat")
+        await r.heartbeat(worker)
+        assert routable()
+        await worker.die()
+        await r.until(lambda: not r.link("p0").attached, "the break")
+        assert (routable(), r.members.why_not_routable(member)) == (False, "not attached")
+
+
+@scenario
+async def test_the_silent_are_forgotten_by_the_next_arrival(rig: Any) -> None:
+    async with rig() as r:
+        clock = VirtualClock()
+        r.members._clock = clock
+        gone, quiet = await r.worker("p0", Role.PREFILL), await r.worker("p1", Role.PREFILL)
+        await gone.die()
+        await r.until(lambda: not r.link("p0").attached, "the break")
+        clock.advance(61)
+        await r.worker("p2", Role.PREFILL)
+        assert r.members.link("p0") is None
+        assert r.members.link("p1") is not None  # silent, but its stream stands
+        assert r.members.kv_address("p0") == ""
+        assert r.members.kv_address("p1") == f"127.0.0.1:{quiet.port + 1}"
+
+
+@scenario
+async def test_views_are_heartbeats_corrected_by_what_was_sent_since(rig: Any) -> None:
+    async with rig() as r:
+        await r.worker("d0", Role.DECODE, running=2, queued_prefill_tokens=10, free_blocks=5, cached_blocks=7)
+        [view] = r.members.routable(Role.DECODE)
+        assert (view.running, view.queued_prefill_tokens, view.available_blocks) == (2, 10, 12)
+        r.link("d0").decode_rows, r.link("d0").queued_prefill_tokens = 5, 300
+        [view] = r.members.routable(Role.DECODE)
+        assert (view.running, view.queued_prefill_tokens) == (5, 300)
+        r.link("d0").decode_rows = r.link("d0").queued_prefill_tokens = 0
+
+
+@scenario
+async def test_a_change_wakes_whoever_waits(rig: Any) -> None:
+    async with rig() as r:
+        worker = await r.worker("p0", Role.PREFILL)
+        waiting = asyncio.create_task(r.members.wait_for_change(1000))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await r.heartbeat(worker)
+        await waiting
+        waiting = asyncio.create_task(r.members.wait_for_change(1000))
+        await worker.die()
+        await waiting
+        await r.members.wait_for_change(0.001)  # nothing changes, and it returns
+
+
+@scenario
+async def test_nobody_joins_a_router_that_stops(rig: Any) -> None:
+    async with rig() as r:
+        worker = await r.worker("p0", Role.PREFILL)
+        await r.members.close()
+        await r.members.close()
+        with pytest.raises(Refusal, match="stopping"):
+            await r.heartbeat(worker)
+        assert r.members.members() == ()

@@ -1,0 +1,193 @@
+"""Finding workers: the credit first, the next where one refuses, waiting where all do, no credit left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
+from tandem.cluster.rpc import Refusal
+from tandem.cluster.types import Role, SamplingParams
+from tandem.router.attempt import Path, Work
+from tandem.router.errors import Unavailable
+from tandem.router.placer import Placer
+
+
+def work(tokens: int = 10, **fields: Any) -> Work:
+    sampling = fields.pop("sampling", SamplingParams(max_tokens=9))
+    values = {"request_id": "q", "number": 1, "output_token_ids": (), "deadline_s": 1e9, **fields}
+    return Work(prompt_token_ids=tuple(range(tokens)), sampling=sampling, **values)
+
+
+def placer(r: Any, *, threshold: int = 0, unready_wait_s: float = 20.0) -> Placer:
+    return Placer(
+        r.members,
+        router_id="r",
+        clock=r.clock,
+        local_threshold_tokens=threshold,
+        unready_wait_s=unready_wait_s,
+        spawn=r.core._spawn,
+    )
+
+
+def drop(attempt: Any) -> None:
+    """Ends an attempt without telling anybody."""
+    attempt.close(lambda work: work.close())
+
+
+def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an async test on a loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
+
+    return run
+
+
+@scenario
+async def test_the_credit_comes_before_any_prefill(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        attempt = await placer(r).place(work())
+        assert attempt.path is Path.SPLIT
+        [asked] = decode.requests(pb.ReserveRequest)
+        assert (asked.context_tokens, asked.max_tokens, asked.decode_attempt) == (10, 9, 1)
+        assert not prefill.calls
+        drop(attempt)
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_a_decode_worker_that_refuses_is_passed_over(rig: Any) -> None:
+    async with rig() as r:
+        _, full = await r.split()
+        other = await r.worker("d1", Role.DECODE, running=5)
+        full.refuse["Reserve"] = [grpc.StatusCode.RESOURCE_EXHAUSTED]
+        attempt = await placer(r).place(work())
+        assert attempt.decode is r.link("d1")
+        assert len(other.requests(pb.ReserveRequest)) == 1
+        drop(attempt)
+
+
+@scenario
+async def test_while_all_refuse_the_request_waits(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        decode.refuse["Reserve"] = [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
+        attempt = await placer(r).place(work())
+        assert len(decode.requests(pb.ReserveRequest)) == 4
+        assert not prefill.calls
+        drop(attempt)
+
+
+@scenario
+async def test_what_is_wrong_everywhere_is_not_asked_twice(rig: Any) -> None:
+    async with rig() as r:
+        _, decode = await r.split()
+        decode.refuse["Reserve"] = [grpc.StatusCode.INVALID_ARGUMENT]
+        with pytest.raises(Refusal):
+            await placer(r).place(work())
+        assert len(decode.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("roles", "threshold", "fields", "path"),
+    [
+        ((Role.PREFILL, Role.DECODE), 10, {}, Path.SPLIT),
+        ((Role.PREFILL, Role.DECODE), 11, {}, Path.LOCAL),
+        ((Role.MIXED,), 0, {}, Path.MIXED),
+        ((Role.PREFILL, Role.DECODE, Role.MIXED), 0, {}, Path.SPLIT),
+        ((Role.PREFILL, Role.DECODE), 100, {"sampling": SamplingParams(max_tokens=1)}, Path.PREFILL_ONLY),
+        ((Role.PREFILL, Role.DECODE), 0, {"output_token_ids": tuple(range(8))}, Path.PREFILL_ONLY),
+    ],
+)
+@scenario
+async def test_paths(rig: Any, roles: tuple[Role, ...], threshold: int, fields: dict[str, Any], path: Path) -> None:
+    async with rig() as r:
+        for role in roles:
+            await r.worker(role.value, role)
+        attempt = await placer(r, threshold=threshold).place(work(**fields))
+        assert attempt.path is path
+        assert (attempt.prefill is not None) == (path in (Path.SPLIT, Path.PREFILL_ONLY))
+        assert (attempt.decode is not None) == (path is not Path.PREFILL_ONLY)
+        drop(attempt)
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_a_prompt_goes_where_its_prefix_went(rig: Any) -> None:
+    async with rig() as r:
+        await r.split()
+        await r.worker("p1", Role.PREFILL)
+        place = placer(r)
+        first = await place.place(work())
+        drop(first)
+        r.link("p0").queued_prefill_tokens = 2  # less than what is cached there
+        again = await place.place(work(number=2))
+        assert again.prefill is r.link("p0")
+        drop(again)
+        other = await place.place(work(number=3, output_token_ids=(77,), avoid=frozenset({"p0"})))
+        assert other.prefill is r.link("p1")
+        drop(other)
+        r.link("p0").queued_prefill_tokens = 0
+
+
+@scenario
+async def test_who_refused_is_asked_again_where_there_is_nobody_else(rig: Any) -> None:
+    async with rig() as r:
+        await r.split()
+        attempt = await placer(r).place(work(avoid=frozenset({"p0", "d0"})))
+        assert (attempt.prefill, attempt.decode) == (r.link("p0"), r.link("d0"))
+        drop(attempt)
+
+
+@pytest.mark.parametrize("roles", [(), (Role.PREFILL,), (Role.DECODE,)])
+@scenario
+async def test_nobody_there_is_an_error_after_a_bounded_wait(rig: Any, roles: tuple[Role, ...]) -> None:
+    async with rig() as r:
+        for role in roles:
+            await r.worker(role.value, role)
+        with pytest.raises(Unavailable):
+            await placer(r, unready_wait_s=0.01).place(work())
+
+
+@scenario
+async def test_different_kv_is_never_paired(rig: Any) -> None:
+    async with rig() as r:
+        await r.worker("p0", Role.PREFILL, fingerprint="f")
+        await r.worker("d0", Role.DECODE, fingerprint="g")
+        with pytest.raises(Unavailable, match="fingerprints"):
+            await placer(r, unready_wait_s=0.01).place(work())
+        await r.worker("p1", Role.PREFILL, fingerprint="g")
+        attempt = await placer(r).place(work())
+        assert attempt.prefill is r.link("p1")
+        drop(attempt)
+
+
+@scenario
+async def test_a_worker_that_comes_ends_the_wait(rig: Any) -> None:
+    async with rig() as r:
+        await r.worker("p0", Role.PREFILL)
+        waiting = asyncio.create_task(placer(r).place(work()))
+        await r.worker("d0", Role.DECODE)
+        drop(await waiting)
+
+
+@scenario
+async def test_a_credit_granted_to_nobody_is_given_back(rig: Any) -> None:
+    async with rig() as r:
+        _, decode = await r.split()
+        decode.hold["Reserve"] = asyncio.Event()
+        waiting = asyncio.create_task(placer(r).place(work()))
+        await r.until(lambda: decode.requests(pb.ReserveRequest), "the credit to be asked for")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await r.until(lambda: decode.requests(pb.AbortRequest), "the credit to be given back")
+        assert decode.requests(pb.AbortRequest)[0].decode_attempt == 1
+        r.assert_nothing_left()
