@@ -4,9 +4,9 @@ A quantizer replaces the object, an observer sees every input; the model only ca
 
 - `PlainLinear`: a float32 or bfloat16 matrix and torch's own product;
 - `PackedHalfLinear`: half-precision weights in FBGEMM's packed panels, widened in registers, with float32 activations
-  and sums. torch's bfloat16 product on machines without bfloat16 instructions is a matrix-vector product per token
-  (42 tokens/s of prefill where this does 375 on a 2.4 GHz Zen 3 core); this one reads half of float32's bytes and
-  computes at float32's speed.
+  and sums. torch's bfloat16 product on machines without bfloat16 instructions is a matrix-vector product per token:
+  SmolLM2-135M's layers take 512 tokens at 42 tokens/s, this one at 375 (one Zen 3 core, AVX2, torch 2.13). It reads
+  half of float32's bytes and computes at float32's speed.
 
 IEEE half has 10 bits of fraction against bfloat16's 7, so every bfloat16 weight between 2^-14 and 65504 is exact in it;
 smaller ones are off by at most 2^-25, larger ones are never packed (`fits_half`).

@@ -22,7 +22,7 @@ import torch
 
 _GROUP_BYTES = 4 * 2**20
 """Gathered float32 keys and values of one group of decode rows: what stays in cache between the copy and the products
-(32 rows of 256 to 512 tokens took a fifth to two fifths less time than with 8 or 16 MiB)."""
+(32 rows of 256 to 512 tokens took a fifth to a half less time than with 8 or 16 MiB)."""
 _TILE_QUERIES = 64
 _TILE_BYTES = 8 * 2**20
 """Scores of one tile of prefill queries."""
