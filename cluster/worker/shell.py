@@ -150,6 +150,7 @@ class WorkerShell:
             await asyncio.shield(added)
         except asyncio.CancelledError:
             self.engine.submit(lambda scheduler: scheduler.abort(spec.seq_id))
+            added.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will look at it
             raise
         except QueueFull as full:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"worker {self.facts.worker_id}: {full}") from full

@@ -1,0 +1,93 @@
+"""Streams to routers: one frame per flush, bounded, and exactly one current stream per router."""
+
+from __future__ import annotations
+
+from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
+from tandem.cluster.worker import outbox as module
+from tandem.cluster.worker.outbox import Outbox, RouterStream
+
+
+def frames(stream: RouterStream) -> list[list[str] | None]:
+    """What is buffered: request ids by frame, None for the end."""
+    taken: list[list[str] | None] = []
+    while not stream.frames.empty():
+        frame = stream.frames.get_nowait()
+        taken.append(None if frame is None else [event.request_id for event in frame.events])
+    return taken
+
+
+def event(name: str) -> pb.Event:
+    return pb.Event(request_id=name)
+
+
+def test_a_flush_is_one_frame_for_each_router() -> None:
+    outbox = Outbox(7)
+    a, b = outbox.attach("a"), outbox.attach("b")
+    for router_id, name in (("a", "1"), ("b", "2"), ("a", "3"), ("nobody", "4")):
+        outbox.post(router_id, event(name))
+    outbox.flush()
+    outbox.flush()
+    outbox.post("a", event("5"))
+    outbox.flush()
+    assert frames(a) == [["1", "3"], ["5"]]
+    assert frames(b) == [["2"]]
+
+
+def test_frames_carry_the_epoch() -> None:
+    outbox = Outbox(7)
+    stream = outbox.attach("a")
+    outbox.post("a", event("1"))
+    outbox.flush()
+    frame = stream.frames.get_nowait()
+    assert frame is not None
+    assert frame.epoch == 7
+
+
+def test_a_second_stream_ends_the_first_and_takes_over() -> None:
+    outbox = Outbox(7)
+    first = outbox.attach("a")
+    second = outbox.attach("a")
+    outbox.post("a", event("1"))
+    outbox.flush()
+    assert frames(first) == [None]
+    assert frames(second) == [["1"]]
+    assert not outbox.detach(first)  # not the current one: nothing of the router ends
+    assert outbox.attached("a")
+    assert outbox.detach(second)
+    assert not outbox.attached("a")
+    assert len(outbox) == 0
+
+
+def test_what_was_posted_for_a_stream_that_went_is_dropped() -> None:
+    outbox = Outbox(7)
+    outbox.post("a", event("0"))
+    stream = outbox.attach("a")
+    outbox.post("a", event("1"))
+    outbox.detach(stream)
+    stream = outbox.attach("a")
+    outbox.flush()
+    assert frames(stream) == []
+
+
+def test_a_router_that_does_not_read_is_cut_off_at_the_bound() -> None:
+    outbox = Outbox(7)
+    slow, quick = outbox.attach("slow"), outbox.attach("quick")
+    for i in range(module.MAX_BUFFERED_FRAMES + 10):
+        for router_id in ("slow", "quick"):
+            outbox.post(router_id, event(str(i)))
+        outbox.flush()
+        frames(quick)
+    assert not outbox.attached("slow")
+    assert outbox.attached("quick")
+    got = frames(slow)
+    assert (len(got), got[-1]) == (module.MAX_BUFFERED_FRAMES + 1, None)
+
+
+def test_closing_ends_every_stream_once() -> None:
+    outbox = Outbox(7)
+    streams = [outbox.attach(name) for name in "ab"]
+    outbox.close()
+    outbox.close()
+    outbox.post("a", event("late"))
+    outbox.flush()
+    assert [frames(stream) for stream in streams] == [[None], [None]]
