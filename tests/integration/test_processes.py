@@ -161,3 +161,63 @@ def test_a_bad_config_is_one_line_and_exit_1(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert "block_size" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_a_seeded_and_penalized_answer_resumed_on_another_worker_is_the_same_answer(
+    processes: Any, router: dict[str, Any], wait: Wait
+) -> None:
+    """kill -9 in the middle: what follows depends on seed, choice and index alone. On the CPU device, where penalties
+    act.
+    """
+    engine = EngineConfig(model=MODEL, device="cpu", dtype="float32", kv_cache_bytes=16 * 2**20, threads=1)
+    processes.worker(engine, Role.PREFILL, "p0", router["registry"])
+    decoders = {name: processes.worker(engine, Role.DECODE, name, router["registry"]) for name in ("d0", "d1")}
+    wait(lambda: len(ready_workers(router)) == 3, "three workers")
+    sampling = {"temperature": 0.8, "seed": 5, "presence_penalty": 1.0, "repetition_penalty": 1.3}
+    request: dict[str, Any] = {"token_ids": PROMPT, "max_tokens": 380, "ignore_eos": True, **sampling}
+    with TandemClient(router["grpc"]) as client:
+        text, tokens = "", list[int]()
+        for delta in client.generate(**request):
+            tokens += delta.token_ids
+            text += delta.text
+            if len(tokens) >= 2:
+                decoders["d0"].send_signal(signal.SIGKILL)  # of equals the lower id is chosen
+        whole = client.generate(**request).collect()
+        assert (tokens, text) == (whole.token_ids, whole.text)
+        assert whole.timings.decode_worker == "d1"
+        assert _gauge_labeled(router, "tandem:request_retries_total", "worker_lost") == 1.0
+        stop = whole.text[40:46]
+        stopped = client.generate(**request, stop=[stop]).collect()
+        assert stopped.text == whole.text[: whole.text.index(stop)]
+
+
+def _gauge_labeled(router: dict[str, Any], name: str, label: str) -> float:
+    lines = httpx.get(f"http://{router['http']}/metrics", trust_env=False).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and label in line)
+
+
+def test_a_worker_whose_engine_fails_ends_and_is_gone_around(
+    start_cluster: Callable[..., Any], paced: Callable[..., EngineConfig], wait: Wait
+) -> None:
+    """Its streams end with the engine, even where the process cannot end by itself; the answer goes on elsewhere."""
+    cluster = start_cluster(paced(paced_step_s=0.005))
+    cluster.add(Role.PREFILL)
+    for _ in range(2):
+        cluster.add(Role.DECODE)
+    cluster.wait_ready()
+    tokens: list[int] = []
+    failed = ""
+    for delta in cluster.grpc.generate(token_ids=PROMPT, max_tokens=80, temperature=0):
+        tokens += delta.token_ids
+        if len(tokens) >= 5 and not failed:
+            failed = next(name for name in ("decode-0", "decode-1") if cluster.status(name).running)
+            device = cluster.workers[failed].runtime.shell.engine._device
+            device.collect = _on_fire
+        if delta.timings is not None:
+            assert delta.timings.decode_worker != failed
+    assert tokens == expected(PROMPT, 80)
+    wait(lambda: not cluster.workers[failed].healthy(), "the failure to be known")
+
+
+def _on_fire() -> None:
+    raise RuntimeError("the device is on fire")
