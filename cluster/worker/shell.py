@@ -34,6 +34,10 @@ from .services import LiveSequence, RoleService
 
 logger = logging.getLogger(__name__)
 TICK_S = 0.1
+ADMIT_WAIT_S = 0.5
+"""How long a submission waits for the engine's answer, which comes between two steps. Well below `CONTROL_TIMEOUT_S`,
+or nobody would get into an engine whose steps take longer than that.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,21 +145,37 @@ class WorkerShell:
         self._by_router.setdefault(sequence.router_id, set()).add(sequence.seq_id)
 
     async def add_to_engine(self, spec: SequenceSpec) -> None:
-        """Queues a sequence. `Refusal` when the queue is full or the engine is gone, ValueError when it never fits.
+        """Queues an admitted sequence. `Refusal` when the queue is full or the engine is gone, ValueError when it never
+        fits. Whatever is raised, a cancellation of the caller included, the engine does not keep the sequence.
 
-        Whatever is raised, a cancellation of the caller included, the engine does not keep the sequence.
+        An engine in the middle of a long step cannot say yet: the caller is not kept, and a no that comes later ends
+        the sequence as a failure.
         """
         added = asyncio.wrap_future(self.engine.submit(lambda scheduler: scheduler.add(spec)))
         try:
-            await asyncio.shield(added)
+            done, _ = await asyncio.wait({added}, timeout=ADMIT_WAIT_S)
         except asyncio.CancelledError:
             self.engine.submit(lambda scheduler: scheduler.abort(spec.seq_id))
             added.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will look at it
             raise
+        if not done:
+            added.add_done_callback(lambda done: self._answered_late(spec.seq_id, done))
+            return
+        try:
+            added.result()
         except QueueFull as full:
             raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"worker {self.facts.worker_id}: {full}") from full
         except EngineStopped as stopped:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, f"worker {self.facts.worker_id}: {stopped}") from stopped
+
+    def _answered_late(self, seq_id: str, added: asyncio.Future[None]) -> None:
+        """The engine took a sequence, or not, whose caller had its answer already."""
+        error = None if added.cancelled() else added.exception()
+        sequence = self._live.get(seq_id)
+        if error is not None and sequence is not None:
+            reason, retryable = ("invalid", False) if isinstance(error, ValueError) else ("queue_full", True)
+            self.post_failure(sequence, reason, str(error), retryable=retryable)
+            sequence.owner.end(sequence, reason)
 
     def forget(self, seq_id: str) -> LiveSequence | None:
         """Unregisters a sequence that has ended; idempotent."""

@@ -16,6 +16,7 @@ from tandem.cluster.engine.scheduler_events import Preempted, SchedulerEvent
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import EngineLoad, Role, SamplingParams, SequenceSpec, Side, StepTimeCoefficients
+from tandem.cluster.worker import shell as module
 from tandem.cluster.worker.engine_thread import EngineStatus, EngineStopped
 from tandem.cluster.worker.services import LiveSequence, RoleService
 from tandem.cluster.worker.shell import WorkerFacts, WorkerShell
@@ -229,6 +230,33 @@ async def test_a_caller_that_leaves_takes_its_sequence_out_again() -> None:
         assert len(f.engine.submitted) == 2  # the abort, behind the add
         f.engine.submitted[0][1].set_exception(QueueFull("full"))  # and nobody has to hear of it
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "retryable"),
+    [(None, "", False), (QueueFull("full"), "queue_full", True), (ValueError("never"), "invalid", False)],
+)
+@scenario
+async def test_a_long_step_keeps_no_caller_and_its_answer_comes_later(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, reason: str, retryable: bool
+) -> None:
+    monkeypatch.setattr(module, "ADMIT_WAIT_S", 0.0)
+    async with Fixture() as f:
+        stream = f.shell.outbox.attach("r")
+        f.engine.hold = True
+        f.admit(SPEC.seq_id)
+        await f.shell.add_to_engine(SPEC)
+        future = f.engine.submitted[0][1]
+        if error is None:
+            future.set_result(None)
+            await asyncio.sleep(0)
+            assert f.shell.sequences_of("r")
+            return
+        future.set_exception(error)
+        frame = await stream.frames.get()
+        assert frame is not None
+        assert [(e.failed.reason, e.failed.retryable) for e in frame.events] == [(reason, retryable)]
+        assert f.service.ended == [(SPEC.seq_id, reason)]
 
 
 @scenario
