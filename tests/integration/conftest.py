@@ -244,42 +244,39 @@ def module_wait() -> Callable[..., None]:
     return wait_until
 
 
-class TransformersOracle:
-    """SmolLM2 in transformers, fp32. Token ids in, token ids out: its own reading of the GGUF's tokenizer is not
-    used."""
+def without_vocabulary(files: ModelFiles, path: Path) -> None:
+    """The model's architecture and tensors, as stored, in a file of their own: transformers would parse the vocabulary
+    twice, for half a minute, to load weights.
+    """
+    import gguf as ggml
+    import numpy as np
+    from tandem.cluster.models.gguf import open_gguf
 
-    def __init__(self, path: Path) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        self._torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        self.model.eval()
-
-    def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
-        """The most likely continuation, end of sequence ignored."""
-        ids = self._torch.tensor([prompt])
-        with self._torch.inference_mode():
-            output = self.model.generate(
-                ids,
-                attention_mask=self._torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                min_new_tokens=max_tokens,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        return [int(token) for token in output[0, len(prompt) :]]
-
-    def gap(self, context: list[int], one: int, other: int) -> float:
-        """How far apart the logits of two next tokens are."""
-        with self._torch.inference_mode():
-            logits = self.model(self._torch.tensor([context])).logits[0, -1]
-        return abs(float(logits[one] - logits[other]))
+    assert files.path is not None
+    file, prefix = open_gguf(files.path), "llama."
+    writer = ggml.GGUFWriter(path, "llama")
+    for key, value in file.metadata.items():
+        if key.startswith(prefix):
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    for name, tensor in file.tensors.items():
+        stored = np.asarray(file.raw(name)).reshape(*tensor.shape[:-1], -1)
+        if tensor.type == ggml.GGMLQuantizationType.F32:
+            writer.add_tensor(name, stored.view(np.float32))
+        else:
+            writer.add_tensor(name, stored, raw_dtype=tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.fixture(scope="session")
-def transformers_smollm2(smollm2: ModelFiles) -> TransformersOracle:
-    """The reference for the real model."""
-    assert smollm2.path is not None
-    return TransformersOracle(smollm2.path)
+def oracle(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SmolLM2 in transformers, fp32: what its weights say, read by other people's code."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("gguf")
+    without_vocabulary(smollm2, folder / "model.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+    return model.eval()

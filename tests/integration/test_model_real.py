@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct itself: our decoder on its GGUF file against transformers on the same file.
 
-transformers reads the file with its own code (names, un-permutation, dequantization by `gguf`). It gets a copy without
-the vocabulary, which it would parse twice, for half a minute, to load weights.
+transformers reads the file with its own code (names, un-permutation, dequantization by `gguf`).
 """
 
 import gzip
@@ -10,17 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf as ggml
-import numpy as np
 import pytest
 import torch
-import transformers
 from tandem.cluster.engine.devices.cpu import TensorKVStore, kv_layout
 from tandem.cluster.engine.model import Model
 from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
 from tandem.cluster.engine.runner import Runner
 from tandem.cluster.engine.weights import load_model
-from tandem.cluster.models.gguf import open_gguf
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.types import SamplingParams
 from tandem.router.tokenizer import load_tokenizer
@@ -69,32 +64,6 @@ def prompts(smollm2: ModelFiles, repository: Path) -> list[list[int]]:
     chosen = list(itertools.islice((ids for ids in chats if len(ids) <= MAX_PROMPT_TOKENS), COUNT))
     assert len(chosen) == COUNT
     return chosen
-
-
-def without_vocabulary(files: ModelFiles, path: Path) -> None:
-    """The model's architecture and tensors, as stored, in a file of their own."""
-    file, prefix = open_gguf(files.path), "llama."
-    writer = ggml.GGUFWriter(path, "llama")
-    for key, value in file.metadata.items():
-        if key.startswith(prefix):
-            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
-    for name, tensor in file.tensors.items():
-        stored = np.asarray(file.raw(name)).reshape(*tensor.shape[:-1], -1)
-        if tensor.type == ggml.GGMLQuantizationType.F32:
-            writer.add_tensor(name, stored.view(np.float32))
-        else:
-            writer.add_tensor(name, stored, raw_dtype=tensor.type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture(scope="module")
-def oracle(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
-    folder = tmp_path_factory.mktemp("gguf")
-    without_vocabulary(smollm2, folder / "model.gguf")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
 
 
 def spec() -> SampleSpec:
