@@ -38,7 +38,3 @@ class VirtualClock(Clock):
             raise ValueError(f"seconds: {seconds} is negative; a clock never goes back")
         self._now_s += seconds
         return self._now_s
-
-    def advance_to(self, when_s: float) -> None:
-        """Moves time forward to `when_s`; an earlier time is refused."""
-        self.advance(when_s - self._now_s)

@@ -33,14 +33,12 @@ T = TypeVar("T")
 
 Port = Annotated[int, Within(0, 65535)]
 Line = Annotated[str, Text()]
-Positive = Annotated[int, Within(1, 2**31 - 1)]
 Seconds = Annotated[float, Within(0, 86400, above=True)]
 StepSeconds = Annotated[float, Within(0, 60)]
 
 _SLO_MARKS = {
     "ttft_s": (Within(0, 86400, above=True),),
     "tpot_s": (Within(0, 86400, above=True),),
-    "attainment_target": (Within(0, 1, above=True),),
 }
 
 

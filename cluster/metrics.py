@@ -241,10 +241,22 @@ _WORKER_GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
     ("context_tokens", "Sum of context over running sequences", lambda s: s.context_tokens),
     ("leases", "Handoffs whose KV is kept for a decode worker", lambda s: s.leases),
     ("pulls", "Transfers under way", lambda s: s.pulls),
-    ("streams", "Routers attached", lambda s: s.streams),
+    ("streams", "Sequences that run here for routers", lambda s: s.streams),
     ("ledger_integrity", "1: every block is accounted for", lambda s: s.integrity_ok),
     ("worker_draining", "1: takes no new work", lambda s: s.draining),
     ("worker_role_version", "Raised with every change of role", lambda s: s.role_version),
+)
+
+_WORKER_COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
+    ("num_preemptions", "Sequences put back to the queue", lambda s: s.preemptions_total),
+    (
+        "worker_prefix_cache_queries",
+        "Context tokens looked up in this worker's prefix cache",
+        lambda s: s.prefix_queries_tokens_total,
+    ),
+    ("worker_prefix_cache_hits", "Tokens of those whose KV was there already", lambda s: s.prefix_hits_tokens_total),
+    ("engine_steps", "Model iterations", lambda s: s.steps_total),
+    ("engine_computed_tokens", "Tokens whose KV was computed, prompts and answers", lambda s: s.computed_tokens_total),
 )
 
 
@@ -266,13 +278,15 @@ class _WorkerCollector(Collector):
                 value = float(read(status))
                 gauge.add_metric([status.worker_id, status.role], value if math.isfinite(value) else 0.0)
             yield gauge
-        preemptions = CounterMetricFamily("tandem:num_preemptions", "Sequences put back to the queue", labels=labels)
+        for name, about, read in _WORKER_COUNTERS:
+            counter = CounterMetricFamily(f"tandem:{name}", about, labels=labels)
+            for status in statuses:
+                counter.add_metric([status.worker_id, status.role], float(read(status)))
+            yield counter
         info_labels = [*labels, "epoch", "address", "device", "model", "fingerprint"]
         info = GaugeMetricFamily("tandem:worker_info", "1 for every live worker", labels=info_labels)
         for s in statuses:
-            preemptions.add_metric([s.worker_id, s.role], s.preemptions_total)
             info.add_metric([s.worker_id, s.role, str(s.epoch), s.address, s.device, s.model, s.fingerprint], 1)
-        yield preemptions
         yield info
 
 

@@ -6,7 +6,7 @@ Pure data, imported by everything above `kernels`. No torch, no Ray, no I/O.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
@@ -185,8 +185,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLO:
-    """Latency promise of a class of requests, seconds; attainment means both, jointly."""
+    """Latency promise of a class of requests, seconds; attained where both are met."""
 
     ttft_s: float = 1.0
     tpot_s: float = 0.1
-    attainment_target: float = field(default=0.9)

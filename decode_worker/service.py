@@ -1,14 +1,14 @@
 """The decode service. Life of a request in here:
 
-1. `reserve`: a credit, a bounded promise of KV; no block yet. No more promises: refused, and the router waits. 2.
-`decode` redeems it and queues the sequence in the engine. While no block is free it waits there, and its KV waits in
-the
-   prefill worker's memory.
-3. Blocks are granted: the sink (`kvtransfer.sink`) pulls what the own prefix cache lacks, while prefill still
-computes. 4. All KV and the first token are here: the sequence joins the running batch at the next step and streams
-from index 1. 5. After its first step the sink confirms to the prefill worker, which lets its blocks go. 6. A finish,
-an abort, a deadline, a failed pull or a lost router ends it; blocks are freed only when nothing can write into
-   them any more (`writer_done`).
+1. `reserve`: a credit, a bounded promise of KV; no block yet. No more promises: refused, and the router waits.
+2. `decode` redeems it and queues the sequence in the engine. While no block is free it waits there, and its KV waits
+   in the prefill worker's memory.
+3. Blocks are granted: the sink (`kvtransfer.sink`) pulls what the own prefix cache lacks, while prefill computes.
+4. All KV and the first token are here: the sequence joins the running batch at the next step. Its first frame repeats
+   the first token, in case this connection is faster than the prefill worker's.
+5. After its first step the sink confirms to the prefill worker, which lets its blocks go.
+6. A finish, an abort, a deadline, a failed pull or a lost router ends it; blocks are freed only when nothing can write
+   into them any more (`writer_done`).
 
 A request without a peer is prefilled here: mixed workers, and short prompts on decode workers.
 """

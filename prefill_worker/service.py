@@ -1,15 +1,12 @@
 """The prefill service. Life of a request in here:
 
 1. `prefill`: the holder (`kvtransfer.source`) learns of it, the shell watches its deadline and its router, the engine
-queues
-   it. A full queue refuses it at once.
-2. Blocks are granted and chunks are computed; the holder's watermark follows, and the decode worker may pull behind
-it. 3. The first token goes to the router at once (the client sees it now) and to the holder, whose lease starts. A
-first token
-   that ends the answer frees everything.
+   queues it. A full queue refuses it at once.
+2. Blocks are granted and chunks are computed; the holder's watermark follows, and the decode worker may pull behind it.
+3. The first token goes to the router at once (the client sees it now) and to the holder, whose lease starts. A first
+   token that ends the answer frees everything.
 4. The decode worker confirms its first step, or the lease, an abort, the deadline or a lost router ends it: when no
-reader
-   is left the holder says `release`, and the engine keeps the blocks as prefix cache or frees them.
+   reader is left the holder says `release`, and the engine keeps the blocks as prefix cache or frees them.
 """
 
 from __future__ import annotations

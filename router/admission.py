@@ -16,7 +16,9 @@ MAX_RETRY_AFTER_S = 60.0
 
 
 class Admission:
-    """Counts who waits. One `enter` per choice that wants a first token, one `leave` when it has it or ends."""
+    """Counts who waits: `enter` when a request comes, `first_token` when one of its choices has one, `leave` at its
+    end.
+    """
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
@@ -25,7 +27,7 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Choices admitted that have no first token yet."""
+        """Requests admitted that have no first token yet."""
         return len(self._waiting)
 
     def enter(self, key: str, now_s: float) -> None:
@@ -39,13 +41,13 @@ class Admission:
         self._waiting.add(key)
 
     def first_token(self, key: str, now_s: float) -> None:
-        """The choice got its first token: its place is free, and the rate is known better."""
+        """The request got its first token: its place is free, and the rate is known better."""
         if key in self._waiting:
             self._waiting.discard(key)
             self._first_tokens_s.append(now_s)
 
     def leave(self, key: str) -> None:
-        """The choice ended, first token or not; idempotent."""
+        """The request ended, first token or not; idempotent."""
         self._waiting.discard(key)
 
     def retry_after_s(self, now_s: float) -> float:

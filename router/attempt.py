@@ -49,7 +49,6 @@ class Work:
     output_token_ids: tuple[int, ...]
     """Tokens already sent to the client; the attempt goes on behind them."""
     sampling: SamplingParams
-    deadline_s: float
     avoid: frozenset[str] = frozenset()
     """Workers that refused the try before: asked again only where there are no others."""
     block_keys: dict[int, list[bytes]] = field(default_factory=dict)

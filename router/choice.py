@@ -1,10 +1,13 @@
 """One choice of one request, as one readable coroutine: place, submit, stream, and clean up in one `finally`.
 
-1. `Placer.place` finds workers and a credit; 2. `Attempt.submit` dispatches both halves; 3. tokens come in, become text
-(`OutputStream`) and go out as deltas, the first from the prefill worker, the rest from the decode worker; 4. whatever
-way this ends, the attempt's other half is told. When a worker is lost, a new attempt goes on behind the tokens
-already sent: prompt and output stay apart, and a token depends only on seed, choice and index, so the client sees
-nothing but time.
+1. `Placer.place` finds workers and a credit.
+2. `Attempt.submit` dispatches both halves.
+3. Tokens come in, become text (`OutputStream`) and go out as deltas, the first from the prefill worker, the rest from
+   the decode worker.
+4. Whatever way this ends, the attempt's other half is told.
+
+When a worker is lost, a new attempt goes on behind the tokens already sent: prompt and output stay apart, and a token
+depends only on seed, choice and index, so the client sees nothing but time.
 """
 
 from __future__ import annotations
@@ -153,7 +156,6 @@ class ChoiceRun:
             prompt_token_ids=self._request.prompt_token_ids,
             output_token_ids=tuple(self._sent),
             sampling=self._sampling,
-            deadline_s=self._deadline_s,
             avoid=self._avoid,
         )
 

@@ -2,10 +2,12 @@
 stream.
 
 1. Body read and checked, model found, prompts tokenized, `max_tokens` settled: 400 or 404 end here.
-2. The service runs every prompt; nothing is sent before the first delta, so that a refusal is still a status (429,
-503). 3. Streamed: chunks as deltas come, usage if asked for, `[DONE]`; an error after the start is a last event
-without `[DONE]`. Whole: deltas collected, one body. A client that closes its connection cancels 2 and 3 at once
-(`Exchange.until_gone`).
+2. The service runs every prompt; nothing is sent before the first delta, so that a refusal is still a status (429 or
+   503).
+3. Streamed: chunks as deltas come, usage if asked for, `[DONE]`; an error after the start is a last event without
+   `[DONE]`. Whole: deltas collected, one body.
+
+A client that closes its connection cancels 2 and 3 at once (`Exchange.until_gone`).
 """
 
 from __future__ import annotations

@@ -114,10 +114,6 @@ class WorkerLink:
                 logger.debug("abort: %s", refusal.message)
                 await asyncio.sleep(REATTACH_S)
 
-    async def drain(self) -> None:
-        """Asks the worker to take no new work. `Refusal`."""
-        await self._call(self._stub.Drain, pb.DrainRequest())
-
     async def close(self) -> None:
         """Ends the stream and the channel; subscribers hear `LinkLost`. Idempotent."""
         self._closed = True

@@ -117,7 +117,6 @@ class Placer:
             decode_attempt=work.number,
             router_id=self._router_id,
             context_tokens=work.context_tokens,
-            max_tokens=work.sampling.max_tokens,
         )
         ranked = rank_decode(views, work.context_tokens)
         for view in sorted(ranked, key=lambda view: view.worker_id in work.avoid):

@@ -1,8 +1,10 @@
 """From logits to tokens. What happens to a row, in order:
 
 1. raw logprobs, if asked for: of the model's own distribution, before anything below;
-2. logit_bias; 3. banned ids (min_tokens) to -inf; 4. repetition penalty over prompt and output; 5. presence and
-   frequency penalties over the output (`sampler_penalties`);
+2. logit_bias;
+3. banned ids (min_tokens) to -inf;
+4. repetition penalty over prompt and output;
+5. presence and frequency penalties over the output (2 to 5: `sampler_penalties`);
 6. temperature below 1e-5: argmax, lowest id on ties. Otherwise divide by temperature;
 7. top-k, min-p, top-p, each on what the one before left (`kernels.sampling` says how ties go);
 8. one draw by inverse CDF over ascending token ids, with the Philox uniform of (seed, choice, output index, SAMPLE).

@@ -5,6 +5,7 @@ both services whatever its role is now, so that roles can flip.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import socket
 import threading
@@ -21,7 +22,7 @@ from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...prefill_worker.service import PrefillService
 from ..clock import MonotonicClock
-from ..config import EngineConfig, WorkerConfig
+from ..config import ConfigError, EngineConfig, WorkerConfig
 from ..engine.block_pool import BlockPool
 from ..engine.devices.base import Device
 from ..engine.policies import policy_for
@@ -40,11 +41,17 @@ Progress = Callable[[str, float | None], None]
 
 
 def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | None) -> Device:
-    """The device that the config names; loads the weights, so it takes a while. Imports torch only for `cpu`."""
+    """The device that the config names; loads the weights, so it takes a while. Imports torch only for `cpu`.
+
+    Raises ConfigError where torch is not installed, ModelError.
+    """
     if config.device == "paced":
         from ..engine.devices.paced import PacedDevice
 
         return PacedDevice.for_model(config, files.config)
+    if importlib.util.find_spec("torch") is None:
+        allowed = "paced, or cpu with torch installed (pip install 'tandem-serve[engine]')"
+        raise ConfigError("engine.device", config.device, allowed)
     from ..engine.devices.cpu import CpuDevice
 
     return CpuDevice(

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import threading
 import time
@@ -123,6 +124,8 @@ class RayCluster:
             wait_gone(pids)
 
     def _prepare(self) -> ClusterConfig:
+        if importlib.util.find_spec("ray") is None:
+            raise LaunchError("Ray is not installed; pip install 'tandem-serve[cluster]'")
         local = self._config.address is None
         if local:
             check_ports(self._config.router)
@@ -141,8 +144,6 @@ class RayCluster:
                 self._progress("ray", f"joining {config.address}", None)
                 self._joined = True
                 join_ray(config.address, verbose=self._verbose)
-        except ImportError:
-            raise LaunchError("Ray is not installed; pip install 'tandem-serve[cluster]'") from None
         except (RuntimeError, OSError, ValueError, AssertionError) as error:
             where = "the local Ray" if config.address is None else f"Ray at {config.address}"
             raise LaunchError(f"{where} could not be reached: {' '.join(str(error).split())}") from error

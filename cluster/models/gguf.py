@@ -107,15 +107,10 @@ class GgufTokenizer:
     """llama.cpp's: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. Empty if the file has none."""
     merges: tuple[str, ...]
     """BPE merges, most important first, each two tokens separated by one space."""
-    scores: tuple[float, ...]
     bos_token_id: int | None
     eos_token_id: int | None
-    eot_token_id: int | None
-    unknown_token_id: int | None
-    padding_token_id: int | None
     add_bos: bool
     add_eos: bool
-    add_space_prefix: bool
     chat_template: str | None
 
 
@@ -282,30 +277,23 @@ def gguf_tokenizer(file: GgufFile) -> GgufTokenizer:
     if model is None or not tokens:
         raise ModelError(f"{file.path}: the file has no tokenizer (tokenizer.ggml.model, tokenizer.ggml.tokens)")
     token_types = tuple(get("ggml.token_type", list, ()))
-    scores = tuple(get("ggml.scores", list, ()))
-    for name, items in (("token_type", token_types), ("scores", scores)):
-        if items and len(items) != len(tokens):
-            raise ModelError(f"{file.path}: tokenizer.ggml.{name} has {len(items)} entries for {len(tokens)} tokens")
-    ids = {name: get(f"ggml.{name}_token_id", int) for name in ("bos", "eos", "eot", "unknown", "padding")}
+    if token_types and len(token_types) != len(tokens):
+        count = len(token_types)
+        raise ModelError(f"{file.path}: tokenizer.ggml.token_type has {count} entries for {len(tokens)} tokens")
+    ids = {name: get(f"ggml.{name}_token_id", int) for name in ("bos", "eos", "eot", "eom")}
     for name, token_id in ids.items():
         if token_id is not None and not 0 <= token_id < len(tokens):
             raise ModelError(f"{file.path}: tokenizer.ggml.{name}_token_id is {token_id}, allowed: below {len(tokens)}")
     pre = get("ggml.pre", str, "default")
-    sentencepiece = model == "llama"
     return GgufTokenizer(
         model=model,
         pre=pre,
         tokens=tuple(tokens),
         token_types=token_types,
         merges=tuple(get("ggml.merges", list, ())),
-        scores=scores,
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
-        eot_token_id=ids["eot"],
-        unknown_token_id=ids["unknown"],
-        padding_token_id=ids["padding"],
-        add_bos=get("ggml.add_bos_token", bool, sentencepiece or pre in _BOS_BY_DEFAULT_PRE),
+        add_bos=get("ggml.add_bos_token", bool, model == "llama" or pre in _BOS_BY_DEFAULT_PRE),
         add_eos=get("ggml.add_eos_token", bool, False),
-        add_space_prefix=get("ggml.add_space_prefix", bool, sentencepiece),
         chat_template=get("chat_template", str),
     )

@@ -100,20 +100,18 @@ class PrefillRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handoff: bool = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "choice", "decode_attempt", "router_id", "context_tokens", "max_tokens")
+    __slots__ = ("request_id", "choice", "decode_attempt", "router_id", "context_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     DECODE_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     decode_attempt: int
     router_id: str
     context_tokens: int
-    max_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., decode_attempt: _Optional[int] = ..., router_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., decode_attempt: _Optional[int] = ..., router_id: _Optional[str] = ..., context_tokens: _Optional[int] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("credit_id", "epoch")
@@ -292,7 +290,7 @@ class StepTime(_message.Message):
     def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., decode_row_s: _Optional[float] = ..., context_token_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "role_version", "address", "kv_address", "protocol_version", "model", "fingerprint", "kv_layout", "max_model_len", "draining", "device", "pid", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks", "credit_limit_blocks", "waiting", "running", "held", "queued_prefill_tokens", "context_tokens", "max_waiting", "max_running", "step_time", "leases", "pulls", "streams", "integrity_ok", "preemptions_total")
+    __slots__ = ("worker_id", "epoch", "role", "role_version", "address", "kv_address", "protocol_version", "model", "fingerprint", "kv_layout", "max_model_len", "draining", "device", "pid", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks", "credit_limit_blocks", "waiting", "running", "held", "queued_prefill_tokens", "context_tokens", "max_waiting", "max_running", "step_time", "leases", "pulls", "streams", "integrity_ok", "preemptions_total", "prefix_queries_tokens_total", "prefix_hits_tokens_total", "steps_total", "computed_tokens_total")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +324,10 @@ class WorkerStatus(_message.Message):
     STREAMS_FIELD_NUMBER: _ClassVar[int]
     INTEGRITY_OK_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: str
@@ -359,4 +361,8 @@ class WorkerStatus(_message.Message):
     streams: int
     integrity_ok: bool
     preemptions_total: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., role_version: _Optional[int] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv_layout: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., credited_blocks: _Optional[int] = ..., credit_limit_blocks: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., held: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ..., leases: _Optional[int] = ..., pulls: _Optional[int] = ..., streams: _Optional[int] = ..., integrity_ok: bool = ..., preemptions_total: _Optional[int] = ...) -> None: ...
+    prefix_queries_tokens_total: int
+    prefix_hits_tokens_total: int
+    steps_total: int
+    computed_tokens_total: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., role_version: _Optional[int] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv_layout: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., credited_blocks: _Optional[int] = ..., credit_limit_blocks: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., held: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ..., leases: _Optional[int] = ..., pulls: _Optional[int] = ..., streams: _Optional[int] = ..., integrity_ok: bool = ..., preemptions_total: _Optional[int] = ..., prefix_queries_tokens_total: _Optional[int] = ..., prefix_hits_tokens_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., computed_tokens_total: _Optional[int] = ...) -> None: ...

@@ -313,6 +313,10 @@ class WorkerShell:
             streams=len(self._live),
             integrity_ok=self.failure is None,
             preemptions_total=load.preemptions_total,
+            prefix_queries_tokens_total=load.prefix_queries_tokens_total,
+            prefix_hits_tokens_total=load.prefix_hits_tokens_total,
+            steps_total=engine.steps_total,
+            computed_tokens_total=engine.computed_tokens_total,
         )
         for service in self._services:
             service.fill_status(status)

@@ -134,7 +134,6 @@ class Bench:
             "decode_attempt": sequence.decode_attempt,
             "router_id": "r",
             "context_tokens": len(sequence.prompt_token_ids) + len(sequence.output_token_ids),
-            "max_tokens": sequence.sampling.max_tokens,
         }
         reply = await self.stub.Reserve(pb.ReserveRequest(**{**fields, **changes}), timeout=WAIT_S)
         return int(reply.credit_id)

@@ -146,6 +146,10 @@ def test_workers_come_from_their_last_heartbeats() -> None:
         leases=2,
         integrity_ok=True,
         preemptions_total=6,
+        prefix_queries_tokens_total=48,
+        prefix_hits_tokens_total=16,
+        steps_total=9,
+        computed_tokens_total=70,
     )
     statuses = [status, WorkerStatus(worker_id="p0", role="prefill")]
     metrics.watch_workers(lambda: statuses)
@@ -159,6 +163,10 @@ def test_workers_come_from_their_last_heartbeats() -> None:
     assert found["tandem:ledger_integrity{decode,d0}"] == 1
     assert found["tandem:leases{decode,d0}"] == 2
     assert found["tandem:num_preemptions_total{decode,d0}"] == 6
+    assert found["tandem:worker_prefix_cache_queries_total{decode,d0}"] == 48
+    assert found["tandem:worker_prefix_cache_hits_total{decode,d0}"] == 16
+    assert found["tandem:engine_steps_total{decode,d0}"] == 9
+    assert found["tandem:engine_computed_tokens_total{decode,d0}"] == 70
     assert any(name.startswith("tandem:worker_info{") and "d0" in name for name in found)
     statuses.clear()
     assert not any("d0" in name for name in samples(metrics)), "a worker that is gone leaves no series"

@@ -19,7 +19,6 @@ WORK = Work(
     prompt_token_ids=(1, 2, 3, 4, 5),
     output_token_ids=(6,),
     sampling=SamplingParams(max_tokens=9, choice=2),
-    deadline_s=1e9,
 )
 
 

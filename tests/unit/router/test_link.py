@@ -150,11 +150,3 @@ async def test_an_abort_is_tried_again_and_given_up_with_the_stream(rig: Any) ->
         await r.until(lambda: not r.link("d0").attached, "the break")
         await r.link("d0").abort(pb.AbortRequest(request_id="q"))
         assert len(worker.requests(pb.AbortRequest)) == 2
-
-
-@scenario
-async def test_draining_is_passed_on(rig: Any) -> None:
-    async with rig() as r:
-        worker = await r.worker("d0", Role.DECODE)
-        await r.link("d0").drain()
-        assert worker.requests(pb.DrainRequest)

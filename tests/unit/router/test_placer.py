@@ -19,7 +19,7 @@ from tandem.router.placer import Placer
 
 def work(tokens: int = 10, **fields: Any) -> Work:
     sampling = fields.pop("sampling", SamplingParams(max_tokens=9))
-    values = {"request_id": "q", "number": 1, "output_token_ids": (), "deadline_s": 1e9, **fields}
+    values = {"request_id": "q", "number": 1, "output_token_ids": (), **fields}
     return Work(prompt_token_ids=tuple(range(tokens)), sampling=sampling, **values)
 
 
@@ -56,7 +56,7 @@ async def test_the_credit_comes_before_any_prefill(rig: Any) -> None:
         attempt = await placer(r).place(work())
         assert attempt.path is Path.SPLIT
         [asked] = decode.requests(pb.ReserveRequest)
-        assert (asked.context_tokens, asked.max_tokens, asked.decode_attempt) == (10, 9, 1)
+        assert (asked.context_tokens, asked.decode_attempt) == (10, 1)
         assert not prefill.calls
         drop(attempt)
         r.assert_nothing_left()

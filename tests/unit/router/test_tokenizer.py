@@ -132,15 +132,10 @@ def gguf(**changes: Any) -> GgufTokenizer:
         tokens=tokens,
         token_types=(3, 3, 4, *([1] * (len(alphabet) + 2))),
         merges=("a b", "Ġ 1"),
-        scores=(),
         bos_token_id=0,
         eos_token_id=1,
-        eot_token_id=None,
-        unknown_token_id=None,
-        padding_token_id=None,
         add_bos=False,
         add_eos=False,
-        add_space_prefix=False,
         chat_template=None,
     )
     return dataclasses.replace(plain, **changes)

@@ -152,8 +152,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert list(tokenizer.tokens) == TOKENS
     assert tokenizer.token_types == (1,) * VOCAB
     assert tokenizer.merges == ("t 0", "t 1")
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eot_token_id) == (1, 2, 3)
-    assert tokenizer.unknown_token_id is None
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     assert tokenizer.add_bos
     assert not tokenizer.add_eos
     assert tokenizer.chat_template == "{{ messages }}"
@@ -185,12 +184,9 @@ def test_tokenizers_that_contradict_themselves(
 
 
 @pytest.mark.parametrize(
-    ("model", "pre", "add_bos", "space"),
-    [("gpt2", "smollm", False, False), ("gpt2", "llama-bpe", True, False), ("llama", "default", True, True)],
+    ("model", "pre", "add_bos"), [("gpt2", "smollm", False), ("gpt2", "llama-bpe", True), ("llama", "default", True)]
 )
-def test_what_llama_cpp_assumes_where_the_file_is_silent(
-    tmp_path: Path, model: str, pre: str, add_bos: bool, space: bool
-) -> None:
+def test_what_llama_cpp_assumes_where_the_file_is_silent(tmp_path: Path, model: str, pre: str, add_bos: bool) -> None:
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
@@ -199,8 +195,7 @@ def test_what_llama_cpp_assumes_where_the_file_is_silent(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    tokenizer = read_gguf_tokenizer(path)
-    assert (tokenizer.add_bos, tokenizer.add_space_prefix) == (add_bos, space)
+    assert read_gguf_tokenizer(path).add_bos == add_bos
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])

@@ -302,9 +302,15 @@ async def test_ticks_that_break_are_a_failure_not_a_silence() -> None:
 async def test_status_says_who_and_how_loaded() -> None:
     async with Fixture() as f:
         f.admit("a")
+        load = EngineLoad(num_blocks=8, free_blocks=8, prefix_queries_tokens_total=32, prefix_hits_tokens_total=16)
+        f.engine.status = EngineStatus(
+            load=load, step_time=StepTimeCoefficients(), steps_total=3, computed_tokens_total=20
+        )
         status = f.shell.status()
         assert (status.worker_id, status.epoch, status.role, status.num_blocks) == ("w0", 7, "decode", 8)
         assert (status.streams, status.pulls, status.integrity_ok, status.draining) == (1, 3, True, False)
+        assert (status.prefix_queries_tokens_total, status.prefix_hits_tokens_total) == (32, 16)
+        assert (status.steps_total, status.computed_tokens_total) == (3, 20)
 
 
 @scenario
