@@ -16,6 +16,8 @@ PROTOCOL_VERSION = 1
 """Raised with every incompatible change of `tandem.internal.v1` or of the KV frames; members refuse another one."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_CONCURRENT_CALLS = 4096
+"""Calls, streams included, that a member's server holds at once; more are refused with RESOURCE_EXHAUSTED."""
 CONTROL_TIMEOUT_S = 5.0
 """Deadline of a control call (reserve, submit, abort, status) between members."""
 HEARTBEAT_TIMEOUT_S = 1.0
@@ -49,6 +51,11 @@ SERVER_OPTIONS = (
 def open_channel(address: str) -> aio.Channel:
     """An asyncio channel to a member at `host:port`."""
     return aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def make_server() -> aio.Server:
+    """An asyncio server for calls between members, without a port yet."""
+    return aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
 
 
 def new_epoch() -> int:

@@ -31,7 +31,7 @@ from ..engine.scheduler import Scheduler
 from ..metrics import worker_registry
 from ..models.reference import ModelFiles, resolve_model
 from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
-from ..rpc import SERVER_OPTIONS, new_epoch
+from ..rpc import make_server, new_epoch
 from ..worker.engine_thread import EngineThread
 from ..worker.servicer import Servicer
 from ..worker.shell import WorkerFacts, WorkerShell
@@ -116,7 +116,7 @@ class WorkerRuntime:
             prefill.source, config.host, config.kv_port, block_bytes=device.kv.layout.block_bytes
         )
         kv_port = await self._kv_server.start()
-        self._server = aio.server(options=SERVER_OPTIONS)
+        self._server = make_server()
         add_WorkerServicer_to_server(Servicer(shell, prefill, decode), self._server)
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)

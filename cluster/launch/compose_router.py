@@ -20,7 +20,7 @@ from ..events import WaterfallLog
 from ..metrics import RouterMetrics
 from ..models.reference import resolve_model
 from ..proto.tandem_internal_v1_pb2_grpc import add_RegistryServicer_to_server
-from ..rpc import SERVER_OPTIONS
+from ..rpc import make_server
 from .compose import Progress
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class RouterRuntime:
 
     async def _start_registry(self) -> None:
         assert self.members is not None
-        self._registry = aio.server(options=SERVER_OPTIONS)
+        self._registry = make_server()
         add_RegistryServicer_to_server(self.members, self._registry)
         address = f"{self._config.host}:{self._config.registry_port}"
         try:

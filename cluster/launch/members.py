@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import uvloop
+
 from ..config import RouterConfig, WorkerConfig
 from .compose import Progress, WorkerRuntime
 from .compose_router import RouterRuntime
@@ -23,8 +25,8 @@ STOP_TIMEOUT_S = 30.0
 class _LoopThread:
     """An event loop in a daemon thread."""
 
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -65,9 +67,9 @@ class _Member:
 
     _runtime: WorkerRuntime | RouterRuntime
 
-    def __init__(self, name: str, progress: Progress | None) -> None:
+    def __init__(self, name: str, progress: Progress | None, loop: asyncio.AbstractEventLoop) -> None:
         self._progress = progress
-        self._host = _LoopThread(name)
+        self._host = _LoopThread(name, loop)
         self._stopped = False
         self._started = False
 
@@ -108,7 +110,7 @@ class WorkerMember(_Member):
         progress: Progress | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
-        super().__init__(f"worker-{config.worker_id}", progress)
+        super().__init__(f"worker-{config.worker_id}", progress, asyncio.new_event_loop())
         self._failure: BaseException | None = None
         self._report = on_failure
         self._runtime: WorkerRuntime = WorkerRuntime(config, self._on_failure)
@@ -147,10 +149,10 @@ class WorkerMember(_Member):
 
 
 class RouterMember(_Member):
-    """One router."""
+    """One router, on uvloop: every request's tokens pass through its loop."""
 
     def __init__(self, config: RouterConfig, progress: Progress | None = None) -> None:
-        super().__init__("router", progress)
+        super().__init__("router", progress, uvloop.new_event_loop())
         self._runtime: RouterRuntime = RouterRuntime(config)
 
     @property

@@ -68,6 +68,14 @@ def kv_layout(config: ModelConfig, dtype: str, block_size: int) -> KVLayout:
     return KVLayout(block_size=block_size, groups=(group,))
 
 
+def _check_processors(cpus: Sequence[int]) -> None:
+    if not hasattr(os, "sched_getaffinity"):
+        raise ValueError(f"cpus: {tuple(cpus)} is not allowed; allowed: nothing, this system does not pin threads")
+    allowed = sorted(os.sched_getaffinity(0))
+    if not set(cpus) <= set(allowed):
+        raise ValueError(f"cpus: {tuple(cpus)} are not all among this process's processors {allowed}")
+
+
 class CpuDevice(Device):
     """A model on processors. Owned by the engine thread; `kv` may be used by transport threads."""
 
@@ -91,9 +99,8 @@ class CpuDevice(Device):
         """
         if threads < 1:
             raise ValueError(f"threads: {threads} is not 1 or more")
-        allowed = sorted(os.sched_getaffinity(0))
-        if not set(cpus) <= set(allowed):
-            raise ValueError(f"cpus: {tuple(cpus)} are not all among this process's processors {allowed}")
+        if cpus:
+            _check_processors(cpus)
         layout = kv_layout(files.config, dtype, block_size)
         num_blocks = kv_cache_bytes // layout.block_bytes
         if num_blocks < 1:

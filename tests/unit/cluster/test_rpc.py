@@ -8,13 +8,14 @@ from typing import Any
 import grpc
 import pytest
 from grpc import aio
+from tandem.cluster import rpc
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.proto.tandem_internal_v1_pb2_grpc import (
     RegistryServicer,
     RegistryStub,
     add_RegistryServicer_to_server,
 )
-from tandem.cluster.rpc import SERVER_OPTIONS, Refusal, abort_with, new_epoch, open_channel
+from tandem.cluster.rpc import Refusal, abort_with, make_server, new_epoch, open_channel
 
 
 class Refusing(RegistryServicer):
@@ -28,7 +29,7 @@ class Echo(RegistryServicer):
 
 
 async def serve(servicer: RegistryServicer, port: int = 0) -> tuple[aio.Server, int]:
-    server = aio.server(options=SERVER_OPTIONS)
+    server = make_server()
     add_RegistryServicer_to_server(servicer, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
@@ -57,7 +58,7 @@ def test_two_servers_never_share_a_port() -> None:
     async def run() -> None:
         server, port = await serve(Echo())
         with pytest.raises(RuntimeError):
-            aio.server(options=SERVER_OPTIONS).add_insecure_port(f"127.0.0.1:{port}")
+            make_server().add_insecure_port(f"127.0.0.1:{port}")
         await server.stop(0)
 
     asyncio.run(run())
@@ -74,6 +75,32 @@ def test_a_proxy_from_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPat
         async with open_channel(f"127.0.0.1:{port}") as channel:
             reply = await RegistryStub(channel).Heartbeat(pb.WorkerStatus(worker_id="w"), timeout=20)
         assert reply.router_id == "w"
+        await server.stop(0)
+
+    asyncio.run(run())
+
+
+def test_calls_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "MAX_CONCURRENT_CALLS", 1)
+    inside, leave = asyncio.Event(), asyncio.Event()
+
+    class Slow(Echo):
+        async def Heartbeat(self, request: pb.WorkerStatus, context: Any) -> pb.HeartbeatReply:
+            inside.set()
+            await leave.wait()
+            return await super().Heartbeat(request, context)
+
+    async def run() -> None:
+        server, port = await serve(Slow())
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            stub = RegistryStub(channel)
+            first = asyncio.ensure_future(stub.Heartbeat(pb.WorkerStatus(worker_id="w"), timeout=20))
+            await inside.wait()
+            with pytest.raises(aio.AioRpcError) as error:
+                await stub.Heartbeat(pb.WorkerStatus(), timeout=20)
+            assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            leave.set()
+            assert (await first).router_id == "w"
         await server.stop(0)
 
     asyncio.run(run())

@@ -188,6 +188,13 @@ def test_bad_settings_are_named(files: ModelFiles, changes: dict[str, object], m
         make_device(files, **changes)
 
 
+def test_a_system_that_does_not_pin_serves_all_the_same(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    step(make_device(files), row("s", 0, [1, 2], [0]))
+    with pytest.raises(ValueError, match="this system does not pin threads"):
+        make_device(files, cpus=(0,))
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processor affinity here")
 def test_only_the_computing_thread_is_pinned(files: ModelFiles) -> None:
     allowed = os.sched_getaffinity(0)
