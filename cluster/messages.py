@@ -97,7 +97,6 @@ def sequence_from_proto(
         sampling=sampling_from_proto(message.sampling),
         handoff=handoff,
         arrival_s=now_s,
-        deadline_s=now_s + message.timeout_s,
         cache_salt=message.cache_salt,
     )
 

@@ -89,6 +89,9 @@ class RouterMetrics:
             "Last KV byte minus end of prefill: what a request waits for",
             TRANSFER_BUCKETS_S,
         )
+        self._decode_queue = histogram(
+            "request_decode_queue_time_seconds", "Waiting for blocks of the decode worker", REQUEST_BUCKETS_S
+        )
         self._transfer_bytes = histogram("kv_transfer_size_bytes", "KV moved by a handoff", TRANSFER_BUCKETS_BYTES)
         self._transferred = self._counter("kv_transferred_bytes", "KV moved by handoffs")
         self._handoffs = self._counter("handoffs", "Requests whose KV moved from a prefill to a decode worker")
@@ -161,6 +164,7 @@ class RouterMetrics:
             self._handoffs.inc()
             self._transfer.observe(timings.transfer_s)
             self._exposed.observe(max(timings.exposed_transfer_s, 0.0))
+            self._decode_queue.observe(timings.decode_queue_s)
             self._transfer_bytes.observe(timings.transferred_bytes)
             self._transferred.inc(timings.transferred_bytes)
         ttft_met, tpot_met = attains(timings, slo)

@@ -103,7 +103,6 @@ class SequenceSpec:
     sampling: SamplingParams
     handoff: Handoff = Handoff.NONE
     arrival_s: float = 0.0
-    deadline_s: float | None = None
     cache_salt: bytes = b""
     """Whatever changes KV beside the token ids; part of the prefix-cache key."""
 
@@ -165,6 +164,8 @@ class Timings:
     ttft_s: float = 0.0
     transfer_s: float = 0.0
     exposed_transfer_s: float = 0.0
+    decode_queue_s: float = 0.0
+    """How long the decode worker had no blocks for it; its KV waited in the prefill worker."""
     decode_s: float = 0.0
     e2e_s: float = 0.0
     prefill_worker: str = ""

@@ -196,7 +196,6 @@ class DecodeService(DecodeHandler):
         tokens.decode.exposed_transfer_s = stats.exposed_transfer_s
         tokens.decode.transferred_bytes = stats.bytes
         tokens.decode.queue_s = event.queue_s
-        tokens.decode.cached_tokens = event.cached_tokens
 
     # --- the sink's callbacks ---------------------------------------------------------------------------------------
 

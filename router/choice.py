@@ -190,6 +190,7 @@ class ChoiceRun:
             ttft_s=times.first_token_s - self._arrival_s,
             transfer_s=decode.transfer_s if split else 0.0,
             exposed_transfer_s=decode.exposed_transfer_s if split else 0.0,
+            decode_queue_s=decode.queue_s if split else 0.0,
             decode_s=now_s - times.first_token_s,
             e2e_s=now_s - self._arrival_s,
             prefill_worker=attempt.first_worker.worker_id,

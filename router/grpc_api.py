@@ -175,6 +175,7 @@ def timings_to_proto(timings: Timings) -> pb.Timings:
         ttft_s=timings.ttft_s,
         transfer_s=timings.transfer_s,
         exposed_transfer_s=timings.exposed_transfer_s,
+        decode_queue_s=timings.decode_queue_s,
         decode_s=timings.decode_s,
         e2e_s=timings.e2e_s,
         tpot_s=timings.tpot_s,

@@ -44,7 +44,6 @@ class OpenAICall:
     prompts: tuple[Prompt, ...] = ()
     messages: tuple[Mapping[str, Any], ...] = ()
     echo: bool = False
-    user: str = ""
 
 
 def _is_absent(value: Any) -> bool:
@@ -99,7 +98,6 @@ def parse_chat(body: Mapping[str, Any], limits: Limits) -> OpenAICall:
         stream=stream,
         include_usage=include_usage,
         messages=parse_messages(fields),
-        user=_user(fields),
     )
 
 
@@ -125,7 +123,6 @@ def parse_completion(body: Mapping[str, Any], limits: Limits) -> OpenAICall:
         include_usage=include_usage,
         prompts=parse_prompts(fields, limits),
         echo=echo,
-        user=_user(fields),
     )
 
 
@@ -135,11 +132,6 @@ def parse_model(fields: Fields) -> str:
     if not model:
         raise fields.refuse("model", "is missing", "the id of a served model, see /v1/models")
     return model
-
-
-def _user(fields: Fields) -> str:
-    user = fields.raw("user")
-    return user[:256] if isinstance(user, str) else ""
 
 
 def _parse_stream(fields: Fields) -> tuple[bool, bool]:

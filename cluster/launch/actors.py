@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,13 +77,11 @@ class MemberActor:
             self._state = self._state.change(phase=Phase.STOPPED, stage="stopped", healthy=False)
 
     def _start(self) -> None:
-        began_s = time.monotonic()
         try:
             addresses, epoch = self._start_member()
         except Exception as error:  # Whatever it was, the driver must hear of it: it decides whether to try again.
             self._set(phase=Phase.FAILED, stage="failed", error=_one_line(error))
             return
-        took_s = time.monotonic() - began_s
         self._set(
             phase=Phase.READY,
             stage="ready",
@@ -92,7 +89,6 @@ class MemberActor:
             addresses=addresses,
             epoch=epoch,
             healthy=True,
-            start_s=took_s,
         )
 
     def _start_member(self) -> tuple[dict[str, str], int]:

@@ -42,8 +42,6 @@ class MemberState:
     pid: int = 0
     host: str = ""
     """IP address of its node."""
-    start_s: float = 0.0
-    """How long the start took, seconds."""
 
     def change(self, **changes: Any) -> MemberState:
         """Returns the state with some fields replaced."""

@@ -214,18 +214,16 @@ class PrefillTimings(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class DecodeTimings(_message.Message):
-    __slots__ = ("queue_s", "transfer_s", "exposed_transfer_s", "transferred_bytes", "cached_tokens")
+    __slots__ = ("queue_s", "transfer_s", "exposed_transfer_s", "transferred_bytes")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     transfer_s: float
     exposed_transfer_s: float
     transferred_bytes: int
-    cached_tokens: int
-    def __init__(self, queue_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, queue_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., transferred_bytes: _Optional[int] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("request_id", "choice", "side", "attempt", "tokens", "failed")

@@ -18,6 +18,7 @@ from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig
 from tandem.cluster.engine.devices.paced_language import expected_tokens
 from tandem.cluster.models.reference import resolve_model
 from tandem.cluster.types import Role, SamplingParams
+from tandem.router.client import Answer
 
 MODEL = "dummy:tiny-llama"
 PROMPT = list(range(40, 40 + 100))
@@ -258,14 +259,17 @@ def test_kv_that_waits_in_the_prefill_worker_is_pulled_when_blocks_come_free(
     length = room_tokens // 2 - 40  # two at a time
     assert 40 < length < cluster.status("decode-0").max_model_len - 30
 
-    def ask(i: int) -> list[int]:
-        return cluster.grpc.generate(token_ids=[i + 1] * length, max_tokens=30, temperature=0).collect().token_ids
+    def ask(i: int) -> Answer:
+        return cluster.grpc.generate(token_ids=[i + 1] * length, max_tokens=30, temperature=0).collect()
 
     with ThreadPoolExecutor(6) as pool:
         futures = [pool.submit(ask, i) for i in range(6)]
         wait(lambda: cluster.status("prefill-0").leases >= 2, "KV to wait in the prefill worker")
         answers = [future.result() for future in futures]
-    assert answers == [expected([i + 1] * length, 30) for i in range(6)]
+    assert [answer.token_ids for answer in answers] == [expected([i + 1] * length, 30) for i in range(6)]
+    waits_s = sorted(answer.timings.decode_queue_s for answer in answers if answer.timings is not None)
+    assert len(waits_s) == 6
+    assert waits_s[-1] >= 29 * 0.005 > waits_s[0], "the last waited for a whole answer, and its timings say so"
     cluster.wait_clean()
 
 

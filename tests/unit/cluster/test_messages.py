@@ -95,11 +95,11 @@ def read(message: pb.Sequence, vocab_size: int = 10) -> Any:
     return sequence_from_proto(message, seq_id="q/0/p1", handoff=Handoff.OUT, now_s=100.0, vocab_size=vocab_size)
 
 
-def test_a_sequence_is_read_with_its_deadline_on_this_clock() -> None:
+def test_a_sequence_is_read_as_arriving_now_on_this_clock() -> None:
     spec = read(over_the_wire(sequence()))
     assert (spec.seq_id, spec.handoff, spec.context_tokens) == ("q/0/p1", Handoff.OUT, 3)
     assert (spec.prompt_token_ids, spec.output_token_ids, spec.cache_salt) == ((1, 2), (3,), b"s")
-    assert (spec.arrival_s, spec.deadline_s) == (100.0, 105.0)
+    assert spec.arrival_s == 100.0
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ TIMINGS = Timings(
     e2e_s=1.4,
     path="split",
     transferred_bytes=1000,
+    decode_queue_s=0.03,
     cached_tokens=16,
     output_tokens=10,
 )
@@ -44,6 +45,7 @@ def test_a_choice_is_counted_in_every_phase() -> None:
         "request_decode_time_seconds": 0.9,
         "request_prompt_tokens": 40,
         "request_generation_tokens": 10,
+        "request_decode_queue_time_seconds": 0.03,
         "kv_transfer_time_seconds": 0.05,
         "kv_transfer_exposed_seconds": 0.01,
         "kv_transfer_size_bytes": 1000,
