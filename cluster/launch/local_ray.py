@@ -30,6 +30,7 @@ _ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a worker's memory is bounded by its config, not by Ray's guess
+    "RAY_worker_niceness": "0",  # members are the data plane: nothing on the machine goes before them
 }
 
 
