@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
+from ..router.frontend import is_loopback
 from .cli_display import Display
 from .config import ClusterConfig
 from .launch.interrupts import Interrupts
@@ -85,6 +86,7 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
     )
     return "\n".join(
         [
+            *_warnings(config),
             "ready",
             f"  HTTP     {base}   (metrics: {base}/metrics)",
             f"  gRPC     {endpoints.grpc}",
@@ -98,6 +100,15 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
             "Ctrl-C drains and stops.",
         ]
     )
+
+
+def _warnings(config: ClusterConfig) -> list[str]:
+    """What a user should know before others can reach the cluster."""
+    open_hosts = {host for host in (config.router.host, config.worker.host) if not is_loopback(host)}
+    return [
+        f"warning: members trust whoever reaches their ports on {host}; keep that network to the cluster"
+        for host in sorted(open_hosts)
+    ]
 
 
 def _quote(code: str) -> str:

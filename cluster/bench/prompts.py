@@ -27,4 +27,18 @@ PROMPTS: tuple[str, ...] = (
         "Continue the story for a paragraph: The lighthouse had been dark for eleven years when, on the first night of "
         "November, Marta saw its beam sweep over the harbor and stop at her window."
     ),
+    "What are the seasons in Australia, and in which months do they fall?",
+    (
+        "A train leaves Lyon at 14:10 and arrives in Paris, 465 km away, at 16:07. What is its average speed in "
+        "kilometers per hour, to the nearest whole number?"
+    ),
+    'Complete the function:\n\ndef is_palindrome(text: str) -> bool:\n    """Ignore case, spaces and punctuation."""\n',
+    "Give me three names for a small bookshop by the sea, each with a one-line slogan.",
+    "How does a vaccine teach the body to recognize a virus? Use an everyday comparison.",
+    "Turn this into a numbered list: mix flour and salt, add water slowly, knead ten minutes, rest one hour, bake.",
+    (
+        "Which of these numbers are prime, and why are the others not?\n\n"
+        "21, 23, 27, 29, 31, 33, 37, 39, 41, 49, 51, 53, 57, 59, 61"
+    ),
+    "My laptop does not find the wireless network any more, but my phone does. What should I try, in which order?",
 )

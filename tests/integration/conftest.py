@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tandem.cluster.bench.prompts import PROMPTS
 from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig, to_dict
 from tandem.cluster.launch.members import RouterMember, WorkerMember
 from tandem.cluster.models.reference import ModelFiles
@@ -210,18 +211,10 @@ def paced() -> Callable[..., EngineConfig]:
 
 
 @pytest.fixture
-def real_prompts(shared_data: Path) -> list[str]:
-    """Forty real prompts of three kinds: code, conversation, arithmetic."""
-    import gzip
-
-    prompts: list[str] = []
-    fields = {"humaneval": "prompt", "mt_bench_question": "turns", "gsm8k_test": "question"}
-    for name, field in fields.items():
-        with gzip.open(shared_data / "prompts" / f"{name}.jsonl.gz", "rt") as lines:
-            for _, line in zip(range(14), lines, strict=False):
-                value = json.loads(line)[field]
-                prompts.append(value if isinstance(value, str) else value[0])
-    return prompts[:40]
+def real_prompts() -> list[str]:
+    """Twenty real prompts: prose, code, numbers, short and long."""
+    assert len(PROMPTS) >= 20
+    return list(PROMPTS[:20])
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_the_split_the_mixed_worker_and_transformers_agree(
     served: Served, smollm2: ModelFiles, oracle: Any, real_prompts: list[str]
 ) -> None:
     tokenizer = load_tokenizer(smollm2)
-    prompts = [tokenizer.encode(prompt, add_special=True)[:120] for prompt in real_prompts[::4]]
+    prompts = [tokenizer.encode(prompt, add_special=True)[:120] for prompt in real_prompts[::2]]
 
     def ask(address: str) -> list[list[int]]:
         with TandemClient(address) as client, ThreadPoolExecutor(len(prompts)) as pool:

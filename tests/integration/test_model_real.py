@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tandem.cluster.bench.prompts import PROMPTS
 from tandem.cluster.engine.devices.cpu import TensorKVStore, kv_layout
 from tandem.cluster.engine.model import Model
 from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
@@ -29,18 +30,12 @@ TIE = 2 * TOLERANCE
 """Two logits nearer than this (relative to the largest) may change places by rounding."""
 BFLOAT16_TOLERANCE = 0.03
 """Of teacher-forced logits with 16-bit weights and bfloat16 KV, relative to the largest of the row."""
-FALLBACK = (
-    "Explain why the sky is blue.",
-    "Write a haiku about the sea.",
-    "What is the capital of France?",
-    "def fibonacci(n):",
-)
 
 
 def texts(data: Path) -> list[str]:
-    """Real prompts, the three sources in turn; a few of ours where the data is not beside the repository."""
+    """Real prompts, the three sources in turn; those of the package where the data is not beside the repository."""
     if not data.is_dir():
-        return [f"{text} (variant {i})" for i in range(-(-COUNT // len(FALLBACK))) for text in FALLBACK]
+        return list(PROMPTS)
 
     def read(name: str) -> list[dict[str, Any]]:
         with gzip.open(data / name, "rt", encoding="utf-8") as lines:
