@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from .bench.no_answer import no_answer
 from .bench.run import served_model
 
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -91,8 +92,10 @@ def stream_chat(options: ChatOptions, model: str, messages: list[dict[str, str]]
             body[name] = value
     headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
     url = options.url.rstrip("/") + "/v1/chat/completions"
+    answered = False
     try:
         with httpx.stream("POST", url, json=body, headers=headers, timeout=_TIMEOUT, trust_env=False) as answer:
+            answered = True
             if answer.status_code != 200:
                 raise OSError(_error(answer.status_code, answer.read()))
             for line in answer.iter_lines():
@@ -100,7 +103,8 @@ def stream_chat(options: ChatOptions, model: str, messages: list[dict[str, str]]
                 if data and data != "[DONE]" and line.startswith("data:"):
                     yield _piece(json.loads(data))
     except httpx.HTTPError as error:
-        raise OSError(f"{url}: {error or type(error).__name__}") from None
+        broken = f"{url}: the answer broke off ({error or type(error).__name__})"
+        raise OSError(broken if answered else no_answer(url, error)) from None
 
 
 def _piece(message: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+from pathlib import PurePath
 
 from ..router.frontend import is_loopback
 from .cli_display import Display
@@ -13,6 +15,7 @@ from .launch.ray_cluster import Interrupted, RayCluster
 from .launch.state import Endpoints
 
 _QUESTION = "Why is the sky blue?"
+_LOOK_S = 0.5
 
 
 def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
@@ -37,7 +40,12 @@ def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
             return 130
         ready = True
         display.line(welcome(config, endpoints))
-        interrupts.first.wait()
+        while not interrupts.first.wait(_LOOK_S) and not cluster.ray_died:
+            pass
+        if cluster.ray_died:
+            cluster.stop(at_once=True)
+            display.line("the local Ray died, and the cluster with it; nothing of it is left running")
+            return 1
         if not cluster.drain():
             display.line("not everything finished in time")
         cluster.stop(at_once=interrupts.second.is_set())
@@ -84,6 +92,7 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
         f"print(OpenAI(base_url={base + '/v1'!r}, api_key={openai_key}).chat.completions.create(model={model!r}, "
         f"messages=[{{'role': 'user', 'content': {_QUESTION!r}}}]).choices[0].message.content)"
     )
+    python = shlex.quote(sys.executable)
     return "\n".join(
         [
             *_warnings(config),
@@ -93,13 +102,20 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
             "",
             f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json'{bearer} -d {shlex.quote(chat)}",
             f"  grpcurl -plaintext{bearer} -d {shlex.quote(generate)} {endpoints.grpc} tandem.v1.Tandem/Generate",
-            f"  python -c {_quote(grpc_line)}",
-            f"  python -c {_quote(openai_line)}",
-            f"  tandem chat --url {base}",
+            f"  {python} -c {_quote(grpc_line)}",
+            f"  {python} -c {_quote(openai_line)}",
+            f"  {tandem_command()} chat --url {base}",
             "",
             "Ctrl-C drains and stops.",
         ]
     )
+
+
+def tandem_command() -> str:
+    """`tandem` as it was started, quoted for a shell: it need not be on the PATH."""
+    if PurePath(sys.argv[0]).name == "tandem":
+        return shlex.quote(sys.argv[0])
+    return f"{shlex.quote(sys.executable)} -m tandem.cluster.cli"
 
 
 def _warnings(config: ClusterConfig) -> list[str]:

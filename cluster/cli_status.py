@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
+
+from .bench.no_answer import no_answer
 
 _COLUMNS = ("worker", "role", "state", "device", "epoch", "KV use", "running", "waiting", "held", "leases")
 _TIMEOUT_S = 10.0
@@ -29,16 +32,23 @@ def fetch(url: str) -> dict[str, Any]:
     address = url.rstrip("/") + "/ready"
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as reply:
-            answer = json.load(reply)
+            answer = _json(reply)
     except urllib.error.HTTPError as error:
         if error.code != 503:
             raise OSError(f"{address}: HTTP {error.code}") from None
-        answer = json.load(error)
-    except urllib.error.URLError as error:
-        raise OSError(f"no router answers at {address} ({error.reason})") from None
+        answer = _json(error)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(no_answer(address, error)) from None
     if not isinstance(answer, dict) or "ready" not in answer:
         raise OSError(f"{address} is not a Tandem router")
     return answer
+
+
+def _json(reply: IO[bytes]) -> Any:
+    try:
+        return json.load(reply)
+    except ValueError:
+        return None
 
 
 def render(url: str, answer: Mapping[str, Any]) -> str:

@@ -19,9 +19,9 @@ import grpc
 
 from ..cluster.proto import tandem_v1_pb2 as pb
 from ..cluster.proto import tandem_v1_pb2_grpc as pb_grpc
+from .client_request import build_request
 
 DEFAULT_TIMEOUT_S = 600.0
-SAMPLING_FIELDS: tuple[str, ...] = tuple(pb.SamplingOptions.DESCRIPTOR.fields_by_name)
 
 
 class TandemError(Exception):
@@ -154,25 +154,14 @@ class TandemClient:
         `timeout_s` is the deadline of the whole answer. Raises ValueError for arguments that cannot be sent; what the
         router refuses comes as TandemError while iterating.
         """
-        if sum(prompt is not None for prompt in (text, messages, token_ids)) != 1:
-            raise ValueError("prompt: give exactly one of text, messages, token_ids")
-        unknown = sorted(sampling.keys() - set(SAMPLING_FIELDS))
-        if unknown:
-            raise ValueError(f"{unknown[0]}: no such sampling option; allowed: {', '.join(SAMPLING_FIELDS)}")
-        options = {name: value for name, value in sampling.items() if value is not None}
-        if isinstance(options.get("stop"), str):
-            options["stop"] = [options["stop"]]
-        try:
-            request = pb.GenerateRequest(
-                model=model,
-                request_id=request_id,
-                text=text,
-                chat=None if messages is None else pb.ChatPrompt(messages=[pb.ChatMessage(**m) for m in messages]),
-                tokens=None if token_ids is None else pb.TokenPrompt(token_ids=token_ids),
-                sampling=pb.SamplingOptions(**options),
-            )
-        except TypeError as error:
-            raise ValueError(f"request: {error}") from None
+        request = build_request(
+            text=text,
+            messages=messages,
+            token_ids=token_ids,
+            model=model,
+            request_id=request_id,
+            sampling=sampling,
+        )
         return Generation(self._stub.Generate(request, timeout=timeout_s or self._timeout_s, metadata=self._metadata))
 
     def models(self) -> list[pb.Model]:

@@ -167,6 +167,9 @@ class _PlainEndpoints:
         fields = Fields(await exchange.read_json())
         card = self._door.card(fields.string("model"))
         prompt = fields.string("prompt")
+        if (prompt is None) == (fields.raw("messages") is None):
+            problem = "neither it nor messages is given" if prompt is None else "given together with messages"
+            raise fields.refuse("prompt", problem, "exactly one of prompt (a string) or messages (a list)")
         if prompt is None:
             ids = await self._door.encode_chat(
                 parse_messages(fields),

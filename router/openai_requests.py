@@ -65,7 +65,7 @@ _NOT_BUILT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modalities": (lambda value: value in (None, [], ["text"]), '["text"]'),
     "truncate_prompt_tokens": (lambda value: value is None, "null"),
     "prompt_logprobs": (lambda value: value is None, "null"),
-    **dict.fromkeys(_UNSUPPORTED, (_is_absent, "nothing: it is not supported")),
+    **dict.fromkeys(_UNSUPPORTED, (_is_absent, "leaving it out")),
 }
 """Fields whose silent loss would change an answer: when a value is harmless, and what is allowed."""
 

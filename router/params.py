@@ -242,6 +242,10 @@ def parse_top_logprobs(fields: Fields, name: str) -> int | None:
 def parse_stop(fields: Fields, max_stop: int) -> tuple[str, ...]:
     """Stop strings: one string or a list, without repetitions."""
     value = fields.raw("stop")
+    if not isinstance(value, str | Sequence | None):
+        raise fields.refuse(
+            "stop", f"{show(value)} is neither a string nor a list", "a string or a list of stop strings"
+        )
     items = [value] if isinstance(value, str) else fields.sequence("stop", "stop strings", max_stop)
     allowed = f"a string, or a list of at most {max_stop} strings, each of 1 to {MAX_STOP_CHARS} characters"
     for item in items:

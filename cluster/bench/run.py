@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import http.client
 import json
 import math
 import urllib.error
@@ -15,6 +16,7 @@ from typing import Any
 from .arrivals import arrival_times
 from .client import CHAT, COMPLETIONS, Target, run_load, send
 from .datasets import BenchRequest, prompt_requests, random_requests, vocabulary_of
+from .no_answer import no_answer
 from .report import RequestRecord, Summary, result_json, summarize
 
 DATASETS = ("prompts", "random")
@@ -133,8 +135,10 @@ def ask(base_url: str, path: str, body: Mapping[str, Any] | None = None, api_key
             return json.load(answer)
     except urllib.error.HTTPError as error:
         raise ServerUnusable(f"{url}: HTTP {error.code}") from None
-    except (OSError, ValueError) as error:
-        raise ServerUnusable(f"{url}: {getattr(error, 'reason', error)}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerUnusable(no_answer(url, error)) from None
+    except ValueError as error:
+        raise ServerUnusable(f"{url}: {error}") from None
 
 
 def _requests(options: BenchOptions, model: str) -> tuple[BenchRequest, ...]:

@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+import socketserver
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from tandem.cluster import cli, cli_serve, cli_status
 from tandem.cluster.cli_display import Display
 from tandem.cluster.config import build_config
 from tandem.cluster.launch.state import Endpoints
+
+REFUSED = "no router answers at http://127.0.0.1:1/{} (Connection refused)"
 
 
 @pytest.mark.parametrize(
@@ -29,14 +32,19 @@ from tandem.cluster.launch.state import Endpoints
         (["serve", "--config", "/nonexistent.yaml"], 2, "config: '/nonexistent.yaml'"),
         (["chat", "--url", "localhost:8000", "--prompt", "x"], 2, "url: 'localhost:8000'"),
         (["chat", "--max-tokens", "0", "--prompt", "x"], 2, "--max-tokens"),
-        (["chat", "--url", "http://127.0.0.1:1", "--prompt", "x"], 1, "http://127.0.0.1:1/v1/models"),
+        (["chat", "--url", "http://127.0.0.1:1", "--prompt", "x"], 1, REFUSED.format("v1/models")),
+        (
+            ["chat", "--url", "http://127.0.0.1:1", "--model", "m", "--prompt", "x"],
+            1,
+            REFUSED.format("v1/chat/completions"),
+        ),
         (["status", "--url", "nowhere"], 2, "url: 'nowhere'"),
-        (["status", "--url", "http://127.0.0.1:1"], 1, "no router answers at http://127.0.0.1:1/ready"),
+        (["status", "--url", "http://127.0.0.1:1"], 1, REFUSED.format("ready")),
         (["bench", "serve", "--goodput", "ttft"], 2, "goodput: 'ttft'"),
         (["bench", "serve", "--goodput", "ttft:1", "itl:3"], 2, "goodput: 'itl:3'"),
         (["bench", "serve", "--dataset-name", "sonnet"], 2, "dataset_name: 'sonnet'"),
         (["bench", "serve", "--metric-percentiles", "p99"], 2, "metric_percentiles: 'p99'"),
-        (["bench", "serve", "--base-url", "http://127.0.0.1:1"], 1, "http://127.0.0.1:1/v1/models"),
+        (["bench", "serve", "--base-url", "http://127.0.0.1:1"], 1, REFUSED.format("v1/models")),
         (
             ["bench", "serve", "--base-url", "http://127.0.0.1:1", "--model", "m", "--request-rate", "0"],
             2,
@@ -88,7 +96,10 @@ def test_goodput_takes_several_values_as_vllm_has_it() -> None:
     assert cli._join_goodput(argv) == ["bench", "serve", "--goodput", "ttft:200", "--goodput", "tpot:50", "--seed", "1"]
 
 
-def test_welcome_lines_can_be_copied() -> None:
+def test_welcome_lines_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    python, command = "/a venv/bin/python", "/a venv/bin/tandem"
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(sys, "argv", [command, "serve"])
     config = build_config(None, {"model": "m", "router.api_key": "k"})
     endpoints = Endpoints(http="127.0.0.1:1", grpc="127.0.0.1:2", registry="127.0.0.1:3")
     lines = [line.strip() for line in cli_serve.welcome(config, endpoints).splitlines()]
@@ -99,8 +110,12 @@ def test_welcome_lines_can_be_copied() -> None:
     grpcurl = by_start["grpcurl-p"]
     assert grpcurl[-1] == "tandem.v1.Tandem/Generate"
     assert json.loads(grpcurl[grpcurl.index("-d") + 1])["chat"]["messages"][0]["role"] == "user"
-    pythons = [shlex.split(line)[2] for line in lines if line.startswith("python -c")]
+    words = [shlex.split(line) for line in lines if line.startswith("'/a venv")]
+    assert words[-1] == [command, "chat", "--url", "http://127.0.0.1:1"]
+    pythons = [line[2] for line in words if line[:2] == [python, "-c"]]
     assert len(pythons) == 2
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/cluster/cli.py", "serve"])
+    assert cli_serve.tandem_command() == "'/a venv/bin/python' -m tandem.cluster.cli"
     for code in pythons:
         compile(code, "line", "exec")
         assert "TANDEM_API_KEY" in code
@@ -241,6 +256,27 @@ def test_logs_have_no_control_characters() -> None:
         "model: ready",
         "done",
     ]
+
+
+class _Binary(socketserver.BaseRequestHandler):
+    """What a gRPC port says to HTTP/1: an HTTP/2 SETTINGS frame."""
+
+    def handle(self) -> None:
+        self.request.recv(65536)
+        self.request.sendall(b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x04\x00\x3f\xff\xff\r\n\r\n")
+
+
+@pytest.mark.parametrize("argv", [["status"], ["chat", "--prompt", "x"], ["chat", "--prompt", "x", "--model", "m"]])
+def test_a_port_that_speaks_no_http_is_named(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), _Binary) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert cli.run([*argv, "--url", url]) == 1
+        thread.join()
+    error = capsys.readouterr().err
+    assert error.startswith(f"tandem: no router answers at {url}/")
+    assert error.endswith("(what listens there does not speak HTTP; is it the gRPC port?)\n")
 
 
 def test_unexpected_errors_are_one_line_too(

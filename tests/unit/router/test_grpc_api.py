@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -257,13 +258,47 @@ def test_client(client: TandemClient, front: Any) -> None:
         client.generate("Hi", n=2).collect()
 
 
+CANNOT_BE_SENT: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "x"}, "prompt: no such argument (did you mean text?); allowed: text, messages, "),
+    ({"text": "x", "logprobs": 3}, "logprobs: no such argument (did you mean top_logprobs?); allowed: top_logprobs, "),
+    ({"text": "x", "temperatur": 1}, "temperatur: no such argument (did you mean temperature?); allowed: temperature"),
+    ({"text": "x", "zzz": 1}, "zzz: no such argument; allowed: text, messages"),
+    ({"text": "x", "max_tokens": -1}, "max_tokens: -1 is out of range; allowed: an integer from 1 to 2147483647"),
+    ({"text": "x", "max_tokens": 1.5}, "max_tokens: 1.5 is not an integer"),
+    ({"text": "x", "logit_bias": {-5: 3}}, "logit_bias: -5 is not a token id"),
+    ({"text": "x", "logit_bias": [5]}, "logit_bias: [5] is not an object"),
+    ({"text": "x", "temperature": "x"}, "temperature: 'x' is not a number; allowed: a number from 0 to 2"),
+    ({"text": "x", "seed": 2**64}, "seed: 18446744073709551616 is out of range"),
+    ({"text": "x", "stop": 5}, "stop: 5 is neither a string nor a list; allowed: a string or a list of stop strings"),
+    ({"text": "x", "stop": ["a", "\ud800"]}, "stop: has U+D800 at character 0"),
+    ({"text": "x", "ignore_eos": "yes"}, "ignore_eos: 'yes' is not a boolean"),
+    ({"text": "a\ud800"}, "text: has U+D800 at character 1, a lone surrogate; allowed: Unicode text"),
+    ({"text": 5}, "text: 5 is not a string"),
+    ({"text": "x", "model": 5}, "model: 5 is not a string"),
+    ({"token_ids": [1, -1]}, "token_ids: -1 is not a token id"),
+    ({"token_ids": 5}, "token_ids: 5 is not a list"),
+    ({"messages": "Hi"}, "messages: 'Hi' is not a list"),
+    ({"messages": ["Hi"]}, "messages[0]: 'Hi' is no message"),
+    ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content: [5] is not a string"),
+    ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name: no such key; allowed: role"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CANNOT_BE_SENT, ids=range(len(CANNOT_BE_SENT)))
+def test_what_cannot_be_sent_is_named(arguments: dict[str, Any], message: str) -> None:
+    with TandemClient("127.0.0.1:1") as client, pytest.raises(ValueError, match=re.escape(message)) as refused:
+        client.generate(**arguments)
+    assert str(refused.value).startswith(message)
+
+
+def test_client_takes_the_seeds_that_http_takes(client: TandemClient, front: Any) -> None:
+    assert client.generate("Hi", seed=-1).collect().text == TEXT
+    assert front.service.requests[0].sampling.seed == 2**64 - 1
+
+
 def test_client_errors(client: TandemClient, front: Any) -> None:
     with pytest.raises(ValueError, match="exactly one"):
         client.generate("a", token_ids=[1])
-    with pytest.raises(ValueError, match="temperatur: no such sampling option"):
-        client.generate("a", temperatur=1)
-    with pytest.raises(ValueError, match="request"):
-        client.generate("a", temperature="hot")
     with pytest.raises(TandemError, match=r"INVALID_ARGUMENT: sampling\.top_p: 0"):
         client.generate("a", top_p=0.0).collect()
     front.service.error = Overloaded("full", retry_after_s=0.25)
