@@ -7,6 +7,7 @@ shadow other packages, so Ray is started from its own temporary folder. That fol
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -16,12 +17,15 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 NAMESPACE = "tandem"
 _BASE = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
 _PREFIX = "tandem-"
+
+_DAEMONS = ("gcs_server", "raylet")
+_PENDING_POLL_S = 0.02
 
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES alone; silences a warning
@@ -42,6 +46,12 @@ class LocalRay:
         self._object_store_bytes = object_store_bytes
         self._verbose = verbose
         self._folder: Path | None = None
+        self._daemons: list[int] = []
+
+    @property
+    def died(self) -> bool:
+        """Whether a daemon without which every call to Ray waits is gone; False where there is no /proc to tell."""
+        return not all(_child_lives(pid) for pid in self._daemons)
 
     def start(self) -> None:
         """Blocks until Ray is up: some seconds. Raises RuntimeError and OSError as Ray does; then nothing is left."""
@@ -51,7 +61,7 @@ class LocalRay:
         _sweep()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_BASE))
         try:
-            with _own_signals(), _inside(self._folder):
+            with _unreached_by_group_signals(), _own_signals(), _inside(self._folder):
                 ray.init(
                     address="local",
                     num_cpus=self._num_cpus,
@@ -63,19 +73,35 @@ class LocalRay:
                     _temp_dir=str(self._folder),
                     _node_ip_address="127.0.0.1",
                 )
+            self._daemons = [pid for pid in _inside_of(self._folder) if _name(pid) in _DAEMONS and _child_lives(pid)]
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """Idempotent; blocks until Ray's processes are gone."""
+        """Idempotent; blocks until Ray's processes are gone. Asks nothing of a Ray that died: that takes a minute."""
         import ray
 
         with _own_signals():
-            ray.shutdown()
+            if self.died:
+                atexit.register(_exit_now)
+            else:
+                with _ended_when_told(self._daemon_pids()):
+                    ray.shutdown()
+        self._daemons = []
         if self._folder is not None:
+            for pid in _inside_of(self._folder):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _daemon_pids(self) -> list[int]:
+        if self._folder is None:
+            return []
+        children = [pid for pid in _inside_of(self._folder) if _child_lives(pid)]
+        # Where the group's SIGTERM is pending already, Ray's own cannot be told from it: those take their second.
+        return [pid for pid in children if not _is_pending(pid, signal.SIGTERM)]
 
 
 def join_ray(address: str, *, verbose: bool = False) -> None:
@@ -123,6 +149,67 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _exit_now() -> None:
+    # Ray's client was left as it is, and the interpreter would wait for it, or crash in it, while it winds up.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _inside_of(folder: Path) -> list[int]:
+    """Processes whose working directory is within the folder: all that a Ray started from it has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if entry.joinpath("cwd").readlink().is_relative_to(folder) and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def _child_lives(pid: int) -> bool:
+    """Whether that child of this process runs: not gone, no zombie, and not another process under its number."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return False
+    return state not in "ZX" and int(parent) == os.getpid()
+
+
+@contextlib.contextmanager
+def _ended_when_told(pids: Sequence[int]) -> Iterator[None]:
+    """Ends each process as soon as Ray has sent it the SIGTERM it blocks; Ray would wait a second for each."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_PENDING_POLL_S):
+            for pid in pids:
+                if _child_lives(pid) and _is_pending(pid, signal.SIGTERM):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, name="ray-ender", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _is_pending(pid: int, number: int) -> bool:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("ShdPnd:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
     before = os.getcwd()
@@ -145,3 +232,17 @@ def _own_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def _unreached_by_group_signals() -> Iterator[None]:
+    """Processes started inside, and theirs, never get SIGTERM and SIGHUP: they inherit the mask that blocks them.
+
+    `timeout`, systemd and a closing terminal signal every process of the group. Ray's daemons and the members must
+    outlive that, or nothing is left to drain with: the driver alone decides. They end by SIGKILL, as when it dies.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

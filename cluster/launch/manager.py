@@ -50,11 +50,11 @@ class Manager:
         """Starts watching."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends watching and returns when the thread no longer uses the handles. Idempotent."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Ends watching and returns when the thread no longer uses the handles, or after `timeout_s`. Idempotent."""
         self._ended.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def views(self) -> tuple[MemberView, ...]:
         """The members as last heard of."""

@@ -27,6 +27,9 @@ Progress = Callable[[str, str, float | None], None]
 
 _POLL_S = 0.2
 _STOP_S = 10.0
+_GONE_S = 5.0
+_LAST_WORDS_S = 2.0
+"""What the router gets, also when everything stops at once, to end its clients' requests with an error."""
 _WILDCARDS = ("0.0.0.0", "::")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -53,7 +56,7 @@ class RayCluster:
     ) -> None:
         self._config = config
         self._progress: Progress = lambda member, stage, share: None
-        self._report = report or (lambda line: None)
+        self._line = report or (lambda line: None)
         self._interrupted = interrupted or threading.Event()
         self._hurry = hurry or threading.Event()
         self._verbose = verbose
@@ -76,6 +79,11 @@ class RayCluster:
         if self._endpoints is None:
             raise LaunchError("the cluster has not been started")
         return self._endpoints
+
+    @property
+    def ray_died(self) -> bool:
+        """Whether the local Ray is gone, and with it the cluster; `drain` and `stop` know, and ask nothing of it."""
+        return self._local is not None and self._local.died
 
     def members(self) -> tuple[MemberView, ...]:
         """The members as last heard of; empty before `start` and after `stop`."""
@@ -105,6 +113,8 @@ class RayCluster:
         self._end_watch()
         done = True
         for group in (self._handles[:1], self._handles[1:]):
+            if self.ray_died:
+                return False
             left_s = max(1.0, deadline_s - time.monotonic())
             done = self._wait_for([handle.begin("drain", left_s) for handle in group], left_s + 2.0) and done
         return done and time.monotonic() <= deadline_s + 2.0
@@ -113,15 +123,24 @@ class RayCluster:
         """Ends everything; idempotent. `at_once` kills members instead of asking them to stop."""
         self._end_watch()
         pids = [handle.state.pid for handle in self._handles if handle.state.pid]
-        if self._handles and not at_once and not self._hurry.is_set():
-            self._wait_for([handle.begin("stop", _STOP_S) for handle in self._handles], _STOP_S)
-        for handle in self._handles:
-            handle.kill()
+        died = self.ray_died
+        if not died:
+            self._end_members(at_once=at_once or self._hurry.is_set())
         self._handles = []
         self._endpoints = None
         self._leave_ray()
         if self._config.address is None:
-            wait_gone(pids)
+            wait_gone(pids, 0.0 if died else _GONE_S)
+
+    def _end_members(self, *, at_once: bool) -> None:
+        if at_once:
+            router = [handle for handle in self._handles[:1] if handle.state.phase in (Phase.READY, Phase.DRAINING)]
+            self._wait_for([handle.begin("stop", 0.0) for handle in router], _LAST_WORDS_S, heed_hurry=False)
+        else:
+            self._wait_for([handle.begin("stop", _STOP_S) for handle in self._handles], _STOP_S)
+        for handle in self._handles:
+            if not self.ray_died:
+                handle.kill()
 
     def _prepare(self) -> ClusterConfig:
         if importlib.util.find_spec("ray") is None:
@@ -242,22 +261,28 @@ class RayCluster:
                 raise LaunchError(f"not ready within {config.start_timeout_s:g} s: {late}")
             time.sleep(_POLL_S)
 
-    def _wait_for(self, references: list[Any], timeout_s: float) -> bool:
+    def _report(self, line: str) -> None:
+        if not self.ray_died:  # then members are not what is to be reported
+            self._line(line)
+
+    def _wait_for(self, references: list[Any], timeout_s: float, *, heed_hurry: bool = True) -> bool:
         from .handles import finished
 
         deadline_s = time.monotonic() + timeout_s
         while not finished(references, _POLL_S):
-            if self._hurry.is_set() or time.monotonic() > deadline_s:
+            if (heed_hurry and self._hurry.is_set()) or self.ray_died or time.monotonic() > deadline_s:
                 return False
         return True
 
     def _give_up_if_interrupted(self) -> None:
         if self._interrupted.is_set():
             raise Interrupted("interrupted while starting")
+        if self.ray_died:
+            raise LaunchError("the local Ray died while the cluster started; --verbose shows its output")
 
     def _end_watch(self) -> None:
         if self._manager is not None:
-            self._manager.stop()
+            self._manager.stop(0.0 if self.ray_died else None)
             self._manager = None
 
     def _leave_ray(self) -> None:
@@ -265,10 +290,10 @@ class RayCluster:
             return
         import ray
 
-        if self._group is not None:
+        if self._group is not None and not self.ray_died:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.util.remove_placement_group(self._group)
-            self._group = None
+        self._group = None
         if self._local is not None:
             self._local.stop()
             self._local = None

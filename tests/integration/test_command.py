@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import pytest
 from tandem.router.client import TandemClient
 
 MODEL = "dummy:tiny-llama"
@@ -20,50 +25,108 @@ def tandem(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tandem.cluster.cli", *arguments]
 
 
-def test_serve_from_a_file_answers_and_ctrl_c_drains(tmp_path: Path) -> None:
-    config = tmp_path / "cluster.yaml"
+@dataclass(frozen=True)
+class Served:
+    """A `tandem serve` that is ready, in a process group of its own."""
+
+    process: subprocess.Popen[str]
+    http: str
+    grpc: str
+    events: Path
+
+    def rest(self) -> str:
+        """What it says from now until it ends."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    config, events = tmp_path / "cluster.yaml", tmp_path / "waterfalls.jsonl"
     config.write_text(
         f"model: {MODEL}\n"
         "engine: {device: paced, kv_cache_bytes: 1MiB, paced_step_s: 0.01}\n"
-        f"router: {{http_port: 0, grpc_port: 0, registry_port: 0, events_path: {tmp_path / 'waterfalls.jsonl'}}}\n"
+        f"router: {{http_port: 0, grpc_port: 0, registry_port: 0, events_path: {events}}}\n"
     )
-    served = subprocess.Popen(
+    process = subprocess.Popen(
         tandem("serve", "--config", str(config)), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    watchdog = threading.Timer(TIMEOUT_S, served.kill)
+    watchdog = threading.Timer(TIMEOUT_S, process.kill)
     watchdog.start()
     try:
-        assert served.stdout is not None
+        assert process.stdout is not None
         said: list[str] = []
-        for line in served.stdout:
+        for line in process.stdout:
             said.append(line)
             if "Ctrl-C drains" in line:
                 break
         text = "".join(said)
-        http, grpc = re.search(r"HTTP +(\S+)", text), re.search(r"gRPC +(\S+)", text)
+        http, grpc = re.search(r"HTTP +http://(\S+)", text), re.search(r"gRPC +(\S+)", text)
         assert http is not None, text
         assert grpc is not None, text
-        status = subprocess.run(tandem("status", "--url", http[1]), capture_output=True, text=True, timeout=TIMEOUT_S)
-        assert status.returncode == 0, status.stderr
-        assert "prefill-0" in status.stdout
-        with TandemClient(grpc[1], timeout_s=TIMEOUT_S) as client:
-            deltas = iter(client.generate("one two three", max_tokens=100, ignore_eos=True))
-            tokens = len(next(deltas).token_ids)
-            os.kill(served.pid, signal.SIGINT)
-            tokens += sum(len(delta.token_ids) for delta in deltas)
-        assert tokens == 100, "what runs is finished"
-        rest = served.stdout.read()
-        assert served.wait(TIMEOUT_S) == 0, rest
-        assert "draining" in rest
-        assert rest.rstrip().endswith("stopped")
-        [line] = (tmp_path / "waterfalls.jsonl").read_text().splitlines()
-        assert '"path":"split"' in line
+        yield Served(process, http[1], grpc[1], events)
     finally:
         watchdog.cancel()
-        served.kill()
-        served.wait()
-        if served.stdout is not None:
-            served.stdout.close()
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def test_serve_from_a_file_answers_and_ctrl_c_drains(served: Served) -> None:
+    status = subprocess.run(tandem("status", "--url", served.http), capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert status.returncode == 0, status.stderr
+    assert "prefill-0" in status.stdout
+    with TandemClient(served.grpc, timeout_s=TIMEOUT_S) as client:
+        deltas = iter(client.generate("one two three", max_tokens=100, ignore_eos=True))
+        tokens = len(next(deltas).token_ids)
+        os.kill(served.process.pid, signal.SIGINT)
+        tokens += sum(len(delta.token_ids) for delta in deltas)
+    assert tokens == 100, "what runs is finished"
+    rest = served.rest()
+    assert served.process.wait(TIMEOUT_S) == 0, rest
+    assert "draining" in rest
+    assert rest.rstrip().endswith("stopped")
+    [line] = served.events.read_text().splitlines()
+    assert '"path":"split"' in line
+
+
+def test_a_signal_to_the_whole_process_group_drains_too(served: Served) -> None:
+    """`timeout` and systemd signal the group: what the command has started must not die before it."""
+    with TandemClient(served.grpc, timeout_s=TIMEOUT_S) as client:
+        deltas = iter(client.generate("one two three", max_tokens=100, ignore_eos=True))
+        tokens = len(next(deltas).token_ids)
+        os.killpg(served.process.pid, signal.SIGTERM)
+        tokens += sum(len(delta.token_ids) for delta in deltas)
+    assert tokens == 100, "what runs is finished"
+    rest = served.rest()
+    assert served.process.wait(TIMEOUT_S) == 0, rest
+    assert rest.rstrip().endswith("stopped")
+
+
+def test_ctrl_c_twice_ends_a_stream_with_an_error(served: Served) -> None:
+    body = {"model": MODEL, "prompt": "one two three", "max_tokens": 480, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"http://{served.http}/v1/completions", json=body, timeout=TIMEOUT_S) as response:
+        assert response.status_code == 200, response.read()
+        events = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        assert "choices" in json.loads(next(events))
+        os.kill(served.process.pid, signal.SIGINT)
+        assert "choices" in json.loads(next(events))
+        os.kill(served.process.pid, signal.SIGINT)
+        last = list(events)[-1]
+    assert "shutting down" in json.loads(last)["error"]["message"]
+    rest = served.rest()
+    assert served.process.wait(TIMEOUT_S) == 0, rest
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
+def test_when_the_local_ray_dies_the_command_says_so_and_ends(served: Served) -> None:
+    [gcs] = subprocess.check_output(["pgrep", "-P", str(served.process.pid), "gcs_server"], text=True).split()
+    os.kill(int(gcs), signal.SIGKILL)
+    rest = served.rest()
+    assert served.process.wait(TIMEOUT_S) == 1, rest
+    assert "the local Ray died" in rest
+    assert not list(Path("/tmp").glob(f"tandem-{served.process.pid}-*"))
 
 
 def test_demo_runs_from_start_to_end() -> None:
