@@ -74,7 +74,9 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 
 def test_serve_from_a_file_answers_and_ctrl_c_drains(served: Served) -> None:
-    status = subprocess.run(tandem("status", "--url", served.http), capture_output=True, text=True, timeout=TIMEOUT_S)
+    status = subprocess.run(
+        tandem("status", "--url", f"http://{served.http}"), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
     assert status.returncode == 0, status.stderr
     assert "prefill-0" in status.stdout
     with TandemClient(served.grpc, timeout_s=TIMEOUT_S) as client:
