@@ -93,13 +93,21 @@ class Placer:
         uncached_tokens = work.context_tokens - cached_tokens[best.worker_id]
         if work.sampling.max_tokens - len(work.output_token_ids) == 1:
             return self._attempt(work, Path.PREFILL_ONLY, prefill=best, uncached_tokens=uncached_tokens)
-        if uncached_tokens < self._local_threshold_tokens:
-            return await self._place_alone(work, decode, Path.LOCAL)
+        if near := self._with_little_to_prefill(work, decode):
+            return await self._place_alone(work, near, Path.LOCAL)
         matching = tuple(view for view in decode if view.fingerprint == best.fingerprint)
         granted = await self._reserve(work, matching)
         if granted is None:
             return None
         return self._attempt(work, Path.SPLIT, prefill=best, granted=granted, uncached_tokens=uncached_tokens)
+
+    def _with_little_to_prefill(self, work: Work, decode: tuple[WorkerView, ...]) -> tuple[WorkerView, ...]:
+        """Decode workers that may prefill this prompt themselves: what *they* lack of it is below the threshold."""
+        if not self._local_threshold_tokens:
+            return ()
+        cached_tokens = self._cached_tokens(work, decode)
+        below = work.context_tokens - self._local_threshold_tokens
+        return tuple(view for view in decode if cached_tokens[view.worker_id] > below)
 
     async def _place_alone(self, work: Work, views: tuple[WorkerView, ...], path: Path) -> Attempt | None:
         """On one worker that prefills and decodes."""
@@ -146,9 +154,10 @@ class Placer:
         prefill_link = self._members.link(prefill.worker_id) if prefill else None
         if prefill and prefill_link is None:
             return None
-        target = prefill or (granted.view if granted else None)
-        assert target is not None
-        self._members.prefixes.insert(target.worker_id, self._keys(work, target), target.num_blocks)
+        # Both will hold the context: the one computes it, the other pulls it.
+        for view in (prefill, granted.view if granted else None):
+            if view is not None:
+                self._members.prefixes.insert(view.worker_id, self._keys(work, view), view.num_blocks)
         return Attempt(
             work,
             path,

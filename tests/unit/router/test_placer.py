@@ -120,6 +120,23 @@ async def test_paths(rig: Any, roles: tuple[Role, ...], threshold: int, fields: 
 
 
 @scenario
+async def test_a_prompt_cached_on_the_prefill_worker_alone_is_not_prefilled_by_decode(rig: Any) -> None:
+    """The threshold counts what the worker that would compute lacks, not what another one has."""
+    async with rig() as r:
+        await r.split()
+        place = placer(r, threshold=6)
+        alone = await place.place(work(sampling=SamplingParams(max_tokens=1)))
+        assert alone.path is Path.PREFILL_ONLY
+        drop(alone)
+        split = await place.place(work(number=2))
+        assert split.path is Path.SPLIT
+        drop(split)
+        near = await place.place(work(number=3))
+        assert near.path is Path.LOCAL, "it pulled the prompt before"
+        drop(near)
+
+
+@scenario
 async def test_a_prompt_goes_where_its_prefix_went(rig: Any) -> None:
     async with rig() as r:
         await r.split()
