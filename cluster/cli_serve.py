@@ -76,8 +76,9 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
     model = config.router.served_model_name or config.router.model
     key = config.router.api_key
     base = f"http://{endpoints.http}"
-    chat = json.dumps({"model": model, "messages": [{"role": "user", "content": _QUESTION}], "stream": True})
-    generate = json.dumps({"chat": {"messages": [{"role": "user", "content": _QUESTION}]}})
+    messages = [{"role": "user", "content": _QUESTION}]
+    chat = json.dumps({"model": model, "messages": messages, "max_tokens": 64, "temperature": 0, "stream": True})
+    generate = json.dumps({"chat": {"messages": messages}, "sampling": {"max_tokens": 64, "temperature": 0}})
     bearer = ' -H "Authorization: Bearer $TANDEM_API_KEY"' if key else ""
     grpc_key = ", api_key=os.environ['TANDEM_API_KEY']" if key else ""
     imports = "import os; " if key else ""
@@ -85,12 +86,12 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
     grpc_line = (
         f"{imports}from tandem.router.client import TandemClient; "
         f"print(TandemClient({endpoints.grpc!r}{grpc_key}).generate("
-        f"messages=[{{'role': 'user', 'content': {_QUESTION!r}}}]).collect().text)"
+        f"messages={messages!r}, max_tokens=64, temperature=0).collect().text)"
     )
     openai_line = (
         f"{imports}from openai import OpenAI; "
         f"print(OpenAI(base_url={base + '/v1'!r}, api_key={openai_key}).chat.completions.create(model={model!r}, "
-        f"messages=[{{'role': 'user', 'content': {_QUESTION!r}}}]).choices[0].message.content)"
+        f"messages={messages!r}, max_tokens=64, temperature=0).choices[0].message.content)"
     )
     python = shlex.quote(sys.executable)
     return "\n".join(
