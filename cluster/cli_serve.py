@@ -7,9 +7,8 @@ import shlex
 import sys
 from pathlib import PurePath
 
-from ..router.frontend import is_loopback
 from .cli_display import Display
-from .config import ClusterConfig
+from .config import ClusterConfig, is_loopback
 from .launch.interrupts import Interrupts
 from .launch.ray_cluster import Interrupted, RayCluster
 from .launch.state import Endpoints

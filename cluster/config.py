@@ -7,6 +7,7 @@ A config that exists is valid: construction checks every type and range (`cluste
 from __future__ import annotations
 
 import copy
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "WorkerConfig",
     "build_config",
     "from_dict",
+    "is_loopback",
     "load_config",
     "to_dict",
 ]
@@ -40,6 +42,14 @@ _SLO_MARKS = {
     "ttft_s": (Within(0, 86400, above=True),),
     "tpot_s": (Within(0, 86400, above=True),),
 }
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a port bound to `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import uvicorn
 from grpc import aio
 
-from ..cluster.config import RouterConfig
+from ..cluster.config import RouterConfig, is_loopback
 from ..cluster.metrics import RouterMetrics
 from .door import Door
 from .grpc_api import build_grpc_server
@@ -145,14 +144,6 @@ class Frontend:
         self._grpc = server
         self._health_task = asyncio.create_task(readiness.poll())
         return f"{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a port bound to `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..config import ClusterConfig, to_dict
+from ..config import ClusterConfig, is_loopback, to_dict
 from .checks import check_ports, fetch_model, pin_config, wait_gone, wait_ready
 from .local_ray import LocalRay, join_ray
 from .state import Endpoints, LaunchError, MemberView, Phase
@@ -31,7 +31,6 @@ _GONE_S = 5.0
 _LAST_WORDS_S = 2.0
 """What the router gets, also when everything stops at once, to end its clients' requests with an error."""
 _WILDCARDS = ("0.0.0.0", "::")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Interrupted(LaunchError):
@@ -175,7 +174,7 @@ class RayCluster:
 
         workers = config.prefill + config.decode + config.mixed
         bundles = [{"CPU": config.router_cpus}] + [{"CPU": config.worker_cpus}] * workers
-        loopback = config.router.host in _LOOPBACK or config.worker.host in _LOOPBACK
+        loopback = is_loopback(config.router.host) or is_loopback(config.worker.host)
         needed = sum(bundle["CPU"] for bundle in bundles)
         total = ray.cluster_resources().get("CPU", 0.0)
         if needed > total + 1e-6:
