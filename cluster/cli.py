@@ -145,7 +145,7 @@ def serve(
 ) -> None:
     """Start a cluster and serve until Ctrl-C, which drains it; twice stops at once."""
     from .cli_serve import serve as run_serve
-    from .config import build_config
+    from .config_file import build_config
 
     overrides = _set(
         {},

@@ -1,4 +1,4 @@
-"""All configuration: frozen dataclasses validated in one place. YAML in, unknown keys refused with the nearest.
+"""All configuration: frozen dataclasses validated in one place; read from YAML by `cluster.config_file`.
 
 A config that exists is valid: construction checks every type and range (`cluster.config_schema`) and raises
 `ConfigError`, a ValueError that names the dotted path, the value and what is allowed.
@@ -6,16 +6,12 @@ A config that exists is valid: construction checks every type and range (`cluste
 
 from __future__ import annotations
 
-import copy
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
-
-from .config_schema import Bytes, ConfigError, OneOf, Text, Within, check, hints, parse, plain, unknown_key
+from .config_schema import Bytes, ConfigError, OneOf, Text, Within, check, parse, plain
 from .types import SLO, Role
 
 __all__ = [
@@ -23,11 +19,11 @@ __all__ = [
     "ConfigError",
     "EngineConfig",
     "RouterConfig",
+    "SLOClass",
+    "SecurityConfig",
     "WorkerConfig",
-    "build_config",
     "from_dict",
     "is_loopback",
-    "load_config",
     "to_dict",
 ]
 
@@ -90,6 +86,37 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """What the members of one cluster show each other (`cluster.auth`): on the workers' ports, the registry and KV."""
+
+    secret: Annotated[str | None, Text()] = field(default=None, repr=False)
+    """Shared by all members. None: `secret_file`, else the environment's TANDEM_CLUSTER_SECRET, else none."""
+    secret_file: Annotated[str | None, Text()] = None
+    tls_cert: Annotated[str | None, Text()] = None
+    """PEM files of a member; with them every connection between members is mutual TLS."""
+    tls_key: Annotated[str | None, Text()] = None
+    tls_ca: Annotated[str | None, Text()] = None
+    """Who must have signed the other member's certificate."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SLOClass:
+    """A class of requests under one promise."""
+
+    ttft_s: Annotated[float | None, Within(0, 86400, above=True)] = None
+    """None: no promise; the class takes what is left of the service, by its share."""
+    tpot_s: Annotated[float | None, Within(0, 86400, above=True)] = None
+    share: Annotated[float, Within(0, 1000, above=True)] = 1.0
+    """Weight of the class while requests of other classes wait as well (`cluster.fair_queue`)."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """One worker process."""
 
@@ -113,6 +140,11 @@ class WorkerConfig:
     """Credits outstanding, in blocks, may reach this multiple of the KV capacity."""
     checksum: bool = True
     """Checksum gRPC KV payloads."""
+    transport: Annotated[str, OneOf(("auto", "grpc", "mapped"))] = "auto"
+    """How KV is pulled; `auto`: mapped memory where the other worker shares this host's memory, else gRPC."""
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    insecure: bool = False
+    """Listen beyond loopback though members share no secret."""
     metrics_port: Annotated[int | None, Within(0, 65535)] = None
     """Prometheus endpoint of the worker; None: metrics only by heartbeat through the router."""
 
@@ -148,8 +180,22 @@ class RouterConfig:
     events_path: Annotated[str | None, Text()] = None
     """JSON lines of waterfalls; None: none written."""
     slo: SLO = field(default_factory=SLO)
+    """The promise of the class `interactive`, which requests that name no class belong to."""
+    slo_classes: dict[str, SLOClass] = field(default_factory=dict)
+    """More classes, or other settings of `interactive` and `batch` (`router.slo_classes`)."""
     api_key: Annotated[str | None, Text()] = field(default=None, repr=False)
-    """What clients must present; None: nothing, which only a router on loopback may leave it at."""
+    """What clients must present, several separated by commas; None: the keys of `api_keys_file`. Without any, everybody
+    is let in, which only a router on loopback may do."""
+    api_keys_file: Annotated[str | None, Text()] = None
+    """One key a line; read again when it changes, so that a key can be given and taken without a restart."""
+    tls_cert: Annotated[str | None, Text()] = None
+    """PEM files for HTTP and gRPC to clients; None: plain."""
+    tls_key: Annotated[str | None, Text()] = None
+    tls_client_ca: Annotated[str | None, Text()] = None
+    """Who must have signed a client's certificate; None: clients show none."""
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    insecure: bool = False
+    """Listen beyond loopback though clients present no key."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -176,6 +222,9 @@ class ClusterConfig:
     worker: WorkerConfig = field(default_factory=lambda: WorkerConfig(worker_id="worker", role=Role.MIXED))
     """What all workers share; id, role, engine, ports and routers are filled in for each. `metrics_port` is the first
     worker's, the others count up from it."""
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    """Of all members; a cluster that is given no secret draws one."""
+    insecure: bool = False
     address: Annotated[str | None, Text()] = None
     """Ray cluster to join; None: start a local one."""
     worker_cpus: Annotated[float, Within(0, 1024, above=True)] = 0.9
@@ -241,124 +290,3 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     """The config that `to_dict` made, or that someone wrote by hand. Raises ConfigError."""
     return parse(cls, data)
-
-
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
-    """Reads cluster.yaml. `overrides` maps dotted paths to values that win over the file's.
-
-    The file's keys are ClusterConfig's, with three conveniences: `model` at the top sets the engine's and the router's;
-    `prefill`, `decode` and `mixed` are counts or sections `{workers: N, engine: {…}}` whose engine keys win over
-    `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`). Raises ConfigError, also for a file that cannot be read.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"a readable YAML file ({error})") from None
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError("config", str(path), " ".join(f"valid YAML ({error})".split())) from None
-    return _cluster_config({} if data is None else data, overrides or {})
-
-
-def build_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
-    """The cluster's config from an optional file and overrides by dotted path, e.g. `{"engine.device": "paced"}`."""
-    return _cluster_config({}, overrides or {}) if path is None else load_config(path, overrides)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice in one section, which YAML forbids and PyYAML lets pass."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if isinstance(key, str) and key in seen:
-                where = f"line {key_node.start_mark.line + 1}"
-                raise ConfigError(key, f"given twice ({where})", "each key once in a section")
-            seen.add(str(key))
-        return super().construct_mapping(node, deep)
-
-
-_FILLED_IN = ("worker_id", "role", "engine", "port", "kv_port", "routers")
-
-
-def _cluster_config(data: Any, overrides: Mapping[str, Any]) -> ClusterConfig:
-    if not isinstance(data, Mapping):
-        raise ConfigError("configuration", data, "a section of keys and values")
-    tree: dict[str, Any] = copy.deepcopy(dict(data))
-    _check_keys(tree)
-    for dotted, value in overrides.items():
-        _assign(tree, dotted, value)
-    engine = dict(_section(tree, "engine"))
-    router = dict(_section(tree, "router"))
-    model = tree.pop("model", None)
-    if model is not None:
-        engine["model"] = router["model"] = model
-    elif "model" in engine:
-        router.setdefault("model", engine["model"])
-    elif "model" in router:
-        engine["model"] = router["model"]
-    tree["engine"], tree["router"] = engine, router
-    for role in Role:
-        _expand_pool(tree, role.value, engine)
-    tree["worker"] = {**_section(tree, "worker"), "worker_id": "worker", "role": Role.MIXED}
-    return parse(ClusterConfig, tree)
-
-
-def _check_keys(tree: Mapping[str, Any]) -> None:
-    """Refuses keys that a file may not hold: unknown ones at the top, and what the cluster fills in by itself."""
-    known = [name for name in hints(ClusterConfig) if not name.endswith("_engine")] + ["model"]
-    for key in tree:
-        if key not in known:
-            raise unknown_key(str(key), str(key), known)
-    worker_keys = [name for name in hints(WorkerConfig) if name not in _FILLED_IN]
-    for key in _section(tree, "worker"):
-        if key not in worker_keys:
-            raise unknown_key(f"worker.{key}", str(key), worker_keys)
-
-
-def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = tree.get(name)
-    if section is None:
-        return {}
-    if not isinstance(section, Mapping):
-        raise ConfigError(name, section, "a section of keys and values")
-    return section
-
-
-def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, name = dotted.split(".")
-    for depth, parent in enumerate(parents):
-        below = tree.get(parent)
-        if below is not None and not isinstance(below, Mapping):
-            raise ConfigError(".".join(parents[: depth + 1]), below, "a section of keys and values")
-        tree[parent] = dict(below or {})
-        tree = tree[parent]
-    pool = tree.get(name)
-    if name in set(Role) and not parents and isinstance(pool, Mapping):
-        tree[name] = {**pool, "workers": value}
-    else:
-        tree[name] = value
-
-
-def _expand_pool(tree: dict[str, Any], role: str, engine: Mapping[str, Any]) -> None:
-    """`prefill: {workers: 2, engine: {…}}` to `prefill: 2` and `prefill_engine`, whose keys win over `engine`'s."""
-    pool = tree.get(role)
-    if not isinstance(pool, Mapping):
-        return
-    for key in pool:
-        if key not in ("workers", "engine"):
-            raise unknown_key(f"{role}.{key}", str(key), ["workers", "engine"])
-    own = dict(_section(pool, "engine"))
-    if own:
-        try:
-            tree[f"{role}_engine"] = parse(EngineConfig, {**engine, **own}, f"{role}.engine")
-        except ConfigError as error:
-            # A wrong key of the shared section is that section's fault, not this pool's.
-            shared = error.field.removeprefix(f"{role}.")
-            raise (
-                error if shared.removeprefix("engine.") in own else ConfigError(shared, error.value, error.allowed)
-            ) from None
-    workers = pool.get("workers", 0 if role == Role.MIXED else 1)
-    tree[role] = workers

@@ -137,6 +137,12 @@ def _check_value(path: str, value: Any, hint: Any, extra: tuple[Any, ...] = ()) 
         for index, entry in enumerate(value):
             _check_value(f"{path}[{index}]", entry, item, marks + extra)
         return
+    if typing.get_origin(base) is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) and key.strip() for key in value):
+            raise ConfigError(path, value, "a section of names")
+        for key, entry in value.items():
+            _check_value(f"{path}.{key}", entry, typing.get_args(base)[1], marks + extra)
+        return
     if not _is_a(value, base):
         raise ConfigError(path, value, _kind(base, marks + extra))
     for mark in marks + extra:
@@ -204,6 +210,9 @@ def _parse_value(path: str, value: Any, hint: Any) -> Any:
         return _parse_value(path, value, typing.Annotated[inner, *marks] if marks else inner)
     if typing.get_origin(base) is tuple:
         return tuple(value) if isinstance(value, (list, tuple)) else value
+    if typing.get_origin(base) is dict and isinstance(value, Mapping):
+        item = typing.get_args(base)[1]
+        return {key: _parse_value(f"{path}.{key}", entry, item) for key, entry in value.items()}
     if dataclasses.is_dataclass(base) and isinstance(base, type):
         return value if isinstance(value, base) else parse(base, value, path)
     if isinstance(base, type) and issubclass(base, enum.Enum) and isinstance(value, str):
@@ -223,6 +232,8 @@ def plain(value: Any) -> Any:
     """A config as dicts, lists, strings and numbers, ready for JSON; `parse` gives it back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     return value.value if isinstance(value, enum.Enum) else value

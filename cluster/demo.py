@@ -13,7 +13,8 @@ from .bench.show import table
 from .bench.waterfall import draw, spans
 from .cli_display import Display
 from .cli_serve import headline, watched_cluster
-from .config import ClusterConfig, build_config
+from .config import ClusterConfig
+from .config_file import build_config
 from .launch.interrupts import Interrupts
 from .launch.ray_cluster import Interrupted, RayCluster
 from .launch.state import Endpoints, LaunchError

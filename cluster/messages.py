@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from .proto import tandem_internal_v1_pb2 as pb
-from .types import Handoff, SampledToken, SamplingParams, SequenceSpec, StepTimeCoefficients
+from .types import Handoff, SampledToken, SamplingParams, SequenceSpec, StepTimeCoefficients, Urgency
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.Sampling:
@@ -98,7 +98,27 @@ def sequence_from_proto(
         handoff=handoff,
         arrival_s=now_s,
         cache_salt=message.cache_salt,
+        urgency=urgency_from_proto(message.urgency, now_s),
     )
+
+
+def urgency_to_proto(urgency: Urgency, now_s: float) -> pb.Urgency:
+    """Deadlines travel as time that is left, because clocks differ."""
+    message = pb.Urgency(slo_class=urgency.slo_class, share=urgency.share)
+    if math.isfinite(urgency.deadline_s):
+        message.ttft_left_s = urgency.deadline_s - now_s
+    return message
+
+
+def urgency_from_proto(message: pb.Urgency, now_s: float) -> Urgency:
+    """An absent message is no promise and a share of 1. ValueError on numbers that no router sends."""
+    share = message.share or 1.0
+    if not (math.isfinite(share) and share > 0):
+        raise ValueError(f"urgency.share: {share} is not a number above 0")
+    left_s = message.ttft_left_s if message.HasField("ttft_left_s") else math.inf
+    if math.isnan(left_s):
+        raise ValueError(f"urgency.ttft_left_s: {left_s} is not a number")
+    return Urgency(slo_class=message.slo_class, share=share, deadline_s=now_s + left_s)
 
 
 def token_to_proto(token: SampledToken) -> pb.SampledToken:

@@ -44,9 +44,12 @@ LENGTH_BUCKETS_TOKENS = tuple(float(2**exponent) for exponent in range(18))
 
 
 def attains(timings: Timings, slo: SLO) -> tuple[bool, bool]:
-    """Whether (TTFT, TPOT) of a choice meet their promises. One output token has no TPOT: nothing to break."""
+    """Whether (TTFT, TPOT) of a choice meet their promises. No promise, or no TPOT (one output token): nothing to
+    break.
+    """
     tpot_s = timings.tpot_s
-    return timings.ttft_s <= slo.ttft_s, tpot_s is None or tpot_s <= slo.tpot_s
+    ttft_met = slo.ttft_s is None or timings.ttft_s <= slo.ttft_s
+    return ttft_met, tpot_s is None or slo.tpot_s is None or tpot_s <= slo.tpot_s
 
 
 class RouterMetrics:

@@ -6,6 +6,7 @@ Pure data, imported by everything above `kernels`. No torch, no Ray, no I/O.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 MAX_TOP_LOGPROBS = 20
@@ -92,6 +93,17 @@ class BlockRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Urgency:
+    """A request's place in a queue (`cluster.fair_queue`): its class's share of the service, and when it is due."""
+
+    slo_class: str = ""
+    share: float = 1.0
+    """Weight of the class while requests of other classes wait as well; above 0."""
+    deadline_s: float = math.inf
+    """When its first token is due, on the clock of the queue's owner; inf: no promise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSpec:
     """One choice of one request as an engine sees it. Times are seconds on that engine's `Clock`."""
 
@@ -105,6 +117,8 @@ class SequenceSpec:
     arrival_s: float = 0.0
     cache_salt: bytes = b""
     """Whatever changes KV beside the token ids; part of the prefix-cache key."""
+    urgency: Urgency = Urgency()
+    """Its place in the engine's queue."""
 
     @property
     def context_tokens(self) -> int:
@@ -173,6 +187,10 @@ class Timings:
     path: str = "split"
     """`split`, `local`, `mixed` or `prefill_only`: a request served without the split is visible, never silent."""
     transferred_bytes: int = 0
+    transport: str = ""
+    """How the KV came to the decode worker; empty where none was handed off."""
+    slo_class: str = ""
+    """The class of the request's promise."""
     cached_tokens: int = 0
     output_tokens: int = 0
 
@@ -186,7 +204,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLO:
-    """Latency promise of a class of requests, seconds; attained where both are met."""
+    """Latency promise of a class of requests, seconds; None: none was made. Attained where both are met."""
 
-    ttft_s: float = 1.0
-    tpot_s: float = 0.1
+    ttft_s: float | None = 1.0
+    tpot_s: float | None = 0.1

@@ -71,8 +71,8 @@ class Work:
 
 
 class Attempt:
-    """Made by `Placer.place`, with the credit already granted. Then `submit` once, `next_event` until done, and `close`
-    whatever happened.
+    """Made by `Placer.try_place`, with the credit already granted. Then `submit` once, `next_event` until done, and
+    `close` whatever happened.
     """
 
     def __init__(

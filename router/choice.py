@@ -1,6 +1,6 @@
 """One choice of one request, as one readable coroutine: place, submit, stream, and clean up in one `finally`.
 
-1. `Placer.place` finds workers and a credit.
+1. `Dispatcher.place` waits for workers and a credit.
 2. `Attempt.submit` dispatches both halves.
 3. Tokens come in, become text (`OutputStream`) and go out as deltas, the first from the prefill worker, the rest from
    the decode worker.
@@ -26,9 +26,9 @@ from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
 from ..cluster.types import FinishReason, Timings
 from .attempt import Attempt, AttemptLost, Path, Work
+from .dispatch import Dispatcher
 from .errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
 from .output import OutputGap, OutputStream
-from .placer import Placer
 from .service import Delta, GenerateRequest
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ WORKER_ERRORS = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, gr
 class ChoiceTools:
     """What a choice needs of its router."""
 
-    router_id: str
-    placer: Placer
+    dispatcher: Dispatcher
     clock: Clock
     max_attempts: int
     spawn: Callable[[Coroutine[Any, Any, None]], None]
@@ -104,7 +103,7 @@ class ChoiceRun:
                 await asyncio.sleep(REFUSED_WAIT_S)
 
     async def _attempt(self) -> Timings:
-        attempt = await self._tools.placer.place(self._work())
+        attempt = await self._tools.dispatcher.place(self._work())
         self._path = attempt.path
         try:
             self._times.dispatched(self._tools.clock.now_s())

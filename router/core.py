@@ -22,6 +22,7 @@ from ..cluster.types import Role, Timings
 from .admission import Admission
 from .attempt import AttemptLost, Path
 from .choice import ChoiceRun, ChoiceTools
+from .dispatch import Dispatcher
 from .errors import DeadlineExceeded, Overloaded, ServiceError
 from .members import Membership
 from .output import OutputStream
@@ -62,14 +63,11 @@ class RouterCore(GenerationService):
         placer = Placer(
             members,
             router_id=router_id,
-            clock=clock,
             local_threshold_tokens=config.local_prefill_threshold_tokens,
-            unready_wait_s=config.unready_wait_s,
             spawn=self._spawn,
         )
         self._tools = ChoiceTools(
-            router_id=router_id,
-            placer=placer,
+            dispatcher=Dispatcher(placer, members, clock=clock, unready_wait_s=config.unready_wait_s),
             clock=clock,
             max_attempts=config.max_attempts,
             spawn=self._spawn,

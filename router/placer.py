@@ -1,5 +1,5 @@
-"""Finds the workers for one attempt: ranks them (`placement`), asks the decode worker for a credit, and waits when
-none can.
+"""Finds the workers for one attempt: ranks them (`placement`) and asks the decode worker for a credit. Waiting where
+none can is `router.dispatch`'s.
 
 The credit comes first: prefill is only dispatched for a request that some decode worker has promised to take, so that
 the second queue pushes back on the first.
@@ -15,7 +15,6 @@ from typing import Any
 
 import grpc
 
-from ..cluster.clock import Clock
 from ..cluster.hashing import block_keys
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
@@ -27,8 +26,6 @@ from .members import Membership
 from .placement import WorkerView, pair, rank_decode, rank_prefill
 
 logger = logging.getLogger(__name__)
-RETRY_S = 0.05
-"""Longest wait between two tries while every worker refuses; a change of membership or load ends it earlier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,42 +44,26 @@ class Placer:
         members: Membership,
         *,
         router_id: str,
-        clock: Clock,
         local_threshold_tokens: int,
-        unready_wait_s: float,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         """`spawn` runs a clean-up in the background, bounded, until it is done."""
         self._spawn = spawn
         self._members = members
         self._router_id = router_id
-        self._clock = clock
         self._local_threshold_tokens = local_threshold_tokens
-        self._unready_wait_s = unready_wait_s
 
-    async def place(self, work: Work) -> Attempt:
-        """Waits until workers for this attempt are found; bounded by the caller's deadline. `Unavailable` when for
-        `unready_wait_s` no worker was there at all; `Refusal` (INVALID_ARGUMENT) when it can never be placed.
+    async def try_place(self, work: Work) -> Attempt | None:
+        """One round over the workers: an attempt, or None while every one of them refuses. `Unavailable` when there is
+        none that could serve it; `Refusal` (INVALID_ARGUMENT) when it can never be placed.
         """
-        unready_since_s = self._clock.now_s()
-        while True:
-            prefill, decode = pair(self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE))
-            mixed = self._members.routable(Role.MIXED)
-            if prefill and decode:
-                attempt = await self._place_split(work, prefill, decode)
-            elif mixed:
-                attempt = await self._place_alone(work, mixed, Path.MIXED)
-            else:
-                attempt = None
-                if self._clock.now_s() - unready_since_s >= self._unready_wait_s:
-                    raise Unavailable(
-                        "no prefill and decode worker whose KV fingerprints match is ready", retry_after_s=1.0
-                    )
-            if prefill or mixed:
-                unready_since_s = self._clock.now_s()
-            if attempt is not None:
-                return attempt
-            await self._members.wait_for_change(RETRY_S)
+        prefill, decode = pair(self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE))
+        mixed = self._members.routable(Role.MIXED)
+        if prefill and decode:
+            return await self._place_split(work, prefill, decode)
+        if mixed:
+            return await self._place_alone(work, mixed, Path.MIXED)
+        raise Unavailable("no prefill and decode worker whose KV fingerprints match is ready", retry_after_s=1.0)
 
     async def _place_split(
         self, work: Work, prefill: tuple[WorkerView, ...], decode: tuple[WorkerView, ...]

@@ -68,7 +68,7 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., choice: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., ignore_eos: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., top_logprobs: _Optional[int] = ...) -> None: ...
 
 class Sequence(_message.Message):
-    __slots__ = ("request_id", "choice", "prefill_attempt", "decode_attempt", "prompt_token_ids", "output_token_ids", "sampling", "timeout_s", "router_id", "cache_salt")
+    __slots__ = ("request_id", "choice", "prefill_attempt", "decode_attempt", "prompt_token_ids", "output_token_ids", "sampling", "timeout_s", "router_id", "cache_salt", "urgency")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class Sequence(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    URGENCY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     prefill_attempt: int
@@ -89,29 +90,46 @@ class Sequence(_message.Message):
     timeout_s: float
     router_id: str
     cache_salt: bytes
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., prefill_attempt: _Optional[int] = ..., decode_attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., router_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    urgency: Urgency
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., prefill_attempt: _Optional[int] = ..., decode_attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., router_id: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., urgency: _Optional[_Union[Urgency, _Mapping]] = ...) -> None: ...
+
+class Urgency(_message.Message):
+    __slots__ = ("slo_class", "share", "ttft_left_s")
+    SLO_CLASS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    TTFT_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    slo_class: str
+    share: float
+    ttft_left_s: float
+    def __init__(self, slo_class: _Optional[str] = ..., share: _Optional[float] = ..., ttft_left_s: _Optional[float] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "handoff")
+    __slots__ = ("sequence", "handoff", "epoch")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     sequence: Sequence
     handoff: bool
-    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handoff: bool = ...) -> None: ...
+    epoch: int
+    def __init__(self, sequence: _Optional[_Union[Sequence, _Mapping]] = ..., handoff: bool = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("request_id", "choice", "decode_attempt", "router_id", "context_tokens")
+    __slots__ = ("request_id", "choice", "decode_attempt", "router_id", "context_tokens", "epoch", "urgency")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     DECODE_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    URGENCY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice: int
     decode_attempt: int
     router_id: str
     context_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., decode_attempt: _Optional[int] = ..., router_id: _Optional[str] = ..., context_tokens: _Optional[int] = ...) -> None: ...
+    epoch: int
+    urgency: Urgency
+    def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., decode_attempt: _Optional[int] = ..., router_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., epoch: _Optional[int] = ..., urgency: _Optional[_Union[Urgency, _Mapping]] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("credit_id", "epoch")
@@ -172,8 +190,12 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("exit", "timeout_s")
+    EXIT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    exit: bool
+    timeout_s: float
+    def __init__(self, exit: bool = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class DrainReply(_message.Message):
     __slots__ = ()
@@ -214,16 +236,18 @@ class PrefillTimings(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class DecodeTimings(_message.Message):
-    __slots__ = ("queue_s", "transfer_s", "exposed_transfer_s", "transferred_bytes")
+    __slots__ = ("queue_s", "transfer_s", "exposed_transfer_s", "transferred_bytes", "transport")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFERRED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     transfer_s: float
     exposed_transfer_s: float
     transferred_bytes: int
-    def __init__(self, queue_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., transferred_bytes: _Optional[int] = ...) -> None: ...
+    transport: str
+    def __init__(self, queue_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., transferred_bytes: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("request_id", "choice", "side", "attempt", "tokens", "failed")
@@ -288,7 +312,35 @@ class StepTime(_message.Message):
     def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., decode_row_s: _Optional[float] = ..., context_token_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "role_version", "address", "kv_address", "protocol_version", "model", "fingerprint", "kv_layout", "max_model_len", "draining", "device", "pid", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks", "credit_limit_blocks", "waiting", "running", "held", "queued_prefill_tokens", "context_tokens", "max_waiting", "max_running", "step_time", "leases", "pulls", "streams", "integrity_ok", "preemptions_total", "prefix_queries_tokens_total", "prefix_hits_tokens_total", "steps_total", "computed_tokens_total")
+    __slots__ = ("worker_id", "epoch", "role", "role_version", "address", "kv_address", "protocol_version", "model", "fingerprint", "kv_layout", "max_model_len", "draining", "device", "pid", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks", "credit_limit_blocks", "waiting", "running", "held", "queued_prefill_tokens", "context_tokens", "max_waiting", "max_running", "step_time", "leases", "pulls", "streams", "integrity_ok", "preemptions_total", "prefix_queries_tokens_total", "prefix_hits_tokens_total", "steps_total", "computed_tokens_total", "holder_states", "puller_states", "pulls_total", "handoff_failures_total", "late_steps_total", "integrity_age_s", "threads", "cpus", "version")
+    class HolderStatesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PullerStatesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class PullsTotalEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class HandoffFailuresTotalEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +378,15 @@ class WorkerStatus(_message.Message):
     PREFIX_HITS_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_STATES_FIELD_NUMBER: _ClassVar[int]
+    PULLER_STATES_FIELD_NUMBER: _ClassVar[int]
+    PULLS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_FAILURES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    LATE_STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    INTEGRITY_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    CPUS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: str
@@ -363,4 +424,13 @@ class WorkerStatus(_message.Message):
     prefix_hits_tokens_total: int
     steps_total: int
     computed_tokens_total: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., role_version: _Optional[int] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv_layout: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., credited_blocks: _Optional[int] = ..., credit_limit_blocks: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., held: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ..., leases: _Optional[int] = ..., pulls: _Optional[int] = ..., streams: _Optional[int] = ..., integrity_ok: bool = ..., preemptions_total: _Optional[int] = ..., prefix_queries_tokens_total: _Optional[int] = ..., prefix_hits_tokens_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., computed_tokens_total: _Optional[int] = ...) -> None: ...
+    holder_states: _containers.ScalarMap[str, int]
+    puller_states: _containers.ScalarMap[str, int]
+    pulls_total: _containers.ScalarMap[str, int]
+    handoff_failures_total: _containers.ScalarMap[str, int]
+    late_steps_total: int
+    integrity_age_s: float
+    threads: int
+    cpus: _containers.RepeatedScalarFieldContainer[int]
+    version: str
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., role_version: _Optional[int] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv_layout: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., credited_blocks: _Optional[int] = ..., credit_limit_blocks: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., held: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ..., leases: _Optional[int] = ..., pulls: _Optional[int] = ..., streams: _Optional[int] = ..., integrity_ok: bool = ..., preemptions_total: _Optional[int] = ..., prefix_queries_tokens_total: _Optional[int] = ..., prefix_hits_tokens_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., computed_tokens_total: _Optional[int] = ..., holder_states: _Optional[_Mapping[str, int]] = ..., puller_states: _Optional[_Mapping[str, int]] = ..., pulls_total: _Optional[_Mapping[str, int]] = ..., handoff_failures_total: _Optional[_Mapping[str, int]] = ..., late_steps_total: _Optional[int] = ..., integrity_age_s: _Optional[float] = ..., threads: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., version: _Optional[str] = ...) -> None: ...

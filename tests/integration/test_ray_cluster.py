@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tandem.cluster.config import build_config
+from tandem.cluster.config_file import build_config
 from tandem.cluster.launch.ray_cluster import RayCluster
 from tandem.cluster.launch.state import Endpoints, LaunchError, MemberView, Phase
 from tandem.router.client import TandemClient

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tandem.cluster import cli, cli_serve, cli_status
 from tandem.cluster.cli_display import Display
-from tandem.cluster.config import build_config
+from tandem.cluster.config_file import build_config
 from tandem.cluster.launch.state import Endpoints
 
 REFUSED = "no router answers at http://127.0.0.1:1/{} (Connection refused)"

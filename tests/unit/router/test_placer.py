@@ -13,6 +13,7 @@ from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import Role, SamplingParams
 from tandem.router.attempt import Path, Work
+from tandem.router.dispatch import Dispatcher
 from tandem.router.errors import Unavailable
 from tandem.router.placer import Placer
 
@@ -23,15 +24,9 @@ def work(tokens: int = 10, **fields: Any) -> Work:
     return Work(prompt_token_ids=tuple(range(tokens)), sampling=sampling, **values)
 
 
-def placer(r: Any, *, threshold: int = 0, unready_wait_s: float = 20.0) -> Placer:
-    return Placer(
-        r.members,
-        router_id="r",
-        clock=r.clock,
-        local_threshold_tokens=threshold,
-        unready_wait_s=unready_wait_s,
-        spawn=r.core._spawn,
-    )
+def placer(r: Any, *, threshold: int = 0, unready_wait_s: float = 20.0) -> Dispatcher:
+    one = Placer(r.members, router_id="r", local_threshold_tokens=threshold, spawn=r.core._spawn)
+    return Dispatcher(one, r.members, clock=r.clock, unready_wait_s=unready_wait_s)
 
 
 def drop(attempt: Any) -> None:

@@ -1,0 +1,135 @@
+"""The cluster's configuration from a YAML file and overrides: where text becomes the classes of `cluster.config`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import ClusterConfig, EngineConfig, WorkerConfig
+from .config_schema import ConfigError, hints, parse, unknown_key
+from .types import Role
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
+    """Reads cluster.yaml. `overrides` maps dotted paths to values that win over the file's.
+
+    The file's keys are ClusterConfig's, with three conveniences: `model` at the top sets the engine's and the router's;
+    `prefill`, `decode` and `mixed` are counts or sections `{workers: N, engine: {…}}` whose engine keys win over
+    `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`). Raises ConfigError, also for a file that cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("config", str(path), f"a readable YAML file ({error})") from None
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError("config", str(path), " ".join(f"valid YAML ({error})".split())) from None
+    return _cluster_config({} if data is None else data, overrides or {})
+
+
+def build_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
+    """The cluster's config from an optional file and overrides by dotted path, e.g. `{"engine.device": "paced"}`."""
+    return _cluster_config({}, overrides or {}) if path is None else load_config(path, overrides)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice in one section, which YAML forbids and PyYAML lets pass."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if isinstance(key, str) and key in seen:
+                where = f"line {key_node.start_mark.line + 1}"
+                raise ConfigError(key, f"given twice ({where})", "each key once in a section")
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+_FILLED_IN = ("worker_id", "role", "engine", "port", "kv_port", "routers", "security", "insecure")
+
+
+def _cluster_config(data: Any, overrides: Mapping[str, Any]) -> ClusterConfig:
+    if not isinstance(data, Mapping):
+        raise ConfigError("configuration", data, "a section of keys and values")
+    tree: dict[str, Any] = copy.deepcopy(dict(data))
+    _check_keys(tree)
+    for dotted, value in overrides.items():
+        _assign(tree, dotted, value)
+    engine = dict(_section(tree, "engine"))
+    router = dict(_section(tree, "router"))
+    model = tree.pop("model", None)
+    if model is not None:
+        engine["model"] = router["model"] = model
+    elif "model" in engine:
+        router.setdefault("model", engine["model"])
+    elif "model" in router:
+        engine["model"] = router["model"]
+    tree["engine"], tree["router"] = engine, router
+    for role in Role:
+        _expand_pool(tree, role.value, engine)
+    tree["worker"] = {**_section(tree, "worker"), "worker_id": "worker", "role": Role.MIXED}
+    return parse(ClusterConfig, tree)
+
+
+def _check_keys(tree: Mapping[str, Any]) -> None:
+    """Refuses keys that a file may not hold: unknown ones at the top, and what the cluster fills in by itself."""
+    known = [name for name in hints(ClusterConfig) if not name.endswith("_engine")] + ["model"]
+    for key in tree:
+        if key not in known:
+            raise unknown_key(str(key), str(key), known)
+    worker_keys = [name for name in hints(WorkerConfig) if name not in _FILLED_IN]
+    for key in _section(tree, "worker"):
+        if key not in worker_keys:
+            raise unknown_key(f"worker.{key}", str(key), worker_keys)
+
+
+def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = tree.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(name, section, "a section of keys and values")
+    return section
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, name = dotted.split(".")
+    for depth, parent in enumerate(parents):
+        below = tree.get(parent)
+        if below is not None and not isinstance(below, Mapping):
+            raise ConfigError(".".join(parents[: depth + 1]), below, "a section of keys and values")
+        tree[parent] = dict(below or {})
+        tree = tree[parent]
+    pool = tree.get(name)
+    if name in set(Role) and not parents and isinstance(pool, Mapping):
+        tree[name] = {**pool, "workers": value}
+    else:
+        tree[name] = value
+
+
+def _expand_pool(tree: dict[str, Any], role: str, engine: Mapping[str, Any]) -> None:
+    """`prefill: {workers: 2, engine: {…}}` to `prefill: 2` and `prefill_engine`, whose keys win over `engine`'s."""
+    pool = tree.get(role)
+    if not isinstance(pool, Mapping):
+        return
+    for key in pool:
+        if key not in ("workers", "engine"):
+            raise unknown_key(f"{role}.{key}", str(key), ["workers", "engine"])
+    own = dict(_section(pool, "engine"))
+    if own:
+        try:
+            tree[f"{role}_engine"] = parse(EngineConfig, {**engine, **own}, f"{role}.engine")
+        except ConfigError as error:
+            # A wrong key of the shared section is that section's fault, not this pool's.
+            shared = error.field.removeprefix(f"{role}.")
+            raise (
+                error if shared.removeprefix("engine.") in own else ConfigError(shared, error.value, error.allowed)
+            ) from None
+    workers = pool.get("workers", 0 if role == Role.MIXED else 1)
+    tree[role] = workers

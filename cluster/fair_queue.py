@@ -1,0 +1,126 @@
+"""The order in which waiting requests are served: shares between SLO classes, earliest deadline first inside one.
+
+Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM '96, §2): while several classes wait, each gets service in
+proportion to its share; what a class leaves unused goes to the others, and none is starved, however small its share.
+Inside a class the earliest deadline goes first (Liu and Layland 1973). Whoever has no deadline stands as if it were due
+`PATIENCE_S` after it came, so that promises of others do not starve it for good.
+
+Pure; the router's dispatch queue, the engines' queues and the simulator all use this one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from .types import Urgency
+
+K = TypeVar("K", bound=Hashable)
+PATIENCE_S = 60.0
+
+
+@dataclass(slots=True)
+class _Waiter(Generic[K]):
+    key: K
+    due: tuple[float, int]
+    """Deadline, then order of arrival."""
+    cost: float
+    slo_class: str
+
+
+@dataclass(slots=True)
+class _Class(Generic[K]):
+    share: float
+    finish: float = 0.0
+    """Virtual time at which what it was served so far is paid for."""
+    waiters: dict[K, _Waiter[K]] = field(default_factory=dict)
+
+
+class FairQueue(Generic[K]):
+    """Keys that wait, each with an `Urgency` and a cost (tokens). Not thread-safe; every method is O(waiting) or
+    better.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[str, _Class[K]] = {}
+        self._class_of: dict[K, str] = {}
+        self._now = 0.0
+        """Virtual time: the start tag of whoever was served last."""
+        self._next_order = 0
+
+    def __len__(self) -> int:
+        return len(self._class_of)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._class_of
+
+    def __iter__(self) -> Iterator[K]:
+        """All keys, in the order in which they would be taken if nobody else came."""
+        tags = {name: max(self._now, c.finish) for name, c in self._classes.items() if c.waiters}
+        lines = {name: sorted(self._classes[name].waiters.values(), key=lambda w: w.due) for name in tags}
+        places = dict.fromkeys(tags, 0)
+        heads = [(tags[name], -self._classes[name].share, name) for name in tags]
+        heapq.heapify(heads)
+        while heads:
+            tag, minus_share, name = heapq.heappop(heads)
+            waiter = lines[name][places[name]]
+            yield waiter.key
+            places[name] += 1
+            if places[name] < len(lines[name]):
+                heapq.heappush(heads, (tag - waiter.cost / minus_share, minus_share, name))
+
+    def push(self, key: K, urgency: Urgency, *, cost: float, now_s: float) -> None:
+        """Adds a waiter; its class takes the share that came last. `cost` above 0."""
+        assert key not in self._class_of, f"{key!r} waits already"
+        mine = self._classes.setdefault(urgency.slo_class, _Class(urgency.share))
+        mine.share = urgency.share
+        due_s = min(urgency.deadline_s, now_s + PATIENCE_S)
+        mine.waiters[key] = _Waiter(key, (due_s, self._next_order), max(cost, 1e-9), urgency.slo_class)
+        self._class_of[key] = urgency.slo_class
+        self._next_order += 1
+
+    def peek(self) -> K | None:
+        """Who would be taken next."""
+        return next(iter(self), None)
+
+    def take(self, key: K) -> None:
+        """Serves a waiter, the first or another: it leaves, and its class has paid for it."""
+        waiter = self._leave(key)
+        mine = self._classes[waiter.slo_class]
+        start = max(self._now, mine.finish)
+        mine.finish = start + waiter.cost / mine.share
+        self._now = start
+        self._forget_idle()
+
+    def remove(self, key: K) -> bool:
+        """A waiter leaves unserved; False if it does not wait."""
+        if key not in self._class_of:
+            return False
+        self._leave(key)
+        self._forget_idle()
+        return True
+
+    def cost_ahead(self, urgency: Urgency, now_s: float) -> float:
+        """Cost of those that would be served before somebody who came now, as if it were pushed and iterated."""
+        probe = object()
+        ahead = 0.0
+        self.push(probe, urgency, cost=1.0, now_s=now_s)  # type: ignore[arg-type]
+        try:
+            for key in self:
+                if key is probe:
+                    return ahead
+                ahead += self._classes[self._class_of[key]].waiters[key].cost
+        finally:
+            self.remove(probe)  # type: ignore[arg-type]
+        raise AssertionError("the probe was not found")
+
+    def _leave(self, key: K) -> _Waiter[K]:
+        return self._classes[self._class_of.pop(key)].waiters.pop(key)
+
+    def _forget_idle(self) -> None:
+        """Classes that wait for nothing and owe nothing are forgotten: the table is as large as what waits."""
+        for name, mine in list(self._classes.items()):
+            if not mine.waiters and mine.finish <= self._now:
+                del self._classes[name]
