@@ -122,7 +122,7 @@ class Attempt:
             self.prefill.subscribe(self._key(Side.PREFILL), self._inbox)
             handoff = self.decode is not None
             self.asked = self.prefill.worker_id
-            await self.prefill.prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff))
+            await self.prefill.prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff, epoch=self.prefill.epoch))
         if self.decode is None or self._credit is None:
             return
         request = pb.DecodeRequest(sequence=sequence, credit_id=self._credit.credit_id, epoch=self._credit.epoch)

@@ -112,6 +112,7 @@ class Placer:
             link = self._members.link(view.worker_id)
             if link is None:
                 continue
+            request.epoch = link.epoch
             try:
                 return _Granted(view, link, await link.reserve(request))
             except asyncio.CancelledError:

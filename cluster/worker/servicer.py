@@ -58,7 +58,7 @@ class Servicer(WorkerServicer):
         """Admits a prompt."""
 
         async def answer() -> pb.SubmitReply:
-            self._shell.check_takes_work(self._prefill, request.sequence.router_id)
+            self._shell.check_takes_work(self._prefill, request.sequence.router_id, request.epoch)
             await self._prefill.prefill(request)
             return pb.SubmitReply(epoch=self._shell.facts.epoch)
 
@@ -68,7 +68,7 @@ class Servicer(WorkerServicer):
         """Grants a credit."""
 
         async def answer() -> pb.ReserveReply:
-            self._shell.check_takes_work(self._decode, request.router_id)
+            self._shell.check_takes_work(self._decode, request.router_id, request.epoch)
             credit_id = await self._decode.reserve(request)
             return pb.ReserveReply(credit_id=credit_id, epoch=self._shell.facts.epoch)
 
@@ -78,7 +78,7 @@ class Servicer(WorkerServicer):
         """Redeems a credit."""
 
         async def answer() -> pb.SubmitReply:
-            self._shell.check_takes_work(self._decode, request.sequence.router_id)
+            self._shell.check_takes_work(self._decode, request.sequence.router_id, request.epoch)
             await self._decode.decode(request)
             return pb.SubmitReply(epoch=self._shell.facts.epoch)
 

@@ -123,8 +123,11 @@ class WorkerShell:
 
     # --- work -------------------------------------------------------------------------------------------------------
 
-    def check_takes_work(self, service: RoleService, router_id: str) -> None:
-        """Raises the refusal with which a worker turns away what is not for it."""
+    def check_takes_work(self, service: RoleService, router_id: str, epoch: int) -> None:
+        """Raises the refusal with which a worker turns away what is not for it; `epoch` is the life that is meant."""
+        if epoch != self.facts.epoch:
+            message = f"epoch: {epoch} is another life of worker {self.facts.worker_id}, which is {self.facts.epoch} now"
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message)
         if self.failure is not None:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, f"worker {self.facts.worker_id} has failed: {self.failure}")
         if self.draining:

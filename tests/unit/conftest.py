@@ -124,8 +124,9 @@ class Bench:
             **values,
         )
 
-    async def prefill(self, sequence: pb.Sequence, *, handoff: bool = True) -> None:
-        await self.stub.Prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff), timeout=WAIT_S)
+    async def prefill(self, sequence: pb.Sequence, *, handoff: bool = True, epoch: int | None = None) -> None:
+        epoch = self.shell.facts.epoch if epoch is None else epoch
+        await self.stub.Prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff, epoch=epoch), timeout=WAIT_S)
 
     async def reserve(self, sequence: pb.Sequence, **changes: Any) -> int:
         fields: dict[str, Any] = {
@@ -134,6 +135,7 @@ class Bench:
             "decode_attempt": sequence.decode_attempt,
             "router_id": "r",
             "context_tokens": len(sequence.prompt_token_ids) + len(sequence.output_token_ids),
+            "epoch": self.shell.facts.epoch,
         }
         reply = await self.stub.Reserve(pb.ReserveRequest(**{**fields, **changes}), timeout=WAIT_S)
         return int(reply.credit_id)

@@ -264,6 +264,8 @@ class ScriptedWorker(WorkerServicer):
 
     async def _take(self, method: str, request: Any, context: Any) -> int:
         self.calls.append(request)
+        if getattr(request, "epoch", self.epoch) != self.epoch:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch: {request.epoch} is another life")
         if method in self.hold:
             await self.hold[method].wait()
         if self.refuse.get(method):

@@ -68,7 +68,7 @@ async def test_counts_follow_the_attempt(rig: Any) -> None:
         assert counts(r) == (6, 0, 0, 1)
         await attempt.submit(60.0)
         [asked], [redeemed] = prefill.requests(pb.PrefillRequest), decode.requests(pb.DecodeRequest)
-        assert asked.handoff
+        assert (asked.handoff, asked.epoch) == (True, prefill.epoch)
         assert asked.sequence == redeemed.sequence
         assert (asked.sequence.choice, asked.sequence.prefill_attempt, asked.sequence.decode_attempt) == (2, 3, 3)
         assert (redeemed.credit_id, redeemed.epoch, redeemed.peer.kv_address) == (1, decode.epoch, "h:1")

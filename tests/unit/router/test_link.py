@@ -16,7 +16,8 @@ from tandem.router.link import Inbox, LinkLost, SubscriptionKey, WorkerEvent
 
 KEY = SubscriptionKey("q", 0, Side.PREFILL, 1)
 SEQUENCE = pb.Sequence(request_id="q", prefill_attempt=1, decode_attempt=1)
-RESERVE = pb.ReserveRequest(request_id="q", decode_attempt=1, context_tokens=5)
+EPOCH = 0xE
+RESERVE = pb.ReserveRequest(request_id="q", decode_attempt=1, context_tokens=5, epoch=EPOCH)
 
 
 def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -76,7 +77,7 @@ async def test_a_broken_stream_is_told_to_everybody_once_and_opened_again(rig: A
 @scenario
 async def test_every_failed_call_is_a_refusal_with_its_status(rig: Any) -> None:
     async with rig() as r:
-        worker = await r.worker("d0", Role.DECODE)
+        worker = await r.worker("d0", Role.DECODE, epoch=EPOCH)
         worker.refuse["Reserve"] = [grpc.StatusCode.RESOURCE_EXHAUSTED]
         with pytest.raises(Refusal, match="d0: Reserve refused") as refused:
             await r.link("d0").reserve(RESERVE)
@@ -87,7 +88,7 @@ async def test_every_failed_call_is_a_refusal_with_its_status(rig: Any) -> None:
 @scenario
 async def test_an_answer_of_another_life_is_refused(rig: Any) -> None:
     async with rig() as r:
-        worker = await r.worker("d0", Role.DECODE)
+        worker = await r.worker("d0", Role.DECODE, epoch=EPOCH)
         worker.reply_epoch = worker.epoch ^ 2
         with pytest.raises(Refusal, match="another epoch") as refused:
             await r.link("d0").reserve(RESERVE)
@@ -97,7 +98,7 @@ async def test_an_answer_of_another_life_is_refused(rig: Any) -> None:
 @scenario
 async def test_another_life_on_the_same_port_is_never_attached(rig: Any) -> None:
     async with rig() as r:
-        worker = await r.worker("d0", Role.DECODE)
+        worker = await r.worker("d0", Role.DECODE, epoch=EPOCH)
         link = r.link("d0")
         await worker.die()
         await r.until(lambda: not link.attached, "the break")
@@ -112,7 +113,7 @@ async def test_another_life_on_the_same_port_is_never_attached(rig: Any) -> None
 @scenario
 async def test_closing_refuses_the_call_in_flight_and_all_after_it(rig: Any) -> None:
     async with rig() as r:
-        worker = await r.worker("d0", Role.DECODE)
+        worker = await r.worker("d0", Role.DECODE, epoch=EPOCH)
         link = r.link("d0")
         worker.hold["Reserve"] = asyncio.Event()
         call = asyncio.create_task(link.reserve(RESERVE))
@@ -130,7 +131,7 @@ async def test_closing_refuses_the_call_in_flight_and_all_after_it(rig: Any) -> 
 @scenario
 async def test_a_caller_that_is_cancelled_is_cancelled(rig: Any) -> None:
     async with rig() as r:
-        worker = await r.worker("d0", Role.DECODE)
+        worker = await r.worker("d0", Role.DECODE, epoch=EPOCH)
         worker.hold["Reserve"] = asyncio.Event()
         call = asyncio.create_task(r.link("d0").reserve(RESERVE))
         await r.until(lambda: worker.calls, "the call to be in flight")
@@ -142,7 +143,7 @@ async def test_a_caller_that_is_cancelled_is_cancelled(rig: Any) -> None:
 @scenario
 async def test_an_abort_is_tried_again_and_given_up_with_the_stream(rig: Any) -> None:
     async with rig() as r:
-        worker = await r.worker("d0", Role.DECODE)
+        worker = await r.worker("d0", Role.DECODE, epoch=EPOCH)
         worker.refuse["Abort"] = [grpc.StatusCode.UNAVAILABLE]
         await r.link("d0").abort(pb.AbortRequest(request_id="q"))
         assert len(worker.requests(pb.AbortRequest)) == 2

@@ -51,7 +51,7 @@ async def test_the_credit_comes_before_any_prefill(rig: Any) -> None:
         attempt = await placer(r).place(work())
         assert attempt.path is Path.SPLIT
         [asked] = decode.requests(pb.ReserveRequest)
-        assert (asked.context_tokens, asked.decode_attempt) == (10, 1)
+        assert (asked.context_tokens, asked.decode_attempt, asked.epoch) == (10, 1, decode.epoch)
         assert not prefill.calls
         drop(attempt)
         r.assert_nothing_left()

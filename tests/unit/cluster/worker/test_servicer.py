@@ -64,6 +64,26 @@ async def test_work_is_for_attached_routers_and_the_right_role(bench: Any) -> No
         await worker.clean()
 
 
+@pytest.mark.parametrize("off", [0, 1], ids=["no epoch", "another life's epoch"])
+@scenario
+async def test_work_for_another_life_of_the_worker_is_refused(bench: Any, off: int) -> None:
+    async with bench(Role.MIXED) as worker:
+        sequence, epoch = worker.sequence(), off and worker.shell.facts.epoch + off
+        credit_id = await worker.reserve(sequence)
+        wrong = pb.DecodeRequest(sequence=sequence, credit_id=credit_id, epoch=epoch)
+        for call in (
+            worker.prefill(worker.sequence(choice=1), epoch=epoch),
+            worker.reserve(worker.sequence(choice=2), epoch=epoch),
+            worker.stub.Decode(wrong, timeout=20),
+        ):
+            code, details = await refusal(call)
+            assert (code, details.startswith(f"epoch: {epoch} ")) == (Code.FAILED_PRECONDITION, True)
+        assert worker.leftovers() == {"credited": 2}
+        await worker.decode(sequence, credit_id)
+        await worker.until(worker.finished, "the answer of the life that was meant")
+        await worker.clean()
+
+
 @scenario
 async def test_a_draining_worker_finishes_and_takes_nothing_new(bench: Any) -> None:
     async with bench(Role.MIXED) as worker:

@@ -266,7 +266,7 @@ async def test_a_drain_is_over_when_nothing_lives_and_nothing_is_promised() -> N
         f.service.promised = 1
         f.shell.begin_drain()
         with pytest.raises(Refusal, match="draining"):
-            f.shell.check_takes_work(f.service, "r")
+            f.shell.check_takes_work(f.service, "r", f.shell.facts.epoch)
         idle = asyncio.create_task(f.shell.wait_idle())
         f.shell.forget("a")
         await asyncio.sleep(0)
@@ -283,7 +283,7 @@ async def test_a_failed_engine_ends_streams_and_refuses() -> None:
         assert await stream.frames.get() is None
         assert [str(error) for error in f.failures] == ["on fire"]
         with pytest.raises(Refusal, match="on fire") as refused:
-            f.shell.check_takes_work(f.service, "r")
+            f.shell.check_takes_work(f.service, "r", f.shell.facts.epoch)
         assert refused.value.code is grpc.StatusCode.UNAVAILABLE
         assert not f.shell.status().integrity_ok
 
@@ -317,9 +317,9 @@ async def test_status_says_who_and_how_loaded() -> None:
 async def test_the_wrong_role_and_strangers_are_turned_away() -> None:
     async with Fixture() as f:
         with pytest.raises(Refusal, match="not attached"):
-            f.shell.check_takes_work(f.service, "r")
+            f.shell.check_takes_work(f.service, "r", f.shell.facts.epoch)
         f.shell.outbox.attach("r")
-        f.shell.check_takes_work(f.service, "r")
+        f.shell.check_takes_work(f.service, "r", f.shell.facts.epoch)
         f.shell.role = Role.PREFILL
         with pytest.raises(Refusal, match="role prefill now"):
-            f.shell.check_takes_work(f.service, "r")
+            f.shell.check_takes_work(f.service, "r", f.shell.facts.epoch)
