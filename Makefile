@@ -12,12 +12,13 @@ SOURCES := __init__.py cluster decode_worker kernels kvtransfer prefill_worker r
 # build, where the index would send gigabytes of CUDA. Without such a folder the try fails at once and nothing is lost.
 TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help venv dev demo serve test lint fmt type proto clean
+.PHONY: help venv dev demo serve test soak lint fmt type proto clean
 
 help:
 	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
 	@echo "make serve   the same cluster, staying up"
 	@echo "make test    install with test tools, run the whole suite    make lint   ruff, import-linter, mypy"
+	@echo "make soak    many requests while workers are killed: minutes"
 	@echo "make fmt     format     make type  mypy     make proto  regenerate protobuf code     make clean"
 
 venv: $(VENV)/.installed
@@ -31,6 +32,11 @@ serve: venv
 
 test: dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# Long: 20,000 requests on the paced device, 1,000 on the real model, with cancellations and kills all the while.
+soak: dev
+	$(BIN)/python tests/soak/soak.py --requests 20000 $(ARGS)
+	$(BIN)/python tests/soak/soak.py --requests 1000 --device cpu --kill-every-s 12 --concurrency 8 $(ARGS)
 
 lint: dev .typing/tandem
 	$(BIN)/ruff check $(SOURCES)

@@ -1,14 +1,17 @@
-"""Waterfalls as JSON lines: one line for each finished choice, for `tandem bench`, the demo and whoever debugs a
-slow request.
+"""Waterfalls as JSON lines: one line for each finished choice and one for the end of each request, for `tandem bench`,
+the demo and whoever debugs a slow or a lost request.
 
-A line is `{"event": "choice", "unix_s", "request_id", "choice", "prompt_tokens", "finish_reason", "timings": {…,
-"tpot_s"}}`, durations in seconds (`cluster.types.Timings`). The event loop only appends to a bounded buffer; a
-thread of its own writes and flushes. When the disk cannot keep up, lines are dropped and counted, and the file says
-so: `{"event": "dropped", "lines": n}`.
+`{"event": "choice", "unix_s", "request_id", "choice", "prompt_tokens", "finish_reason", "timings": {…, "tpot_s"}}`:
+durations in seconds (`cluster.types.Timings`). `{"event": "request", "unix_s", "request_id", "outcome", "reason"}`:
+every request that came past the checks at the door ends in exactly one of `RequestOutcome`.
+
+The event loop only appends to a bounded buffer; a thread of its own writes and flushes. When the disk cannot keep up,
+lines are dropped and counted, and the file says so: `{"event": "dropped", "lines": n}`.
 """
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 import threading
@@ -24,6 +27,17 @@ _log = logging.getLogger(__name__)
 
 MAX_BUFFERED_LINES = 8192
 CLOSE_TIMEOUT_S = 5.0
+
+
+class RequestOutcome(enum.StrEnum):
+    """How a request ended."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    """Before anything was done for it: no room, or its promise could not be kept."""
+    CANCELED = "canceled"
+    """Its client went away."""
+    FAILED = "failed"
 
 
 class WaterfallLog:
@@ -60,17 +74,40 @@ class WaterfallLog:
         attempts: int = 1,
     ) -> None:
         """Called by the router core once for each choice that ended; does not wait for the disk."""
-        line = {
-            "event": "choice",
-            "unix_s": time.time(),
-            "request_id": request_id,
-            "client_request_id": client_request_id,
-            "choice": choice,
-            "prompt_tokens": prompt_tokens,
-            "finish_reason": str(finish_reason),
-            "attempts": attempts,
-            "timings": {**asdict(timings), "tpot_s": timings.tpot_s},
-        }
+        if self._closed:
+            return
+        self._append(
+            {
+                "event": "choice",
+                "unix_s": time.time(),
+                "request_id": request_id,
+                "client_request_id": client_request_id,
+                "choice": choice,
+                "prompt_tokens": prompt_tokens,
+                "finish_reason": str(finish_reason),
+                "attempts": attempts,
+                "timings": {**asdict(timings), "tpot_s": timings.tpot_s},
+            }
+        )
+
+    def record_end(
+        self, *, request_id: str, outcome: RequestOutcome, reason: str = "", client_request_id: str = ""
+    ) -> None:
+        """Called by the router core once for each request; `reason` is the error's code. Does not wait for the disk."""
+        if self._closed:
+            return
+        self._append(
+            {
+                "event": "request",
+                "unix_s": time.time(),
+                "request_id": request_id,
+                "client_request_id": client_request_id,
+                "outcome": outcome.value,
+                "reason": reason,
+            }
+        )
+
+    def _append(self, line: dict[str, Any]) -> None:
         with self._changed:
             if self._closed:
                 return

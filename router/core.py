@@ -16,7 +16,7 @@ from typing import Any
 
 from ..cluster.clock import Clock
 from ..cluster.config import RouterConfig
-from ..cluster.events import WaterfallLog
+from ..cluster.events import RequestOutcome, WaterfallLog
 from ..cluster.metrics import RouterMetrics
 from ..cluster.types import Role, Timings
 from .admission import Admission
@@ -82,27 +82,43 @@ class RouterCore(GenerationService):
         key = f"{request.request_id}:{secrets.token_hex(4)}"
         try:
             self._admission.enter(key, arrival_s)
-        except Overloaded:
+        except Overloaded as refusal:
             self._metrics.count_refusal("overloaded")
+            self._record_end(request, RequestOutcome.REFUSED, refusal.code or refusal.type)
             raise
         self._count_in_flight(+1)
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()  # bounded by n x max_tokens
         task = asyncio.create_task(self._run_choices(request, key, arrival_s, deltas))
         task.add_done_callback(lambda _: deltas.put_nowait(None))
         unfinished = request.n
+        outcome, reason = RequestOutcome.CANCELED, ""
         try:
             while (delta := await deltas.get()) is not None:
                 unfinished -= delta.finish_reason is not None
+                if not unfinished:  # a client that leaves with its answer has not cancelled
+                    outcome = RequestOutcome.ANSWERED
                 yield delta
             await task
+        except ServiceError as error:
+            outcome, reason = RequestOutcome.FAILED, error.code or error.type
+            raise
         finally:
             self._admission.leave(key)
             self._count_in_flight(-1)
             if not task.done():
-                if unfinished:
+                if outcome is RequestOutcome.CANCELED:
                     self._metrics.count_canceled()
                 task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            self._record_end(request, outcome, reason)
+
+    def _record_end(self, request: GenerateRequest, outcome: RequestOutcome, reason: str) -> None:
+        self._log.record_end(
+            request_id=request.request_id,
+            client_request_id=request.client_request_id,
+            outcome=outcome,
+            reason=reason,
+        )
 
     def _count_in_flight(self, change: int) -> None:
         self._in_flight += change

@@ -1,0 +1,19 @@
+"""A short soak: requests, cancellations and kills at once, on real processes. `make soak` runs the long ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("soak.py")
+
+
+def test_killed_workers_and_cancelled_requests_leave_nothing_behind_and_no_request_is_lost() -> None:
+    command = [sys.executable, str(SCRIPT), "--requests", "1500", "--kill-every-s", "2", "--seed", "7"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
+    report = json.loads(ended.stdout)
+    assert sum(report["kills"].values()) >= 1, "nothing was killed: the soak was too short to show anything"
+    assert report["outcomes"]["canceled"] > 0
