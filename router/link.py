@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -72,6 +74,8 @@ class WorkerLink:
         """Prompt tokens that this router sent and has no first token for yet."""
         self.decode_rows = 0
         """Choices that this router decodes there now."""
+        self.tpot_promises_s: Counter[float] = Counter()
+        """What those were promised as time per output token, inf for nothing, with how many it was."""
         self._router_id = router_id
         self._on_change = on_change
         self._closed = False
@@ -87,6 +91,15 @@ class WorkerLink:
     def unsubscribe(self, key: SubscriptionKey) -> None:
         """Idempotent."""
         self._inboxes.pop(key, None)
+
+    @property
+    def tightest_tpot_s(self) -> float:
+        """The tightest promise among the choices that this router decodes there; inf: none."""
+        return min(+self.tpot_promises_s, default=math.inf)
+
+    def load_changed(self) -> None:
+        """What this router has there became less, or may be counted anew: there may be room for who waits."""
+        self._on_change()
 
     async def reserve(self, request: pb.ReserveRequest) -> pb.ReserveReply:
         """Asks for a credit. `Refusal`."""

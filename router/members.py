@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -38,6 +39,10 @@ class Member:
     status: pb.WorkerStatus
     heard_s: float
     link: WorkerLink
+    own_prefill_tokens: int = 0
+    """Of the queued tokens in the status, those that this router had sent when it came."""
+    own_rows: int = 0
+    """Of the sequences in the status, those that this router decoded there when it came."""
 
 
 class Membership(RegistryServicer):
@@ -46,11 +51,12 @@ class Membership(RegistryServicer):
     def __init__(self, *, router_id: str, clock: Clock, heartbeat_timeout_s: float) -> None:
         self.prefixes = PrefixIndex()
         self._router_id = router_id
-        self._clock = clock
+        self.clock = clock
         self._timeout_s = heartbeat_timeout_s
         self._members: dict[str, Member] = {}
         self._dead_epochs: OrderedDict[int, None] = OrderedDict()
         self._changed = asyncio.Event()
+        self._on_change: Callable[[], None] = lambda: None
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -69,7 +75,9 @@ class Membership(RegistryServicer):
             self._join(status)
         else:
             member.status = status
-            member.heard_s = self._clock.now_s()
+            member.heard_s = self.clock.now_s()
+            member.own_prefill_tokens = member.link.queued_prefill_tokens
+            member.own_rows = member.link.decode_rows
         self._notify()
         return pb.HeartbeatReply(router_id=self._router_id)
 
@@ -98,7 +106,7 @@ class Membership(RegistryServicer):
             router_id=self._router_id,
             on_change=self._notify,
         )
-        self._members[status.worker_id] = Member(status=status, heard_s=self._clock.now_s(), link=link)
+        self._members[status.worker_id] = Member(status=status, heard_s=self.clock.now_s(), link=link)
         logger.info("worker %s (%s) joined from %s", status.worker_id, status.role, status.address)
 
     def _bury(self, member: Member) -> None:
@@ -109,6 +117,17 @@ class Membership(RegistryServicer):
         task = asyncio.create_task(member.link.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    @property
+    def clock(self) -> Clock:
+        """The router's."""
+        return self.clock
+
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """`on_change` is called when a heartbeat, a stream or this router's own load may have changed the views; it
+        must not block. One watcher.
+        """
+        self._on_change = on_change
 
     # --- views ------------------------------------------------------------------------------------------------------
 
@@ -124,7 +143,7 @@ class Membership(RegistryServicer):
         """Empty if it is."""
         if member.status.draining:
             return "draining"
-        if self._clock.now_s() - member.heard_s > self._timeout_s:
+        if self.clock.now_s() - member.heard_s > self._timeout_s:
             return "no heartbeat"
         if not member.link.attached:
             return "not attached"
@@ -142,7 +161,7 @@ class Membership(RegistryServicer):
 
     def members(self) -> tuple[Member, ...]:
         """All of them, routable or not; those silent for a minute are dropped first."""
-        now_s = self._clock.now_s()
+        now_s = self.clock.now_s()
         for member in list(self._members.values()):
             if now_s - member.heard_s > FORGET_AFTER_S and not member.link.attached:
                 del self._members[member.status.worker_id]
@@ -170,10 +189,14 @@ class Membership(RegistryServicer):
 
     def _notify(self) -> None:
         self._changed.set()
+        self._on_change()
 
     def _view(self, member: Member) -> WorkerView:
         status, link = member.status, member.link
-        in_batch = max(status.running, link.decode_rows - status.waiting, 0)
+        # The worker's own count is as old as its heartbeat: what was ours of it is replaced by what is ours now.
+        others_tokens = max(0, status.queued_prefill_tokens - member.own_prefill_tokens)
+        others_rows = max(0, status.running + status.waiting - member.own_rows)
+        in_batch = max(link.decode_rows + others_rows - status.waiting, 0)
         return WorkerView(
             worker_id=status.worker_id,
             role=Role(status.role),
@@ -183,11 +206,13 @@ class Membership(RegistryServicer):
             available_blocks=status.free_blocks + status.cached_blocks,
             credited_blocks=status.credited_blocks,
             credit_limit_blocks=status.credit_limit_blocks,
-            queued_prefill_tokens=max(status.queued_prefill_tokens, link.queued_prefill_tokens),
+            queued_prefill_tokens=link.queued_prefill_tokens + others_tokens,
             running=in_batch,
             waiting=status.waiting,
             max_running=max(1, status.max_running),
             max_waiting=status.max_waiting,
             context_tokens=status.context_tokens,
             step_time=step_time_from_proto(status.step_time),
+            steps_total=status.steps_total,
+            tightest_tpot_s=link.tightest_tpot_s,
         )

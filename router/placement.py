@@ -8,6 +8,7 @@ gives equal output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -34,6 +35,10 @@ class WorkerView:
     max_waiting: int
     context_tokens: int
     step_time: StepTimeCoefficients
+    steps_total: int = 0
+    """Steps that it has run: its coefficients are a guess until it has run some."""
+    tightest_tpot_s: float = math.inf
+    """The tightest promise among the choices that this router decodes there; inf: none."""
 
 
 def pair(
@@ -57,6 +62,15 @@ def predicted_tpot_s(view: WorkerView, context_tokens: int) -> float:
     """Seconds per output token if one more sequence of that context joined this worker's batch."""
     rows = min(view.running + view.waiting + 1, view.max_running)
     return StepTimeModel(view.step_time).predict_tpot_s(rows, view.context_tokens + context_tokens)
+
+
+def keeps_tpot(view: WorkerView, context_tokens: int, tpot_s: float) -> bool:
+    """Whether this worker could decode one more sequence of that context within its own promise and within those of
+    the choices that this router decodes there. An idle worker always may be asked: no other would be faster.
+    """
+    if view.running + view.waiting == 0:
+        return True
+    return predicted_tpot_s(view, context_tokens) <= min(tpot_s, view.tightest_tpot_s)
 
 
 def rank_prefill(

@@ -63,7 +63,7 @@ async def test_a_new_epoch_is_a_new_member_and_the_old_one_is_dead(rig: Any) -> 
 async def test_routable_is_attached_and_heard_and_not_draining(rig: Any) -> None:
     async with rig() as r:
         clock = VirtualClock()
-        r.members._clock = clock
+        r.members.clock = clock
         worker = await r.worker("p0", Role.PREFILL)
         [member] = r.members.members()
 
@@ -88,7 +88,7 @@ async def test_routable_is_attached_and_heard_and_not_draining(rig: Any) -> None
 async def test_the_silent_are_forgotten_by_the_next_arrival(rig: Any) -> None:
     async with rig() as r:
         clock = VirtualClock()
-        r.members._clock = clock
+        r.members.clock = clock
         gone, quiet = await r.worker("p0", Role.PREFILL), await r.worker("p1", Role.PREFILL)
         await gone.die()
         await r.until(lambda: not r.link("p0").attached, "the break")
@@ -103,12 +103,16 @@ async def test_the_silent_are_forgotten_by_the_next_arrival(rig: Any) -> None:
 @scenario
 async def test_views_are_heartbeats_corrected_by_what_was_sent_since(rig: Any) -> None:
     async with rig() as r:
-        await r.worker("d0", Role.DECODE, running=2, queued_prefill_tokens=10, free_blocks=5, cached_blocks=7)
+        worker = await r.worker("d0", Role.DECODE, running=2, queued_prefill_tokens=10, free_blocks=5, cached_blocks=7)
         [view] = r.members.routable(Role.DECODE)
         assert (view.running, view.queued_prefill_tokens, view.available_blocks) == (2, 10, 12)
         r.link("d0").decode_rows, r.link("d0").queued_prefill_tokens = 5, 300
         [view] = r.members.routable(Role.DECODE)
-        assert (view.running, view.queued_prefill_tokens) == (5, 300)
+        assert (view.running, view.queued_prefill_tokens) == (7, 310), "what others sent, and what we have sent since"
+        await r.heartbeat(worker, running=6, queued_prefill_tokens=310)
+        r.link("d0").decode_rows, r.link("d0").queued_prefill_tokens = 1, 0
+        [view] = r.members.routable(Role.DECODE)
+        assert (view.running, view.queued_prefill_tokens) == (2, 10), "what of it was ours is as we know it now"
         r.link("d0").decode_rows = r.link("d0").queued_prefill_tokens = 0
 
 
