@@ -11,14 +11,17 @@ Pure; the router's dispatch queue, the engines' queues and the simulator all use
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from .types import Urgency
 
 K = TypeVar("K", bound=Hashable)
 PATIENCE_S = 60.0
+_DUE = attrgetter("due")
 
 
 @dataclass(slots=True)
@@ -35,50 +38,52 @@ class _Class(Generic[K]):
     share: float
     finish: float = 0.0
     """Virtual time at which what it was served so far is paid for."""
-    waiters: dict[K, _Waiter[K]] = field(default_factory=dict)
+    line: list[_Waiter[K]] = field(default_factory=list)
+    """Earliest deadline first."""
 
 
 class FairQueue(Generic[K]):
     """Keys that wait, each with an `Urgency` and a cost (tokens). Not thread-safe; every method is O(waiting) or
-    better.
+    better, the first few of an iteration cost O(classes) each.
     """
 
     def __init__(self) -> None:
         self._classes: dict[str, _Class[K]] = {}
-        self._class_of: dict[K, str] = {}
+        self._waiters: dict[K, _Waiter[K]] = {}
         self._now = 0.0
         """Virtual time: the start tag of whoever was served last."""
         self._next_order = 0
 
     def __len__(self) -> int:
-        return len(self._class_of)
+        return len(self._waiters)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._class_of
+        return key in self._waiters
 
     def __iter__(self) -> Iterator[K]:
-        """All keys, in the order in which they would be taken if nobody else came."""
-        tags = {name: max(self._now, c.finish) for name, c in self._classes.items() if c.waiters}
-        lines = {name: sorted(self._classes[name].waiters.values(), key=lambda w: w.due) for name in tags}
-        places = dict.fromkeys(tags, 0)
-        heads = [(tags[name], -self._classes[name].share, name) for name in tags]
+        """All keys, in the order in which they would be taken if nobody else came. The queue must not change before
+        the last one that is looked at.
+        """
+        heads = [(max(self._now, c.finish), -c.share, name, 0) for name, c in self._classes.items() if c.line]
         heapq.heapify(heads)
         while heads:
-            tag, minus_share, name = heapq.heappop(heads)
-            waiter = lines[name][places[name]]
-            yield waiter.key
-            places[name] += 1
-            if places[name] < len(lines[name]):
-                heapq.heappush(heads, (tag - waiter.cost / minus_share, minus_share, name))
+            tag, minus_share, name, place = heads[0]
+            line = self._classes[name].line
+            yield line[place].key
+            if place + 1 < len(line):
+                heapq.heapreplace(heads, (tag - line[place].cost / minus_share, minus_share, name, place + 1))
+            else:
+                heapq.heappop(heads)
 
     def push(self, key: K, urgency: Urgency, *, cost: float, now_s: float) -> None:
         """Adds a waiter; its class takes the share that came last. `cost` above 0."""
-        assert key not in self._class_of, f"{key!r} waits already"
+        assert key not in self._waiters, f"{key!r} waits already"
         mine = self._classes.setdefault(urgency.slo_class, _Class(urgency.share))
         mine.share = urgency.share
         due_s = min(urgency.deadline_s, now_s + PATIENCE_S)
-        mine.waiters[key] = _Waiter(key, (due_s, self._next_order), max(cost, 1e-9), urgency.slo_class)
-        self._class_of[key] = urgency.slo_class
+        waiter = _Waiter(key, (due_s, self._next_order), max(cost, 1e-9), urgency.slo_class)
+        insort(mine.line, waiter, key=_DUE)
+        self._waiters[key] = waiter
         self._next_order += 1
 
     def peek(self) -> K | None:
@@ -87,18 +92,24 @@ class FairQueue(Generic[K]):
 
     def take(self, key: K) -> None:
         """Serves a waiter, the first or another: it leaves, and its class has paid for it."""
-        waiter = self._leave(key)
+        self.serve(key, self._waiters[key].cost)
+        self.remove(key)
+
+    def serve(self, key: K, cost: float, *, left: float = 0.0) -> None:
+        """Serves a part of a waiter: its class has paid `cost`, and it keeps its place, for `left` more."""
+        waiter = self._waiters[key]
         mine = self._classes[waiter.slo_class]
-        start = max(self._now, mine.finish)
-        mine.finish = start + waiter.cost / mine.share
-        self._now = start
-        self._forget_idle()
+        self._now = max(self._now, mine.finish)
+        mine.finish = self._now + cost / mine.share
+        waiter.cost = max(left, 1e-9)
 
     def remove(self, key: K) -> bool:
-        """A waiter leaves unserved; False if it does not wait."""
-        if key not in self._class_of:
+        """A waiter leaves, and nothing more is paid for it; False if it does not wait."""
+        waiter = self._waiters.pop(key, None)
+        if waiter is None:
             return False
-        self._leave(key)
+        line = self._classes[waiter.slo_class].line
+        del line[bisect_left(line, waiter.due, key=_DUE)]
         self._forget_idle()
         return True
 
@@ -111,16 +122,13 @@ class FairQueue(Generic[K]):
             for key in self:
                 if key is probe:
                     return ahead
-                ahead += self._classes[self._class_of[key]].waiters[key].cost
+                ahead += self._waiters[key].cost
         finally:
             self.remove(probe)  # type: ignore[arg-type]
         raise AssertionError("the probe was not found")
 
-    def _leave(self, key: K) -> _Waiter[K]:
-        return self._classes[self._class_of.pop(key)].waiters.pop(key)
-
     def _forget_idle(self) -> None:
         """Classes that wait for nothing and owe nothing are forgotten: the table is as large as what waits."""
         for name, mine in list(self._classes.items()):
-            if not mine.waiters and mine.finish <= self._now:
+            if not mine.line and mine.finish <= self._now:
                 del self._classes[name]

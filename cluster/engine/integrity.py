@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from .block_pool import IntegrityError
-from .sequence import Sequence, State, WaitingQueue
+from .sequence import Sequence, State
+from .service_queue import ServiceQueue
 
 
 def check_sequences(
     sequences: Mapping[str, Sequence],
-    waiting: WaitingQueue,
+    queue: ServiceQueue,
     places: Mapping[State, Mapping[str, Sequence]],
     in_plans: Iterable[Sequence],
 ) -> None:
@@ -22,14 +23,16 @@ def check_sequences(
     for seq_id, seq in sequences.items():
         _require(seq.plans == rows.pop(seq_id, 0), f"{seq_id} miscounts its outstanding plans")
         _require(seq.state is not State.ENDED or seq.plans > 0, f"{seq_id} has ended and lingers")
-        _require((seq_id in waiting) == (seq.state is State.WAITING), f"{seq_id} is {seq.state}, the queue disagrees")
+        prefills = seq.state is State.RUNNING and seq.remaining_prefill > 0
+        queued = prefills or seq.state is State.WAITING
+        _require((seq in queue) == queued, f"{seq_id} is {seq.state}, the queue disagrees")
         for state, place in places.items():
             _require((seq_id in place) == (seq.state is state), f"{seq_id} is {seq.state}, but {state} disagrees")
     _require(not rows, f"outstanding plans name {sorted(rows)}, whom nobody knows")
     ended = sum(seq.state is State.ENDED for seq in sequences.values())
-    members = len(waiting) + sum(len(place) for place in places.values())
+    members = queue.waiting + sum(len(place) for place in places.values())
     _require(members + ended == len(sequences), "a place names a sequence that has been forgotten")
-    _require(waiting.prefill_tokens == sum(seq.remaining_prefill for seq in waiting), "the queue miscounts its tokens")
+    queue.check_integrity()
 
 
 def _require(condition: bool, message: str) -> None:

@@ -31,8 +31,9 @@ from .plan import StepOutput, StepPlan, StepRow
 from .policies import BatchPolicy, StepView
 from .prefix_cache import PrefixCache
 from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, SchedulerEvent, SequenceFailed, TokensEmitted
-from .sequence import Sequence, State, WaitingQueue, check_spec
+from .sequence import Sequence, State, check_spec
 from .sequence_kv import WRITER, SequenceKV
+from .service_queue import ServiceQueue
 
 
 class QueueFull(RuntimeError):
@@ -84,7 +85,7 @@ class Scheduler:
         self._max_outstanding_plans = max_outstanding_plans
 
         self._sequences: dict[str, Sequence] = {}  # all that have not ended, and ended ones in an outstanding plan
-        self._waiting = WaitingQueue()
+        self._queue = ServiceQueue()
         self._pulling: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._held: dict[str, Sequence] = {}
@@ -104,12 +105,12 @@ class Scheduler:
             raise ValueError(f"seq_id: {spec.seq_id!r} is in use on this engine")
         if spec.seq_id.startswith(WRITER):
             raise ValueError(f"seq_id: {spec.seq_id!r} begins with {WRITER!r}, which names transports")
-        if len(self._waiting) >= self._max_waiting:
-            raise QueueFull(f"{len(self._waiting)} sequences wait already, max_waiting is {self._max_waiting}")
+        if self._queue.waiting >= self._max_waiting:
+            raise QueueFull(f"{self._queue.waiting} sequences wait already, max_waiting is {self._max_waiting}")
         seq = Sequence(spec, self._next_order)
         self._next_order += 1
         self._sequences[seq.seq_id] = seq
-        self._waiting.push(seq)
+        self._queue.push(seq, self._clock.now_s())
 
     def abort(self, seq_id: str) -> bool:
         """Ends a sequence at any stage; False if there is none to end. It says nothing afterwards, not even what had
@@ -170,37 +171,34 @@ class Scheduler:
 
         The one idea: every sequence has tokens whose KV does not exist yet, and a step computes some of them. A
         decoding sequence has exactly one; a prompt has many and takes them in chunks. There is no prefill phase and
-        no decode phase, only a budget of tokens that the policy shares out, oldest first, in an order that lets
-        nobody overtake:
+        no decode phase, only a budget of tokens that the policy shares out:
 
-          1. each decoding sequence takes one token, and a block if its last one is full: that may preempt newer ones;
-          2. each prompt that has its blocks takes the next chunk;
-          3. the queue is admitted from its head while blocks for the whole context are there.
+          1. each decoding sequence, oldest first, takes one token, and a block if its last one is full: that may
+             preempt newer ones;
+          2. prompts take the rest in the queue's order, wherever they stand: the next chunk of one that has its
+             blocks, the admission and the first chunk of one that waits.
         """
         if len(self._outstanding) >= self._max_outstanding_plans:
             return None
         by_age = sorted(self._running.values(), key=attrgetter("order"))
         decoding = [seq for seq in by_age if seq.can_decode]
-        prefilling = [seq for seq in by_age if seq.can_prefill]
         shares = self._policy.shares(
             StepView(
                 budget_tokens=self._max_batched_tokens,
                 decode_rows=len(decoding),
-                prefill_tokens=self._waiting.prefill_tokens + sum(seq.remaining_prefill for seq in prefilling),
+                prefill_tokens=self._queue.prefill_tokens,
             )
         )
         preemptions = self._preemptions
         work = [(seq, 1) for seq in self._with_slots(decoding[: shares.decode_rows], by_age)]
-        budget = shares.prefill_tokens
-        for seq in prefilling:
-            if budget > 0 and seq.can_prefill:
-                work.append((seq, min(seq.remaining_prefill, budget)))
-                budget -= work[-1][1]
-        if self._preemptions == preemptions:  # what a preemption has just freed is for those that run
-            work += self._admit(budget)
+        # What a preemption has just freed is for those that run.
+        prompts = self._serve_queue(shares.prefill_tokens, may_admit=self._preemptions == preemptions)
+        work += [(seq, count) for seq, count in prompts if count]
+        plan = StepPlan(self._next_plan_id, tuple(self._row(seq, count) for seq, count in work))
+        for seq, count in prompts:
+            self._queue.served(seq, count or seq.spec.context_tokens)
         if not work:
             return None
-        plan = StepPlan(self._next_plan_id, tuple(self._row(seq, count) for seq, count in work))
         self._next_plan_id += 1
         self._outstanding.append(_Outstanding(plan, tuple(seq for seq, _ in work)))
         return plan
@@ -243,12 +241,11 @@ class Scheduler:
 
     def load(self) -> EngineLoad:
         """Counts for heartbeats and metrics. O(sequences)."""
-        prefilling = sum(seq.remaining_prefill for seq in self._running.values())
         return EngineLoad(
-            waiting=len(self._waiting),
+            waiting=self._queue.waiting,
             running=len(self._running) + len(self._pulling),
             held=len(self._held),
-            queued_prefill_tokens=self._waiting.prefill_tokens + prefilling,
+            queued_prefill_tokens=self._queue.prefill_tokens,
             context_tokens=sum(len(seq.tokens) for seq in self._running.values()),
             num_blocks=self._kv.pool.num_blocks,
             free_blocks=self._kv.pool.num_free,
@@ -264,7 +261,7 @@ class Scheduler:
         """
         places = {State.PULLING: self._pulling, State.RUNNING: self._running, State.HELD: self._held}
         in_plans = [seq for outstanding in self._outstanding for seq in outstanding.sequences]
-        check_sequences(self._sequences, self._waiting, places, in_plans)
+        check_sequences(self._sequences, self._queue, places, in_plans)
         self._kv.check_integrity([seq for seq in self._sequences.values() if seq.state is not State.WAITING])
 
     # ---------------------------------------------------------------- how
@@ -302,42 +299,52 @@ class Scheduler:
         del self._running[seq.seq_id]
         self._kv.release(seq)
         seq.restart()
-        self._waiting.push(seq, front=True)
+        self._queue.push_preempted(seq)
         self._preemptions += 1
         self._events.append(Preempted(seq_id=seq.seq_id))
 
-    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Admits from the head of the queue; returns whom to compute at once, with chunk sizes in tokens.
+    def _serve_queue(self, budget: int, *, may_admit: bool) -> list[tuple[Sequence, int]]:
+        """Gives blocks and up to `budget` tokens to prompts in the queue's order; returns who got any, with the tokens
+        to compute at once, 0 for a context that is pulled.
 
-        Who lacks blocks or a place in the batch stops everybody behind it. Who only lacks budget (older prompts are
-        being computed) does not stop sequences that need blocks but no computing.
+        Who lacks blocks or a place in the batch stops everybody behind it that waits for one, so that nobody overtakes
+        it for ever. Who only lacks budget does not stop sequences that need blocks but no computing.
         """
-        work: list[tuple[Sequence, int]] = []
+        served: list[tuple[Sequence, int]] = []
         places = self._max_running - len(self._running) - len(self._pulling)
-        if places == 0 or (budget == 0 and self._waiting.pulls == 0):
-            return work
-        growing = sum(
-            seq.spec.handoff is not Handoff.OUT for seq in chain(self._running.values(), self._pulling.values())
-        )
-        for seq in list(self._waiting):
-            if budget == 0 and not seq.needs_pull:
-                places -= 1  # which is kept for it
-                continue
-            if places <= 0 or not self._grant(seq, self._policy.headroom_blocks(growing)):
+        may_admit = may_admit and places > 0 and self._queue.waiting > 0
+        growing = 0
+        if may_admit:
+            resident = chain(self._running.values(), self._pulling.values())
+            growing = sum(seq.spec.handoff is not Handoff.OUT for seq in resident)
+        unseen = len(self._queue) - self._queue.waiting  # of those that have their blocks
+        for seq in self._queue:
+            may_admit = may_admit and places > 0 and (budget > 0 or self._queue.pulls > 0)
+            if not may_admit and (unseen == 0 or budget == 0):
                 break
-            places -= 1
-            growing += seq.spec.handoff is not Handoff.OUT
+            count = 0
             if seq.state is State.RUNNING:
-                work.append((seq, min(seq.remaining_prefill, budget)))
-                budget -= work[-1][1]
-        return work
+                unseen -= 1
+                if seq.can_prefill:
+                    count = min(seq.remaining_prefill, budget)
+            elif may_admit and budget == 0 and not seq.needs_pull:
+                places -= 1  # which is kept for it
+            elif may_admit:
+                may_admit = self._grant(seq, self._policy.headroom_blocks(growing))
+                if may_admit:
+                    places -= 1
+                    growing += seq.spec.handoff is not Handoff.OUT
+                    count = min(seq.remaining_prefill, budget)
+            if count or seq.state is State.PULLING:
+                served.append((seq, count))
+                budget -= count
+        return served
 
     def _grant(self, seq: Sequence, headroom_blocks: int) -> bool:
-        """Takes `seq` from the queue into the running batch, or to wait for its KV; False if blocks are lacking."""
+        """Takes `seq` into the running batch, or to wait for its KV; False if blocks are lacking."""
         blocks = self._kv.grant(seq, headroom_blocks)
         if blocks is None:
             return False
-        self._waiting.remove(seq)
         if seq.needs_pull:
             seq.state = State.PULLING
             self._pulling[seq.seq_id] = seq
@@ -386,8 +393,7 @@ class Scheduler:
             seq.state = State.HELD
 
     def _end(self, seq: Sequence) -> None:
-        if seq.state is State.WAITING:
-            self._waiting.remove(seq)
+        self._queue.remove(seq)
         for place in (self._pulling, self._running, self._held):
             place.pop(seq.seq_id, None)
         seq.state = State.ENDED

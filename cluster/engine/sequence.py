@@ -1,4 +1,4 @@
-"""A sequence as the scheduler keeps it, from `add` to its end, and the queue it waits in.
+"""A sequence as the scheduler keeps it, from `add` to its end.
 
 add ──▶ WAITING ──▶ RUNNING ──▶ (finished)          NONE: prefill, then decode, in the running batch
            │  ▲        │  └───▶ HELD ──▶ (released)  OUT: after the first token the blocks wait for their reader
@@ -11,8 +11,6 @@ any ──▶ ENDED                                        finished or aborted; 
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict
-from collections.abc import Iterator
 
 from ..hashing import extend_block_keys
 from ..types import FinishReason, Handoff, SampledToken, SequenceSpec
@@ -152,40 +150,6 @@ class Sequence:
         self.prefill_end = len(self.tokens)
         self.needs_pull = False
         self.doomed = False
-
-
-class WaitingQueue:
-    """First come, first served; preempted sequences return to the front. Any one can leave in O(1)."""
-
-    def __init__(self) -> None:
-        self._entries: OrderedDict[str, tuple[Sequence, int, bool]] = OrderedDict()
-        self.prefill_tokens = 0
-        """Context tokens to be computed here, over all waiting."""
-        self.pulls = 0
-        """Waiting sequences that need blocks but no computing."""
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, seq_id: object) -> bool:
-        return seq_id in self._entries
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return (seq for seq, _, _ in self._entries.values())
-
-    def push(self, seq: Sequence, *, front: bool = False) -> None:
-        """Queues `seq`, last or first."""
-        self._entries[seq.seq_id] = (seq, seq.remaining_prefill, seq.needs_pull)
-        if front:
-            self._entries.move_to_end(seq.seq_id, last=False)
-        self.prefill_tokens += seq.remaining_prefill
-        self.pulls += seq.needs_pull
-
-    def remove(self, seq: Sequence) -> None:
-        """Takes `seq` out, wherever it stands."""
-        _, prefill_tokens, needs_pull = self._entries.pop(seq.seq_id)
-        self.prefill_tokens -= prefill_tokens
-        self.pulls -= needs_pull
 
 
 def check_spec(spec: SequenceSpec, *, num_blocks: int, block_size: int, max_model_len: int) -> None:
