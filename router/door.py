@@ -14,8 +14,9 @@ from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
 from ..cluster.clock import Clock, MonotonicClock
-from ..cluster.config import RouterConfig
+from ..cluster.config import RouterConfig, is_loopback
 from ..cluster.metrics import RouterMetrics
+from .body_budget import MAX_HELD_BYTES, BodyBudget
 from .chat_template import render_chat
 from .errors import InvalidRequest, ModelNotFound, ServiceError, Unauthenticated, Unavailable
 from .params import Limits, show
@@ -54,6 +55,7 @@ class Door:
         self.metrics = metrics
         self.draining = False
         self.closing = False
+        self.bodies = BodyBudget(max(MAX_HELD_BYTES, 2 * config.max_body_bytes))
         self._api_key = None if api_key is None else api_key.encode()
         self._clock = clock or MonotonicClock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -101,6 +103,11 @@ class Door:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key):
             raise Unauthenticated("authorization: missing or wrong; allowed: 'Bearer <key>' with this router's API key")
+
+    @property
+    def wants_host(self) -> bool:
+        """Whether requests must come under a name that only this machine has: nothing else keeps strangers out."""
+        return self._api_key is None and is_loopback(self.config.host)
 
     def count_refusal(self, error: ServiceError) -> None:
         """Counts a request that the door itself turned away; the service counts what it refuses."""

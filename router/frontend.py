@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import uvicorn
 from grpc import aio
@@ -20,6 +24,7 @@ from ..cluster.metrics import RouterMetrics
 from .door import Door
 from .grpc_api import build_grpc_server
 from .http_app import build_http_app
+from .http_protocol import BoundedProtocol, HttpLimits, connection_limit, sweep
 from .service import GenerationService
 from .tokenizer_base import Tokenizer
 
@@ -50,6 +55,15 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         self.listening.set()
 
+    async def on_tick(self, counter: int) -> bool:
+        sweep(self.server_state.connections, time.monotonic())
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets=sockets)
+        for connection in list(self.server_state.connections):  # clients that took no answer
+            connection.transport.abort()
+
 
 class Frontend:
     """Both front ends. Used from one event loop.
@@ -65,7 +79,9 @@ class Frontend:
         metrics: RouterMetrics,
         *,
         api_key: str | None = None,
+        limits: HttpLimits | None = None,
     ) -> None:
+        self._limits = limits or HttpLimits()
         if api_key is None and not is_loopback(config.host):
             raise ValueError(
                 f"host: {config.host!r} is beyond loopback, where clients must present a key, and none is set; "
@@ -110,10 +126,12 @@ class Frontend:
 
     async def _start_http(self) -> str:
         listener = bind(self._config.host, self._config.http_port)
+        max_connections = connection_limit(self._limits)
         self._http = _Server(
             uvicorn.Config(
                 build_http_app(self._door),
-                http="httptools",
+                http=cast("type[asyncio.Protocol]", partial(BoundedProtocol, self._limits, max_connections)),
+                timeout_keep_alive=math.ceil(self._limits.idle_timeout_s),
                 ws="none",
                 lifespan="off",
                 log_config=None,

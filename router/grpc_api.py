@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Tandem"].full_name
 MAX_CONCURRENT_CALLS = 16_384
+MAX_CALLS_PER_CONNECTION = 4096
+MAX_METADATA_BYTES = 32 * 1024
 MAX_REQUEST_ID_CHARS = 128
 HEALTH_POLL_S = 0.25
 """How soon `Watch`ers of the health service are told of a change; `Check` always asks anew."""
@@ -52,7 +54,7 @@ class TandemServicer(pb_grpc.TandemServicer):
         """See tandem_v1.proto."""
         try:
             self._door.check_key(_authorization(context))
-            with self._door.admitted():
+            with self._door.admitted(), self._door.bodies.holding(request.ByteSize()):
                 prepared = await self._prepare(request, _remaining_s(context))
                 async with asyncio.timeout(prepared.timeout_s + DEADLINE_GRACE_S):
                     await self._run(prepared, context)
@@ -264,7 +266,16 @@ class ReadinessHealth(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_
 
 def build_grpc_server(door: Door) -> tuple[aio.Server, ReadinessHealth]:
     """A server without a port yet, and the health service whose `poll` its owner runs."""
-    limits = {"grpc.max_receive_message_length": door.config.max_body_bytes}
+    limits = {
+        "grpc.max_receive_message_length": door.config.max_body_bytes,
+        "grpc.max_metadata_size": MAX_METADATA_BYTES,
+        "grpc.absolute_max_metadata_size": MAX_METADATA_BYTES,
+        "grpc.http2.max_concurrent_streams": MAX_CALLS_PER_CONNECTION,
+        "grpc.server_handshake_timeout_ms": 10_000,
+        "grpc.max_connection_idle_ms": 600_000,
+        # Pings more often than SERVER_OPTIONS allows end the connection after so many.
+        "grpc.http2.max_ping_strikes": 3,
+    }
     options = [*(option for option in SERVER_OPTIONS if option[0] not in limits), *limits.items()]
     server = aio.server(options=options, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
     pb_grpc.add_TandemServicer_to_server(TandemServicer(door), server)

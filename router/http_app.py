@@ -8,6 +8,7 @@ could be served now. With an API key, all but `/health`, `/ready` and `/metrics`
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -20,8 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from ..cluster.metrics import CONTENT_TYPE
 from .door import Door, shutting_down
-from .errors import ServiceError
-from .http_exchange import ClientGone, Exchange, error_json
+from .errors import InvalidRequest, ServiceError
+from .http_exchange import MAX_ECHOED_CHARS, ClientGone, Exchange, error_json
 from .http_generate import ChatEndpoint, CompletionEndpoint
 from .openai_requests import parse_messages
 from .params import Fields, parse_token_ids
@@ -46,8 +47,33 @@ class _WrongMethod(ServiceError):
     code = "method_not_allowed"
 
 
+class _WrongHost(ServiceError):
+    http_status = 421
+    type = "invalid_request_error"
+    code = "wrong_host"
+
+
+def check_host(host: str | None) -> None:
+    """A router that lets in whoever reaches it on loopback must not be reached by a page whose own name was made to
+    point there (DNS rebinding): such a request carries that name. ServiceError with 400 or 421.
+    """
+    if host is None:
+        raise InvalidRequest("host: is missing; allowed: this router's address")
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    if name == "localhost" or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        raise _WrongHost(
+            f"host: {host[:MAX_ECHOED_CHARS]!r} is a name that a router without API keys does not answer to on "
+            "loopback; allowed: localhost, an IP address, or a router with an API key"
+        ) from None
+
+
 class Endpoint:
-    """An ASGI endpoint: checks the key, runs the handler and turns whatever it raises into one answer.
+    """An ASGI endpoint: checks host and key, runs the handler and turns whatever it raises into one answer.
 
     `admits`: the handler's work counts as a request inside the router, so that draining waits for it and refuses new
     ones.
@@ -60,7 +86,8 @@ class Endpoint:
         self._admits = admits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, max_body_bytes=self._door.config.max_body_bytes)
+        door = self._door
+        exchange = Exchange(scope, receive, send, max_body_bytes=door.config.max_body_bytes, budget=door.bodies)
         try:
             await self._answer(exchange)
         except ClientGone:
@@ -76,8 +103,12 @@ class Endpoint:
         except Exception:
             _log.exception("unexpected error at the HTTP door")
             await self._fail(exchange, ServiceError("internal error; the router's log has more"))
+        finally:
+            exchange.close()
 
     async def _answer(self, exchange: Exchange) -> None:
+        if self._door.wants_host:
+            check_host(exchange.header("host"))
         if not self._open_to_all:
             self._door.check_key(exchange.header("authorization"))
         if self._admits:

@@ -11,21 +11,28 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
 
-from .errors import InvalidRequest, ServiceError
+from .body_budget import MAX_HELD_BYTES, BodyBudget
+from .errors import InvalidRequest, Overloaded, ServiceError
 
 T = TypeVar("T")
 
 BODY_TIMEOUT_S = 60.0
 """For a client to send its body."""
+BODY_PART_TIMEOUT_S = 15.0
+"""For the next part of it."""
 DISCARD_FACTOR = 4
 """An oversized body is read up to this many times the limit, so that a client still sending can read the 413."""
 ERROR_SEND_TIMEOUT_S = 5.0
 MAX_ECHOED_CHARS = 128
+MAX_JSON_DEPTH = 64
+"""Lists and objects inside each other; the deepest of a legitimate request (a tool's schema) stays well below."""
+JSON_CONTENT_TYPE = "application/json"
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -42,8 +49,16 @@ class PayloadTooLarge(ServiceError):
     code = "body_too_large"
 
 
+class WrongContentType(ServiceError):
+    """The body does not say that it is JSON."""
+
+    http_status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
 class BodyTimeout(ServiceError):
-    """The body did not come within BODY_TIMEOUT_S."""
+    """The body, or its next part, did not come in time."""
 
     http_status = 408
     type = "timeout"
@@ -74,12 +89,19 @@ def error_headers(error: ServiceError) -> dict[str, str]:
 
 
 class Exchange:
-    """One request being answered. Methods raise ClientGone once the client has closed its connection."""
+    """One request being answered. Methods raise ClientGone once the client has closed its connection.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, max_body_bytes: int) -> None:
+    Whoever made it calls `close` in the end: it gives back what the body takes of `budget`.
+    """
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, max_body_bytes: int, budget: BodyBudget | None = None
+    ) -> None:
         self._receive = receive
         self._send = send
         self._max_body_bytes = max_body_bytes
+        self._budget = budget or BodyBudget(MAX_HELD_BYTES)
+        self._held_bytes = 0
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self.started = False
         self.path_params: Mapping[str, str] = scope.get("path_params", {})
@@ -90,15 +112,32 @@ class Exchange:
         value = self._headers.get(name.encode("ascii"))
         return None if value is None else value.decode("latin-1")
 
+    def close(self) -> None:
+        """The request is over. Idempotent."""
+        self._budget.give_back(self._held_bytes)
+        self._held_bytes = 0
+
     # -- the request ------------------------------------------------------------------------------------------------
 
     async def read_json(self) -> dict[str, Any]:
-        """The body as a JSON object. PayloadTooLarge, BodyTimeout, or InvalidRequest saying what is wrong with it."""
+        """The body as a JSON object. WrongContentType, PayloadTooLarge, BodyTimeout, Overloaded, or InvalidRequest
+        saying what is wrong with it.
+
+        The type must be named: a page in a browser can send any other type, or none, to a router on the same machine
+        without asking it first.
+        """
+        content_type = self.header("content-type")
+        if (content_type or "").partition(";")[0].strip().lower() != JSON_CONTENT_TYPE:
+            shown = "is missing" if content_type is None else f"{content_type[:MAX_ECHOED_CHARS]!r} is no JSON"
+            raise WrongContentType(f"content-type: {shown}; allowed: {JSON_CONTENT_TYPE}", param="content-type")
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await self._read_body()
         except TimeoutError:
-            raise BodyTimeout(f"the request's body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+            raise BodyTimeout(
+                f"the request's body did not arrive in time; allowed: {BODY_PART_TIMEOUT_S:g} s for its next part, "
+                f"{BODY_TIMEOUT_S:g} s for all of it"
+            ) from None
         return parse_json_object(body)
 
     async def _read_body(self) -> bytes:
@@ -110,12 +149,15 @@ class Exchange:
         parts: list[bytes] = []
         size_bytes = 0
         while True:
-            message = await self._receive()
+            async with asyncio.timeout(BODY_PART_TIMEOUT_S):
+                message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             part = message.get("body", b"")
             size_bytes += len(part)
             if size_bytes <= self._max_body_bytes:
+                self._budget.take(len(part))
+                self._held_bytes += len(part)
                 parts.append(part)
             if size_bytes > discard_limit_bytes:
                 raise self._too_large(size_bytes)
@@ -193,7 +235,7 @@ class Exchange:
                 await self.end_events(done=False)
                 return
             headers = error_headers(error)
-            if isinstance(error, PayloadTooLarge | BodyTimeout):
+            if isinstance(error, PayloadTooLarge | BodyTimeout | WrongContentType | Overloaded):
                 headers["connection"] = "close"  # what is left of the body is not a next request
             await self.send_json(error_json(error), status=error.http_status, headers=headers)
 
@@ -207,15 +249,17 @@ class Exchange:
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
-    """A JSON object (RFC 8259) that UTF-8 can carry: no NaN, no infinity, no lone surrogates. InvalidRequest
-    otherwise.
+    """A JSON object (RFC 8259) that UTF-8 can carry: no NaN, no infinity, no lone surrogates, no key twice in one
+    object, at most MAX_JSON_DEPTH levels. InvalidRequest otherwise.
     """
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
+            check_depth(value)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"body: not UTF-8 at byte {error.start}; allowed: a JSON object in UTF-8") from None
     except RecursionError:
-        raise InvalidRequest("body: JSON nested too deeply; allowed: a JSON object") from None
+        raise InvalidRequest(f"body: JSON nested too deeply; allowed: {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
         raise InvalidRequest(f"body: not valid JSON: {error}; allowed: a JSON object") from None
     if not isinstance(value, dict):
@@ -230,3 +274,27 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {counts.most_common(1)[0][0][:MAX_ECHOED_CHARS]!r} comes twice in one object")
+    return value
+
+
+def check_depth(value: object, levels: int = MAX_JSON_DEPTH) -> None:
+    """RecursionError where lists and objects are nested deeper than `levels`: what reads them afterwards recurses."""
+    layer = [value]
+    while layer:
+        if levels < 0:
+            raise RecursionError
+        levels -= 1
+        inside: list[object] = []
+        for item in layer:
+            if isinstance(item, dict):
+                inside.extend(child for child in item.values() if isinstance(child, dict | list))
+            elif isinstance(item, list):
+                inside.extend(child for child in item if isinstance(child, dict | list))
+        layer = inside

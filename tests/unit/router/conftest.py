@@ -23,6 +23,7 @@ from tandem.router.byte_tokenizer import ByteTokenizer
 from tandem.router.core import RouterCore
 from tandem.router.errors import ServiceError
 from tandem.router.frontend import Addresses, Frontend
+from tandem.router.http_protocol import HttpLimits
 from tandem.router.link import WorkerLink
 from tandem.router.members import Membership
 from tandem.router.service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness
@@ -109,7 +110,12 @@ class Front:
     """A running `Frontend`; its loop runs in a thread of its own."""
 
     def __init__(
-        self, config: RouterConfig, *, api_key: str | None = None, loop: asyncio.AbstractEventLoop | None = None
+        self,
+        config: RouterConfig,
+        *,
+        api_key: str | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+        limits: HttpLimits | None = None,
     ) -> None:
         self.service = ScriptedService()
         self.metrics = RouterMetrics(MODEL)
@@ -117,7 +123,7 @@ class Front:
         self._loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="front")
         self._thread.start()
-        self.frontend = Frontend(self.service, self.tokenizer, config, self.metrics, api_key=api_key)
+        self.frontend = Frontend(self.service, self.tokenizer, config, self.metrics, api_key=api_key, limits=limits)
         try:
             addresses: Addresses = self.run(self.frontend.start())
         except BaseException:
@@ -148,8 +154,14 @@ def make_config(**changes: Any) -> RouterConfig:
 def start_front() -> Iterator[Callable[..., Front]]:
     fronts: list[Front] = []
 
-    def start(*, api_key: str | None = None, loop: asyncio.AbstractEventLoop | None = None, **changes: Any) -> Front:
-        fronts.append(Front(make_config(**changes), api_key=api_key, loop=loop))
+    def start(
+        *,
+        api_key: str | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+        limits: HttpLimits | None = None,
+        **changes: Any,
+    ) -> Front:
+        fronts.append(Front(make_config(**changes), api_key=api_key, loop=loop, limits=limits))
         return fronts[-1]
 
     yield start

@@ -177,7 +177,8 @@ RAW: list[tuple[bytes, int, str]] = [
 
 @pytest.fixture(scope="module")
 def http(shared_front: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=shared_front.url, timeout=20, headers={"x-request-id": "r1"}) as client:
+    headers = {"x-request-id": "r1", "content-type": "application/json"}
+    with httpx.Client(base_url=shared_front.url, timeout=20, headers=headers) as client:
         yield client
 
 
@@ -247,7 +248,7 @@ def test_a_body_far_over_the_limit_is_refused_unread(shared_front: Any) -> None:
 
     host, port = shared_front.http.split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n".encode())
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n".encode())
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_too_large"
