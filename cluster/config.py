@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
-from .config_schema import Bytes, ConfigError, OneOf, Text, Within, check, parse, plain
+from .config_schema import HIDDEN, Bytes, ConfigError, Hidden, OneOf, Text, Within, check, parse, plain
 from .types import SLO, Role
 
 __all__ = [
@@ -89,7 +89,7 @@ class EngineConfig:
 class SecurityConfig:
     """What the members of one cluster show each other (`cluster.auth`): on the workers' ports, the registry and KV."""
 
-    secret: Annotated[str | None, Text()] = field(default=None, repr=False)
+    secret: Annotated[str | None, Text(), Hidden()] = field(default=None, repr=False)
     """Shared by all members. None: `secret_file`, else the environment's TANDEM_CLUSTER_SECRET, else none."""
     secret_file: Annotated[str | None, Text()] = None
     tls_cert: Annotated[str | None, Text()] = None
@@ -97,9 +97,15 @@ class SecurityConfig:
     tls_key: Annotated[str | None, Text()] = None
     tls_ca: Annotated[str | None, Text()] = None
     """Who must have signed the other member's certificate."""
+    tls_server_name: Annotated[str | None, Text()] = None
+    """A name that every member's certificate holds; None: each holds the host or address under which it is called."""
 
     def __post_init__(self) -> None:
         check(self)
+        given = [name for name in ("tls_cert", "tls_key", "tls_ca") if getattr(self, name) is not None]
+        for name in ("tls_cert", "tls_key", "tls_ca"):
+            if getattr(self, name) is None and (given or self.tls_server_name is not None):
+                raise ConfigError(name, None, f"a PEM file, as {given[0] if given else 'tls_server_name'} is given")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +189,7 @@ class RouterConfig:
     """The promise of the class `interactive`, which requests that name no class belong to."""
     slo_classes: dict[str, SLOClass] = field(default_factory=dict)
     """More classes, or other settings of `interactive` and `batch` (`router.slo_classes`)."""
-    api_key: Annotated[str | None, Text()] = field(default=None, repr=False)
+    api_key: Annotated[str | None, Text(), Hidden()] = field(default=None, repr=False)
     """What clients must present, several separated by commas; None: the keys of `api_keys_file`. Without any, everybody
     is let in, which only a router on loopback may do."""
     api_keys_file: Annotated[str | None, Text()] = None
@@ -204,6 +210,19 @@ class RouterConfig:
         except ConfigError as error:
             raise error.under("slo") from None
         _distinct_ports(self, ("http_port", "grpc_port", "registry_port"))
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError("api_key", HIDDEN, "printable ASCII without spaces, several separated by commas")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls_cert", "tls_key") if self.tls_key is None else ("tls_key", "tls_cert")
+            raise ConfigError(missing, None, f"a PEM file, as {given} is given")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("tls_cert", None, "a PEM file, as tls_client_ca is given")
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys of `api_key`, one by one."""
+        return () if self.api_key is None else tuple(key.strip() for key in self.api_key.split(","))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

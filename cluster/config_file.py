@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from .config import ClusterConfig, EngineConfig, WorkerConfig
-from .config_schema import ConfigError, hints, parse, unknown_key
+from .config import ClusterConfig, EngineConfig, RouterConfig, WorkerConfig
+from .config_schema import HIDDEN, ConfigError, hints, parse, unknown_key
 from .types import Role
 
 
@@ -51,7 +51,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_FILLED_IN = ("worker_id", "role", "engine", "port", "kv_port", "routers", "security", "insecure")
+_OF_ALL = ("security", "insecure")
+_FILLED_IN = ("worker_id", "role", "engine", "port", "kv_port", "routers", *_OF_ALL)
 
 
 def _cluster_config(data: Any, overrides: Mapping[str, Any]) -> ClusterConfig:
@@ -83,10 +84,13 @@ def _check_keys(tree: Mapping[str, Any]) -> None:
     for key in tree:
         if key not in known:
             raise unknown_key(str(key), str(key), known)
-    worker_keys = [name for name in hints(WorkerConfig) if name not in _FILLED_IN]
-    for key in _section(tree, "worker"):
-        if key not in worker_keys:
-            raise unknown_key(f"worker.{key}", str(key), worker_keys)
+    for section, cls, filled_in in (("worker", WorkerConfig, _FILLED_IN), ("router", RouterConfig, _OF_ALL)):
+        allowed = [name for name in hints(cls) if name not in filled_in]
+        for key in _section(tree, section):
+            if key in _OF_ALL:
+                raise ConfigError(f"{section}.{key}", HIDDEN, f"{key} at the top, where it holds for all members")
+            if key not in allowed:
+                raise unknown_key(f"{section}.{key}", str(key), allowed)
 
 
 def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+HIDDEN = "…"
+"""What errors show in place of a secret."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
@@ -84,8 +86,17 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Hidden:
+    """Marks what errors must not show."""
+
+
+@dataclass(frozen=True, slots=True)
 class Bytes:
     """Marks an integer that may be written with a unit: 512MiB, 1.5GB."""
+
+
+_LABELS = (Bytes, Hidden)
+"""Marks that restrict nothing."""
 
 
 def parse_bytes(text: str) -> int:
@@ -143,11 +154,12 @@ def _check_value(path: str, value: Any, hint: Any, extra: tuple[Any, ...] = ()) 
         for key, entry in value.items():
             _check_value(f"{path}.{key}", entry, typing.get_args(base)[1], marks + extra)
         return
+    shown = HIDDEN if any(isinstance(mark, Hidden) for mark in marks) else value
     if not _is_a(value, base):
-        raise ConfigError(path, value, _kind(base, marks + extra))
+        raise ConfigError(path, shown, _kind(base, marks + extra))
     for mark in marks + extra:
-        if not isinstance(mark, Bytes) and not mark.admits(value):
-            raise ConfigError(path, value, str(mark))
+        if not isinstance(mark, _LABELS) and not mark.admits(value):
+            raise ConfigError(path, shown, str(mark))
 
 
 def _is_a(value: Any, base: Any) -> bool:
@@ -165,7 +177,7 @@ def _kind(base: Any, marks: tuple[Any, ...]) -> str:
     kind = words.get(base, "a section")
     if any(isinstance(mark, Bytes) for mark in marks):
         kind += " of bytes, or a size like 512MiB"
-    ranges = [str(mark) for mark in marks if not isinstance(mark, Bytes)]
+    ranges = [str(mark) for mark in marks if not isinstance(mark, _LABELS)]
     return ", ".join([kind, *ranges])
 
 

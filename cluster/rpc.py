@@ -12,6 +12,8 @@ from typing import NoReturn
 import grpc
 from grpc import aio
 
+from .auth import OPEN, MemberCredentials
+
 PROTOCOL_VERSION = 1
 """Raised with every incompatible change of `tandem.internal.v1` or of the KV frames; members refuse another one."""
 
@@ -48,14 +50,14 @@ SERVER_OPTIONS = (
 )
 
 
-def open_channel(address: str) -> aio.Channel:
-    """An asyncio channel to a member at `host:port`."""
-    return aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, credentials: MemberCredentials = OPEN) -> aio.Channel:
+    """An asyncio channel to a member at `host:port`, which is shown that we belong to its cluster."""
+    return credentials.channel(address, CHANNEL_OPTIONS)
 
 
-def make_server() -> aio.Server:
-    """An asyncio server for calls between members, without a port yet."""
-    return aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
+def make_server(credentials: MemberCredentials = OPEN) -> aio.Server:
+    """An asyncio server for calls between members, without a port yet (`credentials.listen`); refuses strangers."""
+    return credentials.server(SERVER_OPTIONS, MAX_CONCURRENT_CALLS)
 
 
 def new_epoch() -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
+from ..cluster.auth import OPEN, MemberCredentials
 from . import wire
 from .ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from .transport import MESSAGE_BYTES, EndFrame, KVFrame, KVSource, KVTransport, PullRequest
@@ -54,7 +55,9 @@ class GrpcKVServer:
         block_bytes: int,
         message_bytes: int = MESSAGE_BYTES,
         max_pulls: int = 4096,
+        credentials: MemberCredentials = OPEN,
     ) -> None:
+        self._credentials = credentials
         self._source = source
         self._host = host
         self._port = port
@@ -76,7 +79,7 @@ class GrpcKVServer:
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.so_reuseport", 0),
         ]
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._max_pulls + 1024)
+        server = self._credentials.server(options, self._max_pulls + 1024)
         handlers = {
             "Hello": grpc.unary_unary_rpc_method_handler(self._hello),
             "Pull": grpc.unary_stream_rpc_method_handler(self._pull),
@@ -84,7 +87,7 @@ class GrpcKVServer:
             "Abort": grpc.unary_unary_rpc_method_handler(self._abort),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        port: int = server.add_insecure_port(f"{self._host}:{self._port}")
+        port = self._credentials.listen(server, f"{self._host}:{self._port}")
         await server.start()
         self._server = server
         return port
@@ -161,7 +164,15 @@ class _Channel:
 class GrpcKVTransport(KVTransport):
     """Reader's end. Keeps one channel per peer address, at most `max_channels` idle ones."""
 
-    def __init__(self, *, block_bytes: int, message_bytes: int = MESSAGE_BYTES, max_channels: int = 64) -> None:
+    def __init__(
+        self,
+        *,
+        block_bytes: int,
+        message_bytes: int = MESSAGE_BYTES,
+        max_channels: int = 64,
+        credentials: MemberCredentials = OPEN,
+    ) -> None:
+        self._credentials = credentials
         self._block_bytes = block_bytes
         self._message_bytes = message_bytes
         self._max_channels = max_channels
@@ -220,7 +231,7 @@ class GrpcKVTransport(KVTransport):
                 ("grpc.enable_retries", 0),
                 ("grpc.enable_http_proxy", 0),
             ]
-            held = self._channels[peer.kv_address] = _Channel(grpc.aio.insecure_channel(peer.kv_address, options))
+            held = self._channels[peer.kv_address] = _Channel(self._credentials.channel(peer.kv_address, options))
         self._channels.move_to_end(peer.kv_address)
         held.calls += 1
         try:

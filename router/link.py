@@ -19,6 +19,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc import aio
 
+from ..cluster.auth import OPEN, MemberCredentials
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.proto.tandem_internal_v1_pb2_grpc import WorkerStub
 from ..cluster.rpc import CONTROL_TIMEOUT_S, PROTOCOL_VERSION, Refusal, open_channel
@@ -64,7 +65,14 @@ class WorkerLink:
     """Created when a worker's heartbeat shows a new epoch; closed when the next one does, or the router stops."""
 
     def __init__(
-        self, *, worker_id: str, address: str, epoch: int, router_id: str, on_change: Callable[[], None]
+        self,
+        *,
+        worker_id: str,
+        address: str,
+        epoch: int,
+        router_id: str,
+        on_change: Callable[[], None],
+        credentials: MemberCredentials = OPEN,
     ) -> None:
         self.worker_id = worker_id
         self.address = address
@@ -79,7 +87,7 @@ class WorkerLink:
         self._router_id = router_id
         self._on_change = on_change
         self._closed = False
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, credentials)
         self._stub = WorkerStub(self._channel)
         self._inboxes: dict[SubscriptionKey, Inbox] = {}
         self._task = asyncio.create_task(self._run())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import grpc
 from grpc import aio
 
+from ..cluster.auth import OPEN, MemberCredentials
 from ..cluster.clock import Clock
 from ..cluster.messages import step_time_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
@@ -50,6 +51,8 @@ class Membership(RegistryServicer):
 
     def __init__(self, *, router_id: str, clock: Clock, heartbeat_timeout_s: float) -> None:
         self.prefixes = PrefixIndex()
+        self.credentials: MemberCredentials = OPEN
+        """What workers are shown; set before the first one joins."""
         self._router_id = router_id
         self.clock = clock
         self._timeout_s = heartbeat_timeout_s
@@ -105,6 +108,7 @@ class Membership(RegistryServicer):
             epoch=status.epoch,
             router_id=self._router_id,
             on_change=self._notify,
+            credentials=self.credentials,
         )
         self._members[status.worker_id] = Member(status=status, heard_s=self.clock.now_s(), link=link)
         logger.info("worker %s (%s) joined from %s", status.worker_id, status.role, status.address)

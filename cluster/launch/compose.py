@@ -21,6 +21,7 @@ from prometheus_client import start_http_server
 from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...prefill_worker.service import PrefillService
+from ..auth import MemberCredentials
 from ..clock import MonotonicClock
 from ..config import ConfigError, EngineConfig, WorkerConfig
 from ..engine.block_pool import BlockPool
@@ -108,21 +109,27 @@ class WorkerRuntime:
     async def start(self, progress: Progress | None = None) -> None:
         """Loads the model and serves. Raises ModelError, ConfigError, OSError (a port in use)."""
         config = self._config
+        credentials = await asyncio.to_thread(MemberCredentials.load, config.security)
+        credentials.check_exposure(config.host, insecure=config.insecure)
         files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
         self._device = device
-        shell, prefill, decode = _assemble(config, files, device)
+        shell, prefill, decode = _assemble(config, files, device, credentials)
         self._kv_server = GrpcKVServer(
-            prefill.source, config.host, config.kv_port, block_bytes=device.kv.layout.block_bytes
+            prefill.source,
+            config.host,
+            config.kv_port,
+            block_bytes=device.kv.layout.block_bytes,
+            credentials=credentials,
         )
         kv_port = await self._kv_server.start()
-        self._server = make_server()
+        self._server = make_server(credentials)
         add_WorkerServicer_to_server(Servicer(shell, prefill, decode), self._server)
         health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, self._server)
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         try:
-            port = self._server.add_insecure_port(f"{config.host}:{config.port}")
+            port = credentials.listen(self._server, f"{config.host}:{config.port}")
         except RuntimeError as error:
             where = f"{config.host}:{config.port}"
             raise OSError(f"port: cannot listen on {where}; it is taken or not of this machine") from error
@@ -162,7 +169,7 @@ class WorkerRuntime:
 
 
 def _assemble(
-    config: WorkerConfig, files: ModelFiles, device: Device
+    config: WorkerConfig, files: ModelFiles, device: Device, credentials: MemberCredentials
 ) -> tuple[WorkerShell, PrefillService, DecodeService]:
     """The parts that need each other: scheduler, engine thread, shell, services."""
     engine_config, clock = config.engine, MonotonicClock()
@@ -192,9 +199,10 @@ def _assemble(
         vocab_size=device.vocab_size,
         device=device.name,
     )
-    shell = WorkerShell(config, facts, clock)
+    shell = WorkerShell(config, facts, clock, credentials)
     engine = EngineThread(scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine)
     prefill = PrefillService(shell, engine, device.kv, pool.generation)
-    decode = DecodeService(shell, engine, device.kv, GrpcKVTransport(block_bytes=device.kv.layout.block_bytes))
+    transport = GrpcKVTransport(block_bytes=device.kv.layout.block_bytes, credentials=credentials)
+    decode = DecodeService(shell, engine, device.kv, transport)
     shell.assemble(engine, (prefill, decode))
     return shell, prefill, decode

@@ -14,6 +14,7 @@ from ...router.frontend import Frontend
 from ...router.members import Membership
 from ...router.service import ModelCard
 from ...router.tokenizer import load_tokenizer
+from ..auth import MemberCredentials
 from ..clock import MonotonicClock
 from ..config import RouterConfig
 from ..events import WaterfallLog
@@ -42,11 +43,14 @@ class RouterRuntime:
     async def start(self, progress: Progress | None = None) -> None:
         """Reads the tokenizer and serves. Raises ModelError, ValueError, OSError (a port in use)."""
         config, clock = self._config, MonotonicClock()
+        credentials = await asyncio.to_thread(MemberCredentials.load, config.security)
+        credentials.check_exposure(config.host, insecure=config.insecure)
         files = await asyncio.to_thread(resolve_model, config.model, progress=progress)
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
         router_id = f"router-{secrets.token_hex(6)}"
         name = config.served_model_name or config.model
         self.members = Membership(router_id=router_id, clock=clock, heartbeat_timeout_s=config.heartbeat_timeout_s)
+        self.members.credentials = credentials
         metrics = RouterMetrics(name)
         metrics.watch_workers(self.members.statuses)
         card = ModelCard(id=name, max_model_len=files.config.max_model_len, created_unix_s=int(time.time()))
@@ -60,19 +64,19 @@ class RouterRuntime:
             clock=clock,
             card=card,
         )
-        await self._start_registry()
+        await self._start_registry(credentials)
         self.frontend = Frontend(self.core, tokenizer, config, metrics, api_key=config.api_key)
         addresses = await self.frontend.start()
         self.http_address, self.grpc_address = addresses.http, addresses.grpc
         logger.info("router serves HTTP on %s, gRPC on %s", addresses.http, addresses.grpc)
 
-    async def _start_registry(self) -> None:
+    async def _start_registry(self, credentials: MemberCredentials) -> None:
         assert self.members is not None
-        self._registry = make_server()
+        self._registry = make_server(credentials)
         add_RegistryServicer_to_server(self.members, self._registry)
         address = f"{self._config.host}:{self._config.registry_port}"
         try:
-            port = self._registry.add_insecure_port(address)
+            port = credentials.listen(self._registry, address)
         except RuntimeError as error:
             raise OSError(f"registry_port: cannot listen on {address}; it is taken or not of this machine") from error
         await self._registry.start()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import grpc
 from grpc import aio
 
+from ..auth import OPEN, MemberCredentials
 from ..clock import Clock
 from ..config import WorkerConfig
 from ..engine.scheduler import QueueFull
@@ -58,8 +59,11 @@ class WorkerFacts:
 class WorkerShell:
     """Shared state of one worker process; the services and the servicer work on it."""
 
-    def __init__(self, config: WorkerConfig, facts: WorkerFacts, clock: Clock) -> None:
+    def __init__(
+        self, config: WorkerConfig, facts: WorkerFacts, clock: Clock, credentials: MemberCredentials = OPEN
+    ) -> None:
         self.config = config
+        self.credentials = credentials
         self.facts = facts
         self.clock = clock
         self.role: Role = config.role
@@ -334,13 +338,17 @@ class WorkerShell:
             self._ticked.set()
 
     async def _heartbeat_forever(self, registry: str) -> None:
-        async with open_channel(registry) as channel:
+        refused = False
+        async with open_channel(registry, self.credentials) as channel:
             stub = RegistryStub(channel)
             while True:
                 news = self._news
                 try:
                     await stub.Heartbeat(self.status(), timeout=HEARTBEAT_TIMEOUT_S)
                 except aio.AioRpcError as error:
-                    logger.debug("heartbeat to %s: %s", registry, error.details())
+                    stranger = error.code() is grpc.StatusCode.UNAUTHENTICATED
+                    level = logging.WARNING if stranger and not refused else logging.DEBUG
+                    logger.log(level, "heartbeat to %s: %s", registry, error.details())
+                    refused = stranger
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), self.config.heartbeat_interval_s)
