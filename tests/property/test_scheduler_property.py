@@ -8,6 +8,7 @@ table mixed up gives wrong KV at once, and no sequence may ever see any.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from tandem.cluster.engine.policies import policy_for
 from tandem.cluster.engine.prefix_cache import PrefixCache
 from tandem.cluster.engine.scheduler import QueueFull, Scheduler
 from tandem.cluster.engine.scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, TokensEmitted
-from tandem.cluster.types import FinishReason, Handoff, Role, SampledToken, SamplingParams, SequenceSpec
+from tandem.cluster.types import FinishReason, Handoff, Role, SampledToken, SamplingParams, SequenceSpec, Urgency
 
 VOCAB, EOS, MAX_LEN = 11, 0, 40
 TEXTS = ([3, 1, 4, 1, 5, 9, 2, 6] * 6, [2, 7, 1, 8, 2, 8, 1, 8] * 6)
@@ -76,6 +77,12 @@ SPECS = st.builds(
     ),
     handoff=st.sampled_from([Handoff.NONE, Handoff.IN, Handoff.NONE, Handoff.OUT]),
     cache_salt=st.sampled_from([b"", b"", b"", b"x"]),
+    urgency=st.builds(
+        Urgency,
+        slo_class=st.sampled_from(["", "", "batch"]),
+        share=st.sampled_from([1.0, 1.0, 8.0]),
+        deadline_s=st.sampled_from([math.inf, math.inf, 3.0, 1.0]),
+    ),
 )
 
 

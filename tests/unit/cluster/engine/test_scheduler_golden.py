@@ -4,7 +4,7 @@ A line that begins with `> ` is a command, the indented lines under it are what 
 `UPDATE_GOLDEN=1 pytest …` rewrites the indented lines. After every command `check_integrity` must hold.
 
     > engine policy=mixed blocks=8 size=4 budget=8 running=4 waiting=4 len=64 plans=1   (first in each file)
-    > submit a prompt=1..10 max=3 [handoff=out|in] [output=5,6] [draws=7,0] [stop=9] [salt=x]
+    > submit a prompt=1..10 max=3 [handoff=out|in] [output=5,6] [draws=7,0] [stop=9] [salt=x] [slo=batch] [share=2] [due=1]
     > launch / > finish        schedule a plan / complete the oldest one;   > step [n] does both, n times
     > finish a                 … and the device fails on row a
     > kv_ready a 7   > writer_done a   > release a   > abort a   > role decode
@@ -34,7 +34,7 @@ from tandem.cluster.engine.scheduler_events import (
     SequenceFailed,
     TokensEmitted,
 )
-from tandem.cluster.types import Handoff, Role, SampledToken, SamplingParams, SequenceSpec
+from tandem.cluster.types import Handoff, Role, SampledToken, SamplingParams, SequenceSpec, Urgency
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden"
 TRANSCRIPTS = sorted(GOLDEN.glob("scheduler_*.txt"))
@@ -91,6 +91,9 @@ class Transcript:
         draws: str = "",
         stop: str = "",
         salt: str = "",
+        slo: str = "",
+        share: str = "1",
+        due: str = "inf",
     ) -> list[str]:
         self.draws[seq_id] = ids(draws)
         spec = SequenceSpec(
@@ -100,6 +103,7 @@ class Transcript:
             sampling=SamplingParams(max_tokens=int(max), stop_token_ids=ids(stop)),
             handoff=Handoff(handoff),
             cache_salt=salt.encode(),
+            urgency=Urgency(slo_class=slo, share=float(share), deadline_s=float(due)),
         )
         try:
             self.scheduler.add(spec)
