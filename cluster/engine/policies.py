@@ -1,6 +1,7 @@
 """The three roles as batch policies: how a step's token budget is shared between running decodes and prompts.
 
-A policy only decides; `Scheduler` carries out. Within its share, older always goes before newer.
+A policy only decides; `Scheduler` carries out: within their shares older decodes go before newer ones, and prompts in
+the order of the queue (`service_queue`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who is served when: the fair queue against what start-time fair queueing promises, and a scheduler that serves by it."""
+"""Who is served when: the fair queue against what start-time fair queueing promises, and a scheduler that uses it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A line that begins with `> ` is a command, the indented lines under it are what 
 `UPDATE_GOLDEN=1 pytest …` rewrites the indented lines. After every command `check_integrity` must hold.
 
     > engine policy=mixed blocks=8 size=4 budget=8 running=4 waiting=4 len=64 plans=1   (first in each file)
-    > submit a prompt=1..10 max=3 [handoff=out|in] [output=5,6] [draws=7,0] [stop=9] [salt=x] [slo=batch] [share=2] [due=1]
+    > submit a prompt=1..10 max=3 [handoff=out|in] [output=5,6] [draws=7,0] [stop=9] [salt=x] [slo=x] [share=2] [due=1]
     > launch / > finish        schedule a plan / complete the oldest one;   > step [n] does both, n times
     > finish a                 … and the device fails on row a
     > kv_ready a 7   > writer_done a   > release a   > abort a   > role decode
