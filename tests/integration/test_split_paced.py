@@ -194,7 +194,8 @@ def _ask_and_leave(cluster: Any, door: str, leave: threading.Event) -> None:
     # A plain socket: closing an HTTP client from another thread leaves its connection open until its next read.
     body = json.dumps({"model": MODEL, "prompt": PROMPT, "max_tokens": 300, "temperature": 0, "stream": True}).encode()
     host, port = cluster.router.http_address.split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(head.encode() + body)
         assert leave.wait(30)
