@@ -195,6 +195,7 @@ class DecodeService(DecodeHandler):
         tokens.decode.transfer_s = stats.transfer_s
         tokens.decode.exposed_transfer_s = stats.exposed_transfer_s
         tokens.decode.transferred_bytes = stats.bytes
+        tokens.decode.transport = stats.transport
         tokens.decode.queue_s = event.queue_s
 
     # --- the sink's callbacks ---------------------------------------------------------------------------------------
@@ -228,6 +229,10 @@ class DecodeService(DecodeHandler):
         status.credited_blocks = counts.credited_blocks
         status.credit_limit_blocks = self._credit_limit_blocks
         status.pulls += counts.pulling + counts.cancelling
+        status.puller_states.update(counts.by_state())
+        status.pulls_total.update(dict(self.sink.pulls_total))
+        for reason, count in dict(self.sink.failures_total).items():
+            status.handoff_failures_total[reason] += count
 
     def idle(self) -> bool:
         """See `RoleService.idle`."""

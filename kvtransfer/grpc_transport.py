@@ -13,7 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -189,9 +189,10 @@ class GrpcKVTransport(KVTransport):
             try:
                 async for message in call:
                     for frame in wire.decode_frames(message):
-                        yield frame
                         if isinstance(frame, EndFrame):
+                            yield replace(frame, transport="grpc")
                             return
+                        yield frame
             except grpc.aio.AioRpcError as error:
                 raise _refusal_of(error, peer) from error
             finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import wire
 from .ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
@@ -91,7 +91,9 @@ class MemoryKVTransport(KVTransport):
         return source
 
     def _spoil(self, frame: KVFrame) -> KVFrame:
-        if isinstance(frame, EndFrame) or frame.block_index not in self.faults.corrupt_blocks:
+        if isinstance(frame, EndFrame):
+            return replace(frame, transport="memory")
+        if frame.block_index not in self.faults.corrupt_blocks:
             return frame
         self.faults.corrupt_blocks.discard(frame.block_index)
         payload = bytearray(frame.payload)

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from ..cluster.clock import Clock
-from ..cluster.types import BlockRef, SampledToken, Side, seq_id
+from ..cluster.types import BlockRef, SampledToken, Side, Urgency, seq_id
 from .protocol.actions import (
     CancelPull,
     Confirm,
@@ -36,7 +36,7 @@ from .protocol.actions import (
     WriteBlock,
     WriterDone,
 )
-from .protocol.credits import CreditLedger
+from .protocol.credits import NO_PROMISE, CreditLedger
 from .protocol.puller import HandoffPuller, PullerCounts
 from .store import KVStore
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket, check_hello
@@ -61,6 +61,8 @@ class TransferStats:
     bytes: int
     blocks: int
     retries: int
+    transport: str
+    """How the last pull came: `EndFrame.transport`."""
 
 
 @dataclass(slots=True)
@@ -130,15 +132,30 @@ class SinkDriver:
         self._meeting: dict[Peer, asyncio.Task[Hello]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.pulls_total: Counter[str] = Counter()
+        """Transfers that ended well, by transport."""
+        self.failures_total: Counter[str] = Counter()
+        """Handoffs that failed, by `RefusalReason`; what was aborted is none."""
 
     # What the router asks
 
-    def reserve(self, request_id: str, choice: int, decode_attempt: int, blocks: int) -> int:
-        """Promises `blocks` of KV and returns the credit's id; asked again, the same one. Raises `HandoffRefused`:
-        LIMIT (no more promises now), ABORTED (the abort came first), DUPLICATE (already submitted), CLOSED.
+    def reserve(
+        self,
+        request_id: str,
+        choice: int,
+        decode_attempt: int,
+        blocks: int,
+        *,
+        urgency: Urgency = NO_PROMISE,
+        places: int | None = None,
+    ) -> int:
+        """Promises `blocks` of KV and one of `places` for promises, and returns the credit's id; asked again, the same
+        one. Raises `HandoffRefused`: LIMIT (no more promises now; asked again soon, it keeps its place in the order),
+        ABORTED (the abort came first), DUPLICATE (already submitted), CLOSED.
         """
         self._check_open()
-        credit = self._run(self._puller.reserve(request_id, choice, decode_attempt, blocks, self._clock.now_s()))
+        wanted = (request_id, choice, decode_attempt, blocks, self._clock.now_s())
+        credit = self._run(self._puller.reserve(*wanted, urgency=urgency, places=places))
         assert credit is not None
         return credit
 
@@ -212,8 +229,8 @@ class SinkDriver:
         credit: int | None = None
         for action in actions:
             match action:
-                case Refuse(key, reason):
-                    raise HandoffRefused(reason, f"decode worker {self._hello.worker_id} on {key}")
+                case Refuse(key, reason, message):
+                    raise HandoffRefused(reason, message or f"decode worker {self._hello.worker_id} on {key}")
                 case Credit(_, credit_id):
                     credit = credit_id
                 case StartPull():
@@ -226,9 +243,12 @@ class SinkDriver:
                     self._sequences.pop(key, None)
                     self._writer_done(key)
                 case Failed(key, reason, message):
+                    self.failures_total[reason.value] += 1
                     self._failed(key, reason, reason.retryable, message)
                 case KvReady(key, first_token):
-                    self._kv_ready(key, first_token, self._stats(key))
+                    stats = self._stats(key)
+                    self.pulls_total[stats.transport] += 1
+                    self._kv_ready(key, first_token, stats)
                 case Confirm(ticket):
                     self._spawn(self._confirm(ticket, self._sequences[ticket.decode_key].peer))
                 case SendAbort(ticket):
@@ -327,6 +347,7 @@ class SinkDriver:
             bytes=sequence.received_bytes,
             blocks=sequence.received_blocks,
             retries=self._puller.retries_of(key),
+            transport=sequence.end.transport,
         )
 
     # Within: hello, confirm, abort

@@ -81,6 +81,8 @@ class SourceDriver(KVSource):
         )
         self._readers: dict[int, _Reader] = {}
         self._closed = False
+        self.expired_total = 0
+        """Held handoffs whose lease ran out."""
 
     # What the engine does
 
@@ -199,6 +201,7 @@ class SourceDriver(KVSource):
                         if reader_id in self._readers:
                             self._stop(reader_id, self._readers[reader_id], reason)
                 case ReleaseBlocks(key, outcome):
+                    self.expired_total += outcome is Outcome.EXPIRED
                     self._release(key, outcome)
                 case AbortPrefill(key):
                     self._abort_prefill(key)

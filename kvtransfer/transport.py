@@ -54,7 +54,9 @@ class EndFrame:
     prefill_end_age_s: float
     """Seconds between the end of prefill and this frame, on the holder's clock."""
     total_bytes: int
-    """Payload bytes of this pull."""
+    """Bytes of KV that this pull offered."""
+    transport: str = ""
+    """How this pull came; filled in by the reader's transport, not on the wire."""
 
 
 KVFrame = BlockFrame | EndFrame

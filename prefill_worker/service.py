@@ -150,6 +150,9 @@ class PrefillService(PrefillHandler):
         counts = self.source.counts()
         status.leases = counts.leases
         status.pulls += counts.readers
+        status.holder_states.update(counts.by_state())
+        if self.source.expired_total:
+            status.handoff_failures_total[RefusalReason.EXPIRED.value] += self.source.expired_total
 
     def idle(self) -> bool:
         """See `RoleService.idle`."""

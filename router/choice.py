@@ -196,6 +196,7 @@ class ChoiceRun:
             decode_worker=attempt.decode.worker_id if attempt.decode is not None else "",
             path=attempt.path.value,
             transferred_bytes=decode.transferred_bytes if split else 0,
+            transport=decode.transport if split else "",
             cached_tokens=prefill.cached_tokens,
             output_tokens=len(self._sent),
         )

@@ -185,6 +185,7 @@ def timings_to_proto(timings: Timings) -> pb.Timings:
         decode_worker=timings.decode_worker,
         path=timings.path,
         transferred_bytes=timings.transferred_bytes,
+        transport=timings.transport,
     )
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..engine.devices.base import Device
@@ -45,6 +46,15 @@ class EngineStatus:
     step_time: StepTimeCoefficients
     steps_total: int = 0
     computed_tokens_total: int = 0
+    late_steps_total: int = 0
+    """`Device.late_steps_total`."""
+    proven_s: float = field(default_factory=time.monotonic)
+    """When the block ledger was last proven; before the first time, when the engine was made."""
+
+    @property
+    def integrity_age_s(self) -> float:
+        """Seconds since the last proof of the block ledger."""
+        return time.monotonic() - self.proven_s
 
 
 class EngineThread:
@@ -134,22 +144,17 @@ class EngineThread:
     def _observe(self, plan: StepPlan, duration_s: float) -> None:
         shape = step_shape(plan)
         self._fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, duration_s)
-        self.status = EngineStatus(
-            load=self.status.load,
+        self.status = replace(
+            self.status,
             step_time=self._fit.coefficients(),
             steps_total=self.status.steps_total + 1,
             computed_tokens_total=self.status.computed_tokens_total + plan.num_tokens,
+            late_steps_total=self._device.late_steps_total,
         )
 
     def _publish(self) -> None:
         events = self._scheduler.take_events()
-        status = self.status
-        self.status = EngineStatus(
-            load=self._scheduler.load(),
-            step_time=status.step_time,
-            steps_total=status.steps_total,
-            computed_tokens_total=status.computed_tokens_total,
-        )
+        self.status = replace(self.status, load=self._scheduler.load())
         if events:
             self._on_events(events)
 
@@ -157,6 +162,7 @@ class EngineThread:
         # The proof costs time in proportion to the pool: only when there is truly nothing to do.
         if not self._wake.wait(IDLE_CHECK_AFTER_S):
             self._scheduler.check_integrity()
+            self.status = replace(self.status, proven_s=time.monotonic())
             self._wake.wait()
         self._wake.clear()
 

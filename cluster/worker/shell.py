@@ -324,6 +324,8 @@ class WorkerShell:
             prefix_hits_tokens_total=load.prefix_hits_tokens_total,
             steps_total=engine.steps_total,
             computed_tokens_total=engine.computed_tokens_total,
+            late_steps_total=engine.late_steps_total,
+            integrity_age_s=engine.integrity_age_s,
         )
         for service in self._services:
             service.fill_status(status)

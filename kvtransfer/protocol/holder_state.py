@@ -122,3 +122,9 @@ class HolderCounts:
     def live(self) -> int:
         """Tickets and readers that still own something."""
         return self.awaited + self.queued + self.computing + self.held + self.revoked + self.readers
+
+    def by_state(self) -> dict[str, int]:
+        """Live tickets by `HolderState`; states without one are left out."""
+        live = (HolderState.AWAITED, HolderState.QUEUED, HolderState.COMPUTING, HolderState.HELD, HolderState.REVOKED)
+        counts = (self.awaited, self.queued, self.computing, self.held, self.revoked)
+        return {state.value: count for state, count in zip(live, counts, strict=True) if count}

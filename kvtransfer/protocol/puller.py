@@ -2,7 +2,8 @@
 attempt).
 
 Life of one sequence here:
-1. `reserve`: CREDITED. A bounded promise, no block; it lapses if nobody redeems it.
+1. `reserve`: CREDITED. A bounded promise, no block; it lapses if nobody redeems it. A refusal is remembered for a
+   moment (`wants`), so that who asks again is not overtaken for ever.
 2. `submit` redeems it: WAITING_BLOCKS. No free block, no pull: the KV waits in the prefill worker's memory.
 3. `blocks_granted`: PULLING, from the first block that the own prefix cache lacks. Every frame is checked
    (`block_arrived`: this ticket, this pull, the next index) before it may be written.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from ...cluster.types import BlockRef, SampledToken, Side, seq_id
+from ...cluster.types import BlockRef, SampledToken, Side, Urgency, seq_id
 from ..ticket import RefusalReason, Ticket
 from .actions import (
     CancelPull,
@@ -35,7 +36,7 @@ from .actions import (
     WriteBlock,
     WriterDone,
 )
-from .credits import CreditLedger
+from .credits import NO_PROMISE, CreditLedger
 from .memory import AbortFloors, BoundedMemory, ChoiceKey
 
 
@@ -92,6 +93,8 @@ class PullerCounts:
     credits: int = 0
     """Promises, those that wait for blocks included."""
     credited_blocks: int = 0
+    wants: int = 0
+    """Refused asks for credit that are remembered; they own nothing."""
     waiting_blocks: int = 0
     pulling: int = 0
     cancelling: int = 0
@@ -103,6 +106,18 @@ class PullerCounts:
     def live(self) -> int:
         """Sequences and credits that still own something."""
         return self.credits + self.waiting_blocks + self.pulling + self.cancelling + self.ready + self.running
+
+    def by_state(self) -> dict[str, int]:
+        """Live sequences by `PullerState`; states without one are left out."""
+        counts = {
+            PullerState.CREDITED: self.credits - self.waiting_blocks,
+            PullerState.WAITING_BLOCKS: self.waiting_blocks,
+            PullerState.PULLING: self.pulling,
+            PullerState.CANCELLING: self.cancelling,
+            PullerState.READY: self.ready,
+            PullerState.RUNNING: self.running,
+        }
+        return {state.value: count for state, count in counts.items() if count}
 
 
 class HandoffPuller:
@@ -132,17 +147,30 @@ class HandoffPuller:
     # The router's events
 
     def reserve(
-        self, request_id: str, choice: int, decode_attempt: int, blocks: int, now_s: float
+        self,
+        request_id: str,
+        choice: int,
+        decode_attempt: int,
+        blocks: int,
+        now_s: float,
+        *,
+        urgency: Urgency = NO_PROMISE,
+        places: int | None = None,
     ) -> list[PullerAction]:
-        """Wants a promise of `blocks`: `Credit`, or `Refuse` (LIMIT; ABORTED if the abort came first)."""
+        """Wants a promise of `blocks`, and one of `places`: `Credit`, or `Refuse` (LIMIT: asked again soon, it keeps its
+        place in the order; ABORTED if the abort came first).
+        """
         key = seq_id(request_id, choice, Side.DECODE, decode_attempt)
         self._credits.expire(now_s)
         if self._is_over(key, request_id, choice, decode_attempt):
             return [Refuse(key, RefusalReason.ABORTED)]
         if key in self._records:
             return [Refuse(key, RefusalReason.DUPLICATE)]
-        credit_id = self._credits.grant(key, ChoiceKey(request_id, choice), decode_attempt, blocks, now_s)
-        return [Refuse(key, RefusalReason.LIMIT) if credit_id is None else Credit(key, credit_id)]
+        name = ChoiceKey(request_id, choice)
+        credit_id = self._credits.grant(key, name, decode_attempt, blocks, now_s, urgency=urgency, places=places)
+        if credit_id is None:
+            return [Refuse(key, RefusalReason.LIMIT, f"no credit of {blocks} blocks: {self._credits.fullness()}")]
+        return [Credit(key, credit_id)]
 
     def submit(self, ticket: Ticket, credit_id: int, deadline_s: float, now_s: float) -> list[PullerAction]:
         """Redeems a credit: the sequence now waits for its blocks. `Refuse`: do not add it to the engine."""
@@ -300,6 +328,7 @@ class HandoffPuller:
         return PullerCounts(
             credits=len(self._credits),
             credited_blocks=self._credits.blocks,
+            wants=self._credits.wants,
             waiting_blocks=by_state.count(PullerState.WAITING_BLOCKS),
             pulling=by_state.count(PullerState.PULLING),
             cancelling=by_state.count(PullerState.CANCELLING),

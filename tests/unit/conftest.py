@@ -40,6 +40,7 @@ class GatedDevice:
         self.gate.set()
         self.computing = threading.Event()
         self.error: Exception | None = None
+        self.late_steps_total = 0
 
     def launch(self, plan: StepPlan) -> None:
         self.computing.set()

@@ -18,6 +18,8 @@ class Device(ABC):
     vocab_size: int
     fingerprint: str
     """Hex digest over weights, rope and KV dtype: equal fingerprints mean exchangeable KV."""
+    late_steps_total: int = 0
+    """Steps that took longer than the device's own latency model says; 0 where it has none."""
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> None:
