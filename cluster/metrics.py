@@ -9,7 +9,7 @@ heartbeats when `/metrics` is scraped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -59,11 +59,13 @@ class RouterMetrics:
         self.registry = CollectorRegistry()
         self._model = {"model_name": model_name}
         self._workers: Callable[[], Iterable[WorkerStatus]] = tuple
+        self._queue_of: Callable[[], Mapping[str, int]] = dict
         self._reasons: dict[Counter, set[str]] = {}
         self._make_phases()
         self._make_handoff()
         self._make_counters()
         self.registry.register(_WorkerCollector(lambda: self._workers()))
+        self.registry.register(_QueueCollector(model_name, lambda: self._queue_of()))
         ProcessCollector(registry=self.registry)
 
     def _make_phases(self) -> None:
@@ -111,6 +113,7 @@ class RouterMetrics:
         self._failures = counter("request_failures", "Requests that ended in an error", "reason")
         self._refusals = counter("request_refusals", "Requests refused at the door", "reason")
         self._retries = counter("request_retries", "Attempts beyond a choice's first", "reason")
+        self._prefills_kept = counter("prefills_kept", "Decode attempts that went on with an earlier attempt's prefill")
         self._canceled = counter("requests_canceled", "Requests whose client went away")
         self._slo_requests = counter("slo_requests", "Finished choices under a promise", "slo_class")
         self._slo_ttft = counter("slo_ttft_attained", "Choices that met TTFT", "slo_class")
@@ -208,6 +211,10 @@ class RouterMetrics:
         """An attempt beyond a choice's first."""
         self._count(self._retries, reason)
 
+    def count_prefill_kept(self) -> None:
+        """A decode attempt beyond a choice's first that needed no second prefill."""
+        self._prefills_kept.inc()
+
     def count_canceled(self) -> None:
         """A request whose client went away before its end."""
         self._canceled.inc()
@@ -219,6 +226,10 @@ class RouterMetrics:
     def watch_workers(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
         """Says where the last heartbeats are; called at every scrape, must not block. One status per live worker."""
         self._workers = workers
+
+    def watch_queue(self, waiting: Callable[[], Mapping[str, int]]) -> None:
+        """Says how many requests wait at the router, by SLO class; called at every scrape, must not block."""
+        self._queue_of = waiting
 
     def render(self) -> bytes:
         """The exposition text of `/metrics`, of content type `CONTENT_TYPE`."""
@@ -265,6 +276,24 @@ _WORKER_COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] =
     ("engine_steps", "Model iterations", lambda s: s.steps_total),
     ("engine_computed_tokens", "Tokens whose KV was computed, prompts and answers", lambda s: s.computed_tokens_total),
 )
+
+
+class _QueueCollector(Collector):
+    """What waits at the router, looked at when scraped."""
+
+    def __init__(self, model_name: str, waiting: Callable[[], Mapping[str, int]]) -> None:
+        self._model_name = model_name
+        self._waiting = waiting
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        about = "Requests that wait at the router until workers take them"
+        gauge = GaugeMetricFamily("tandem:router_queue_requests", about, labels=["model_name", "slo_class"])
+        for slo_class, waiting in sorted(self._waiting().items()):
+            gauge.add_metric([self._model_name, slo_class], waiting)
+        yield gauge
 
 
 class _WorkerCollector(Collector):

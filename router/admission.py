@@ -1,18 +1,29 @@
-"""The router's own bounded queue: requests between the door and their first token. Pure; time is passed in.
+"""Who is let in: requests between the door and their first token, bounded in number, and only with a promise that can
+be kept. Pure; time and forecasts are passed in.
 
-Beyond the bound a request is refused at once with 429 and a Retry-After, not left to rot. The Retry-After is the time
-the queue needs to drain at the rate at which first tokens have been coming.
+Beyond the bound, or where the first token would come later than promised, a request is refused at once with 429 and a
+Retry-After, not left to rot. Who was let in is served, even where the forecast turns out wrong. The Retry-After is
+about when the same request would be let in: when the forecast fits the promise again, or, at the bound, the time the
+queue needs to drain at the rate at which first tokens have been coming.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
-from .errors import Overloaded
+from .errors import Overloaded, PromiseUnattainable
+from .forecast import Forecast
+from .slo_classes import Promise
 
 RATE_WINDOW = 64
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 60.0
+WAIT_MARGIN = 1.1
+"""Forecast waits count for so much: at the edge every second forecast is too short."""
+PROMISED_SHARE, UNPROMISED_SHARE = 0.875, 0.5
+"""Of the places: requests with a TTFT promise, and those without, take at most so much, so that a flood of the one kind
+leaves places for the other."""
 
 
 class Admission:
@@ -22,7 +33,9 @@ class Admission:
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
-        self._waiting: set[str] = set()
+        self._waiting: dict[str, bool] = {}
+        """By key: whether it has a TTFT promise."""
+        self._promised = 0
         self._first_tokens_s: deque[float] = deque(maxlen=RATE_WINDOW)
 
     @property
@@ -30,25 +43,35 @@ class Admission:
         """Requests admitted that have no first token yet."""
         return len(self._waiting)
 
-    def enter(self, key: str, now_s: float) -> None:
-        """Takes a place; `Overloaded` when there is none."""
+    def enter(
+        self,
+        key: str,
+        now_s: float,
+        *,
+        promise: Promise,
+        forecast: Forecast | None,
+        elapsed_s: float = 0.0,
+    ) -> None:
+        """Takes a place. `Overloaded` when there is none; `PromiseUnattainable` when the forecast (None: nobody knows)
+        for a request that came `elapsed_s` ago breaks its promise.
+        """
         assert key not in self._waiting, f"{key} enters twice"
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded(
-                f"{len(self._waiting)} requests already wait for their first token; the limit is {self._max_waiting}",
-                retry_after_s=self.retry_after_s(now_s),
-            )
-        self._waiting.add(key)
+        promised = promise.ttft_s is not None
+        self._check_places(promised, now_s)
+        if forecast is not None:
+            _check_promise(promise, forecast, elapsed_s)
+        self._waiting[key] = promised
+        self._promised += promised
 
     def first_token(self, key: str, now_s: float) -> None:
         """The request got its first token: its place is free, and the rate is known better."""
         if key in self._waiting:
-            self._waiting.discard(key)
+            self.leave(key)
             self._first_tokens_s.append(now_s)
 
     def leave(self, key: str) -> None:
         """The request ended, first token or not; idempotent."""
-        self._waiting.discard(key)
+        self._promised -= self._waiting.pop(key, False)
 
     def retry_after_s(self, now_s: float) -> float:
         """Seconds until about the whole queue has been served; between 1 and 60."""
@@ -56,4 +79,34 @@ class Admission:
             return MIN_RETRY_AFTER_S
         span_s = max(now_s - self._first_tokens_s[0], 1e-3)
         rate = len(self._first_tokens_s) / span_s
-        return min(MAX_RETRY_AFTER_S, max(MIN_RETRY_AFTER_S, len(self._waiting) / rate))
+        return _bounded(len(self._waiting) / rate)
+
+    def _check_places(self, promised: bool, now_s: float) -> None:
+        mine = self._promised if promised else len(self._waiting) - self._promised
+        limit = math.ceil(self._max_waiting * (PROMISED_SHARE if promised else UNPROMISED_SHARE))
+        if len(self._waiting) < self._max_waiting and mine < limit:
+            return
+        if len(self._waiting) >= self._max_waiting:
+            message = f"{len(self._waiting)} requests already wait for their first token; the limit is "
+            message += str(self._max_waiting)
+        else:
+            kind = "with" if promised else "without"
+            message = f"{mine} requests {kind} a promise already wait for their first token; of those the limit is "
+            message += f"{limit} of {self._max_waiting}"
+        raise Overloaded(message, retry_after_s=self.retry_after_s(now_s))
+
+
+def _check_promise(promise: Promise, forecast: Forecast, elapsed_s: float) -> None:
+    promised_s = promise.effective_ttft_s(forecast.idle_s)
+    ttft_s = elapsed_s + WAIT_MARGIN * forecast.wait_s + forecast.own_s
+    if ttft_s <= promised_s:
+        return
+    whose = "the request's own promise" if promise.own_ttft else f"the promise of class {promise.slo_class!r}"
+    message = f"the first token would come after about {ttft_s:.3g} s, {whose} is {promised_s:.3g} s"
+    if promise.own_ttft and forecast.idle_s > promised_s:
+        message += f"; even an idle cluster would need about {forecast.idle_s:.3g} s for this prompt"
+    raise PromiseUnattainable(message, retry_after_s=_bounded(ttft_s - promised_s))
+
+
+def _bounded(seconds: float) -> float:
+    return min(MAX_RETRY_AFTER_S, max(MIN_RETRY_AFTER_S, seconds))

@@ -1,20 +1,34 @@
-"""One try at one choice: the workers it was placed on, what they say, and what must be undone if it ends early."""
+"""One try at one choice: the workers it was placed on, what they say, and what must be undone if it ends early.
+
+The two halves end apart. A prefill (`PrefillHalf`) lives until some decode worker has made its first step from the KV
+that the prefill worker holds: when a decode worker is lost before that, the next attempt takes the half along, and
+nothing is computed twice. Decode attempts count up; those that share a prefill share its number and its tokens, so that
+their tickets differ in the decode attempt alone and the holder serves the newest.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..cluster.messages import sampling_to_proto
+from ..cluster.clock import Clock
+from ..cluster.messages import sampling_to_proto, urgency_to_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
-from ..cluster.types import SamplingParams, Side
+from ..cluster.types import SamplingParams, Side, Urgency
 from .link import Inbox, LinkLost, SubscriptionKey, WorkerEvent, WorkerLink
 
 FINISHED = "finished"
 """The decode worker's reason when prefill's first token was also the last (`kvtransfer.ticket.RefusalReason`)."""
+KV_GONE = frozenset(
+    {"aborted", "expired", "prefill_failed", "stale_attempt", "unknown_ticket", "wrong_epoch", "wrong_generation"}
+)
+"""A decode worker's reasons that mean: what that prefill left is not to be had any more."""
+UNREACHABLE = "peer_lost"
+"""Once, that may be the decode worker's own trouble; a second decode worker that says it is believed."""
 
 
 class Path(enum.StrEnum):
@@ -31,11 +45,13 @@ class Path(enum.StrEnum):
 class AttemptLost(Exception):
     """One try cannot go on; another one may, if `retryable`."""
 
-    def __init__(self, reason: str, message: str, *, retryable: bool = True) -> None:
+    def __init__(self, reason: str, message: str, *, retryable: bool = True, worker_id: str = "") -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.retryable = retryable
+        self.worker_id = worker_id
+        """The worker that failed; empty where it was none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +60,22 @@ class Work:
 
     request_id: str
     number: int
-    """Counts the attempts at this choice from 1; both halves carry it."""
+    """Counts the attempts at this choice from 1: the decode attempt, and the prefill attempt where `half` is None."""
     prompt_token_ids: tuple[int, ...]
     output_token_ids: tuple[int, ...]
-    """Tokens already sent to the client; the attempt goes on behind them."""
+    """Tokens already sent to the client when the prefill was begun; the attempt goes on behind them."""
     sampling: SamplingParams
+    urgency: Urgency = field(default_factory=Urgency)
+    """Its place in queues; the deadline is that of its first token, on the router's clock."""
+    tpot_s: float = math.inf
+    """What it is promised as time per output token; inf: nothing."""
     avoid: frozenset[str] = frozenset()
-    """Workers that refused the try before: asked again only where there are no others."""
+    """Workers that refused or failed the try before: asked again only where there are no others."""
+    half: PrefillHalf | None = None
+    """The prefill of an attempt before, to be gone on with; None: a new one."""
+    waits_until_s: float | None = None
+    """On the router's clock: a request that was under way waits so long for workers to come back. None: it is at the
+    door still."""
     block_keys: dict[int, list[bytes]] = field(default_factory=dict)
     """Of the context, by block size, as the placer comes to need them."""
 
@@ -59,15 +84,136 @@ class Work:
         """Tokens to prefill."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
-    def abort_request(self, router_id: str) -> pb.AbortRequest:
-        """Ends this attempt, both halves, and all before it."""
+    def abort_request(self, router_id: str, *, prefill_attempt: int = 0, decode_attempt: int = 0) -> pb.AbortRequest:
+        """Ends these attempts and all before them; 0: nothing of that half."""
         return pb.AbortRequest(
             request_id=self.request_id,
             choice=self.sampling.choice,
-            prefill_attempt=self.number,
-            decode_attempt=self.number,
+            prefill_attempt=prefill_attempt,
+            decode_attempt=decode_attempt,
             router_id=router_id,
         )
+
+
+class _QueuedPrompt:
+    """The router's own correction to a worker's last heartbeat: a prompt that it sent there and has no token of yet."""
+
+    def __init__(self, link: WorkerLink, tokens: int) -> None:
+        self._link, self._tokens = link, tokens
+        self.waiting = True
+        link.queued_prefill_tokens += tokens
+
+    def done(self) -> None:
+        """Its first token is here, or nobody waits for it; idempotent."""
+        if self.waiting:
+            self.waiting = False
+            self._link.queued_prefill_tokens -= self._tokens
+            self._link.load_changed()
+
+
+class PrefillHalf:
+    """A prefill and the KV that comes of it, on one life of one worker. Belongs to one attempt at a time, or to the
+    choice between two.
+    """
+
+    def __init__(
+        self, work: Work, link: WorkerLink, *, router_id: str, kv_address: str, fingerprint: str, uncached_tokens: int
+    ) -> None:
+        self.work = work
+        self.link = link
+        self.kv_address = kv_address
+        self.fingerprint = fingerprint
+        self.prompt = _QueuedPrompt(link, uncached_tokens)
+        self.serves = False
+        """Whether a decode worker may get its KV there: submitted, not known to be lost, not handed over."""
+        self._router_id = router_id
+        self._open = False
+        """Whether the worker may still have something of it, to be aborted at the end."""
+        self._handed_over = False
+        self._unreachable = 0
+        """Decode workers that could not reach it."""
+        self._inbox: Inbox = asyncio.Queue()
+
+    @property
+    def attempt(self) -> int:
+        """The prefill attempt."""
+        return self.work.number
+
+    def listen(self, inbox: Inbox) -> None:
+        """From now on its events go to `inbox`, first those that nobody has heard yet."""
+        older, self._inbox = self._inbox, inbox
+        while not older.empty():
+            item = older.get_nowait()
+            if item.side is Side.PREFILL:
+                inbox.put_nowait(item)
+        self.link.subscribe(self._key(), inbox)
+
+    async def submit(self, sequence: pb.Sequence, *, handoff: bool) -> None:
+        """Dispatches it. `Refusal`."""
+        self._open = True
+        await self.link.prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff, epoch=self.link.epoch))
+        self.serves = handoff
+
+    async def next_event(self) -> pb.TokensEvent:
+        """Its next tokens, while no decode worker is found. `AttemptLost` as soon as it has nothing to serve."""
+        while True:
+            item = await self._inbox.get()
+            if (tokens := self.take(item)) is not None:
+                return tokens
+            if not self.serves:
+                text = f"prefill worker {self.link.worker_id} was lost before its KV was taken"
+                raise AttemptLost("worker_lost", text, worker_id=self.link.worker_id)
+
+    def take(self, item: WorkerEvent | LinkLost) -> pb.TokensEvent | None:
+        """Its tokens, if that is what the item brings. `AttemptLost` when it has failed and is still needed: before its
+        first token, and, where it has merely fallen silent, until a decode worker has its KV: a puller would wait.
+        """
+        worker_id = self.link.worker_id
+        if isinstance(item, LinkLost):
+            # It stays open: the stream may be back, and what was submitted meanwhile runs on it.
+            self.serves = False
+            if self.prompt.waiting or (item.silent and not self._handed_over):
+                text = f"prefill worker {worker_id}: {item.message}"
+                raise AttemptLost("worker_lost", text, worker_id=worker_id)
+            return None
+        if item.event.HasField("failed"):
+            failed = item.event.failed
+            self.serves = self._open = False
+            if self.prompt.waiting or failed.reason == "deadline":
+                raise AttemptLost(failed.reason, failed.message, retryable=failed.retryable, worker_id=worker_id)
+            return None
+        if item.event.tokens.finish_reason:
+            self.serves = self._open = False
+        self.prompt.done()
+        return item.event.tokens
+
+    def handed_over(self) -> None:
+        """A decode worker has made its first step, and confirms it to the prefill worker, which then frees itself."""
+        self._handed_over = True
+        self.serves = self._open = False
+        self.prompt.done()
+
+    def decode_lost(self) -> None:
+        """The decode worker's stream broke: its confirmation, if there was one, may never have arrived."""
+        self._open = True
+
+    def decode_failed(self, reason: str) -> None:
+        """A decode worker could not go on for this reason: does that say something about the KV here?"""
+        self._unreachable += reason == UNREACHABLE
+        if reason in KV_GONE or self._unreachable > 1:
+            self.serves = False
+
+    def close(self, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+        """Unsubscribes, and aborts it in the background unless it ended by itself; idempotent."""
+        self.prompt.done()
+        self.serves = False
+        self.link.unsubscribe(self._key())
+        if self._open:
+            self._open = False
+            spawn(self.link.abort(self.work.abort_request(self._router_id, prefill_attempt=self.attempt)))
+
+    def _key(self) -> SubscriptionKey:
+        return SubscriptionKey(self.work.request_id, self.work.sampling.choice, Side.PREFILL, self.attempt)
 
 
 class Attempt:
@@ -81,29 +227,35 @@ class Attempt:
         path: Path,
         *,
         router_id: str,
-        prefill: WorkerLink | None,
-        decode: WorkerLink | None,
-        credit: pb.ReserveReply | None,
-        kv_address: str,
-        uncached_tokens: int,
+        clock: Clock,
+        half: PrefillHalf | None = None,
+        decode: WorkerLink | None = None,
+        credit: pb.ReserveReply | None = None,
+        uncached_tokens: int = 0,
     ) -> None:
-        assert prefill is not None or decode is not None
+        """`half`: new, or of an attempt before. `uncached_tokens`: what the decode worker itself is to prefill."""
+        assert half is not None or decode is not None
         assert (decode is None) == (credit is None), "a decode worker takes part by its credit"
         self.work = work
         self.path = path
-        self.prefill = prefill
+        self.half = half
         self.decode = decode
         self._router_id = router_id
+        self._clock = clock
         self._credit = credit
-        self._kv_address = kv_address
-        self._uncached_tokens = uncached_tokens
         self._inbox: Inbox = asyncio.Queue()  # bounded by the request's max_tokens: a worker sends no more
-        self._waits_for_first = True
         self.asked = ""
         """The worker that was asked last; the one that refused if `submit` raises `Refusal`."""
-        # Sides to abort if the attempt ends now: a credit binds the decode side from the start.
-        self._open = {Side.DECODE} if decode is not None else set()
-        self._count(+1)
+        self._decode_open = decode is not None  # a credit binds the decode side from the start
+        self._prompt = half.prompt if half is not None else _QueuedPrompt(self.first_worker, uncached_tokens)
+        if decode is not None:
+            decode.decode_rows += 1
+            decode.tpot_promises_s[work.tpot_s] += 1
+
+    @property
+    def prefill(self) -> WorkerLink | None:
+        """The prefill worker."""
+        return self.half.link if self.half is not None else None
 
     @property
     def first_worker(self) -> WorkerLink:
@@ -113,23 +265,24 @@ class Attempt:
         return worker
 
     async def submit(self, timeout_s: float) -> None:
-        """Dispatches prefill, then decode, which starts to pull while prefill computes. `Refusal` or `AttemptLost`."""
+        """Dispatches prefill, if it is a new one, then decode, which starts to pull while prefill computes. `Refusal`
+        or `AttemptLost`.
+        """
         sequence = self._sequence(timeout_s)
         if self.decode is not None:
-            self.decode.subscribe(self._key(Side.DECODE), self._inbox)
-        if self.prefill is not None:
-            self._open.add(Side.PREFILL)
-            self.prefill.subscribe(self._key(Side.PREFILL), self._inbox)
-            handoff = self.decode is not None
-            self.asked = self.prefill.worker_id
-            await self.prefill.prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff, epoch=self.prefill.epoch))
+            self.decode.subscribe(self._decode_key(), self._inbox)
+        if self.half is not None:
+            self.half.listen(self._inbox)
+            if self.half.work is self.work:
+                self.asked = self.half.link.worker_id
+                await self.half.submit(sequence, handoff=self.decode is not None)
         if self.decode is None or self._credit is None:
             return
         request = pb.DecodeRequest(sequence=sequence, credit_id=self._credit.credit_id, epoch=self._credit.epoch)
-        if self.prefill is not None:
-            request.peer.worker_id = self.prefill.worker_id
-            request.peer.epoch = self.prefill.epoch
-            request.peer.kv_address = self._kv_address
+        if self.half is not None:
+            request.peer.worker_id = self.half.link.worker_id
+            request.peer.epoch = self.half.link.epoch
+            request.peer.kv_address = self.half.kv_address
         self.asked = self.decode.worker_id
         await self.decode.decode(request)
 
@@ -137,72 +290,80 @@ class Attempt:
         """The next tokens. `AttemptLost` when the side that they must come from has failed."""
         while True:
             item = await self._inbox.get()
-            if isinstance(item, LinkLost):
-                # Nothing is closed by that: the stream may be back, and what was submitted meanwhile runs on it.
-                if item.side is Side.DECODE and self.prefill is not None:
-                    self._open.add(Side.PREFILL)  # its confirmation may never have arrived
-                if self._needs(item.side):
-                    raise AttemptLost("worker_lost", f"{item.side} worker {item.worker_id}: {item.message}")
-            elif (tokens := self._take(item)) is not None:
+            if item.side is Side.PREFILL and self.half is not None:
+                tokens = self.half.take(item)
+            else:
+                tokens = self._take_decode(item)
+            if tokens is not None:
                 return tokens
 
-    def close(self, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+    def close(
+        self, spawn: Callable[[Coroutine[Any, Any, None]], None], *, keep_prefill: bool = False
+    ) -> PrefillHalf | None:
         """Unsubscribes and aborts every side that has not ended by itself; aborts run in the background, bounded.
-        Once.
+        Once. `keep_prefill`: not the prefill, where a decode worker may still get its KV: it is returned, and whoever
+        called closes it or makes the next attempt with it.
         """
-        self._count(-1)
-        abort = self.work.abort_request(self._router_id)
-        for side, link in ((Side.PREFILL, self.prefill), (Side.DECODE, self.decode)):
-            if link is not None:
-                link.unsubscribe(self._key(side))
-                if side in self._open:
-                    spawn(link.abort(abort))
-        self._open.clear()
+        if self.half is None:
+            self._prompt.done()
+        kept = self.half if keep_prefill and self.half is not None and self.half.serves else None
+        if self.decode is not None:
+            self.decode.decode_rows -= 1
+            self.decode.tpot_promises_s[self.work.tpot_s] -= 1
+            self.decode.load_changed()
+            self.decode.unsubscribe(self._decode_key())
+            if self._decode_open:
+                # Named, the prefill attempt ends on its holder too: the decode worker tells it.
+                ended = self.half.attempt if self.half is not None and kept is None else 0
+                abort = self.work.abort_request(self._router_id, prefill_attempt=ended, decode_attempt=self.work.number)
+                spawn(self.decode.abort(abort))
+            self._decode_open = False
+        if kept is not None:
+            kept.listen(asyncio.Queue())
+        elif self.half is not None:
+            self.half.close(spawn)
+        return kept
 
-    def _take(self, item: WorkerEvent) -> pb.TokensEvent | None:
-        event, side = item.event, item.side
-        if event.HasField("failed"):
-            self._open.discard(side)
-            failed = event.failed
+    def _take_decode(self, item: WorkerEvent | LinkLost) -> pb.TokensEvent | None:
+        assert self.decode is not None
+        worker_id = self.decode.worker_id
+        if isinstance(item, LinkLost):
+            # It stays open: the stream may be back, and what was submitted meanwhile runs on it.
+            if self.half is not None:
+                self.half.decode_lost()
+            raise AttemptLost("worker_lost", f"decode worker {worker_id}: {item.message}", worker_id=worker_id)
+        if item.event.HasField("failed"):
+            failed = item.event.failed
+            self._decode_open = False
             if failed.reason == FINISHED:
                 # The first token ended the choice, so there is nothing to pull; it may still be on its way to us.
                 return None
-            if self._needs(side) or failed.reason == "deadline":
-                raise AttemptLost(failed.reason, failed.message, retryable=failed.retryable)
-            return None
-        if side is Side.DECODE:
-            # Its first tokens are its confirmation to the prefill worker: from here on that side frees itself.
-            self._open.discard(Side.PREFILL)
-        if event.tokens.finish_reason:
-            self._open.discard(side)
-        if self._waits_for_first:
-            self._waits_for_first = False
-            self.first_worker.queued_prefill_tokens -= self._uncached_tokens
-        return event.tokens
+            if self.half is not None:
+                self.half.decode_failed(failed.reason)
+            raise AttemptLost(failed.reason, failed.message, retryable=failed.retryable, worker_id=worker_id)
+        if self.half is not None:
+            self.half.handed_over()
+        if item.event.tokens.finish_reason:
+            self._decode_open = False
+        self._prompt.done()
+        return item.event.tokens
 
-    def _needs(self, side: Side) -> bool:
-        """After the first token only the decode worker matters: it may have all KV already, and will say if not."""
-        return side is Side.DECODE or self._waits_for_first
+    def _prefill_attempt(self) -> int:
+        return self.half.attempt if self.half is not None else self.work.number
 
-    def _key(self, side: Side) -> SubscriptionKey:
-        return SubscriptionKey(self.work.request_id, self.work.sampling.choice, side, self.work.number)
+    def _decode_key(self) -> SubscriptionKey:
+        return SubscriptionKey(self.work.request_id, self.work.sampling.choice, Side.DECODE, self.work.number)
 
     def _sequence(self, timeout_s: float) -> pb.Sequence:
         return pb.Sequence(
             request_id=self.work.request_id,
             choice=self.work.sampling.choice,
-            prefill_attempt=self.work.number,
+            prefill_attempt=self._prefill_attempt(),
             decode_attempt=self.work.number,
             prompt_token_ids=self.work.prompt_token_ids,
             output_token_ids=self.work.output_token_ids,
             sampling=sampling_to_proto(self.work.sampling),
             timeout_s=timeout_s,
             router_id=self._router_id,
+            urgency=urgency_to_proto(self.work.urgency, self._clock.now_s()),
         )
-
-    def _count(self, sign: int) -> None:
-        """The router's own corrections to the workers' last heartbeats."""
-        if self._waits_for_first:
-            self.first_worker.queued_prefill_tokens += sign * self._uncached_tokens
-        if self.decode is not None:
-            self.decode.decode_rows += sign

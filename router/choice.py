@@ -7,7 +7,9 @@
 4. Whatever way this ends, the attempt's other half is told.
 
 When a worker is lost, a new attempt goes on behind the tokens already sent: prompt and output stay apart, and a token
-depends only on seed, choice and index, so the client sees nothing but time.
+depends only on seed, choice and index, so the client sees nothing but time. While the prefill that was begun can still
+be taken from where it is, the new attempt is a decode attempt only. A request that was under way waits for workers to
+come back until its deadline.
 """
 
 from __future__ import annotations
@@ -25,14 +27,18 @@ from ..cluster.messages import tokens_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
 from ..cluster.types import FinishReason, Timings
-from .attempt import Attempt, AttemptLost, Path, Work
-from .dispatch import Dispatcher
+from .attempt import Attempt, AttemptLost, Path, PrefillHalf, Work
+from .dispatch import Dispatcher, Standing
 from .errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
 from .output import OutputGap, OutputStream
+from .placer import NoWorkers
 from .service import Delta, GenerateRequest
 
 logger = logging.getLogger(__name__)
 REFUSED_WAIT_S = 0.05
+LAST_WORD_S = 0.25
+"""So long before its deadline a request that waits for workers is told that they did not come: the deadline itself
+could only say that time ran out."""
 WORKER_ERRORS = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED})
 """Not refusals: the worker's code broke, and will break again. They cost a try."""
 
@@ -48,6 +54,8 @@ class ChoiceTools:
     """Runs a clean-up in the background, bounded, until it is done."""
     on_lost: Callable[[AttemptLost, Path, bool], None]
     """An attempt was lost on this path; True: another one follows."""
+    on_kept: Callable[[], None]
+    """A decode attempt goes on with the prefill of an attempt before."""
 
 
 class ChoiceRun:
@@ -62,8 +70,11 @@ class ChoiceRun:
         emit: Callable[[Delta], None],
         on_first_token: Callable[[], None],
         arrival_s: float,
+        standing: Standing,
     ) -> None:
         self._tools = tools
+        self._standing = standing
+        self._spot = standing.spot
         self._request = request
         self._sampling = replace(request.sampling, choice=choice)
         self._output = output
@@ -76,6 +87,9 @@ class ChoiceRun:
         self._number = 0
         self._lost = 0
         self._path = Path.SPLIT
+        self._prefill_worker = self._decode_worker = ""
+        self._half: PrefillHalf | None = None
+        """Between two attempts: the prefill that the next one goes on with."""
         self._avoid: frozenset[str] = frozenset()
 
     @property
@@ -85,6 +99,12 @@ class ChoiceRun:
 
     async def run(self) -> Timings:
         """Streams the choice to its end and returns its waterfall. Raises `ServiceError`."""
+        try:
+            return await self._run()
+        finally:
+            self._drop_half()
+
+    async def _run(self) -> Timings:
         while True:
             self._number += 1
             try:
@@ -99,27 +119,86 @@ class ChoiceRun:
                     self._give_up_or_log(AttemptLost("worker_error", refusal.message))
                     continue
                 logger.debug("%s: refused: %s", self._request.request_id, refusal.message)
-                self._times.refused()
+                if self._half is None:
+                    self._times.refused()
                 await asyncio.sleep(REFUSED_WAIT_S)
 
     async def _attempt(self) -> Timings:
-        attempt = await self._tools.dispatcher.place(self._work())
-        self._path = attempt.path
+        attempt = await (self._place() if self._half is None else self._place_behind(self._half))
+        if attempt is None:
+            return self._timings()
+        self._placed(attempt)
+        failed = False
         try:
             self._times.dispatched(self._tools.clock.now_s())
-            try:
-                await attempt.submit(self._remaining_s())
-            except Refusal:
-                self._avoid = frozenset({attempt.asked})
-                raise
+            await attempt.submit(self._remaining_s())
             while not self._output.finished:
-                event = await attempt.next_event()
-                self._take(attempt, event)
-            return self._timings(attempt)
+                self._take(await attempt.next_event())
+            return self._timings()
+        except (Refusal, AttemptLost) as error:
+            failed = True
+            asked = error.worker_id if isinstance(error, AttemptLost) else attempt.asked
+            self._avoid = frozenset({asked})
+            raise
         finally:
-            attempt.close(self._tools.spawn)
+            self._half = attempt.close(self._tools.spawn, keep_prefill=failed)
 
-    def _take(self, attempt: Attempt, event: pb.TokensEvent) -> None:
+    def _placed(self, attempt: Attempt) -> None:
+        self._path = attempt.path
+        self._prefill_worker = attempt.first_worker.worker_id
+        self._decode_worker = attempt.decode.worker_id if attempt.decode is not None else ""
+        if self._half is not None:
+            self._half = None  # it is the attempt's now
+            self._tools.on_kept()
+
+    async def _place(self) -> Attempt:
+        work = self._work()
+        try:
+            spot, self._spot = self._spot, None
+            return await self._tools.dispatcher.place(work, spot)
+        except NoWorkers as none:
+            if work.waits_until_s is None:
+                raise
+            message = f"no {none.missing} came back within the request's {self._request.timeout_s:g} s"
+            raise Unavailable(message, retry_after_s=none.retry_after_s) from none
+
+    async def _place_behind(self, half: PrefillHalf) -> Attempt | None:
+        """Looks for a decode worker and hears the prefill meanwhile. None: its first token has ended the choice;
+        `AttemptLost`: it has nothing to serve any more.
+        """
+        placing = asyncio.create_task(self._place())
+        attempt: Attempt | None = None
+        try:
+            while not placing.done():
+                hearing = asyncio.create_task(half.next_event())
+                try:
+                    await asyncio.wait({placing, hearing}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    hearing.cancel()
+                    await asyncio.gather(hearing, return_exceptions=True)
+                if hearing.cancelled():
+                    continue
+                self._take(hearing.result())
+                if self._output.finished:
+                    return None
+            attempt = placing.result()
+            return attempt
+        except AttemptLost:
+            self._drop_half()
+            raise
+        finally:
+            if attempt is None:
+                placing.cancel()
+                [found] = await asyncio.gather(placing, return_exceptions=True)
+                if isinstance(found, Attempt):
+                    found.close(self._tools.spawn)
+
+    def _drop_half(self) -> None:
+        if self._half is not None:
+            self._half.close(self._tools.spawn)
+            self._half = None
+
+    def _take(self, event: pb.TokensEvent) -> None:
         """Tokens arrived: to text, to the client, to the waterfall."""
         now_s = self._tools.clock.now_s()
         self._times.heard(event)
@@ -144,7 +223,7 @@ class ChoiceRun:
                 tokens=chunk.tokens,
                 finish_reason=chunk.finish_reason,
                 stop_reason=chunk.stop_reason,
-                timings=self._timings(attempt) if chunk.finish_reason is not None else None,
+                timings=self._timings() if chunk.finish_reason is not None else None,
             )
         )
 
@@ -153,9 +232,15 @@ class ChoiceRun:
             request_id=self._request.request_id,
             number=self._number,
             prompt_token_ids=self._request.prompt_token_ids,
-            output_token_ids=tuple(self._sent),
+            # A ticket counts the tokens of its prefill: what came since is dropped when it comes again.
+            output_token_ids=self._half.work.output_token_ids if self._half is not None else tuple(self._sent),
             sampling=self._sampling,
+            urgency=self._standing.urgency,
+            tpot_s=self._standing.tpot_s,
+            block_keys={} if self._sent else self._standing.block_keys,
             avoid=self._avoid,
+            half=self._half,
+            waits_until_s=self._deadline_s - min(LAST_WORD_S, 0.1 * self._request.timeout_s) if self._lost else None,
         )
 
     def _remaining_s(self) -> float:
@@ -177,12 +262,12 @@ class ChoiceRun:
             raise Unavailable(message, retry_after_s=1.0) from lost
         logger.info("%s attempt %d: %s: %s", self._request.request_id, self._lost, lost.reason, lost.message)
 
-    def _timings(self, attempt: Attempt) -> Timings:
+    def _timings(self) -> Timings:
         """The waterfall as of now; complete with the last delta."""
         times, now_s = self._times, self._times.last_token_s
         prefill = times.prefill or pb.PrefillTimings()
         decode = times.decode or pb.DecodeTimings()
-        split = attempt.path is Path.SPLIT
+        split = self._path is Path.SPLIT
         return Timings(
             queue_s=max(0.0, times.dispatched_s - self._arrival_s) + prefill.queue_s,
             prefill_s=prefill.prefill_s,
@@ -192,11 +277,12 @@ class ChoiceRun:
             decode_queue_s=decode.queue_s if split else 0.0,
             decode_s=now_s - times.first_token_s,
             e2e_s=now_s - self._arrival_s,
-            prefill_worker=attempt.first_worker.worker_id,
-            decode_worker=attempt.decode.worker_id if attempt.decode is not None else "",
-            path=attempt.path.value,
+            prefill_worker=self._prefill_worker,
+            decode_worker=self._decode_worker,
+            path=self._path.value,
             transferred_bytes=decode.transferred_bytes if split else 0,
             transport=decode.transport if split else "",
+            slo_class=self._standing.urgency.slo_class,
             cached_tokens=prefill.cached_tokens,
             output_tokens=len(self._sent),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
@@ -18,17 +19,18 @@ from ..cluster.clock import Clock
 from ..cluster.config import RouterConfig
 from ..cluster.events import RequestOutcome, WaterfallLog
 from ..cluster.metrics import RouterMetrics
-from ..cluster.types import Role, Timings
+from ..cluster.types import Role, Timings, Urgency
 from .admission import Admission
-from .attempt import AttemptLost, Path
+from .attempt import AttemptLost, Path, Work
 from .choice import ChoiceRun, ChoiceTools
-from .dispatch import Dispatcher
+from .dispatch import Dispatcher, Standing
 from .errors import DeadlineExceeded, Overloaded, ServiceError
 from .members import Membership
 from .output import OutputStream
 from .placement import pair
 from .placer import Placer
 from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness
+from .slo_classes import Promise, SLOClasses
 from .tokenizer_base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class RouterCore(GenerationService):
         self._log = log
         self._clock = clock
         self._card = card
+        self._default_promise = SLOClasses(config).promise()
         self._admission = Admission(config.max_waiting)
         self._in_flight = 0
         self._cleanups: set[asyncio.Task[None]] = set()
@@ -66,12 +69,15 @@ class RouterCore(GenerationService):
             local_threshold_tokens=config.local_prefill_threshold_tokens,
             spawn=self._spawn,
         )
+        self._dispatcher = Dispatcher(placer, members, clock=clock, unready_wait_s=config.unready_wait_s)
+        metrics.watch_queue(self._dispatcher.waiting_by_class)
         self._tools = ChoiceTools(
-            dispatcher=Dispatcher(placer, members, clock=clock, unready_wait_s=config.unready_wait_s),
+            dispatcher=self._dispatcher,
             clock=clock,
             max_attempts=config.max_attempts,
             spawn=self._spawn,
             on_lost=self._on_lost,
+            on_kept=metrics.count_prefill_kept,
         )
 
     # --- the service ------------------------------------------------------------------------------------------------
@@ -80,15 +86,11 @@ class RouterCore(GenerationService):
         """See `GenerationService.generate`."""
         arrival_s = self._clock.now_s() if request.arrival_s is None else request.arrival_s
         key = f"{request.request_id}:{secrets.token_hex(4)}"
-        try:
-            self._admission.enter(key, arrival_s)
-        except Overloaded as refusal:
-            self._metrics.count_refusal("overloaded")
-            self._record_end(request, RequestOutcome.REFUSED, refusal.code or refusal.type)
-            raise
+        promise = request.promise or self._default_promise
+        standing = self._admit(request, promise, key, arrival_s)
         self._count_in_flight(+1)
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()  # bounded by n x max_tokens
-        task = asyncio.create_task(self._run_choices(request, key, arrival_s, deltas))
+        task = asyncio.create_task(self._run_choices(request, promise, standing, key, arrival_s, deltas))
         task.add_done_callback(lambda _: deltas.put_nowait(None))
         unfinished = request.n
         outcome, reason = RequestOutcome.CANCELED, ""
@@ -104,6 +106,8 @@ class RouterCore(GenerationService):
             raise
         finally:
             self._admission.leave(key)
+            if standing.spot is not None:
+                self._dispatcher.leave(standing.spot)
             self._count_in_flight(-1)
             if not task.done():
                 if outcome is RequestOutcome.CANCELED:
@@ -118,6 +122,38 @@ class RouterCore(GenerationService):
             client_request_id=request.client_request_id,
             outcome=outcome,
             reason=reason,
+        )
+
+    def _admit(self, request: GenerateRequest, promise: Promise, key: str, arrival_s: float) -> Standing:
+        """Lets the request in, with a place in the queue, or raises `Overloaded`."""
+        ttft_s = math.inf if promise.ttft_s is None else promise.ttft_s
+        work = self._work(request, promise, arrival_s + ttft_s)
+        forecast = self._dispatcher.forecast(work)
+        if forecast is not None and promise.effective_ttft_s(forecast.idle_s) > ttft_s:
+            work = self._work(request, promise, arrival_s + promise.effective_ttft_s(forecast.idle_s), work)
+            forecast = self._dispatcher.forecast(work)
+        now_s = self._clock.now_s()
+        try:
+            self._admission.enter(key, now_s, promise=promise, forecast=forecast, elapsed_s=max(0.0, now_s - arrival_s))
+        except Overloaded as refusal:
+            self._metrics.count_refusal(refusal.code or refusal.type)
+            self._record_end(request, RequestOutcome.REFUSED, refusal.code or refusal.type)
+            raise
+        tpot_s = promise.effective_tpot_s(self._dispatcher.idle_tpot_s(work.context_tokens))
+        spot = self._dispatcher.expect(work)
+        return Standing(urgency=work.urgency, tpot_s=tpot_s, block_keys=work.block_keys, spot=spot)
+
+    @staticmethod
+    def _work(request: GenerateRequest, promise: Promise, deadline_s: float, before: Work | None = None) -> Work:
+        """The first attempt at the first choice, as far as the door needs it."""
+        return Work(
+            request_id=request.request_id,
+            number=1,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=(),
+            sampling=request.sampling,
+            urgency=Urgency(slo_class=promise.slo_class, share=promise.share, deadline_s=deadline_s),
+            block_keys={} if before is None else before.block_keys,
         )
 
     def _count_in_flight(self, change: int) -> None:
@@ -174,7 +210,13 @@ class RouterCore(GenerationService):
     # --- one request ------------------------------------------------------------------------------------------------
 
     async def _run_choices(
-        self, request: GenerateRequest, key: str, arrival_s: float, deltas: asyncio.Queue[Delta | None]
+        self,
+        request: GenerateRequest,
+        promise: Promise,
+        standing: Standing,
+        key: str,
+        arrival_s: float,
+        deltas: asyncio.Queue[Delta | None],
     ) -> None:
         """All choices of a request, under its deadline; the first failure ends the others."""
         first_token = asyncio.Event()
@@ -185,11 +227,13 @@ class RouterCore(GenerationService):
 
         async def follow(choice: int) -> None:
             await first_token.wait()
-            await self._run_choice(request, choice, arrival_s, deltas, lambda: None)
+            await self._run_choice(
+                request, choice, promise, replace(standing, spot=None), arrival_s, deltas, lambda: None
+            )
 
         try:
             async with asyncio.timeout(request.timeout_s), asyncio.TaskGroup() as group:
-                group.create_task(self._run_choice(request, 0, arrival_s, deltas, on_first_token))
+                group.create_task(self._run_choice(request, 0, promise, standing, arrival_s, deltas, on_first_token))
                 for choice in range(1, request.n):
                     group.create_task(follow(choice))
         except TimeoutError:
@@ -203,6 +247,8 @@ class RouterCore(GenerationService):
         self,
         request: GenerateRequest,
         choice: int,
+        promise: Promise,
+        standing: Standing,
         arrival_s: float,
         deltas: asyncio.Queue[Delta | None],
         on_first: Callable[[], None],
@@ -214,14 +260,27 @@ class RouterCore(GenerationService):
             skip_special=request.skip_special_tokens,
             continuation=request.continuation,
         )
-        run = ChoiceRun(self._tools, request, choice, output, deltas.put_nowait, on_first, arrival_s)
+        run = ChoiceRun(self._tools, request, choice, output, deltas.put_nowait, on_first, arrival_s, standing)
         timings = await run.run()
-        self._record(request, choice, timings, str(output.finish_reason), run.attempts)
+        self._record(request, choice, promise, timings, str(output.finish_reason), run.attempts)
 
-    def _record(self, request: GenerateRequest, choice: int, timings: Timings, finish_reason: str, tries: int) -> None:
+    def _record(
+        self,
+        request: GenerateRequest,
+        choice: int,
+        promise: Promise,
+        timings: Timings,
+        finish_reason: str,
+        tries: int,
+    ) -> None:
         prompt_tokens = len(request.prompt_token_ids)
         self._metrics.observe_choice(
-            timings, prompt_tokens=prompt_tokens, finish_reason=finish_reason, slo=self._config.slo, choice=choice
+            timings,
+            prompt_tokens=prompt_tokens,
+            finish_reason=finish_reason,
+            slo=promise.slo,
+            slo_class=promise.slo_class,
+            choice=choice,
         )
         self._log.record(
             request_id=request.request_id,

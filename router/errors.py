@@ -65,6 +65,12 @@ class Overloaded(ServiceError):
     grpc_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class PromiseUnattainable(Overloaded):
+    """The first token would come later than promised; comes with `retry_after_s`."""
+
+    code = "slo_unattainable"
+
+
 class Unavailable(ServiceError):
     """No worker can serve this now: none ready, or lost and not back within the deadline."""
 

@@ -64,6 +64,11 @@ def predicted_tpot_s(view: WorkerView, context_tokens: int) -> float:
     return StepTimeModel(view.step_time).predict_tpot_s(rows, view.context_tokens + context_tokens)
 
 
+def idle_tpot_s(view: WorkerView, context_tokens: int) -> float:
+    """Seconds per output token if that worker decoded nothing else."""
+    return StepTimeModel(view.step_time).predict_tpot_s(1, context_tokens)
+
+
 def keeps_tpot(view: WorkerView, context_tokens: int, tpot_s: float) -> bool:
     """Whether this worker could decode one more sequence of that context within its own promise and within those of
     the choices that this router decodes there. An idle worker always may be asked: no other would be faster.

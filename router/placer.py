@@ -16,16 +16,26 @@ from typing import Any
 import grpc
 
 from ..cluster.hashing import block_keys
+from ..cluster.messages import urgency_to_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
 from ..cluster.types import Role
-from .attempt import Attempt, Path, Work
+from .attempt import Attempt, Path, PrefillHalf, Work
 from .errors import Unavailable
 from .link import WorkerLink
 from .members import Membership
-from .placement import WorkerView, pair, rank_decode, rank_prefill
+from .placement import WorkerView, keeps_tpot, pair, rank_decode, rank_prefill
 
 logger = logging.getLogger(__name__)
+
+
+class NoWorkers(Unavailable):
+    """None that could serve it is ready; more may come."""
+
+    def __init__(self, missing: str) -> None:
+        super().__init__(f"no {missing} is ready", retry_after_s=1.0)
+        self.missing = missing
+        """Of which kind, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +64,38 @@ class Placer:
         self._local_threshold_tokens = local_threshold_tokens
 
     async def try_place(self, work: Work) -> Attempt | None:
-        """One round over the workers: an attempt, or None while every one of them refuses. `Unavailable` when there is
+        """One round over the workers: an attempt, or None while every one of them refuses. `NoWorkers` when there is
         none that could serve it; `Refusal` (INVALID_ARGUMENT) when it can never be placed.
         """
+        if work.half is not None:
+            return await self._place_decode(work, work.half)
         prefill, decode = pair(self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE))
         mixed = self._members.routable(Role.MIXED)
         if prefill and decode:
             return await self._place_split(work, prefill, decode)
         if mixed:
             return await self._place_alone(work, mixed, Path.MIXED)
-        raise Unavailable("no prefill and decode worker whose KV fingerprints match is ready", retry_after_s=1.0)
+        raise NoWorkers(self._missing())
+
+    def _missing(self) -> str:
+        prefill, decode = self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE)
+        if prefill and decode:
+            return "prefill and decode worker whose KV fingerprints match"
+        return "decode worker" if prefill else "prefill worker" if decode else "worker"
+
+    async def _place_decode(self, work: Work, half: PrefillHalf) -> Attempt | None:
+        """The prefill is under way, or done: any worker that can pull its KV will do."""
+        able = self._members.routable(Role.DECODE) or self._members.routable(Role.MIXED)
+        able = tuple(view for view in able if view.fingerprint == half.fingerprint)
+        if not able:
+            raise NoWorkers("decode worker")
+        granted = await self._reserve(work, able)
+        return None if granted is None else self._attempt(work, Path.SPLIT, half=half, granted=granted)
 
     async def _place_split(
         self, work: Work, prefill: tuple[WorkerView, ...], decode: tuple[WorkerView, ...]
     ) -> Attempt | None:
-        cached_tokens = self._cached_tokens(work, prefill)
+        cached_tokens = self.cached_tokens(work, prefill)
         ranked = rank_prefill(prefill, work.context_tokens, cached_tokens)
         best = min(ranked, key=lambda view: view.worker_id in work.avoid)
         uncached_tokens = work.context_tokens - cached_tokens[best.worker_id]
@@ -86,7 +113,7 @@ class Placer:
         """Decode workers that may prefill this prompt themselves: what *they* lack of it is below the threshold."""
         if not self._local_threshold_tokens:
             return ()
-        cached_tokens = self._cached_tokens(work, decode)
+        cached_tokens = self.cached_tokens(work, decode)
         below = work.context_tokens - self._local_threshold_tokens
         return tuple(view for view in decode if cached_tokens[view.worker_id] > below)
 
@@ -95,7 +122,7 @@ class Placer:
         granted = await self._reserve(work, views)
         if granted is None:
             return None
-        cached = self._cached_tokens(work, (granted.view,))[granted.view.worker_id]
+        cached = self.cached_tokens(work, (granted.view,))[granted.view.worker_id]
         return self._attempt(work, path, granted=granted, uncached_tokens=work.context_tokens - cached)
 
     async def _reserve(self, work: Work, views: tuple[WorkerView, ...]) -> _Granted | None:
@@ -106,8 +133,10 @@ class Placer:
             decode_attempt=work.number,
             router_id=self._router_id,
             context_tokens=work.context_tokens,
+            urgency=urgency_to_proto(work.urgency, self._members.clock.now_s()),
         )
-        ranked = rank_decode(views, work.context_tokens)
+        able = (view for view in views if keeps_tpot(view, work.context_tokens, work.tpot_s))
+        ranked = rank_decode(able, work.context_tokens)
         for view in sorted(ranked, key=lambda view: view.worker_id in work.avoid):
             link = self._members.link(view.worker_id)
             if link is None:
@@ -116,7 +145,8 @@ class Placer:
             try:
                 return _Granted(view, link, await link.reserve(request))
             except asyncio.CancelledError:
-                self._spawn(link.abort(work.abort_request(self._router_id)))  # it may have been granted all the same
+                # It may have been granted all the same.
+                self._spawn(link.abort(work.abort_request(self._router_id, decode_attempt=work.number)))
                 raise
             except Refusal as refusal:
                 if refusal.code is grpc.StatusCode.INVALID_ARGUMENT:
@@ -130,12 +160,25 @@ class Placer:
         path: Path,
         *,
         prefill: WorkerView | None = None,
+        half: PrefillHalf | None = None,
         granted: _Granted | None = None,
-        uncached_tokens: int,
+        uncached_tokens: int = 0,
     ) -> Attempt | None:
-        prefill_link = self._members.link(prefill.worker_id) if prefill else None
-        if prefill and prefill_link is None:
-            return None
+        if prefill is not None:
+            link = self._members.link(prefill.worker_id)
+            if link is None:
+                if granted is not None:
+                    abort = work.abort_request(self._router_id, decode_attempt=work.number)
+                    self._spawn(granted.link.abort(abort))
+                return None
+            half = PrefillHalf(
+                work,
+                link,
+                router_id=self._router_id,
+                kv_address=self._members.kv_address(prefill.worker_id),
+                fingerprint=prefill.fingerprint,
+                uncached_tokens=uncached_tokens,
+            )
         # Both will hold the context: the one computes it, the other pulls it.
         for view in (prefill, granted.view if granted else None):
             if view is not None:
@@ -144,14 +187,14 @@ class Placer:
             work,
             path,
             router_id=self._router_id,
-            prefill=prefill_link,
+            clock=self._members.clock,
+            half=half,
             decode=granted.link if granted else None,
             credit=granted.reply if granted else None,
-            kv_address=self._members.kv_address(prefill.worker_id) if prefill else "",
             uncached_tokens=uncached_tokens,
         )
 
-    def _cached_tokens(self, work: Work, views: tuple[WorkerView, ...]) -> dict[str, int]:
+    def cached_tokens(self, work: Work, views: tuple[WorkerView, ...]) -> dict[str, int]:
         """Tokens of the context that each worker probably has; at least the last one is always computed."""
         return {
             view.worker_id: min(

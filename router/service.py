@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from ..cluster.types import FinishReason, SampledToken, SamplingParams, Timings
+from .slo_classes import Promise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class GenerateRequest:
     client_request_id: str = ""
     continuation: bool = False
     """The output goes on behind the prompt's own text (completions), so that a leading space belongs to it."""
+    promise: Promise | None = None
+    """Under which it stands; None: that of the class `interactive`."""
     arrival_s: float | None = None
     """When the request came, on the router's clock: TTFT counts from there. None: when the core takes it."""
 

@@ -5,19 +5,44 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tandem.cluster.config import RouterConfig, SLOClass
+from tandem.cluster.types import SLO
 from tandem.router.admission import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, Admission
-from tandem.router.errors import Overloaded
+from tandem.router.errors import Overloaded, PromiseUnattainable
+from tandem.router.forecast import Forecast
+from tandem.router.slo_classes import BATCH, Promise, SLOClasses
+
+CLASSES = SLOClasses(
+    RouterConfig(slo=SLO(ttft_s=2.0, tpot_s=0.1), slo_classes={"gold": SLOClass(ttft_s=0.5, tpot_s=0.05, share=3.0)})
+)
+INTERACTIVE = CLASSES.promise()
+
+
+def enter(
+    admission: Admission,
+    key: str,
+    now_s: float = 0.0,
+    *,
+    promise: Promise = INTERACTIVE,
+    forecast: Forecast | None = None,
+    elapsed_s: float = 0.0,
+) -> None:
+    admission.enter(key, now_s, promise=promise, forecast=forecast, elapsed_s=elapsed_s)
+
+
+def waits(wait_s: float, own_s: float = 0.1, idle_s: float = 0.1) -> Forecast:
+    return Forecast(wait_s=wait_s, own_s=own_s, idle_s=idle_s)
 
 
 def test_a_place_is_free_again_after_the_first_token_or_the_end() -> None:
     admission = Admission(2)
-    admission.enter("a", 0.0)
-    admission.enter("b", 0.0)
+    enter(admission, "a", 0.0)
+    enter(admission, "b", 0.0)
     with pytest.raises(Overloaded, match="the limit is 2") as refused:
-        admission.enter("c", 0.0)
+        enter(admission, "c", 0.0)
     assert refused.value.retry_after_s == MIN_RETRY_AFTER_S
     admission.first_token("a", 1.0)
-    admission.enter("c", 1.0)
+    enter(admission, "c", 1.0)
     admission.leave("b")
     admission.leave("b")
     admission.leave("a")
@@ -26,9 +51,9 @@ def test_a_place_is_free_again_after_the_first_token_or_the_end() -> None:
 
 def test_a_refused_request_took_no_place() -> None:
     admission = Admission(1)
-    admission.enter("a", 0.0)
+    enter(admission, "a", 0.0)
     with pytest.raises(Overloaded):
-        admission.enter("b", 0.0)
+        enter(admission, "b", 0.0)
     admission.leave("b")
     assert admission.waiting == 1
 
@@ -36,10 +61,10 @@ def test_a_refused_request_took_no_place() -> None:
 def test_retry_after_is_the_time_the_queue_needs() -> None:
     admission = Admission(100)
     for i in range(21):
-        admission.enter(f"done{i}", 0.0)
+        enter(admission, f"done{i}", 0.0)
         admission.first_token(f"done{i}", i / 2)  # two a second
     for i in range(20):
-        admission.enter(f"waits{i}", 10.0)
+        enter(admission, f"waits{i}", 10.0)
     assert admission.retry_after_s(10.0) == pytest.approx(20 / 2.1, rel=0.01)
 
 
@@ -47,8 +72,67 @@ def test_retry_after_is_the_time_the_queue_needs() -> None:
 def test_retry_after_has_bounds(times: list[float], waiting: int) -> None:
     admission = Admission(2000)
     for i, now_s in enumerate(times):
-        admission.enter(str(i), now_s)
+        enter(admission, str(i), now_s)
         admission.first_token(str(i), now_s)
     for i in range(waiting):
-        admission.enter(f"w{i}", 0.0)
+        enter(admission, f"w{i}", 0.0)
     assert MIN_RETRY_AFTER_S <= admission.retry_after_s(times[-1] if times else 0.0) <= MAX_RETRY_AFTER_S
+
+
+def test_a_promise_that_would_be_broken_is_refused_with_the_time_after_which_it_would_not() -> None:
+    admission = Admission(8)
+    enter(admission, "fits", forecast=waits(1.7))
+    with pytest.raises(PromiseUnattainable, match=r"class 'interactive' is 2 s") as refused:
+        enter(admission, "late", forecast=waits(5.0))
+    assert refused.value.retry_after_s == pytest.approx(5.0 * 1.1 + 0.1 - 2.0)
+    assert (refused.value.http_status, refused.value.code) == (429, "slo_unattainable")
+    with pytest.raises(PromiseUnattainable):
+        enter(admission, "was long at the door", forecast=waits(0.0), elapsed_s=1.95)
+    assert admission.waiting == 1
+
+
+def test_while_nobody_knows_step_times_nobody_is_refused_for_a_promise() -> None:
+    admission = Admission(8)
+    enter(admission, "a", forecast=None, elapsed_s=100.0)
+    assert admission.waiting == 1
+
+
+def test_a_long_prompt_on_an_idle_cluster_is_let_in_unless_the_request_itself_promised_otherwise() -> None:
+    admission = Admission(8)
+    enter(admission, "long", forecast=waits(0.0, own_s=30.0, idle_s=30.0))
+    own = CLASSES.promise(ttft_s=2.0)
+    with pytest.raises(PromiseUnattainable, match=r"own promise is 2 s; even an idle cluster would need about 30 s"):
+        enter(admission, "own", promise=own, forecast=waits(0.0, own_s=30.0, idle_s=30.0))
+    with pytest.raises(PromiseUnattainable, match="is 60 s"):
+        enter(admission, "behind", forecast=waits(31.0, own_s=30.0, idle_s=30.0))
+
+
+def test_without_a_promise_only_the_bound_refuses_and_half_the_places_are_for_others() -> None:
+    admission = Admission(4)
+    batch = CLASSES.promise(BATCH)
+    for key in "ab":
+        enter(admission, key, promise=batch, forecast=waits(1000.0))
+    with pytest.raises(Overloaded, match=r"2 requests without a promise .* the limit is 2 of 4"):
+        enter(admission, "c", promise=batch, forecast=waits(0.0))
+    enter(admission, "d", forecast=waits(0.0))
+    admission.first_token("a", 1.0)
+    enter(admission, "e", promise=batch)
+
+
+def test_a_flood_with_promises_leaves_places_for_those_without() -> None:
+    admission = Admission(16)
+    for i in range(14):
+        enter(admission, str(i))
+    with pytest.raises(Overloaded, match="14 requests with a promise"):
+        enter(admission, "one more")
+    enter(admission, "batch", promise=CLASSES.promise(BATCH))
+
+
+def test_the_promise_is_the_classes_but_for_what_the_request_names() -> None:
+    assert (CLASSES.names, INTERACTIVE.slo) == (("interactive", "batch", "gold"), SLO(ttft_s=2.0, tpot_s=0.1))
+    gold = CLASSES.promise("gold", tpot_s=0.2)
+    assert (gold.ttft_s, gold.tpot_s, gold.share, gold.own_ttft, gold.own_tpot) == (0.5, 0.2, 3.0, False, True)
+    assert (gold.effective_ttft_s(0.1), gold.effective_ttft_s(1.0)) == (0.5, 2.0)
+    assert (gold.effective_tpot_s(10.0), CLASSES.promise("gold").effective_tpot_s(10.0)) == (0.2, 20.0)
+    batch = CLASSES.promise(BATCH)
+    assert batch.effective_ttft_s(5.0) == batch.effective_tpot_s(5.0) == float("inf")

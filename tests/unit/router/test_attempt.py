@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import SamplingParams, Side
-from tandem.router.attempt import Attempt, AttemptLost, Path, Work
+from tandem.router.attempt import Attempt, AttemptLost, Path, PrefillHalf, Work
 
 P, D = Side.PREFILL, Side.DECODE
 WORK = Work(
@@ -24,17 +24,21 @@ WORK = Work(
 
 async def split(r: Any) -> tuple[Attempt, Any, Any]:
     prefill, decode = await r.split()
-    attempt = Attempt(
-        WORK,
+    half = PrefillHalf(WORK, r.link("p0"), router_id="r", kv_address="h:1", fingerprint="f", uncached_tokens=6)
+    return on(r, WORK, half, decode), prefill, decode
+
+
+def on(r: Any, work: Work, half: PrefillHalf, decode: Any) -> Attempt:
+    """An attempt on that decode worker, with its credit."""
+    return Attempt(
+        work,
         Path.SPLIT,
         router_id="r",
-        prefill=r.link("p0"),
-        decode=r.link("d0"),
+        clock=r.clock,
+        half=half,
+        decode=r.link(decode.worker_id),
         credit=pb.ReserveReply(credit_id=1, epoch=decode.epoch),
-        kv_address="h:1",
-        uncached_tokens=6,
     )
-    return attempt, prefill, decode
 
 
 def counts(r: Any) -> tuple[int, int, int, int]:

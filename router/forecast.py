@@ -1,0 +1,115 @@
+"""What a request that came now would wait for its first token: at the router, in a prefill worker's queue, and for its
+own prompt. Pure; from the workers' views, their step-time models and what the router knows to wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..cluster.latency import DEFAULT_TOKEN_BUDGET, StepTimeModel
+from ..cluster.types import Role
+from .placement import WorkerView
+
+LEARNED_STEPS = 8
+"""Steps after which a worker's coefficients are more than a guess."""
+QUEUE_STEPS = 2
+QUEUE_S = 0.1
+"""How much the router lets wait in a prefill worker's own queue: so many full steps, or so many seconds of work,
+whichever is more. Enough that the worker never waits for the router; the rest waits here, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Seconds."""
+
+    wait_s: float
+    """Until its own prompt is begun."""
+    own_s: float
+    """Its own prompt, on the worker that would be done first."""
+    idle_s: float
+    """Its own prompt, on the best worker of an idle cluster."""
+
+    @property
+    def ttft_s(self) -> float:
+        """From now to the first token."""
+        return self.wait_s + self.own_s
+
+
+def learned(views: Sequence[WorkerView]) -> tuple[WorkerView, ...]:
+    """The views with coefficients that were measured: workers that have hardly run a step are taken to be as one that
+    has. Empty while nobody has.
+    """
+    known = [view for view in views if view.steps_total >= LEARNED_STEPS]
+    if not known:
+        return ()
+    return tuple(
+        view if view.steps_total >= LEARNED_STEPS else replace(view, step_time=known[0].step_time) for view in views
+    )
+
+
+def _step(view: WorkerView) -> tuple[float, int]:
+    """What a step costs beside its prompt tokens, seconds, and how many of those it has room for."""
+    if view.role is not Role.MIXED:
+        return view.step_time.step_s, DEFAULT_TOKEN_BUDGET
+    rows = min(view.running, DEFAULT_TOKEN_BUDGET - 1)
+    return StepTimeModel(view.step_time).step_time_s(0, rows, view.context_tokens), DEFAULT_TOKEN_BUDGET - rows
+
+
+def prefill_s(view: WorkerView, tokens: float) -> float:
+    """Seconds that this worker computes for so many prompt tokens, in full steps; beside its decodes if it has any."""
+    beside_s, room = _step(view)
+    steps = -(-tokens // room)
+    return steps * beside_s + tokens * view.step_time.prefill_token_s
+
+
+def tokens_per_s(view: WorkerView) -> float:
+    """Prompt tokens that this worker computes in a second of full steps."""
+    beside_s, room = _step(view)
+    return room / max(beside_s + room * view.step_time.prefill_token_s, 1e-9)
+
+
+def room_tokens(views: Sequence[WorkerView]) -> float:
+    """Prompt tokens that may yet be sent to these workers before some of them have to wait at the router."""
+    return sum(
+        max(0.0, max(QUEUE_STEPS * DEFAULT_TOKEN_BUDGET, QUEUE_S * tokens_per_s(view)) - view.queued_prefill_tokens)
+        for view in views
+    )
+
+
+def forecast(
+    views: Sequence[WorkerView], uncached_tokens: Mapping[str, int], *, ahead_tokens: float, decode_wait_s: float
+) -> Forecast | None:
+    """For a prompt of which each worker lacks `uncached_tokens`, behind `ahead_tokens` at the router. `decode_wait_s`:
+    how long the decode side keeps the router's queue, where that is what it waits for. None: nobody knows, because no
+    worker has learned its step times yet.
+    """
+    views = learned(views)
+    if not views:
+        return None
+    queue_s = {view.worker_id: prefill_s(view, view.queued_prefill_tokens) for view in views}
+    own_s = {view.worker_id: prefill_s(view, max(1, uncached_tokens[view.worker_id])) for view in views}
+    level_s = max(_level_s(views, queue_s, ahead_tokens), decode_wait_s)
+    best = min(views, key=lambda view: (max(queue_s[view.worker_id], level_s) + own_s[view.worker_id], view.worker_id))
+    return Forecast(
+        wait_s=max(queue_s[best.worker_id], level_s),
+        own_s=own_s[best.worker_id],
+        idle_s=min(own_s.values()),
+    )
+
+
+def _level_s(views: Sequence[WorkerView], queue_s: Mapping[str, float], ahead_tokens: float) -> float:
+    """When what waits ahead has been begun: every worker takes of it as soon as its own queue is done, like water that
+    fills a vessel with steps.
+    """
+    if ahead_tokens <= 0:
+        return 0.0
+    rate = filled = 0.0
+    by_queue = sorted(views, key=lambda view: queue_s[view.worker_id])
+    for index, view in enumerate(by_queue):
+        rate += tokens_per_s(view)
+        filled += tokens_per_s(view) * queue_s[view.worker_id]
+        level_s = (ahead_tokens + filled) / rate
+        if index + 1 == len(by_queue) or level_s <= queue_s[by_queue[index + 1].worker_id]:
+            return level_s
+    raise AssertionError("the last worker takes what is left")
