@@ -60,6 +60,10 @@ def run(argv: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _fail(message: str, code: int) -> int:
     print(f"tandem: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -208,6 +212,19 @@ def status(
     from .cli_status import status as run_status
 
     raise typer.Exit(run_status(url, as_json=as_json))
+
+
+@app.command()
+def restart(
+    workers: Annotated[list[str] | None, typer.Argument(metavar="WORKER", help="As `tandem status` names it.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every worker, one after another.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that a worker gets to finish what it runs.")] = 30.0,
+    url: Url = "http://127.0.0.1:8000",
+) -> None:
+    """Drain a worker and start it anew; requests go on. Returns when it is ready again."""
+    from .cli_restart import restart as run_restart
+
+    raise typer.Exit(run_restart(url, workers or (), every=every, timeout_s=timeout, say=_say))
 
 
 @app.command()

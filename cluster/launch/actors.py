@@ -5,6 +5,7 @@
    started anew draws a new epoch; Tandem's own fences do the rest.
 2. The driver polls `state` for progress, addresses and health.
 3. `drain` lets running requests finish; `stop` ends the member. Both may be called again.
+4. A worker that is asked to leave (its own `Drain` call) drains, stops and ends the process; Ray starts the next one.
 
 Data never passes here: requests, tokens and KV go over gRPC between the members.
 """
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HEARD_S = 2.0
+"""How long a member that leaves waits for the driver's next look, so that it is not taken for one that died."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -44,6 +47,8 @@ class MemberActor:
         self._state = MemberState(phase=Phase.STARTING, stage="importing", pid=os.getpid(), host=_node_ip())
         self._member: RouterMember | WorkerMember | None = None
         self._stopping = False
+        self._heard = threading.Event()
+        """The driver knows that this member leaves."""
         _set_threads(int(config["engine"]["threads"]) if kind == "worker" else 1)
         self._starter = threading.Thread(target=self._start, name="member-start", daemon=True)
         self._starter.start()
@@ -54,6 +59,8 @@ class MemberActor:
             state, member = self._state, self._member
         if member is not None and state.phase is Phase.READY:
             return state.change(healthy=member.healthy())
+        if state.phase is Phase.LEAVING:
+            self._heard.set()
         return state
 
     def drain(self, timeout_s: float) -> bool:
@@ -104,10 +111,36 @@ class MemberActor:
                 "registry": router.registry_address,
             }
             return addresses, 0
-        worker = WorkerMember(from_dict(WorkerConfig, self._config), progress=self._progress, on_failure=_end_process)
+        worker = WorkerMember(
+            from_dict(WorkerConfig, self._config),
+            progress=self._progress,
+            on_failure=_end_process,
+            on_leave=self._leave,
+        )
         self._adopt(worker)
         worker.start(self._start_timeout_s)
         return {"grpc": worker.address, "kv": worker.kv_address}, worker.epoch
+
+    def _leave(self, timeout_s: float) -> None:
+        """On the member's loop: begins what `_drain_and_end` does."""
+        with self._lock:
+            if self._state.phase is not Phase.READY:
+                return
+            self._state = self._state.change(phase=Phase.LEAVING, stage="leaving")
+        threading.Thread(target=self._drain_and_end, args=(timeout_s,), name="member-leave", daemon=True).start()
+
+    def _drain_and_end(self, timeout_s: float) -> None:
+        member, code = self._member, 1
+        assert member is not None
+        try:
+            member.drain(timeout_s)
+            member.stop()
+            self._heard.wait(HEARD_S)
+            code = 0
+        finally:
+            # Not ray.actor.exit_actor: after that Ray takes the actor for finished, whatever max_restarts says.
+            if not self._stopping:
+                os._exit(code)
 
     def _adopt(self, member: RouterMember | WorkerMember) -> None:
         with self._lock:

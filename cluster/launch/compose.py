@@ -97,9 +97,15 @@ class _MetricsServer:
 class WorkerRuntime:
     """A worker on the running event loop: `start`, serve, `drain`, `stop`."""
 
-    def __init__(self, config: WorkerConfig, on_failure: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        on_failure: Callable[[BaseException], None],
+        on_leave: Callable[[float], None] | None = None,
+    ) -> None:
         self._config = config
         self._on_failure = on_failure
+        self._on_leave = on_leave
         self._server: aio.Server | None = None
         self._kv_server: GrpcKVServer | None = None
         self._device: Device | None = None
@@ -115,6 +121,7 @@ class WorkerRuntime:
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
         self._device = device
         shell, prefill, decode = _assemble(config, files, device, credentials)
+        shell.on_leave = self._on_leave
         self._kv_server = GrpcKVServer(
             prefill.source,
             config.host,

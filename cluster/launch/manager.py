@@ -72,7 +72,10 @@ class Manager:
     def _look(self, handle: MemberHandle, watch: _Watch) -> None:
         now_s = time.monotonic()
         state = handle.state
-        if state.phase is Phase.LOST and watch.phase is not Phase.LOST:
+        if state.phase is Phase.LEAVING and watch.phase is not Phase.LEAVING:
+            self._report(f"{handle.name} was asked to restart: it finishes what it runs, and Ray starts it anew")
+            watch.lost_s = now_s
+        if state.phase is Phase.LOST and watch.phase not in (Phase.LOST, Phase.LEAVING):
             self._report(f"{handle.name} died; Ray is restarting it")
             watch.lost_s = now_s
         if handle.restarts > watch.restarts and watch.phase is Phase.READY:

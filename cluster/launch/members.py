@@ -102,18 +102,21 @@ class _Member:
 
 
 class WorkerMember(_Member):
-    """One worker. `on_failure` is called, on its loop, when its engine dies: the process should end then."""
+    """One worker. `on_failure` is called, on its loop, when its engine dies: the process should end then. `on_leave` is
+    called there too, when somebody asks it to drain within some seconds and to end; it may not block.
+    """
 
     def __init__(
         self,
         config: WorkerConfig,
         progress: Progress | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
+        on_leave: Callable[[float], None] | None = None,
     ) -> None:
         super().__init__(f"worker-{config.worker_id}", progress, asyncio.new_event_loop())
         self._failure: BaseException | None = None
         self._report = on_failure
-        self._runtime: WorkerRuntime = WorkerRuntime(config, self._on_failure)
+        self._runtime: WorkerRuntime = WorkerRuntime(config, self._on_failure, on_leave)
 
     def _on_failure(self, error: BaseException) -> None:
         self._failure = error

@@ -1,7 +1,7 @@
 """A worker or a router as a plain process, without Ray, for tests and debugging.
 
 `python -m tandem.cluster.launch.process worker|router --config FILE.json` prints one JSON line with its addresses
-when it serves, drains on SIGTERM and SIGINT, and dies with its parent.
+when it serves, drains on SIGTERM, SIGINT and the workers' `Drain` call, and dies with its parent.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from ..config import RouterConfig, WorkerConfig, from_dict
@@ -35,12 +36,12 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _worker(config: WorkerConfig, start_timeout_s: float) -> WorkerMember:
+def _worker(config: WorkerConfig, start_timeout_s: float, on_leave: Callable[[float], None]) -> WorkerMember:
     def on_failure(error: BaseException) -> None:
         print(f"worker {config.worker_id}: the engine failed: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_ENGINE_FAILED)
 
-    member = WorkerMember(config, on_failure=on_failure)
+    member = WorkerMember(config, on_failure=on_failure, on_leave=on_leave)
     member.start(start_timeout_s)
     return member
 
@@ -60,13 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
         level=os.environ.get("TANDEM_LOG", "WARNING").upper(), format="%(asctime)s %(name)s %(message)s"
     )
     stop = threading.Event()
+    drain_timeout_s: float = options.drain_timeout_s
+
+    def leave(timeout_s: float) -> None:
+        nonlocal drain_timeout_s
+        drain_timeout_s = timeout_s
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     values = json.loads(options.config.read_text())
     member: WorkerMember | RouterMember
     try:
         if options.kind == "worker":
-            member = _worker(from_dict(WorkerConfig, values), options.start_timeout_s)
+            member = _worker(from_dict(WorkerConfig, values), options.start_timeout_s, leave)
             addresses = {"address": member.address, "kv_address": member.kv_address, "epoch": member.epoch}
         else:
             member = RouterMember(from_dict(RouterConfig, values))
@@ -81,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(json.dumps({"pid": os.getpid(), **addresses}), flush=True)
     stop.wait()
-    member.drain(options.drain_timeout_s)
+    member.drain(drain_timeout_s)
     member.stop()
     return 0
 

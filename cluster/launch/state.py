@@ -18,6 +18,8 @@ class Phase(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    LEAVING = "leaving"
+    """It drains and then ends its process, because it was asked to: whoever watches starts it anew."""
     STOPPED = "stopped"
     FAILED = "failed"
     LOST = "lost"

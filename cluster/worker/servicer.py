@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from .services import DecodeHandler, PrefillHandler
 from .shell import WorkerShell
 
 Reply = TypeVar("Reply")
+MAX_LEAVE_S = 86400.0
 
 
 class Servicer(WorkerServicer):
@@ -95,7 +97,17 @@ class Servicer(WorkerServicer):
         return self._shell.status()
 
     async def Drain(self, request: pb.DrainRequest, context: aio.ServicerContext) -> pb.DrainReply:
-        """From now on new work is refused."""
+        """From now on new work is refused; with `exit` the process ends when what runs has ended, or the time is up."""
+        if request.exit:
+            timeout_s = request.timeout_s
+            if not (math.isfinite(timeout_s) and 0 <= timeout_s <= MAX_LEAVE_S):
+                text = f"timeout_s: {timeout_s} is not allowed; allowed: 0 to {MAX_LEAVE_S:g}"
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+            if self._shell.on_leave is None:
+                text = f"exit: worker {self._shell.facts.worker_id} has no process of its own that could end"
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+            else:
+                self._shell.on_leave(timeout_s)
         self._shell.begin_drain()
         return pb.DrainReply()
 

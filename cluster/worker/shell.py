@@ -73,6 +73,10 @@ class WorkerShell:
         self.kv_address = ""
         self.outbox = Outbox(facts.epoch)
         self.failure: BaseException | None = None
+        self.on_leave: Callable[[float], None] | None = None
+        """Drains this worker within that many seconds and ends its process; set by whoever owns the process. Returns at
+        once, and may be called again.
+        """
         self._engine: EngineThread | None = None
         self._services: tuple[RoleService, ...] = ()
         self._live: dict[str, LiveSequence] = {}

@@ -67,6 +67,19 @@ def test_a_death_between_two_looks_is_announced_too(watched: Watched) -> None:
     assert watched.look(pid=2) == ["decode-0 died and was restarted"]
 
 
+def test_one_that_was_asked_to_restart_did_not_die(watched: Watched) -> None:
+    assert watched.look(phase=Phase.LEAVING) == [
+        "decode-0 was asked to restart: it finishes what it runs, and Ray starts it anew"
+    ]
+    assert watched.look(phase=Phase.LEAVING) == []
+    assert watched.look(phase=Phase.LOST, healthy=False) == []
+    watched.handle.restarts = 1
+    assert watched.look(phase=Phase.STARTING) == []
+    said = watched.look(after_s=2.0, phase=Phase.READY, healthy=True, pid=2, epoch=11)
+    assert said == ["decode-0 is back after 3.5 s (pid 2, epoch b)"]
+    assert watched.handle.ended == 0
+
+
 def test_one_that_lives_but_does_not_serve_is_restarted(watched: Watched) -> None:
     assert watched.look(healthy=False) == []
     assert watched.look(after_s=UNHEALTHY_S - 1) == []

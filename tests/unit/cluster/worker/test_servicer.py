@@ -84,6 +84,28 @@ async def test_work_for_another_life_of_the_worker_is_refused(bench: Any, off: i
         await worker.clean()
 
 
+@pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 86401.0])
+@scenario
+async def test_a_time_to_leave_that_is_none_changes_nothing(bench: Any, timeout_s: float) -> None:
+    async with bench(Role.MIXED) as worker:
+        worker.shell.on_leave = lambda timeout_s: pytest.fail("it leaves")
+        code, details = await refusal(worker.stub.Drain(pb.DrainRequest(exit=True, timeout_s=timeout_s)))
+        assert (code, "timeout_s" in details) == (Code.INVALID_ARGUMENT, True)
+        assert not worker.shell.draining
+
+
+@scenario
+async def test_a_worker_leaves_when_its_process_can_end(bench: Any) -> None:
+    async with bench(Role.MIXED) as worker:
+        code, details = await refusal(worker.stub.Drain(pb.DrainRequest(exit=True, timeout_s=1)))
+        assert (code, "no process of its own" in details) == (Code.FAILED_PRECONDITION, True)
+        assert not worker.shell.draining
+        left: list[float] = []
+        worker.shell.on_leave = left.append
+        await worker.stub.Drain(pb.DrainRequest(exit=True, timeout_s=1.5))
+        assert (left, worker.shell.draining) == ([1.5], True)
+
+
 @scenario
 async def test_a_draining_worker_finishes_and_takes_nothing_new(bench: Any) -> None:
     async with bench(Role.MIXED) as worker:
