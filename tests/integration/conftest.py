@@ -273,3 +273,25 @@ def oracle(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Any
     without_vocabulary(smollm2, folder / "model.gguf")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def module_split() -> Iterator[LocalCluster]:
+    """One prefill and one decode worker on the paced device, for the tests of a whole module; its model is `tiny`."""
+    engine = EngineConfig(
+        model="dummy:tiny-llama",
+        device="paced",
+        kv_cache_bytes=16 * 2**20,
+        paced_step_s=0.001,
+        paced_prefill_token_s=0.00001,
+        paced_decode_row_s=0.0,
+    )
+    router = RouterConfig(served_model_name="tiny", max_body_bytes=2**16, max_choices=4)
+    cluster = LocalCluster(engine, router=router, worker=WorkerConfig(worker_id="template", role=Role.MIXED))
+    try:
+        cluster.add(Role.PREFILL)
+        cluster.add(Role.DECODE)
+        cluster.wait_ready()
+        yield cluster
+    finally:
+        cluster.close()
