@@ -25,6 +25,7 @@ class Identity:
 def load_identity(cert: str, key: str, *, cert_field: str = "tls_cert", key_field: str = "tls_key") -> Identity:
     """The two files, which must belong together. Blocks: reads files."""
     identity = Identity(_read(cert, cert_field), _read(key, key_field))
+    cert, key = str(Path(cert).expanduser()), str(Path(key).expanduser())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _check_certificates(context, cert, cert_field)
     try:
@@ -53,6 +54,6 @@ def _read(path: str, name: str) -> bytes:
 
 def _check_certificates(context: ssl.SSLContext, path: str, name: str) -> None:
     try:
-        context.load_verify_locations(cafile=path)
+        context.load_verify_locations(cafile=Path(path).expanduser())
     except ssl.SSLError:
         raise ConfigError(name, path, "a PEM file with certificates") from None

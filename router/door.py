@@ -7,7 +7,6 @@ One `Door` per router process, used from its event loop only. It decides nothing
 from __future__ import annotations
 
 import asyncio
-import hmac
 import math
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
@@ -16,6 +15,7 @@ from typing import Any, cast
 from ..cluster.clock import Clock, MonotonicClock
 from ..cluster.config import RouterConfig, is_loopback
 from ..cluster.metrics import RouterMetrics
+from .api_keys import ApiKeys
 from .body_budget import MAX_HELD_BYTES, BodyBudget
 from .chat_template import render_chat
 from .errors import InvalidRequest, ModelNotFound, ServiceError, Unauthenticated, Unavailable
@@ -37,7 +37,7 @@ def shutting_down() -> Unavailable:
 
 
 class Door:
-    """Shared by the HTTP application and the gRPC servicer. `api_key`: what clients must present; None: nothing."""
+    """Shared by the HTTP application and the gRPC servicer. `keys`: what clients must present; None: nothing."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Door:
         config: RouterConfig,
         metrics: RouterMetrics,
         *,
-        api_key: str | None = None,
+        keys: ApiKeys | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.service = service
@@ -56,7 +56,7 @@ class Door:
         self.draining = False
         self.closing = False
         self.bodies = BodyBudget(max(MAX_HELD_BYTES, 2 * config.max_body_bytes))
-        self._api_key = None if api_key is None else api_key.encode()
+        self._keys = keys or ApiKeys()
         self._clock = clock or MonotonicClock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
@@ -97,17 +97,21 @@ class Door:
         await self.drain(DEADLINE_GRACE_S)
 
     def check_key(self, authorization: str | None) -> None:
-        """Unauthenticated unless `authorization` is `Bearer <api_key>`, or no key is wanted."""
-        if self._api_key is None:
-            return
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key):
+        """Unauthenticated unless `knows(authorization)`."""
+        if not self.knows(authorization):
             raise Unauthenticated("authorization: missing or wrong; allowed: 'Bearer <key>' with this router's API key")
+
+    def knows(self, authorization: str | None) -> bool:
+        """Whether `authorization` is `Bearer <key>` with a key that counts now, or no key is wanted."""
+        if not self._keys.wanted:
+            return True
+        scheme, _, key = (authorization or "").partition(" ")
+        return scheme.lower() == "bearer" and self._keys.admit(key.strip())
 
     @property
     def wants_host(self) -> bool:
         """Whether requests must come under a name that only this machine has: nothing else keeps strangers out."""
-        return self._api_key is None and is_loopback(self.config.host)
+        return not self._keys.wanted and self.config.tls_cert is None and is_loopback(self.config.host)
 
     def count_refusal(self, error: ServiceError) -> None:
         """Counts a request that the door itself turned away; the service counts what it refuses."""

@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+import grpc
 import uvicorn
 from grpc import aio
 
-from ..cluster.config import RouterConfig, is_loopback
+from ..cluster.config import ConfigError, RouterConfig, is_loopback
 from ..cluster.metrics import RouterMetrics
+from ..cluster.tls import Identity, load_ca, load_identity
+from .api_keys import ApiKeys
 from .door import Door
 from .grpc_api import build_grpc_server
 from .http_app import build_http_app
@@ -68,7 +73,8 @@ class _Server(uvicorn.Server):
 class Frontend:
     """Both front ends. Used from one event loop.
 
-    Raises ValueError where `config.host` is beyond loopback and no `api_key` is given: an open port needs a key.
+    Raises ConfigError for files of keys and certificates that cannot be used, and where `config.host` is beyond
+    loopback, clients need neither key nor certificate, and nobody said `insecure`.
     """
 
     def __init__(
@@ -78,17 +84,14 @@ class Frontend:
         config: RouterConfig,
         metrics: RouterMetrics,
         *,
-        api_key: str | None = None,
         limits: HttpLimits | None = None,
     ) -> None:
         self._limits = limits or HttpLimits()
-        if api_key is None and not is_loopback(config.host):
-            raise ValueError(
-                f"host: {config.host!r} is beyond loopback, where clients must present a key, and none is set; "
-                "allowed: a loopback address such as 127.0.0.1, or an API key"
-            )
+        keys = ApiKeys.from_config(config)
+        _check_exposure(config, keys)
+        self._identity, self._client_ca = _load_tls(config)
         self._config = config
-        self._door = Door(service, tokenizer, config, metrics, api_key=api_key)
+        self._door = Door(service, tokenizer, config, metrics, keys=keys)
         self._http: _Server | None = None
         self._http_task: asyncio.Task[None] | None = None
         self._grpc: aio.Server | None = None
@@ -139,6 +142,10 @@ class Frontend:
                 server_header=False,
                 backlog=BACKLOG_CONNECTIONS,
                 timeout_graceful_shutdown=STOP_TIMEOUT_S,
+                ssl_certfile=_expanded(self._config.tls_cert),
+                ssl_keyfile=_expanded(self._config.tls_key),
+                ssl_ca_certs=_expanded(self._config.tls_client_ca),
+                ssl_cert_reqs=ssl.CERT_NONE if self._client_ca is None else ssl.CERT_REQUIRED,
             )
         )
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
@@ -155,13 +162,42 @@ class Frontend:
         server, readiness = build_grpc_server(self._door)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         try:
-            port = server.add_insecure_port(f"{host}:{self._config.grpc_port}")
+            port = self._listen_grpc(server, f"{host}:{self._config.grpc_port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{self._config.grpc_port} for gRPC: {error}") from None
         await server.start()
         self._grpc = server
         self._health_task = asyncio.create_task(readiness.poll())
         return f"{host}:{port}"
+
+    def _listen_grpc(self, server: aio.Server, address: str) -> int:
+        if self._identity is None:
+            return server.add_insecure_port(address)
+        pairs = ((self._identity.key, self._identity.cert),)
+        wanted = self._client_ca is not None
+        return server.add_secure_port(address, grpc.ssl_server_credentials(pairs, self._client_ca, wanted))
+
+
+def _check_exposure(config: RouterConfig, keys: ApiKeys) -> None:
+    if config.insecure or is_loopback(config.host) or keys.wanted or config.tls_client_ca is not None:
+        return
+    allowed = (
+        "a loopback address such as 127.0.0.1; beyond it clients must present a key (api_key, api_keys_file) or a "
+        "certificate (tls_client_ca), or insecure says that they need none"
+    )
+    raise ConfigError("host", config.host, allowed)
+
+
+def _load_tls(config: RouterConfig) -> tuple[Identity | None, bytes | None]:
+    """The router's certificate and who signs its clients', where the configuration names them. Raises ConfigError."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None, None
+    client_ca = None if config.tls_client_ca is None else load_ca(config.tls_client_ca, "tls_client_ca")
+    return load_identity(config.tls_cert, config.tls_key), client_ca
+
+
+def _expanded(path: str | None) -> str | None:
+    return None if path is None else os.path.expanduser(path)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -2,7 +2,8 @@
 on Starlette.
 
 Every error, also of routing, is in OpenAI's shape. `/health` says that the process is up, `/ready` that a request
-could be served now. With an API key, all but `/health`, `/ready` and `/metrics` want `Authorization: Bearer <key>`.
+could be served now. With API keys, all but these two want `Authorization: Bearer <key>`; without one `/ready` says yes
+or no, and nothing else.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def build_http_app(door: Door) -> Starlette:
             get("/v1/models/{model:path}", plain.model),
             get("/health", plain.health, open_to_all=True),
             get("/ready", plain.ready, open_to_all=True),
-            get("/metrics", plain.metrics, open_to_all=True),
+            get("/metrics", plain.metrics),
         ],
         exception_handlers={HTTPException: _routing_error},
     )
@@ -180,7 +181,9 @@ class _PlainEndpoints:
 
     async def ready(self, exchange: Exchange) -> None:
         readiness = self._door.readiness()
-        value = {"ready": readiness.ready, "reason": readiness.reason, "workers": list(readiness.workers)}
+        value: dict[str, object] = {"ready": readiness.ready}
+        if self._door.knows(exchange.header("authorization")):
+            value |= {"reason": readiness.reason, "workers": list(readiness.workers)}
         await exchange.send_json(value, status=200 if readiness.ready else 503)
 
     async def metrics(self, exchange: Exchange) -> None:

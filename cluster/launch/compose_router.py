@@ -65,7 +65,7 @@ class RouterRuntime:
             card=card,
         )
         await self._start_registry(credentials)
-        self.frontend = Frontend(self.core, tokenizer, config, metrics, api_key=config.api_key)
+        self.frontend = await asyncio.to_thread(Frontend, self.core, tokenizer, config, metrics)
         addresses = await self.frontend.start()
         self.http_address, self.grpc_address = addresses.http, addresses.grpc
         logger.info("router serves HTTP on %s, gRPC on %s", addresses.http, addresses.grpc)

@@ -113,7 +113,6 @@ class Front:
         self,
         config: RouterConfig,
         *,
-        api_key: str | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
         limits: HttpLimits | None = None,
     ) -> None:
@@ -123,14 +122,14 @@ class Front:
         self._loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="front")
         self._thread.start()
-        self.frontend = Frontend(self.service, self.tokenizer, config, self.metrics, api_key=api_key, limits=limits)
+        self.frontend = Frontend(self.service, self.tokenizer, config, self.metrics, limits=limits)
         try:
             addresses: Addresses = self.run(self.frontend.start())
         except BaseException:
             self.close()
             raise
         self.http, self.grpc = addresses.http, addresses.grpc
-        self.url = f"http://{self.http}"
+        self.url = f"{'http' if config.tls_cert is None else 'https'}://{self.http}"
 
     def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -156,12 +155,11 @@ def start_front() -> Iterator[Callable[..., Front]]:
 
     def start(
         *,
-        api_key: str | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
         limits: HttpLimits | None = None,
         **changes: Any,
     ) -> Front:
-        fronts.append(Front(make_config(**changes), api_key=api_key, loop=loop, limits=limits))
+        fronts.append(Front(make_config(**changes), loop=loop, limits=limits))
         return fronts[-1]
 
     yield start
