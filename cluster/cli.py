@@ -267,11 +267,15 @@ def bench_serve(
     temperature: Annotated[float | None, typer.Option(help="Default: the server's.")] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+    slo_class: Annotated[str | None, typer.Option(help="SLO class of the requests. Default: interactive.")] = None,
+    header: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Sent with every request, e.g. x-slo-ttft-ms=500.")
+    ] = None,
     api_key: Key = None,
 ) -> None:
     """Send an open-loop load and report TTFT, TPOT, attainment and goodput."""
     from .bench.report import parse_goodput
-    from .bench.run import BenchOptions
+    from .bench.run import BenchOptions, parse_headers
     from .cli_bench import bench_serve as run_bench_serve
 
     try:
@@ -297,6 +301,7 @@ def bench_serve(
         temperature=temperature,
         seed=seed,
         api_key=api_key,
+        headers=parse_headers(header or (), slo_class),
     )
     raise typer.Exit(run_bench_serve(options, save_result))
 

@@ -7,6 +7,7 @@ A config that exists is valid: construction checks every type and range (`cluste
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
@@ -33,6 +34,9 @@ Port = Annotated[int, Within(0, 65535)]
 Line = Annotated[str, Text()]
 Seconds = Annotated[float, Within(0, 86400, above=True)]
 StepSeconds = Annotated[float, Within(0, 60)]
+
+MAX_SLO_CLASSES = 32
+_CLASS_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 
 _SLO_MARKS = {
     "ttft_s": (Within(0, 86400, above=True),),
@@ -209,6 +213,7 @@ class RouterConfig:
             check(self.slo, _SLO_MARKS)
         except ConfigError as error:
             raise error.under("slo") from None
+        _check_class_names(self.slo_classes)
         _distinct_ports(self, ("http_port", "grpc_port", "registry_port"))
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
@@ -289,6 +294,14 @@ class ClusterConfig:
             )
             for position, (role, index) in enumerate(members)
         )
+
+
+def _check_class_names(classes: Mapping[str, SLOClass]) -> None:
+    if len(classes) > MAX_SLO_CLASSES:
+        raise ConfigError("slo_classes", f"{len(classes)} classes", f"at most {MAX_SLO_CLASSES}")
+    for name in classes:
+        if not _CLASS_NAME.fullmatch(name):
+            raise ConfigError("slo_classes", name, "names of 1 to 64 characters of a-z, 0-9, '-' and '_'")
 
 
 def _distinct_ports(config: RouterConfig, names: tuple[str, ...]) -> None:

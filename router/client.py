@@ -146,12 +146,16 @@ class TandemClient:
         model: str = "",
         request_id: str = "",
         timeout_s: float | None = None,
+        slo_class: str = "",
+        slo_ttft_ms: float | None = None,
+        slo_tpot_ms: float | None = None,
         **sampling: Any,
     ) -> Generation:
         """Starts a request with exactly one of `text`, `messages` (role and content each) and `token_ids`.
 
         `sampling`: the fields of `SamplingOptions` (temperature, max_tokens, seed, stop=[…], n, top_logprobs, …).
-        `timeout_s` is the deadline of the whole answer. Raises ValueError for arguments that cannot be sent; what the
+        `timeout_s` is the deadline of the whole answer; `slo_class` names the class of its promise, `slo_ttft_ms` and
+        `slo_tpot_ms` promises of this request alone. Raises ValueError for arguments that cannot be sent; what the
         router refuses comes as TandemError while iterating.
         """
         request = build_request(
@@ -161,6 +165,9 @@ class TandemClient:
             model=model,
             request_id=request_id,
             sampling=sampling,
+            slo_class=slo_class,
+            slo_ttft_ms=slo_ttft_ms,
+            slo_tpot_ms=slo_tpot_ms,
         )
         return Generation(self._stub.Generate(request, timeout=timeout_s or self._timeout_s, metadata=self._metadata))
 

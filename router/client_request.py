@@ -18,7 +18,8 @@ from .params import MAX_INT32, MIN_SEED, Fields, Limits, parse_options, parse_to
 
 PROMPT_ARGUMENTS = ("text", "messages", "token_ids")
 SAMPLING_FIELDS: tuple[str, ...] = tuple(pb.SamplingOptions.DESCRIPTOR.fields_by_name)
-_ARGUMENTS = (*PROMPT_ARGUMENTS, "model", "request_id", "timeout_s", *SAMPLING_FIELDS)
+SLO_ARGUMENTS = ("slo_class", "slo_ttft_ms", "slo_tpot_ms")
+_ARGUMENTS = (*PROMPT_ARGUMENTS, "model", "request_id", "timeout_s", *SLO_ARGUMENTS, *SAMPLING_FIELDS)
 _OTHER_NAMES = {"prompt": "text", "logprobs": "top_logprobs", "max_completion_tokens": "max_tokens"}
 """What other clients call an argument."""
 _ANY = Limits(
@@ -45,14 +46,20 @@ def build_request(
     model: str,
     request_id: str,
     sampling: Mapping[str, Any],
+    slo_class: str = "",
+    slo_ttft_ms: float | None = None,
+    slo_tpot_ms: float | None = None,
 ) -> pb.GenerateRequest:
     """The request for exactly one of `text`, `messages` and `token_ids`. Raises ValueError."""
     check_arguments(sampling)
     if sum(prompt is not None for prompt in (text, messages, token_ids)) != 1:
         raise ValueError("prompt: give exactly one of text, messages, token_ids")
-    for name, value in (("text", text), ("model", model), ("request_id", request_id)):
+    for name, value in (("text", text), ("model", model), ("request_id", request_id), ("slo_class", slo_class)):
         if value is not None:
             _check_text(name, value)
+    for name, number in (("slo_ttft_ms", slo_ttft_ms), ("slo_tpot_ms", slo_tpot_ms)):
+        if isinstance(number, bool) or not isinstance(number, int | float | None):
+            raise ValueError(f"{name}: {show(number)} is not a number; allowed: milliseconds above 0")
     return pb.GenerateRequest(
         model=model,
         request_id=request_id,
@@ -60,6 +67,9 @@ def build_request(
         chat=None if messages is None else _chat(messages),
         tokens=None if token_ids is None else _tokens(token_ids),
         sampling=_sampling(sampling),
+        slo_class=slo_class,
+        slo_ttft_ms=slo_ttft_ms,
+        slo_tpot_ms=slo_tpot_ms,
     )
 
 

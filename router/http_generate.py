@@ -26,8 +26,9 @@ from .errors import DeadlineExceeded, ServiceError
 from .http_exchange import Exchange
 from .openai_requests import OpenAICall, parse_chat, parse_completion
 from .openai_responses import ChatResponder, CompletionResponder, Responder, Usage
-from .params import Limits
+from .params import Fields, Limits
 from .service import Delta, GenerateRequest
+from .slo_classes import HEADERS, Promise, SLOClasses, number_of, parse_promise
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class GenerationEndpoint(ABC):
 
     def __init__(self, door: Door) -> None:
         self._door = door
+        self._slo_classes = SLOClasses(door.config)
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answers one request."""
@@ -76,6 +78,7 @@ class GenerationEndpoint(ABC):
         card = self._door.card(model if isinstance(model, str) and model else None)
         call = self._parse(body, self._door.limits(card))
         timeout_s = self._door.timeout_s(exchange.header("x-request-timeout-s"), param="x-request-timeout-s")
+        promise = self._promise(exchange)
         prompts = await self._tokenize(call)
         response_id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         exchange.request_id = exchange.request_id or response_id
@@ -91,6 +94,7 @@ class GenerationEndpoint(ABC):
                 skip_special_tokens=options.skip_special_tokens,
                 client_request_id=exchange.request_id,
                 continuation=self.continues_prompt,
+                promise=promise,
                 arrival_s=arrival_s,
             )
             for index, ids in enumerate(prompts)
@@ -105,6 +109,14 @@ class GenerationEndpoint(ABC):
         }
         responder = self._responder(call, prompts, common)
         return _Prepared(requests, responder, options.n, call.stream, call.include_usage, timeout_s)
+
+    def _promise(self, exchange: Exchange) -> Promise:
+        values = {
+            HEADERS.slo_class: exchange.header(HEADERS.slo_class),
+            HEADERS.ttft_ms: number_of(exchange.header(HEADERS.ttft_ms)),
+            HEADERS.tpot_ms: number_of(exchange.header(HEADERS.tpot_ms)),
+        }
+        return parse_promise(Fields(values), self._slo_classes, HEADERS)
 
     async def _run(self, exchange: Exchange, body: Mapping[str, Any]) -> None:
         prepared = await self._prepare(exchange, body)

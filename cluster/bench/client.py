@@ -36,6 +36,8 @@ class Target:
     temperature: float | None = None
     """None: the server's default."""
     timeout_s: float = 600.0
+    headers: tuple[tuple[str, str], ...] = ()
+    """More of them, for every request."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -43,6 +45,9 @@ class Target:
             raise ValueError(f"base_url: {self.base_url!r} is not allowed; allowed: http://host:port")
         if self.endpoint not in (CHAT, COMPLETIONS):
             raise ValueError(f"endpoint: {self.endpoint!r} is not allowed; allowed: {COMPLETIONS}, {CHAT}")
+        for name, value in self.headers:
+            if not (name and (name + value).isascii() and (name + value).isprintable() and not set(name) & set(": ")):
+                raise ValueError(f"header: {name!r}: {value!r} cannot be sent; allowed: a token, and printable ASCII")
 
 
 class StreamFailed(Exception):
@@ -245,6 +250,7 @@ def _wire(target: Target, request: BenchRequest) -> bytes:
     ]
     if target.api_key:
         head.append(f"Authorization: Bearer {target.api_key}")
+    head += [f"{name}: {value}" for name, value in target.headers]
     return "\r\n".join([*head, "", ""]).encode() + data
 
 

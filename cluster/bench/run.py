@@ -8,7 +8,7 @@ import json
 import math
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class BenchOptions:
     seed: int = 0
     api_key: str | None = None
     timeout_s: float = 600.0
+    headers: tuple[tuple[str, str], ...] = ()
+    """Sent with every request: an SLO class, say."""
 
     def __post_init__(self) -> None:
         if self.dataset_name not in DATASETS:
@@ -84,6 +86,17 @@ class BenchResult:
         Path(path).write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
 
 
+def parse_headers(items: Sequence[str], slo_class: str | None = None) -> tuple[tuple[str, str], ...]:
+    """`KEY=VALUE` each, and the header that names an SLO class. Raises ValueError."""
+    headers = [] if slo_class is None else [("x-slo-class", slo_class)]
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (name and equals):
+            raise ValueError(f"header: {item!r} is not allowed; allowed: KEY=VALUE")
+        headers.append((name.strip(), value.strip()))
+    return tuple(headers)
+
+
 class ServerUnusable(OSError):
     """The server does not answer, or not as it should; one line."""
 
@@ -98,6 +111,7 @@ async def run_bench(options: BenchOptions, on_done: Callable[[RequestRecord], No
         api_key=options.api_key,
         temperature=options.temperature,
         timeout_s=options.timeout_s,
+        headers=options.headers,
     )
     requests = _requests(options, model)
     arrivals = arrival_times(options.num_prompts, options.request_rate, options.burstiness, options.seed)
