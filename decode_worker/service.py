@@ -1,6 +1,7 @@
 """The decode service. Life of a request in here:
 
-1. `reserve`: a credit, a bounded promise of KV; no block yet. No more promises: refused, and the router waits.
+1. `reserve`: a credit, a bounded promise of KV and of a place in the queue; no block yet. No more promises: refused,
+   and the router waits; the want is remembered, so that nobody overtakes it for ever.
 2. `decode` redeems it and queues the sequence in the engine. While no block is free it waits there, and its KV waits
    in the prefill worker's memory.
 3. Blocks are granted: the sink (`kvtransfer.sink`) pulls what the own prefix cache lacks, while prefill computes.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import grpc
 
 from ..cluster.engine.scheduler_events import BlocksGranted, SchedulerEvent, SequenceFailed, TokensEmitted
-from ..cluster.messages import sequence_from_proto, token_to_proto
+from ..cluster.messages import sequence_from_proto, token_to_proto, urgency_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
 from ..cluster.types import Handoff, SampledToken, Side, seq_id
@@ -74,22 +75,24 @@ class DecodeService(DecodeHandler):
                 f"context_tokens: {request.context_tokens} does not fit worker {self._shell.facts.worker_id}, "
                 f"which holds contexts of up to {self._shell.facts.max_model_len} tokens, output included"
             )
-        waiting, limit = self._engine.status.load.waiting, self._shell.config.engine.max_waiting
-        if waiting >= limit:  # or prefill would compute for a queue that then refuses
-            text = f"worker {self._shell.facts.worker_id}: {waiting} sequences wait already, max_waiting is {limit}"
-            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         blocks = self._layout.blocks_for(request.context_tokens + 1)
+        urgency = urgency_from_proto(request.urgency, self._shell.clock.now_s())
+        # Who has a credit will wait in the engine's queue, or prefill would compute for a queue that then refuses;
+        # others wait there too: prefilled here, or preempted.
+        waiting, limit = self._engine.status.load.waiting, self._shell.config.engine.max_waiting
+        others = max(0, waiting - self.sink.counts().waiting_blocks)
+        name = (request.request_id, request.choice, request.decode_attempt)
         try:
-            return self.sink.reserve(request.request_id, request.choice, request.decode_attempt, blocks)
+            return self.sink.reserve(*name, blocks, urgency=urgency, places=limit - others)
         except HandoffRefused as refused:
-            raise _refusal(refused) from refused
+            if refused.reason is not RefusalReason.LIMIT:
+                raise _refusal(refused) from refused
+            text = f"worker {self._shell.facts.worker_id}: {refused.message}; {waiting} of {limit} wait for blocks"
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from refused
 
     async def decode(self, request: pb.DecodeRequest) -> None:
         """See `DecodeHandler.decode`."""
         message = request.sequence
-        if request.epoch != self._shell.facts.epoch:
-            text = f"epoch: the credit is of an earlier life of worker {self._shell.facts.worker_id}"
-            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, text)
         handoff = Handoff.IN if request.HasField("peer") else Handoff.NONE
         key = seq_id(message.request_id, message.choice, Side.DECODE, message.decode_attempt)
         spec = sequence_from_proto(

@@ -134,7 +134,7 @@ class WorkerShell:
     def check_takes_work(self, service: RoleService, router_id: str, epoch: int) -> None:
         """Raises the refusal with which a worker turns away what is not for it; `epoch` is the life that is meant."""
         if epoch != self.facts.epoch:
-            message = f"epoch: {epoch} is another life of worker {self.facts.worker_id}, which is {self.facts.epoch} now"
+            message = f"epoch: {epoch} is another life of worker {self.facts.worker_id}, now {self.facts.epoch}"
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, message)
         if self.failure is not None:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, f"worker {self.facts.worker_id} has failed: {self.failure}")

@@ -24,6 +24,8 @@ class Refuse:
 
     key: str
     reason: RefusalReason
+    message: str = ""
+    """What the reason does not say."""
 
 
 # Holder (prefill side)

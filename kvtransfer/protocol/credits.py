@@ -1,14 +1,18 @@
 """Credits: a decode worker's bounded promises of KV, given before prefill is dispatched, so that the second queue
 pushes back on the first. A credit takes no block: it counts against a limit until the blocks are granted or the
-promise lapses.
+promise lapses. Who is refused is remembered for a short time (`wants`): nobody behind it is promised what it waits for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...cluster.types import Urgency
 from ..ticket import RefusalReason
 from .memory import ChoiceKey
+from .wants import Wants
+
+NO_PROMISE = Urgency()
 
 
 @dataclass(slots=True)
@@ -30,6 +34,7 @@ class CreditLedger:
         self._limit_blocks = limit_blocks
         self._ttl_s = ttl_s
         self._max_credits = max_credits
+        self._wants = Wants(limit=max_credits)
         self._entries: dict[str, _Entry] = {}
         self._blocks = 0
         self._next_id = 1
@@ -47,15 +52,31 @@ class CreditLedger:
         """Blocks that may be promised at once."""
         return self._limit_blocks
 
+    @property
+    def wants(self) -> int:
+        """Refused asks that are remembered."""
+        return len(self._wants)
+
     def granted(self, key: str) -> bool:
         """True if the key has a credit that is not redeemed."""
         entry = self._entries.get(key)
         return entry is not None and entry.expires_s is not None
 
-    def grant(self, key: str, owner: ChoiceKey, attempt: int, blocks: int, now_s: float) -> int | None:
-        """Promises `blocks`; returns the credit's id, or None if the limit would be passed. A key that asks again gets
-        its credit again, renewed. One promise is possible even where it alone passes the limit, so that a request as
-        large as the whole memory is not refused forever.
+    def grant(
+        self,
+        key: str,
+        owner: ChoiceKey,
+        attempt: int,
+        blocks: int,
+        now_s: float,
+        *,
+        urgency: Urgency = NO_PROMISE,
+        places: int | None = None,
+    ) -> int | None:
+        """Promises `blocks`; returns the credit's id, or None if the limit, or that of `places` for promises, would be
+        passed by this one and those that want theirs and come before it. A key that asks again gets its credit again,
+        renewed. One promise is possible even where it alone passes the limit, so that a request as large as the whole
+        memory is not refused forever.
         """
         entry = self._entries.get(key)
         if entry is not None:
@@ -63,9 +84,15 @@ class CreditLedger:
                 return None
             entry.expires_s = now_s + self._ttl_s
             return entry.credit_id
-        over = self._blocks + blocks > self._limit_blocks and self._blocks > 0
-        if over or len(self._entries) >= self._max_credits:
+        self._wants.expire(now_s)
+        self._wants.ask(key, owner, attempt, blocks, urgency, now_s)
+        room = self._limit_blocks - self._blocks - blocks
+        free = min(self._max_credits, self._max_credits if places is None else places) - len(self._entries) - 1
+        blocks_ahead, wants_ahead = self._wants.ahead(key, enough_blocks=max(room, 0), enough_wants=max(free, 0))
+        over = blocks_ahead > room and self._blocks + blocks_ahead > 0
+        if over or wants_ahead > free:
             return None
+        self._wants.granted(key)
         credit_id, self._next_id = self._next_id, self._next_id + 1
         self._entries[key] = _Entry(credit_id, owner, attempt, blocks, now_s + self._ttl_s)
         self._blocks += blocks
@@ -87,7 +114,8 @@ class CreditLedger:
         return None
 
     def expire(self, now_s: float) -> tuple[str, ...]:
-        """Drops promises that nobody redeemed in time; returns their keys."""
+        """Drops promises that nobody redeemed in time, and wants; returns the keys of the promises."""
+        self._wants.expire(now_s)
         lapsed = tuple(k for k, e in self._entries.items() if e.expires_s is not None and now_s >= e.expires_s)
         for key in lapsed:
             self.drop(key)
@@ -100,10 +128,18 @@ class CreditLedger:
             self._blocks -= entry.blocks
 
     def drop_unredeemed(self, owner: ChoiceKey, attempt: int) -> None:
-        """Ends the choice's promises that were not redeemed, of `attempt` and all before it."""
+        """Ends the choice's promises that were not redeemed, and its wants, of `attempt` and all before it."""
+        self._wants.drop(owner, attempt)
         for key, entry in list(self._entries.items()):
             if entry.owner == owner and entry.attempt <= attempt and entry.expires_s is not None:
                 self.drop(key)
+
+    def fullness(self) -> str:
+        """Why nothing can be promised now, in words."""
+        return (
+            f"{self._blocks} of {self._limit_blocks} blocks are promised to {len(self._entries)} sequences, "
+            f"{len(self._wants)} wait for a promise"
+        )
 
     def held_keys(self) -> tuple[str, ...]:
         """Keys that hold a credit, redeemed or not."""
@@ -111,6 +147,7 @@ class CreditLedger:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the count is not the sum."""
+        self._wants.check_integrity()
         assert self._blocks == sum(entry.blocks for entry in self._entries.values())
         assert self._blocks <= self._limit_blocks or len(self._entries) == 1
         assert len(self._entries) <= self._max_credits

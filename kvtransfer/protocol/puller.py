@@ -157,7 +157,7 @@ class HandoffPuller:
         urgency: Urgency = NO_PROMISE,
         places: int | None = None,
     ) -> list[PullerAction]:
-        """Wants a promise of `blocks`, and one of `places`: `Credit`, or `Refuse` (LIMIT: asked again soon, it keeps its
+        """Wants a promise of `blocks`, and one of `places`: `Credit`, or `Refuse` (LIMIT: who asks again soon keeps its
         place in the order; ABORTED if the abort came first).
         """
         key = seq_id(request_id, choice, Side.DECODE, decode_attempt)
