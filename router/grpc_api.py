@@ -26,14 +26,17 @@ from ..cluster.rpc import SERVER_OPTIONS
 from ..cluster.types import SampledToken, Timings
 from .door import DEADLINE_GRACE_S, Door, shutting_down
 from .errors import DeadlineExceeded, InvalidRequest, ServiceError
+from .grpc_checks import RefuseMalformed
 from .openai_requests import parse_messages
 from .openai_responses import Usage, json_logprob
 from .params import Fields, check_prompt_length, parse_options, parse_token_ids, parse_top_logprobs
 from .service import Delta, GenerateRequest, ModelCard
+from .slo_classes import FIELDS, Promise, SLOClasses, parse_promise
 
 _log = logging.getLogger(__name__)
 
-SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Tandem"].full_name
+_SERVICE = pb.DESCRIPTOR.services_by_name["Tandem"]
+SERVICE_NAME: str = _SERVICE.full_name
 MAX_CONCURRENT_CALLS = 16_384
 MAX_CALLS_PER_CONNECTION = 4096
 MAX_METADATA_BYTES = 32 * 1024
@@ -47,6 +50,7 @@ class TandemServicer(pb_grpc.TandemServicer):
 
     def __init__(self, door: Door) -> None:
         self._door = door
+        self._slo_classes = SLOClasses(door.config)
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
@@ -94,6 +98,7 @@ class TandemServicer(pb_grpc.TandemServicer):
         limits = self._door.limits(card)
         fields = Fields(_plain(request.sampling), prefix="sampling.")
         options = parse_options(fields, limits, top_logprobs=parse_top_logprobs(fields, "top_logprobs"))
+        promise = self._promise(request)
         param, ids = await self._tokenize(request, card)
         return GenerateRequest(
             request_id=f"grpc-{secrets.token_hex(12)}",
@@ -104,8 +109,17 @@ class TandemServicer(pb_grpc.TandemServicer):
             timeout_s=min(remaining_s, self._door.config.request_timeout_s),
             client_request_id=request.request_id[:MAX_REQUEST_ID_CHARS],
             continuation=not request.HasField("chat"),
+            promise=promise,
             arrival_s=arrival_s,
         )
+
+    def _promise(self, request: pb.GenerateRequest) -> Promise:
+        values = {
+            name: getattr(request, name)
+            for name in (FIELDS.slo_class, FIELDS.ttft_ms, FIELDS.tpot_ms)
+            if name == FIELDS.slo_class or request.HasField(name)
+        }
+        return parse_promise(Fields(values), self._slo_classes, FIELDS)
 
     async def _tokenize(self, request: pb.GenerateRequest, card: ModelCard) -> tuple[str, tuple[int, ...]]:
         """The field that holds the prompt, and its token ids."""
@@ -186,6 +200,7 @@ def timings_to_proto(timings: Timings) -> pb.Timings:
         path=timings.path,
         transferred_bytes=timings.transferred_bytes,
         transport=timings.transport,
+        slo_class=timings.slo_class,
     )
 
 
@@ -278,7 +293,10 @@ def build_grpc_server(door: Door) -> tuple[aio.Server, ReadinessHealth]:
         "grpc.http2.max_ping_strikes": 3,
     }
     options = [*(option for option in SERVER_OPTIONS if option[0] not in limits), *limits.items()]
-    server = aio.server(options=options, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS)
+    takes = {f"/{SERVICE_NAME}/{method.name}": method.input_type.full_name for method in _SERVICE.methods}
+    server = aio.server(
+        options=options, maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS, interceptors=(RefuseMalformed(takes),)
+    )
     pb_grpc.add_TandemServicer_to_server(TandemServicer(door), server)
     readiness = ReadinessHealth(door)
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
