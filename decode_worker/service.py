@@ -31,6 +31,9 @@ from ..kvtransfer.store import KVStore
 from ..kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, Ticket
 from ..kvtransfer.transport import KVTransport
 
+_LAST_ENDS = frozenset({"deadline", "failed", "invalid"})
+"""After these the holder may be told; after any other end another decode attempt may come for the same KV."""
+
 _REFUSAL_CODES = {
     RefusalReason.LIMIT: grpc.StatusCode.RESOURCE_EXHAUSTED,
     RefusalReason.EXPIRED: grpc.StatusCode.FAILED_PRECONDITION,
@@ -145,15 +148,20 @@ class DecodeService(DecodeHandler):
         for sequence in self._shell.sequences_of(request.router_id):
             same_choice = (sequence.request_id, sequence.choice) == (request.request_id, request.choice)
             if same_choice and sequence.side is Side.DECODE and sequence.attempt <= request.decode_attempt:
-                self.end(sequence, "aborted")
+                self._end(sequence, notify_holder=request.prefill_attempt > 0)
         # Also what has not come yet, and credits.
-        self.sink.abort(request.request_id, request.choice, request.decode_attempt)
+        self.sink.abort(
+            request.request_id, request.choice, request.decode_attempt, notify_holder=request.prefill_attempt > 0
+        )
 
     def end(self, sequence: LiveSequence, reason: str) -> None:
         """See `RoleService.end`: the engine frees the blocks at once, or when the writer has ended."""
+        self._end(sequence, notify_holder=reason in _LAST_ENDS)
+
+    def _end(self, sequence: LiveSequence, *, notify_holder: bool) -> None:
         self._forget(sequence.seq_id)
         self._engine.submit(lambda scheduler: scheduler.abort(sequence.seq_id))
-        self.sink.abort(sequence.request_id, sequence.choice, sequence.attempt)
+        self.sink.abort(sequence.request_id, sequence.choice, sequence.attempt, notify_holder=notify_holder)
 
     # --- the engine's events ----------------------------------------------------------------------------------------
 

@@ -48,6 +48,8 @@ class LinkLost:
     worker_id: str
     side: Side
     message: str
+    silent: bool = False
+    """The stream was given up because the worker had said nothing for long: others may wait for it as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class WorkerLink:
         self._channel = open_channel(address, credentials)
         self._stub = WorkerStub(self._channel)
         self._inboxes: dict[SubscriptionKey, Inbox] = {}
+        self._stream: aio.UnaryStreamCall | None = None
         self._task = asyncio.create_task(self._run())
 
     def subscribe(self, key: SubscriptionKey, inbox: Inbox) -> None:
@@ -135,6 +138,15 @@ class WorkerLink:
                 logger.debug("abort: %s", refusal.message)
                 await asyncio.sleep(REATTACH_S)
 
+    def give_up(self, message: str) -> None:
+        """The worker says nothing though its stream stands: subscribers hear `LinkLost`, and the stream is ended, by
+        which the worker, if it ever goes on, learns to drop what it runs for us. A new one is opened at once, and
+        stands when the worker answers.
+        """
+        self._lose(message, silent=True)
+        if self._stream is not None:
+            self._stream.cancel()
+
     async def close(self) -> None:
         """Ends the stream and the channel; subscribers hear `LinkLost`. Idempotent."""
         self._closed = True
@@ -174,6 +186,11 @@ class WorkerLink:
             except aio.AioRpcError as error:
                 logger.info("stream of %s: %s %s", self.worker_id, error.code().name, error.details())
                 self._lose(f"stream broken: {error.code().name}")
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self._closed or (task is not None and task.cancelling()):
+                    raise
+                self._lose("the stream was given up")
             except Exception as error:
                 logger.exception("stream of %s", self.worker_id)
                 self._lose(f"stream broken: {type(error).__name__}")
@@ -181,7 +198,11 @@ class WorkerLink:
 
     async def _read(self) -> None:
         request = pb.AttachRequest(router_id=self._router_id, protocol_version=PROTOCOL_VERSION, epoch=self.epoch)
-        async for frame in self._stub.Attach(request):
+        self._stream = self._stub.Attach(request)
+        async for frame in self._stream:
+            if frame.epoch != self.epoch:
+                logger.warning("a frame of another epoch of %s is dropped", self.worker_id)
+                continue
             if not self.attached:
                 self.attached = True
                 self._on_change()
@@ -194,9 +215,9 @@ class WorkerLink:
         if inbox is not None:
             inbox.put_nowait(WorkerEvent(side, event))
 
-    def _lose(self, message: str) -> None:
+    def _lose(self, message: str, *, silent: bool = False) -> None:
         self.attached = False
         inboxes, self._inboxes = self._inboxes, {}
         for key, inbox in inboxes.items():
-            inbox.put_nowait(LinkLost(self.worker_id, key.side, message))
+            inbox.put_nowait(LinkLost(self.worker_id, key.side, message, silent))
         self._on_change()

@@ -1,8 +1,10 @@
 """Who is in the cluster now: workers heartbeat to the router, the router attaches to them.
 
 A worker is routable while its heartbeats are fresh, its stream is attached, and it is not draining. Late heartbeats
-only stop new work; requests in flight end with the stream, not with a heartbeat. A worker that comes back has a new
-epoch and is a new member; the old epoch is remembered as dead and never routed to again.
+only stop new work; requests in flight end with the stream. A worker that is silent for long though its stream stands
+(a stopped process: its kernel still answers for it) is given up: the stream is ended, requests go on elsewhere, and if
+the worker ever goes on it finds that out, drops what it ran, and is routed to again. A worker that comes back as
+another process has a new epoch and is a new member; the old epoch is remembered as dead and never routed to again.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ class Member:
     status: pb.WorkerStatus
     heard_s: float
     link: WorkerLink
+    silent_s: float = 0.0
+    """Time without a heartbeat while the router itself was running."""
     own_prefill_tokens: int = 0
     """Of the queued tokens in the status, those that this router had sent when it came."""
     own_rows: int = 0
@@ -49,15 +53,21 @@ class Member:
 class Membership(RegistryServicer):
     """The registry service and the view that placement ranks. Lives on the router's event loop."""
 
-    def __init__(self, *, router_id: str, clock: Clock, heartbeat_timeout_s: float) -> None:
+    def __init__(
+        self, *, router_id: str, clock: Clock, heartbeat_timeout_s: float, worker_lost_after_s: float = 10.0
+    ) -> None:
         self.prefixes = PrefixIndex()
         self.credentials: MemberCredentials = OPEN
         """What workers are shown; set before the first one joins."""
         self._router_id = router_id
-        self.clock = clock
+        self._clock = clock
         self._timeout_s = heartbeat_timeout_s
+        self._lost_after_s = max(worker_lost_after_s, heartbeat_timeout_s)
+        self._watching: asyncio.Task[None] | None = None
         self._members: dict[str, Member] = {}
         self._dead_epochs: OrderedDict[int, None] = OrderedDict()
+        self._forgotten: OrderedDict[str, int] = OrderedDict()
+        """Last epoch of workers that were silent for long: welcome again, until another life of theirs has come."""
         self._changed = asyncio.Event()
         self._on_change: Callable[[], None] = lambda: None
         self._closing: set[asyncio.Task[None]] = set()
@@ -78,7 +88,7 @@ class Membership(RegistryServicer):
             self._join(status)
         else:
             member.status = status
-            member.heard_s = self.clock.now_s()
+            member.heard_s, member.silent_s = self._clock.now_s(), 0.0
             member.own_prefill_tokens = member.link.queued_prefill_tokens
             member.own_rows = member.link.decode_rows
         self._notify()
@@ -101,7 +111,13 @@ class Membership(RegistryServicer):
         older = self._members.pop(status.worker_id, None)
         if older is not None:
             logger.info("worker %s is back with a new epoch", status.worker_id)
-            self._bury(older)
+            self._outlive(older.status.epoch)
+            self._part(older)
+        forgotten = self._forgotten.pop(status.worker_id, status.epoch)
+        if forgotten != status.epoch:
+            self._outlive(forgotten)
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._give_up_silent())
         link = WorkerLink(
             worker_id=status.worker_id,
             address=status.address,
@@ -110,13 +126,39 @@ class Membership(RegistryServicer):
             on_change=self._notify,
             credentials=self.credentials,
         )
-        self._members[status.worker_id] = Member(status=status, heard_s=self.clock.now_s(), link=link)
+        self._members[status.worker_id] = Member(status=status, heard_s=self._clock.now_s(), link=link)
         logger.info("worker %s (%s) joined from %s", status.worker_id, status.role, status.address)
 
-    def _bury(self, member: Member) -> None:
-        self._dead_epochs[member.status.epoch] = None
+    def _outlive(self, epoch: int) -> None:
+        """A newer life of that worker is here: whatever this one still says is refused."""
+        self._dead_epochs[epoch] = None
         while len(self._dead_epochs) > MAX_DEAD_EPOCHS:
             self._dead_epochs.popitem(last=False)
+
+    def _forget(self, member: Member) -> None:
+        del self._members[member.status.worker_id]
+        self._forgotten[member.status.worker_id] = member.status.epoch
+        while len(self._forgotten) > MAX_DEAD_EPOCHS:
+            self._forgotten.popitem(last=False)
+        self._part(member)
+
+    async def _give_up_silent(self) -> None:
+        """Gives up the streams of workers that have fallen silent. Silence counts while this loop runs: a router that
+        was stopped itself has heard nobody.
+        """
+        period_s = min(1.0, self._lost_after_s / 4)
+        last_s = self._clock.now_s()
+        while True:
+            await asyncio.sleep(period_s)
+            now_s = self._clock.now_s()
+            passed_s, last_s = min(now_s - last_s, 2 * period_s), now_s
+            for member in self._members.values():
+                before_s, member.silent_s = member.silent_s, member.silent_s + passed_s
+                if before_s <= self._lost_after_s < member.silent_s:
+                    logger.warning("worker %s is silent: its requests go on elsewhere", member.status.worker_id)
+                    member.link.give_up(f"no heartbeat for {self._lost_after_s:g} s")
+
+    def _part(self, member: Member) -> None:
         self.prefixes.forget(member.status.worker_id)
         task = asyncio.create_task(member.link.close())
         self._closing.add(task)
@@ -125,7 +167,7 @@ class Membership(RegistryServicer):
     @property
     def clock(self) -> Clock:
         """The router's."""
-        return self.clock
+        return self._clock
 
     def watch(self, on_change: Callable[[], None]) -> None:
         """`on_change` is called when a heartbeat, a stream or this router's own load may have changed the views; it
@@ -147,7 +189,7 @@ class Membership(RegistryServicer):
         """Empty if it is."""
         if member.status.draining:
             return "draining"
-        if self.clock.now_s() - member.heard_s > self._timeout_s:
+        if self._clock.now_s() - member.heard_s > self._timeout_s:
             return "no heartbeat"
         if not member.link.attached:
             return "not attached"
@@ -165,11 +207,10 @@ class Membership(RegistryServicer):
 
     def members(self) -> tuple[Member, ...]:
         """All of them, routable or not; those silent for a minute are dropped first."""
-        now_s = self.clock.now_s()
+        now_s = self._clock.now_s()
         for member in list(self._members.values()):
             if now_s - member.heard_s > FORGET_AFTER_S and not member.link.attached:
-                del self._members[member.status.worker_id]
-                self._bury(member)
+                self._forget(member)
         return tuple(self._members.values())
 
     def statuses(self) -> tuple[pb.WorkerStatus, ...]:
@@ -188,6 +229,9 @@ class Membership(RegistryServicer):
     async def close(self) -> None:
         """Closes every link, and lets no worker join any more; idempotent."""
         self._closed = True
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         members, self._members = self._members, {}
         await asyncio.gather(*(member.link.close() for member in members.values()), *self._closing)
 

@@ -87,9 +87,11 @@ class Servicer(WorkerServicer):
         return await _or_refuse(answer, context)
 
     async def Abort(self, request: pb.AbortRequest, context: aio.ServicerContext) -> pb.AbortReply:
-        """Both halves: a mixed worker may run either."""
-        self._prefill.abort(request)
-        self._decode.abort(request)
+        """The halves that are named: a mixed worker may run either. Attempts count from 1."""
+        if request.prefill_attempt:
+            self._prefill.abort(request)
+        if request.decode_attempt:
+            self._decode.abort(request)
         return pb.AbortReply()
 
     async def Status(self, request: pb.StatusRequest, context: aio.ServicerContext) -> pb.WorkerStatus:

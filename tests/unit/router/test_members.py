@@ -63,7 +63,7 @@ async def test_a_new_epoch_is_a_new_member_and_the_old_one_is_dead(rig: Any) -> 
 async def test_routable_is_attached_and_heard_and_not_draining(rig: Any) -> None:
     async with rig() as r:
         clock = VirtualClock()
-        r.members.clock = clock
+        r.members._clock = clock
         worker = await r.worker("p0", Role.PREFILL)
         [member] = r.members.members()
 
@@ -88,7 +88,7 @@ async def test_routable_is_attached_and_heard_and_not_draining(rig: Any) -> None
 async def test_the_silent_are_forgotten_by_the_next_arrival(rig: Any) -> None:
     async with rig() as r:
         clock = VirtualClock()
-        r.members.clock = clock
+        r.members._clock = clock
         gone, quiet = await r.worker("p0", Role.PREFILL), await r.worker("p1", Role.PREFILL)
         await gone.die()
         await r.until(lambda: not r.link("p0").attached, "the break")
