@@ -181,6 +181,10 @@ class RouterConfig:
     """None: what the context still holds, at most 1024."""
     request_timeout_s: Seconds = 600.0
     heartbeat_timeout_s: Seconds = 1.0
+    """A worker that was not heard for so long gets no new work."""
+    worker_lost_after_s: Seconds = 10.0
+    """The requests of a worker that was not heard for so long go on elsewhere, though its connections stand; not below
+    `heartbeat_timeout_s`."""
     local_prefill_threshold_tokens: Annotated[int, Within(0, 2**31 - 1)] = 0
     """Prompts with fewer uncached tokens are prefilled by the decode worker; 0 = off."""
     max_attempts: Annotated[int, Within(1, 100)] = 3

@@ -49,7 +49,12 @@ class RouterRuntime:
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
         router_id = f"router-{secrets.token_hex(6)}"
         name = config.served_model_name or config.model
-        self.members = Membership(router_id=router_id, clock=clock, heartbeat_timeout_s=config.heartbeat_timeout_s)
+        self.members = Membership(
+            router_id=router_id,
+            clock=clock,
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
+            worker_lost_after_s=config.worker_lost_after_s,
+        )
         self.members.credentials = credentials
         metrics = RouterMetrics(name)
         metrics.watch_workers(self.members.statuses)
