@@ -78,6 +78,8 @@ class Work:
     door still."""
     block_keys: dict[int, list[bytes]] = field(default_factory=dict)
     """Of the context, by block size, as the placer comes to need them."""
+    wants: set[WorkerLink] = field(default_factory=set)
+    """Decode workers that were asked for a credit and gave none: for a moment they keep back what it waits for."""
 
     @property
     def context_tokens(self) -> int:

@@ -127,6 +127,7 @@ class Dispatcher:
                 if attempt is not None:
                     return attempt
         finally:
+            self._placer.withdraw(work)
             self.leave(spot)
             self._pump()
 

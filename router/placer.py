@@ -7,7 +7,6 @@ the second queue pushes back on the first.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -142,17 +141,25 @@ class Placer:
             if link is None:
                 continue
             request.epoch = link.epoch
+            work.wants.add(link)
             try:
-                return _Granted(view, link, await link.reserve(request))
-            except asyncio.CancelledError:
-                # It may have been granted all the same.
-                self._spawn(link.abort(work.abort_request(self._router_id, decode_attempt=work.number)))
-                raise
+                reply = await link.reserve(request)
             except Refusal as refusal:
                 if refusal.code is grpc.StatusCode.INVALID_ARGUMENT:
                     raise
                 logger.debug("no credit: %s", refusal.message)
+                continue
+            work.wants.discard(link)
+            return _Granted(view, link, reply)
         return None
+
+    def withdraw(self, work: Work) -> None:
+        """The work waits no longer: workers that refused it a credit keep nothing back for it, and one that was asked
+        when it left may have granted it all the same. Idempotent.
+        """
+        while work.wants:
+            link = work.wants.pop()
+            self._spawn(link.abort(work.abort_request(self._router_id, decode_attempt=work.number)))
 
     def _attempt(
         self,

@@ -110,6 +110,52 @@ async def test_credits_are_bounded_and_lapse(bench: Any) -> None:
         await decode.clean()
 
 
+@scenario
+async def test_a_refusal_says_how_full_it_is_and_keeps_a_place_for_who_asks_again(bench: Any) -> None:
+    async with bench(Role.DECODE, credit_factor=0.1) as decode:
+        limit = decode.shell.status().credit_limit_blocks
+        first, large, small = (decode.sequence(request_id=name) for name in ("first", "large", "small"))
+        assert await decode.reserve(first, context_tokens=(limit - 2) * 16 - 1)
+        with pytest.raises(aio.AioRpcError) as refused:
+            await decode.reserve(large, context_tokens=4 * 16 - 1)
+        assert refused.value.code() is Code.RESOURCE_EXHAUSTED
+        want = (
+            f"worker decode: no credit of 4 blocks: {limit - 2} of {limit} blocks are promised to 1 sequences, 1 wait"
+        )
+        assert (refused.value.details() or "").startswith(want)
+        assert await code_of(decode.reserve(small, context_tokens=1)) is Code.RESOURCE_EXHAUSTED
+        urgent = {"slo_class": "interactive", "share": 8.0, "ttft_left_s": 1.0}
+        assert await decode.reserve(decode.sequence(request_id="u"), context_tokens=1, urgency=pb.Urgency(**urgent))
+        await decode.stub.Abort(pb.AbortRequest(request_id="large", decode_attempt=1, router_id="r"))
+        assert await decode.reserve(small, context_tokens=1)
+
+
+@pytest.mark.parametrize("urgency", [{"share": -1.0}, {"share": float("nan")}, {"ttft_left_s": float("nan")}])
+@scenario
+async def test_an_urgency_that_no_router_sends_is_refused(bench: Any, urgency: dict[str, float]) -> None:
+    async with bench(Role.DECODE) as decode:
+        sequence = decode.sequence()
+        assert await code_of(decode.reserve(sequence, urgency=pb.Urgency(**urgency))) is Code.INVALID_ARGUMENT
+        sequence.urgency.CopyFrom(pb.Urgency(**urgency))
+        assert await code_of(decode.decode(sequence, await decode.reserve(sequence))) is Code.INVALID_ARGUMENT
+
+
+@scenario
+async def test_places_in_the_queue_are_promised_with_the_credit(bench: Any) -> None:
+    """Two of them, though neither sequence has come yet; one that is prefilled here takes one as well."""
+    async with bench(Role.DECODE, engine={"max_waiting": 2, "max_running": 1}) as decode:
+        running, waiting = decode.sequence(choice=0, sampling={"max_tokens": 400}), decode.sequence(choice=1)
+        await decode.decode(running, await decode.reserve(running))
+        await decode.until(lambda: decode.leftovers().get("running") == 1, "the only place in the batch to be taken")
+        await decode.decode(waiting, await decode.reserve(waiting))
+        await decode.until(lambda: decode.leftovers().get("waiting") == 1, "one to wait")
+        assert await decode.reserve(decode.sequence(choice=2))
+        assert await code_of(decode.reserve(decode.sequence(choice=3))) is Code.RESOURCE_EXHAUSTED
+        for choice in range(4):
+            await decode.abort(choice=choice)
+        await decode.clean()
+
+
 @pytest.mark.parametrize("tokens", [0, 10**6])
 @scenario
 async def test_a_context_that_never_fits_gets_no_credit(bench: Any, tokens: int) -> None:

@@ -203,3 +203,32 @@ async def test_a_credit_granted_to_nobody_is_given_back(rig: Any) -> None:
         await r.until(lambda: decode.requests(pb.AbortRequest), "the credit to be given back")
         assert decode.requests(pb.AbortRequest)[0].decode_attempt == 1
         r.assert_nothing_left()
+
+
+@scenario
+async def test_a_worker_that_refused_is_told_when_another_one_granted(rig: Any) -> None:
+    """Or it would keep back for a moment what nobody waits for any more."""
+    async with rig() as r:
+        _, full = await r.split()
+        other = await r.worker("d1", Role.DECODE, running=5)
+        full.refuse["Reserve"] = [grpc.StatusCode.RESOURCE_EXHAUSTED]
+        attempt = await placer(r).place(work())
+        await r.until(lambda: full.requests(pb.AbortRequest), "the want to be withdrawn")
+        [told] = full.requests(pb.AbortRequest)
+        assert (told.prefill_attempt, told.decode_attempt) == (0, 1)
+        assert not other.requests(pb.AbortRequest)
+        drop(attempt)
+
+
+@scenario
+async def test_a_request_that_leaves_withdraws_what_it_wants(rig: Any) -> None:
+    async with rig() as r:
+        _, decode = await r.split()
+        decode.refuse["Reserve"] = [grpc.StatusCode.RESOURCE_EXHAUSTED] * 1000
+        waiting = asyncio.create_task(placer(r).place(work()))
+        await r.until(lambda: len(decode.requests(pb.ReserveRequest)) > 1, "the credit to be asked for again")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await r.until(lambda: decode.requests(pb.AbortRequest), "the want to be withdrawn")
+        r.assert_nothing_left()
