@@ -36,7 +36,7 @@ from .service import Delta, GenerateRequest
 
 logger = logging.getLogger(__name__)
 REFUSED_WAIT_S = 0.05
-LAST_WORD_S = 0.25
+LAST_WORD_S = 0.5
 """So long before its deadline a request that waits for workers is told that they did not come: the deadline itself
 could only say that time ran out."""
 WORKER_ERRORS = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED})
@@ -240,7 +240,7 @@ class ChoiceRun:
             block_keys={} if self._sent else self._standing.block_keys,
             avoid=self._avoid,
             half=self._half,
-            waits_until_s=self._deadline_s - min(LAST_WORD_S, 0.1 * self._request.timeout_s) if self._lost else None,
+            waits_until_s=self._deadline_s - min(LAST_WORD_S, 0.5 * self._request.timeout_s) if self._lost else None,
         )
 
     def _remaining_s(self) -> float:
