@@ -20,6 +20,10 @@ def bench_serve(options: BenchOptions, save_result: str | None) -> int:
             advance()
 
         result = uvloop.run(run_bench(options, on_done))
+    if result.facts["num_prompts"] < options.num_prompts:
+        display.line(
+            f"{result.facts['num_prompts']} were sent: the trace has no more that fit into the model's context"
+        )
     display.line(table(result.summary, options.percentiles[-1]))
     errors = sorted({record.error for record in result.records if record.error})
     for error in errors[:5]:

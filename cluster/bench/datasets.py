@@ -5,8 +5,6 @@ A prompt is text, or token ids where its exact length matters.
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .prompts import PROMPTS
+from .text_file import numbered_lines, parse_json
 
 _FIELDS = ("prompt", "question", "text", "instruction", "input")
 
@@ -59,31 +58,20 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 
     Raises ValueError naming file and line.
     """
-    file = Path(path)
-    try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        lines = raw.decode("utf-8").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"dataset_path: {str(file)!r} cannot be read ({error})") from None
-    prompts = tuple(
-        _prompt(json_line, f"{file}:{number}") for number, json_line in enumerate(lines, 1) if json_line.strip()
-    )
+    prompts = tuple(_prompt(text, f"{path}:{number}") for number, text in numbered_lines(path))
     if not prompts:
-        raise ValueError(f"dataset_path: {str(file)!r} has no prompts")
+        raise ValueError(f"dataset_path: {str(path)!r} has no prompts")
     return prompts
 
 
 def _prompt(line: str, where: str) -> str:
-    try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"dataset_path: {where} is not JSON ({error})") from None
+    row = parse_json(line, where)
     found: Any = row if isinstance(row, str) else None
     if isinstance(row, dict):
         found = next((row[name] for name in _FIELDS if isinstance(row.get(name), str)), None)
-        turns = row.get("turns") or [
-            entry.get("content") for entry in row.get("messages") or [] if isinstance(entry, dict)
-        ]
+        messages = row.get("messages")
+        entries = messages if isinstance(messages, list) else []
+        turns = row.get("turns") or [entry.get("content") for entry in entries if isinstance(entry, dict)]
         if found is None and isinstance(turns, list) and turns:
             found = turns[0]
     if not isinstance(found, str) or not found:

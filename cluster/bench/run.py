@@ -18,8 +18,9 @@ from .client import CHAT, COMPLETIONS, Target, run_load, send
 from .datasets import BenchRequest, prompt_requests, random_requests, vocabulary_of
 from .no_answer import no_answer
 from .report import RequestRecord, Summary, result_json, summarize
+from .traces import MAX_TOKENS, arrival_times_of, read_trace, trace_requests
 
-DATASETS = ("prompts", "random")
+DATASETS = ("prompts", "random", "trace")
 _ASK_TIMEOUT_S = 30.0
 
 
@@ -34,7 +35,8 @@ class BenchOptions:
     """CHAT or COMPLETIONS; random tokens always go to COMPLETIONS."""
     dataset_name: str = "prompts"
     dataset_path: str | None = None
-    """`prompts`: a .jsonl or .jsonl.gz file; None: the package's own."""
+    """`prompts`: a .jsonl or .jsonl.gz file; None: the package's own. `trace`: a recorded load (`bench.traces`), whose
+    own arrival times hold where `request_rate` is inf."""
     num_prompts: int = 100
     output_len: int = 64
     """`prompts`: max_tokens of each request."""
@@ -59,6 +61,8 @@ class BenchOptions:
     def __post_init__(self) -> None:
         if self.dataset_name not in DATASETS:
             raise ValueError(f"dataset_name: {self.dataset_name!r} is not allowed; allowed: {', '.join(DATASETS)}")
+        if self.dataset_name == "trace" and self.dataset_path is None:
+            raise ValueError("dataset_path: is missing; allowed: the file of a recorded load")
         for name, low in (("num_prompts", 1), ("output_len", 1), ("num_warmups", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed; allowed: at least {low}")
@@ -107,14 +111,14 @@ async def run_bench(options: BenchOptions, on_done: Callable[[RequestRecord], No
     target = Target(
         base_url=options.base_url,
         model=model,
-        endpoint=COMPLETIONS if options.dataset_name == "random" else options.endpoint,
+        endpoint=options.endpoint if options.dataset_name == "prompts" else COMPLETIONS,
         api_key=options.api_key,
         temperature=options.temperature,
         timeout_s=options.timeout_s,
         headers=options.headers,
     )
-    requests = _requests(options, model)
-    arrivals = arrival_times(options.num_prompts, options.request_rate, options.burstiness, options.seed)
+    requests, recorded = _requests(options, model)
+    arrivals = recorded or arrival_times(len(requests), options.request_rate, options.burstiness, options.seed)
     for request in requests[: options.num_warmups]:
         record = await send(target, request, 0.0)
         if record.error:
@@ -124,7 +128,7 @@ async def run_bench(options: BenchOptions, on_done: Callable[[RequestRecord], No
     return BenchResult(
         summary=summarize(records, options.goodput_ms, options.percentiles),
         records=tuple(records),
-        facts=_facts(options, target, date),
+        facts=_facts(options, target, date, len(requests)),
     )
 
 
@@ -155,24 +159,42 @@ def ask(base_url: str, path: str, body: Mapping[str, Any] | None = None, api_key
         raise ServerUnusable(f"{url}: {error}") from None
 
 
-def _requests(options: BenchOptions, model: str) -> tuple[BenchRequest, ...]:
+def _requests(options: BenchOptions, model: str) -> tuple[tuple[BenchRequest, ...], tuple[float, ...] | None]:
+    """What to send, and when it is due where a recorded load says so."""
     if options.dataset_name == "prompts":
-        return prompt_requests(options.num_prompts, options.output_len, options.dataset_path, options.seed)
+        return prompt_requests(options.num_prompts, options.output_len, options.dataset_path, options.seed), None
 
     def tokenize(text: str) -> list[int]:
         answer = ask(options.base_url, "/tokenize", {"model": model, "prompt": text}, options.api_key)
         return [int(token) for token in answer["tokens"]]
 
-    return random_requests(
+    if options.dataset_name == "trace":
+        assert options.dataset_path is not None
+        trace = read_trace(options.dataset_path, options.num_prompts)
+        longest = _max_model_len(options, model)
+        pairs = trace_requests(trace, vocabulary_of(tokenize), options.seed, longest)
+        if not pairs:
+            raise ValueError(f"dataset_path: no request of the trace fits into the model's context of {longest} tokens")
+        recorded = arrival_times_of([row for row, _ in pairs]) if math.isinf(options.request_rate) else None
+        return tuple(request for _, request in pairs), recorded
+    requests = random_requests(
         options.num_prompts,
         options.random_input_len,
         options.random_output_len,
         vocabulary_of(tokenize),
         options.seed,
     )
+    return requests, None
 
 
-def _facts(options: BenchOptions, target: Target, date: str) -> dict[str, Any]:
+def _max_model_len(options: BenchOptions, model: str) -> int:
+    """The served model's context; a server that does not say takes whatever it is sent."""
+    listed = ask(options.base_url, "/v1/models", api_key=options.api_key)
+    found = [card.get("max_model_len") for card in listed.get("data", []) if card.get("id") == model]
+    return found[0] if found and isinstance(found[0], int) else MAX_TOKENS
+
+
+def _facts(options: BenchOptions, target: Target, date: str, sent: int) -> dict[str, Any]:
     rate = options.request_rate
     return {
         "date": date,
@@ -182,7 +204,7 @@ def _facts(options: BenchOptions, target: Target, date: str) -> dict[str, Any]:
         "model_id": target.model,
         "dataset_name": options.dataset_name,
         "dataset_path": options.dataset_path,
-        "num_prompts": options.num_prompts,
+        "num_prompts": sent,
         "request_rate": "inf" if math.isinf(rate) else rate,
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
