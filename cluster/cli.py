@@ -248,7 +248,7 @@ def bench_serve(
         str, typer.Option(help="/v1/chat/completions or /v1/completions; random tokens go to the latter.")
     ] = "/v1/chat/completions",
     model: Annotated[str | None, typer.Option(help="Default: the first that is served.")] = None,
-    dataset_name: Annotated[str, typer.Option(help="prompts or random.")] = "prompts",
+    dataset_name: Annotated[str, typer.Option(help="prompts, random or trace.")] = "prompts",
     dataset_path: Annotated[
         str | None, typer.Option(help=".jsonl or .jsonl.gz of prompts. Default: a dozen that ship with tandem.")
     ] = None,
