@@ -1,0 +1,90 @@
+"""Which faults strike which states, and one such cell from beginning to end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from faults import FAULTS, TYPICAL, Fault, left_out
+from recipes import HOLDER, PULLER, Recipe
+from scenes import Rig, Scene
+
+SWEEP = bool(os.environ.get("TANDEM_FAULTS_SWEEP"))
+"""Set: every fault in every state where it makes sense, as `make faults` runs it."""
+REACH_TRIES = 3
+"""A state that time itself ends may be over before a slow machine has reached it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One fault in one state."""
+
+    fault: Fault
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.name}-{self.fault.name}"
+
+    @property
+    def hurried(self) -> bool:
+        return self.fault.short or self.fault.timeout_s(self.recipe) < 5
+
+
+RECIPES: tuple[Recipe, ...] = (*HOLDER.values(), *PULLER.values())
+ALL_CELLS = tuple(Cell(f, r) for r in RECIPES for f in FAULTS.values() if left_out(f, r) is None)
+CELLS = tuple(c for c in ALL_CELLS if SWEEP or c.fault.everywhere or c.recipe.name in TYPICAL)
+
+
+async def run_cell(rig: Rig, cell: Cell) -> None:
+    """Brings a handoff to the state, strikes, and looks at everything that must hold afterwards. Workers that did not
+    come out of it clean are replaced, so that the next cell is not blamed.
+    """
+    try:
+        await rig.heal()
+        await _strike(rig, cell)
+        await rig.heal()
+        await rig.wait_clean()
+        await rig.normal_handoff()
+        await rig.wait_clean()
+    except BaseException:
+        await rig.end()
+        raise
+
+
+async def _strike(rig: Rig, cell: Cell) -> None:
+    scene = await _reached(rig, cell)
+    try:
+        outcome = await cell.fault.strike(scene, cell.recipe)
+        allowed = cell.fault.expect(cell.recipe)
+        assert outcome.kind in allowed, f"ended with {outcome}, not with one of {sorted(allowed)}"
+        if outcome.kind == "answer":
+            assert outcome.tokens == rig.expected(scene.request), "a wrong answer"
+        if outcome.kind in ("answer", "silence") and cell.fault.alone:
+            await rig.wait_clean()
+    finally:
+        await scene.close()
+
+
+async def _reached(rig: Rig, cell: Cell) -> Scene:
+    for tries_left in reversed(range(REACH_TRIES if cell.hurried else 1)):
+        scene = Scene(
+            rig,
+            tokens=cell.recipe.tokens,
+            max_tokens=cell.recipe.max_tokens,
+            timeout_s=cell.fault.timeout_s(cell.recipe),
+            tamper=cell.fault.tamper() if cell.fault.tamper else None,
+        )
+        await scene.open()
+        try:
+            await cell.recipe.reach(scene)
+        except AssertionError:
+            await scene.close()
+            if not tries_left:
+                raise
+        except BaseException:
+            await scene.close()
+            raise
+        else:
+            break
+    return scene
