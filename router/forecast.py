@@ -13,10 +13,9 @@ from .placement import WorkerView
 
 LEARNED_STEPS = 8
 """Steps after which a worker's coefficients are more than a guess."""
-QUEUE_STEPS = 2
 QUEUE_S = 0.1
-"""How much the router lets wait in a prefill worker's own queue: so many full steps, or so many seconds of work,
-whichever is more. Enough that the worker never waits for the router; the rest waits here, in order."""
+"""How much work the router lets wait in a prefill worker's own queue behind the step that runs. Enough that the worker
+never waits for the router; the rest waits here, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +71,7 @@ def tokens_per_s(view: WorkerView) -> float:
 def room_tokens(views: Sequence[WorkerView]) -> float:
     """Prompt tokens that may yet be sent to these workers before some of them have to wait at the router."""
     return sum(
-        max(0.0, max(QUEUE_STEPS * DEFAULT_TOKEN_BUDGET, QUEUE_S * tokens_per_s(view)) - view.queued_prefill_tokens)
-        for view in views
+        max(0.0, DEFAULT_TOKEN_BUDGET + QUEUE_S * tokens_per_s(view) - view.queued_prefill_tokens) for view in views
     )
 
 
