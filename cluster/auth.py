@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc import aio
 
-from .config import ConfigError, SecurityConfig, is_loopback
+from .config import ConfigError, RouterConfig, SecurityConfig, is_loopback
 from .tls import Identity, load_ca, load_identity
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,10 @@ class MemberCredentials:
         )
         raise ConfigError("host", host, allowed)
 
+    def is_secret(self, shown: str) -> bool:
+        """Whether that is the cluster's secret itself; in constant time. False where there is none."""
+        return self.token is not None and hmac.compare_digest(_token(shown), self.token)
+
     def channel(self, address: str, options: Options) -> aio.Channel:
         """An asyncio channel to the member at `host:port`."""
         if self.tls is None:
@@ -130,6 +134,18 @@ def resolve_secret(config: SecurityConfig) -> str | None:
     if secret is not None and len(secret) < MIN_SECRET_CHARS:
         logger.warning("%s: shorter than %d characters, it can be guessed", where, MIN_SECRET_CHARS)
     return secret
+
+
+def check_clients(config: RouterConfig, under: str = "") -> None:
+    """ConfigError where a router would listen beyond loopback and clients need neither key nor certificate. Pure."""
+    keyed = config.api_key is not None or config.api_keys_file is not None or config.tls_client_ca is not None
+    if config.insecure or is_loopback(config.host) or keyed:
+        return
+    allowed = (
+        "a loopback address such as 127.0.0.1; beyond it clients must present a key (api_key, api_keys_file) or a "
+        "certificate (tls_client_ca), or insecure says that they need none"
+    )
+    raise ConfigError("host", config.host, allowed).under(under)
 
 
 def warn_if_shared(path: str | Path, what: str) -> None:

@@ -22,7 +22,8 @@ import grpc
 import uvicorn
 from grpc import aio
 
-from ..cluster.config import ConfigError, RouterConfig, is_loopback
+from ..cluster.auth import check_clients
+from ..cluster.config import RouterConfig
 from ..cluster.metrics import RouterMetrics
 from ..cluster.tls import Identity, load_ca, load_identity
 from .api_keys import ApiKeys
@@ -88,7 +89,7 @@ class Frontend:
     ) -> None:
         self._limits = limits or HttpLimits()
         keys = ApiKeys.from_config(config)
-        _check_exposure(config, keys)
+        check_clients(config)
         self._identity, self._client_ca = _load_tls(config)
         self._config = config
         self._door = Door(service, tokenizer, config, metrics, keys=keys)
@@ -172,20 +173,10 @@ class Frontend:
 
     def _listen_grpc(self, server: aio.Server, address: str) -> int:
         if self._identity is None:
-            return server.add_insecure_port(address)
+            return int(server.add_insecure_port(address))
         pairs = ((self._identity.key, self._identity.cert),)
         wanted = self._client_ca is not None
-        return server.add_secure_port(address, grpc.ssl_server_credentials(pairs, self._client_ca, wanted))
-
-
-def _check_exposure(config: RouterConfig, keys: ApiKeys) -> None:
-    if config.insecure or is_loopback(config.host) or keys.wanted or config.tls_client_ca is not None:
-        return
-    allowed = (
-        "a loopback address such as 127.0.0.1; beyond it clients must present a key (api_key, api_keys_file) or a "
-        "certificate (tls_client_ca), or insecure says that they need none"
-    )
-    raise ConfigError("host", config.host, allowed)
+        return int(server.add_secure_port(address, grpc.ssl_server_credentials(pairs, self._client_ca, wanted)))
 
 
 def _load_tls(config: RouterConfig) -> tuple[Identity | None, bytes | None]:

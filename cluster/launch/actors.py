@@ -58,7 +58,7 @@ class MemberActor:
         with self._lock:
             state, member = self._state, self._member
         if member is not None and state.phase is Phase.READY:
-            return state.change(healthy=member.healthy())
+            return state.change(healthy=member.healthy(), not_serving=member.why_not_serving())
         if state.phase is Phase.LEAVING:
             self._heard.set()
         return state

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -75,24 +72,6 @@ def fetch_model(reference: str, progress: Callable[[str, float | None], None]) -
         raise LaunchError(" ".join(str(error).split())) from None
 
 
-def wait_ready(http_address: str, timeout_s: float, check: Callable[[], None]) -> None:
-    """Waits until `/ready` answers 200; `check` may raise to give up. Raises LaunchError with the router's reason."""
-    deadline_s = time.monotonic() + timeout_s
-    reason = "no answer"
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://{http_address}/ready", timeout=5.0):
-                return
-        except urllib.error.HTTPError as error:
-            reason = _reason(error)
-        except OSError as error:
-            reason = str(getattr(error, "reason", error))
-        check()
-        if time.monotonic() > deadline_s:
-            raise LaunchError(f"the router at {http_address} did not become ready within {timeout_s:g} s: {reason}")
-        time.sleep(0.1)
-
-
 def wait_gone(pids: Iterable[int], timeout_s: float = 5.0) -> None:
     """Waits for actor processes of this machine to end; kills those that have not after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
@@ -130,13 +109,3 @@ def _absolute(model: str) -> str:
     prefix = DUMMY_PREFIX if model.startswith(DUMMY_PREFIX) else ""
     path = Path(model.removeprefix(prefix)).expanduser()
     return f"{prefix}{path.absolute()}" if path.exists() else model
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    text = error.read(4096).decode("utf-8", "replace")
-    try:
-        body = json.loads(text)
-    except ValueError:
-        return f"HTTP {error.code}"
-    reason = body.get("reason") if isinstance(body, dict) else None
-    return str(reason or f"HTTP {error.code}")

@@ -8,15 +8,11 @@ import asyncio
 import importlib.util
 import logging
 import socket
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from wsgiref.simple_server import WSGIServer
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from prometheus_client import start_http_server
 
 from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
@@ -36,6 +32,7 @@ from ..rpc import make_server, new_epoch
 from ..worker.engine_thread import EngineThread
 from ..worker.servicer import Servicer
 from ..worker.shell import WorkerFacts, WorkerShell
+from .worker_metrics import WorkerMetricsServer
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, float | None], None]
@@ -81,19 +78,6 @@ def advertised_host(host: str, routers: tuple[str, ...]) -> str:
         return str(probe.getsockname()[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _MetricsServer:
-    """prometheus-client's little HTTP server and its thread."""
-
-    server: WSGIServer
-    thread: threading.Thread
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
 class WorkerRuntime:
     """A worker on the running event loop: `start`, serve, `drain`, `stop`."""
 
@@ -109,7 +93,7 @@ class WorkerRuntime:
         self._server: aio.Server | None = None
         self._kv_server: GrpcKVServer | None = None
         self._device: Device | None = None
-        self._metrics: _MetricsServer | None = None
+        self._metrics: WorkerMetricsServer | None = None
         self.shell: WorkerShell | None = None
 
     async def start(self, progress: Progress | None = None) -> None:
@@ -146,8 +130,7 @@ class WorkerRuntime:
         shell.start(self._on_failure)
         self.shell = shell
         if config.metrics_port is not None:
-            server, thread = start_http_server(config.metrics_port, config.host, worker_registry(shell.status))
-            self._metrics = _MetricsServer(server, thread)
+            self._metrics = WorkerMetricsServer(config, worker_registry(shell.status), credentials)
         logger.info("worker %s (%s) serves on %s, KV on %s", config.worker_id, config.role, shell.address, kv_port)
 
     async def drain(self, timeout_s: float) -> bool:

@@ -87,6 +87,12 @@ class RouterRuntime:
         await self._registry.start()
         self.registry_address = f"{self._config.host}:{port}"
 
+    async def why_not_serving(self) -> str:
+        """Empty once a request could be served."""
+        assert self.core is not None
+        readiness = self.core.readiness()
+        return "" if readiness.ready else readiness.reason or "not ready"
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for those inside; False if some are left after `timeout_s`."""
         assert self.frontend is not None

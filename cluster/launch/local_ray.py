@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES alone; silences a warning
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed",  # the manager says so, in one line
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray, on any system, listen on loopback only
+    "RAY_AUTH_MODE": "token",  # Ray's own default where it knows tokens; said here so that it cannot change unseen
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a worker's memory is bounded by its config, not by Ray's guess

@@ -20,6 +20,7 @@ from .compose_router import RouterRuntime
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 30.0
+_ANSWER_S = 1.0
 
 
 class _LoopThread:
@@ -100,6 +101,10 @@ class _Member:
         """Whether it serves."""
         return self._started and not self._stopped
 
+    def why_not_serving(self) -> str:
+        """A router's: empty once a request could be served. A worker has nothing to say."""
+        return ""
+
 
 class WorkerMember(_Member):
     """One worker. `on_failure` is called, on its loop, when its engine dies: the process should end then. `on_leave` is
@@ -162,6 +167,13 @@ class RouterMember(_Member):
     def runtime(self) -> RouterRuntime:
         """For tests: the parts."""
         return self._runtime
+
+    def why_not_serving(self) -> str:
+        """Empty once a request could be served. Does not block for long."""
+        try:
+            return self._host.call(self._runtime.why_not_serving(), _ANSWER_S)
+        except TimeoutError:
+            return "the router is busy"
 
     @property
     def http_address(self) -> str:

@@ -15,11 +15,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ..config import ClusterConfig, is_loopback, to_dict
-from .checks import check_ports, fetch_model, pin_config, wait_gone, wait_ready
+from . import runtime_file
+from .checks import check_ports, fetch_model, pin_config, wait_gone
 from .local_ray import LocalRay, join_ray
+from .security import secured
 from .state import Endpoints, LaunchError, MemberView, Phase
 
 Progress = Callable[[str, str, float | None], None]
@@ -65,6 +68,8 @@ class RayCluster:
         self._handles: list[Any] = []
         self._manager: Any = None
         self._endpoints: Endpoints | None = None
+        self._operator_key: str | None = None
+        self._runtime_file: Path | None = None
 
     def __enter__(self) -> RayCluster:
         return self
@@ -97,6 +102,7 @@ class RayCluster:
             self._place(config)
             self._make_members(config)
             self._endpoints = self._wait_ready(config)
+            self._tell_operator(config, self._endpoints)
         except BaseException:
             self.stop(at_once=True)
             raise
@@ -120,6 +126,9 @@ class RayCluster:
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ends everything; idempotent. `at_once` kills members instead of asking them to stop."""
+        if self._runtime_file is not None:
+            runtime_file.remove(self._runtime_file)
+            self._runtime_file = None
         self._end_watch()
         pids = [handle.state.pid for handle in self._handles if handle.state.pid]
         died = self.ray_died
@@ -144,12 +153,13 @@ class RayCluster:
     def _prepare(self) -> ClusterConfig:
         if importlib.util.find_spec("ray") is None:
             raise LaunchError("Ray is not installed; pip install 'tandem-serve[cluster]'")
+        secure, self._operator_key = secured(self._config)
         local = self._config.address is None
         if local:
             check_ports(self._config.router)
             fetch_model(self._config.engine.model, lambda stage, share: self._progress("model", stage, share))
         self._give_up_if_interrupted()
-        return pin_config(self._config)
+        return pin_config(secure)
 
     def _start_ray(self, config: ClusterConfig) -> None:
         try:
@@ -224,7 +234,11 @@ class RayCluster:
     def _wait_ready(self, config: ClusterConfig) -> Endpoints:
         shown: dict[str, tuple[str, float | None]] = {}
         handles = self._handles
-        for _ in self._polling(handles, config, until=lambda: all(h.state.phase is Phase.READY for h in handles)):
+
+        def ready() -> bool:
+            return all(h.state.phase is Phase.READY for h in handles) and not handles[0].state.not_serving
+
+        for _ in self._polling(handles, config, until=ready):
             for handle in handles:
                 now = (handle.state.stage, handle.state.fraction)
                 if shown.get(handle.name) != now:
@@ -236,8 +250,21 @@ class RayCluster:
             grpc=_reachable(addresses["grpc"], handles[0].state.host),
             registry=_reachable(addresses["registry"], handles[0].state.host),
         )
-        wait_ready(endpoints.http, config.start_timeout_s, self._give_up_if_interrupted)
         return endpoints
+
+    def _tell_operator(self, config: ClusterConfig, endpoints: Endpoints) -> None:
+        cluster = runtime_file.RunningCluster(
+            http=endpoints.http,
+            grpc=endpoints.grpc,
+            registry=endpoints.registry,
+            tls=config.router.tls_cert is not None,
+            api_key=self._operator_key,
+            security=config.security,
+        )
+        try:
+            self._runtime_file = runtime_file.write(cluster)
+        except OSError as error:
+            self._line(f"tandem restart will not find this cluster's secret ({error})")
 
     def _polling(self, handles: list[Any], config: ClusterConfig, until: Callable[[], bool]) -> Iterator[None]:
         """Polls the members and yields after every round, the last one too; any failure ends the start."""
@@ -256,8 +283,9 @@ class RayCluster:
                 return
             self._give_up_if_interrupted()
             if time.monotonic() > deadline_s:
-                late = ", ".join(f"{h.name} ({h.state.stage})" for h in handles if h.state.phase is not Phase.READY)
-                raise LaunchError(f"not ready within {config.start_timeout_s:g} s: {late}")
+                late = [f"{h.name} ({h.state.stage})" for h in handles if h.state.phase is not Phase.READY]
+                late += [f"{h.name} ({h.state.not_serving})" for h in handles if h.state.not_serving]
+                raise LaunchError(f"not ready within {config.start_timeout_s:g} s: {', '.join(late)}")
             time.sleep(_POLL_S)
 
     def _report(self, line: str) -> None:

@@ -33,6 +33,8 @@ class RunningCluster:
     registry: str
     tls: bool = False
     """Whether clients speak TLS, on HTTP and on gRPC."""
+    api_key: str | None = field(default=None, repr=False)
+    """The operator's own; None: clients need none."""
     security: SecurityConfig = field(default_factory=SecurityConfig)
     """With the secret itself, not where it came from; for `cluster.auth.MemberCredentials.load`."""
     pid: int = field(default_factory=os.getpid)

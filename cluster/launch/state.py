@@ -41,6 +41,8 @@ class MemberState:
     """Router: http, grpc, registry. Worker: grpc, kv. Each host:port."""
     epoch: int = 0
     healthy: bool = False
+    not_serving: str = ""
+    """The router's: why a request could not be served now; empty where one could."""
     pid: int = 0
     host: str = ""
     """IP address of its node."""

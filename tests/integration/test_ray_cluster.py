@@ -1,5 +1,7 @@
 """One cluster on a Ray of its own: served requests, killed processes, a drain, and nothing left behind."""
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -12,14 +14,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import pytest
+from tandem.cluster.auth import OPEN, MemberCredentials
+from tandem.cluster.config import SecurityConfig
 from tandem.cluster.config_file import build_config
+from tandem.cluster.launch import runtime_file
 from tandem.cluster.launch.ray_cluster import RayCluster
 from tandem.cluster.launch.state import Endpoints, LaunchError, MemberView, Phase
+from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
+from tandem.cluster.proto.tandem_internal_v1_pb2_grpc import RegistryStub, WorkerStub
+from tandem.cluster.rpc import open_channel
 from tandem.router.client import TandemClient
 
 MODEL = "dummy:tiny-llama"
-KEY = "open sesame"
+KEY = "open-sesame-and-more"
 SETTINGS = {
     "model": MODEL,
     "engine.device": "paced",
@@ -31,6 +40,7 @@ SETTINGS = {
     "drain_timeout_s": 60,
 }
 DEADLINE_S = 120.0
+needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's tables of sockets")
 
 
 @dataclass
@@ -43,13 +53,16 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     reports: list[str] = []
-    cluster = RayCluster(build_config(None, SETTINGS), report=reports.append)
-    try:
-        yield Running(cluster, cluster.start(), reports)
-    finally:
-        cluster.stop(at_once=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+        cluster = RayCluster(build_config(None, SETTINGS), report=reports.append)
+        try:
+            yield Running(cluster, cluster.start(), reports)
+        finally:
+            cluster.stop(at_once=True)
+        assert runtime_file.running() == (), "its file went with it"
 
 
 def wait_for(what: str, condition: Callable[[], bool]) -> None:
@@ -104,6 +117,95 @@ def test_a_request_is_split_over_the_two_workers(running: Running) -> None:
     assert (answer.timings.prefill_worker, answer.timings.decode_worker) == ("prefill-0", "decode-0")
     roles = {view.name: view.role for view in running.cluster.members()}
     assert roles == {"router": "router", "prefill-0": "prefill", "decode-0": "decode"}
+
+
+def listening() -> dict[int, str]:
+    """Ports on which this process and those below it accept connections, each with its address as /proc/net has it."""
+    addresses: dict[str, str] = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                addresses[f"socket:[{fields[9]}]"] = fields[1]
+    found = {}
+    for pid in (os.getpid(), *descendants()):
+        try:
+            handles = list(Path(f"/proc/{pid}/fd").iterdir())
+        except OSError:
+            continue
+        for handle in handles:
+            with contextlib.suppress(OSError):
+                if address := addresses.get(os.readlink(handle)):
+                    host, _, port = address.rpartition(":")
+                    found[int(port, 16)] = host
+    return found
+
+
+def stranger_hears(port: int, method: str) -> grpc.StatusCode:
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        with pytest.raises(grpc.RpcError) as error:
+            channel.unary_unary(method)(b"", timeout=20)
+        return error.value.code()  # type: ignore[attr-defined]
+
+
+@needs_proc
+def test_nothing_listens_beyond_loopback(running: Running) -> None:
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    ports = listening()
+    ours = {int(address.rpartition(":")[2]) for address in (running.endpoints.http, running.endpoints.registry)}
+    assert ours < set(ports), "the router's own ports are among those seen"
+    assert {port: host for port, host in ports.items() if host not in loopback} == {}
+
+
+@needs_proc
+def test_a_stranger_without_rays_token_is_refused_at_rays_ports(running: Running) -> None:
+    """On each port, the call that belongs to it: the control store, the node's daemon, and the processes that Ray sends
+    its tasks to, where it unpickles what it is sent.
+    """
+    refused: dict[str, int] = {}
+    for port in listening():
+        for method in (
+            "/ray.rpc.InternalKVGcsService/InternalKVKeys",
+            "/ray.rpc.NodeManagerService/GetNodeStats",
+            "/ray.rpc.CoreWorkerService/PushTask",
+        ):
+            if stranger_hears(port, method) is grpc.StatusCode.UNAUTHENTICATED:
+                refused[method] = refused.get(method, 0) + 1
+    members_and_driver = 4
+    assert refused["/ray.rpc.InternalKVGcsService/InternalKVKeys"] >= 1
+    assert refused["/ray.rpc.NodeManagerService/GetNodeStats"] >= 1
+    assert refused["/ray.rpc.CoreWorkerService/PushTask"] >= members_and_driver
+
+
+def test_the_members_share_a_secret_that_the_operator_finds(running: Running) -> None:
+    known = runtime_file.find(f"http://{running.endpoints.http}")
+    assert known is not None
+    assert known.security.secret is not None
+    assert known.api_key is not None
+
+    workers = [member(running.cluster, name).state.addresses["grpc"] for name in ("prefill-0", "decode-0")]
+    stranger = pb.WorkerStatus(worker_id="stranger", epoch=1, address="127.0.0.1:1", role="prefill")
+
+    async def knock(credentials: MemberCredentials) -> list[grpc.StatusCode]:
+        codes = []
+        for address in (known.registry, *workers):
+            async with open_channel(address, credentials) as channel:
+                try:
+                    if address == known.registry:
+                        await RegistryStub(channel).Heartbeat(stranger, timeout=20)
+                    else:
+                        await WorkerStub(channel).Status(pb.StatusRequest(), timeout=20)
+                    codes.append(grpc.StatusCode.OK)
+                except grpc.aio.AioRpcError as error:
+                    codes.append(error.code())
+        return codes
+
+    right = MemberCredentials.load(known.security)
+    other = MemberCredentials.load(SecurityConfig(secret="another cluster's secret"))
+    assert asyncio.run(knock(OPEN)) == [grpc.StatusCode.UNAUTHENTICATED] * 3
+    assert asyncio.run(knock(other)) == [grpc.StatusCode.UNAUTHENTICATED] * 3
+    ok, refused = grpc.StatusCode.OK, grpc.StatusCode.FAILED_PRECONDITION  # protocol_version 0 is nobody's
+    assert asyncio.run(knock(right)) == [refused, ok, ok]
 
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0", "router"])
