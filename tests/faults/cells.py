@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from faults import FAULTS, TYPICAL, Fault, left_out
+from faults import FAULTS, RULES, TYPICAL, Fault, left_out
 from recipes import HOLDER, PULLER, Recipe
 from scenes import Rig, Scene
 
@@ -34,6 +37,42 @@ class Cell:
 RECIPES: tuple[Recipe, ...] = (*HOLDER.values(), *PULLER.values())
 ALL_CELLS = tuple(Cell(f, r) for r in RECIPES for f in FAULTS.values() if left_out(f, r) is None)
 CELLS = tuple(c for c in ALL_CELLS if SWEEP or c.fault.everywhere or c.recipe.name in TYPICAL)
+
+
+def summary() -> str:
+    """What the tables come to."""
+    left_out_cells = len(FAULTS) * len(RECIPES) - len(ALL_CELLS)
+    return (
+        f"handoff faults: {len(FAULTS)} faults at {len(RECIPES)} states, {len(CELLS)} cells of {len(ALL_CELLS)} "
+        f"({left_out_cells} left out by {len(RULES)} rules)"
+    )
+
+
+def cells_at(recipe: Recipe, *, short: bool) -> list[Cell]:
+    """The cells of one state that run now. `TANDEM_FAULTS_ONLY` names one fault, for looking into it."""
+    only = os.environ.get("TANDEM_FAULTS_ONLY")
+    return [c for c in CELLS if c.recipe is recipe and c.fault.short == short and only in (None, c.fault.name)]
+
+
+async def run_cells(lanes: Sequence[Rig], cells: Iterable[Cell]) -> None:
+    """Runs the cells, each on whichever pair of workers is free; raises all failures together, each with its cell's
+    name.
+    """
+    waiting = deque(cells)
+    failures: list[Exception] = []
+
+    async def run(rig: Rig) -> None:
+        while waiting:
+            cell = waiting.popleft()
+            try:
+                await run_cell(rig, cell)
+            except Exception as error:
+                error.add_note(f"cell: {cell.name}")
+                failures.append(error)
+
+    await asyncio.gather(*(run(rig) for rig in lanes))
+    if failures:
+        raise ExceptionGroup("what ended wrong", failures)
 
 
 async def run_cell(rig: Rig, cell: Cell) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,17 +22,27 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-@pytest.fixture(scope="module")
-def rig(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """Workers whose leases, waits and credits outlast every test: what is freed is freed by the protocol."""
-    rig = Rig(tmp_path_factory.mktemp("rig"), lease_s=120.0, pull_wait_s=120.0, credit_ttl_s=120.0)
-    yield rig
-    runner.run(rig.close())
+def _lanes(runner: asyncio.Runner, factory: pytest.TempPathFactory, count: int, **worker: Any) -> Iterator[list[Rig]]:
+    lanes = [Rig(factory.mktemp("lane"), **worker) for _ in range(count)]
+    yield lanes
+    for rig in lanes:
+        runner.run(rig.close())
 
 
 @pytest.fixture(scope="module")
-def short_rig(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """Workers whose leases, waits and credits end in 0.6 s."""
-    rig = Rig(tmp_path_factory.mktemp("short"), lease_s=0.6, pull_wait_s=0.6, credit_ttl_s=0.6)
-    yield rig
-    runner.run(rig.close())
+def lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Rig]]:
+    """Pairs of workers whose leases, waits and credits outlast every test: what is freed is freed by the protocol."""
+    yield from _lanes(runner, tmp_path_factory, 3, lease_s=120.0, pull_wait_s=120.0, credit_ttl_s=120.0)
+
+
+@pytest.fixture(scope="module")
+def short_lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Rig]]:
+    """Pairs of workers whose leases, waits and credits end in 0.6 s."""
+    yield from _lanes(runner, tmp_path_factory, 2, lease_s=0.6, pull_wait_s=0.6, credit_ttl_s=0.6)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How much was tried, for whoever reports it."""
+    cells = sys.modules.get("cells")
+    if cells is not None:
+        terminalreporter.write_line(cells.summary())

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from cells import ALL_CELLS, CELLS, RECIPES, Cell, run_cell
+from cells import ALL_CELLS, CELLS, RECIPES, cells_at, run_cells
 from faults import FAULTS, RULES, left_out
-from recipes import HOLDER, PULLER
+from recipes import HOLDER, PULLER, Recipe
 from scenes import Rig
 from tandem.kvtransfer.protocol.holder_state import HolderState
 from tandem.kvtransfer.protocol.puller import PullerState
@@ -31,23 +31,13 @@ def test_cells_are_left_out_by_a_named_rule_only() -> None:
     assert len(ALL_CELLS) == reasons.count(None)
 
 
-def cells(*, short: bool, kills: bool) -> list[object]:
-    """Parameters: the cells of one kind, those of one state together."""
-    kind = (short, kills)
-    return [pytest.param(cell, id=cell.name) for cell in CELLS if (cell.fault.short, cell.fault.kills) == kind]
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_every_fault_at(runner: asyncio.Runner, lanes: list[Rig], recipe: Recipe) -> None:
+    """Whatever happens in this state. Who is killed is replaced by another life of the same name."""
+    runner.run(run_cells(lanes, cells_at(recipe, short=False)))
 
 
-@pytest.mark.parametrize("cell", cells(short=False, kills=False))
-def test_fault(runner: asyncio.Runner, rig: Rig, cell: Cell) -> None:
-    runner.run(run_cell(rig, cell))
-
-
-@pytest.mark.parametrize("cell", cells(short=True, kills=False))
-def test_what_runs_out(runner: asyncio.Runner, short_rig: Rig, cell: Cell) -> None:
-    runner.run(run_cell(short_rig, cell))
-
-
-@pytest.mark.parametrize("cell", cells(short=False, kills=True))
-def test_kill(runner: asyncio.Runner, rig: Rig, cell: Cell) -> None:
-    """kill -9 of one side; what takes its place is another life of it."""
-    runner.run(run_cell(rig, cell))
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_what_runs_out_at(runner: asyncio.Runner, short_lanes: list[Rig], recipe: Recipe) -> None:
+    """The same where leases, credits and waits end soon, and must."""
+    runner.run(run_cells(short_lanes, cells_at(recipe, short=True)))
