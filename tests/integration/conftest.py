@@ -41,6 +41,8 @@ class LocalCluster:
         self._worker = worker
         self.router = RouterMember(replace(router, model=engine.model, http_port=0, grpc_port=0, registry_port=0))
         self.router.start(60)
+        self.registries = [self.router.registry_address]
+        """Of the routers that workers added from now on serve: a test may have more of them."""
         self.workers: dict[str, WorkerMember] = {}
         self.http = httpx.Client(base_url=f"http://{self.router.http_address}", timeout=60, trust_env=False)
         self.grpc = TandemClient(self.router.grpc_address)
@@ -53,7 +55,7 @@ class LocalCluster:
             worker_id=worker_id,
             role=role,
             engine=replace(self.engine, **engine),
-            routers=(self.router.registry_address,),
+            routers=tuple(self.registries),
         )
         member = WorkerMember(config)
         self.workers[worker_id] = member
