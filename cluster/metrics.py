@@ -261,6 +261,7 @@ _WORKER_GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
     ("pulls", "Transfers under way", lambda s: s.pulls),
     ("streams", "Sequences that run here for routers", lambda s: s.streams),
     ("ledger_integrity", "1: every block is accounted for", lambda s: s.integrity_ok),
+    ("ledger_proof_age_seconds", "Since the block ledger was last proven", lambda s: s.integrity_age_s),
     ("worker_draining", "1: takes no new work", lambda s: s.draining),
     ("worker_role_version", "Raised with every change of role", lambda s: s.role_version),
 )
@@ -274,6 +275,7 @@ _WORKER_COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] =
     ),
     ("worker_prefix_cache_hits", "Tokens of those whose KV was there already", lambda s: s.prefix_hits_tokens_total),
     ("engine_steps", "Model iterations", lambda s: s.steps_total),
+    ("engine_late_steps", "Steps that took longer than a paced device promises", lambda s: s.late_steps_total),
     ("engine_computed_tokens", "Tokens whose KV was computed, prompts and answers", lambda s: s.computed_tokens_total),
 )
 
@@ -294,6 +296,17 @@ class _QueueCollector(Collector):
         for slo_class, waiting in sorted(self._waiting().items()):
             gauge.add_metric([self._model_name, slo_class], waiting)
         yield gauge
+
+
+_WORKER_LABELED: tuple[tuple[str, str, str, Callable[[WorkerStatus], Mapping[str, int]]], ...] = (
+    ("kv_pulls", "Handoffs whose KV came to this worker, by transport", "transport", lambda s: s.pulls_total),
+    (
+        "worker_handoff_failures",
+        "Handoffs that ended early on this worker, as reader or (expired) as holder",
+        "reason",
+        lambda s: s.handoff_failures_total,
+    ),
+)
 
 
 class _WorkerCollector(Collector):
@@ -318,6 +331,12 @@ class _WorkerCollector(Collector):
             counter = CounterMetricFamily(f"tandem:{name}", about, labels=labels)
             for status in statuses:
                 counter.add_metric([status.worker_id, status.role], float(read(status)))
+            yield counter
+        for name, about, label, read_map in _WORKER_LABELED:
+            counter = CounterMetricFamily(f"tandem:{name}", about, labels=[*labels, label])
+            for status in statuses:
+                for value, count in sorted(read_map(status).items()):
+                    counter.add_metric([status.worker_id, status.role, value], count)
             yield counter
         info_labels = [*labels, "epoch", "address", "device", "model", "fingerprint"]
         info = GaugeMetricFamily("tandem:worker_info", "1 for every live worker", labels=info_labels)

@@ -21,7 +21,7 @@ import grpc.aio
 from ..cluster.auth import OPEN, MemberCredentials
 from . import wire
 from .ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
-from .transport import MESSAGE_BYTES, EndFrame, KVFrame, KVSource, KVTransport, PullRequest
+from .transport import MESSAGE_BYTES, EndFrame, KVFrame, KVSource, KVTransport, PullRequest, RefFrame
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,10 @@ class GrpcKVServer:
                 if isinstance(item, EndFrame):
                     await context.write(wire.encode_end(item))
                     return
-                message = wire.encode_blocks(item.frames)
+                if request.mapped:
+                    message = wire.encode_refs(request.ticket, item.frames[0].block_index, item.refs)
+                else:
+                    message = wire.encode_blocks(item.frames)
                 item.verify()
                 await context.write(message)
 
@@ -183,6 +186,16 @@ class GrpcKVTransport(KVTransport):
         return wire.decode_hello_reply(await self._call(peer, "Hello", wire.encode_hello(mine), timeout_s))
 
     async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
+        async with aclosing(self.frames(peer, request, timeout_s=timeout_s)) as frames:
+            async for frame in frames:
+                if isinstance(frame, RefFrame):
+                    raise HandoffRefused(RefusalReason.CORRUPT, "references came where bytes were due")
+                yield frame
+
+    async def frames(
+        self, peer: Peer, request: PullRequest, *, timeout_s: float
+    ) -> AsyncGenerator[KVFrame | RefFrame, None]:
+        """Like `pull`; with `PullRequest.mapped` the blocks come as references."""
         with self._channel(peer) as channel:
             method = channel.unary_stream(f"/{SERVICE}/Pull")
             call = method(wire.encode_pull(request), timeout=max(0.0, timeout_s))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from . import wire
 from .ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
-from .transport import BlockFrame, EndFrame, KVFrame, KVSource, KVTransport, PullRequest
+from .transport import BlockFrame, EndFrame, KVFrame, KVSource, KVTransport, PullRequest, RefFrame
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,6 +67,7 @@ class MemoryKVTransport(KVTransport):
                         if left == 0:
                             raise HandoffRefused(RefusalReason.PEER_LOST, "the connection broke")
                         left -= 1
+                    assert not isinstance(frame, RefFrame)
                     yield self._spoil(frame)
 
     async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:

@@ -299,7 +299,7 @@ class SinkDriver:
         """Checks one frame and writes it; raises `HandoffRefused` if it is not the one that was due."""
         now_s = self._clock.now_s()
         if isinstance(frame, BlockFrame):
-            if self._checksum and frame.checksum is None:
+            if self._checksum and frame.checksum is None and frame.verify is None:
                 raise HandoffRefused(RefusalReason.CORRUPT, f"block {frame.block_index} came without its checksum")
             check_block(frame, self._block_bytes)
             for step in self._puller.block_arrived(action.key, action.pull_index, frame.ticket, frame.block_index):
@@ -307,6 +307,9 @@ class SinkDriver:
                     self._store.write_block(step.block_id, frame.payload)
                 else:
                     self._run([step])
+            if frame.verify is not None:
+                frame.verify()
+            self._run(self._puller.block_written(action.key, action.pull_index, frame.block_index))
             if sequence.first_byte_s is None:
                 sequence.first_byte_s = now_s
             sequence.last_byte_s = self._clock.now_s()

@@ -9,6 +9,11 @@
 
 Everything runs on one event loop. A run is copied without an `await` in between, so whenever other code runs no
 reader is inside a block: a revoked reader is ended at once, and finds out when it next asks.
+
+A reader that has mapped the memory (`PullRequest.mapped`) is sent references and copies by itself, later, even after
+its pull has ended here. It needs no hold: until it confirms, the lease keeps the blocks, and whatever ends the ticket
+before (an abort, the lease, a preemption) only frees them; the pool raises a block's generation, in the mapped memory,
+before it is handed out anew, and the reader compares it after each copy (`kvtransfer.mapped.segment`).
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from .protocol.actions import AbortPrefill, HolderAction, Outcome, Refuse, Relea
 from .protocol.holder import HandoffHolder
 from .protocol.holder_state import HolderCounts, ReaderView
 from .store import KVStore
-from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, Ticket, check_hello
+from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket, check_hello
 from .transport import MESSAGE_BYTES, BlockFrame, BlockRun, EndFrame, KVSource, PullRequest
 from .wire import MAX_BLOCKS_PER_MESSAGE, block_checksum
 
@@ -55,6 +60,7 @@ class SourceDriver(KVSource):
         max_tickets: int = 4096,
         max_tombstones: int = 4096,
         message_bytes: int = MESSAGE_BYTES,
+        offer: SegmentOffer | None = None,
     ) -> None:
         self._store = store
         self._generation_of = generation_of
@@ -68,6 +74,7 @@ class SourceDriver(KVSource):
             epoch=epoch,
             fingerprint=fingerprint,
             layout=store.layout.to_bytes(),
+            offer=offer,
         )
         self._holder = HandoffHolder(
             worker_id=worker_id,
@@ -133,17 +140,20 @@ class SourceDriver(KVSource):
     async def open_pull(self, request: PullRequest) -> AsyncGenerator[BlockRun | EndFrame, None]:
         if self._closed:
             raise HandoffRefused(RefusalReason.CLOSED, "the prefill worker is shutting down")
+        if request.mapped and self._hello.offer is None:
+            raise HandoffRefused(RefusalReason.INVALID, "mapped: this worker's KV memory is not shared")
         actions = self._holder.pull(request.ticket, request.first_block, request.pull_index, self._clock.now_s())
         reader_id = self._run(actions)
         assert reader_id is not None
         reader = self._readers[reader_id] = _Reader(request.ticket.prefill_key)
         index, sent_bytes = request.first_block, 0
+        most = MAX_BLOCKS_PER_MESSAGE if request.mapped else self._run_blocks
         try:
             while True:
                 reader.wake.clear()
                 view = self._view(reader_id, reader)
                 if index < view.readable_blocks:
-                    stop = min(view.readable_blocks, index + self._run_blocks)
+                    stop = min(view.readable_blocks, index + most)
                     run = self._run_of(request, reader, view, index, stop)
                     sent_bytes += sum(len(frame.payload) for frame in run.frames)
                     index = stop
@@ -227,7 +237,7 @@ class SourceDriver(KVSource):
         for index, ref in enumerate(refs, start):
             payload = self._store.read_block(ref.block_id)
             checksum = None
-            if request.checksum:
+            if request.checksum and not request.mapped:
                 checksum = block_checksum(request.ticket, index, ref.generation, payload)
             frames.append(
                 BlockFrame(
@@ -238,7 +248,7 @@ class SourceDriver(KVSource):
                     checksum=checksum,
                 )
             )
-        return BlockRun(frames=tuple(frames), verify=lambda: self._check_generations(reader, refs))
+        return BlockRun(frames=tuple(frames), refs=refs, verify=lambda: self._check_generations(reader, refs))
 
     def _check_generations(self, reader: _Reader, refs: tuple[BlockRef, ...]) -> None:
         if reader.revoked is not None:

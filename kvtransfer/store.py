@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from .layout import KVLayout
+from .mapped.segment import KVSegment
 
 
 class KVStore(ABC):
@@ -14,6 +15,8 @@ class KVStore(ABC):
 
     layout: KVLayout
     num_blocks: int
+    segment: KVSegment | None = None
+    """The memory itself, where it is host memory laid out to be shared; None: it is not."""
 
     @abstractmethod
     def read_block(self, block_id: int) -> memoryview:

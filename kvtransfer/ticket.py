@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..cluster.types import Side, seq_id
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Of the messages in `kvtransfer.wire` and of the state machines in `kvtransfer.protocol`; compared when workers
 meet."""
 
@@ -39,6 +39,8 @@ class RefusalReason(enum.StrEnum):
     FINGERPRINT_MISMATCH = "fingerprint_mismatch"
     """Other weights, rope or KV dtype."""
     LAYOUT_MISMATCH = "layout_mismatch"
+    TRANSPORT_MISMATCH = "transport_mismatch"
+    """The transport that was demanded does not join this pair."""
     VERSION_MISMATCH = "version_mismatch"
     PREFILL_FAILED = "prefill_failed"
     CORRUPT = "corrupt"
@@ -71,6 +73,7 @@ _FINAL = frozenset(
     {
         RefusalReason.FINGERPRINT_MISMATCH,
         RefusalReason.LAYOUT_MISMATCH,
+        RefusalReason.TRANSPORT_MISMATCH,
         RefusalReason.VERSION_MISMATCH,
         RefusalReason.WRONG_TOKENS,
         RefusalReason.DUPLICATE,
@@ -133,6 +136,16 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentOffer:
+    """Where a worker's KV memory can be had, and how to know it (`kvtransfer.mapped`)."""
+
+    socket_name: str
+    """Of a Unix socket in the abstract namespace, without its leading NUL."""
+    nonce: bytes
+    """Stands in the memory: who reads it there shares the host with its owner, whatever either is called."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """What two workers tell each other when they first meet; a pair that cannot work is refused then."""
 
@@ -142,6 +155,8 @@ class Hello:
     fingerprint: str
     layout: bytes
     """`KVLayout.to_bytes()`."""
+    offer: SegmentOffer | None = None
+    """Where a reader on this host can have the speaker's KV memory; None: it is not shared."""
 
 
 def check_hello(mine: Hello, theirs: Hello) -> None:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
-from ..cluster.types import SampledToken
+from ..cluster.types import BlockRef, SampledToken
 from .ticket import Hello, Peer, Ticket
 
 MESSAGE_BYTES = 2**20
@@ -27,6 +27,8 @@ class PullRequest:
     pull_index: int = 0
     """Counts the pulls of one decode attempt; the newest is the only one served."""
     checksum: bool = True
+    mapped: bool = False
+    """The reader has mapped the holder's memory: send references in place of bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,21 @@ class BlockFrame:
     """`KVLayout.block_bytes` bytes."""
     checksum: int | None
     """`wire.block_checksum` over identity and payload; None: switched off."""
+    verify: Callable[[], None] | None = None
+    """Set where the payload is memory that the holder may use anew: copy it, then call this before the next `await`. It
+    raises `HandoffRefused` (WRONG_GENERATION) if what was copied is not what the frame names. None: the payload is the
+    frame's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefFrame:
+    """One whole block of a reader that has mapped the holder's memory: where it lies there."""
+
+    ticket: Ticket
+    block_index: int
+    block_id: int
+    """In the holder's memory."""
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +77,7 @@ class EndFrame:
 
 
 KVFrame = BlockFrame | EndFrame
+"""What a `KVTransport` yields."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +87,8 @@ class BlockRun:
     """
 
     frames: tuple[BlockFrame, ...]
+    refs: tuple[BlockRef, ...]
+    """The blocks of the frames in the holder's memory: all that is sent to a reader that has mapped it."""
     verify: Callable[[], None]
     """Raises `HandoffRefused` (WRONG_GENERATION, or why the pull was revoked) if what was copied must not be sent."""
 
@@ -80,7 +100,9 @@ class KVTransport(ABC):
 
     @abstractmethod
     async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
-        """Introduces this worker; once per peer and epoch (the caller caches). Does not compare the answer."""
+        """Introduces this worker; once per peer and epoch (the caller caches). Does not compare the answer, but for
+        TRANSPORT_MISMATCH where this transport is demanded and does not join the two.
+        """
 
     @abstractmethod
     def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:

@@ -1,9 +1,9 @@
 """KV messages as bytes: `u32 header length | u64 xxh3 of the header | msgpack header | raw payload`. No protobuf, no
 pickle; bounds on everything.
 
-A message is one of: HELLO, PULL, TICKET (confirm and abort), ACK, REFUSED, BLOCKS, END. A header is a msgpack array
-whose first element is the kind and whose second is the protocol version, so that a member of another version is told
-so. Anything that does not parse raises `HandoffRefused(CORRUPT)`, naming the field. Payloads are never copied by
+A message is one of: HELLO, PULL, TICKET (confirm and abort), ACK, REFUSED, BLOCKS, REFS, END. A header is a msgpack
+array whose first element is the kind and whose second is the protocol version, so that a member of another version is
+told so. Anything that does not parse raises `HandoffRefused(CORRUPT)`, naming the field. Payloads are never copied by
 decoding.
 """
 
@@ -17,15 +17,18 @@ from typing import Any
 import msgpack
 import xxhash
 
-from ..cluster.types import MAX_TOP_LOGPROBS, SampledToken
-from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, Ticket
-from .transport import BlockFrame, EndFrame, KVFrame, PullRequest
+from ..cluster.types import MAX_TOP_LOGPROBS, BlockRef, SampledToken
+from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket
+from .transport import BlockFrame, EndFrame, KVFrame, PullRequest, RefFrame
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_LAYOUT_BYTES = 32 * 1024
 MAX_BLOCKS_PER_MESSAGE = 1024
 MAX_TEXT = 512
 MAX_MESSAGE_TEXT = 2048
+MAX_SOCKET_NAME = 100
+"""Bytes of `sockaddr_un.sun_path`, the leading NUL and a reserve taken off."""
+NONCE_BYTES = 16
 _PREFIX = struct.Struct("<IQ")
 _U64 = 2**64 - 1
 _U31 = 2**31 - 1
@@ -42,6 +45,7 @@ class Kind(enum.IntEnum):
     REFUSED = 5
     BLOCKS = 6
     END = 7
+    REFS = 8
 
 
 def block_checksum(ticket: Ticket, block_index: int, generation: int, payload: memoryview | bytes) -> int:
@@ -75,12 +79,13 @@ def max_message_bytes(block_bytes: int, message_bytes: int) -> int:
 def encode_hello(hello: Hello) -> bytes:
     """HELLO carries the speaker's own protocol version where other messages carry this module's."""
     header = [Kind.HELLO, hello.protocol_version, hello.worker_id, hello.epoch, hello.fingerprint, hello.layout]
-    return _message(header)
+    offer = hello.offer
+    return _message([*header, None if offer is None else [offer.socket_name, offer.nonce]])
 
 
 def encode_pull(request: PullRequest) -> bytes:
     """A PULL message."""
-    fields = [request.first_block, request.pull_index, request.checksum]
+    fields = [request.first_block, request.pull_index, request.checksum, request.mapped]
     return _message([Kind.PULL, PROTOCOL_VERSION, _ticket_fields(request.ticket), *fields])
 
 
@@ -106,6 +111,12 @@ def encode_blocks(frames: Sequence[BlockFrame]) -> bytes:
     return _message(header, *(f.payload for f in frames))
 
 
+def encode_refs(ticket: Ticket, first_block: int, refs: Sequence[BlockRef]) -> bytes:
+    """A REFS message: blocks of one ticket that follow each other, from index `first_block` on, by reference."""
+    blocks = [[index, ref.block_id, ref.generation] for index, ref in enumerate(refs, first_block)]
+    return _message([Kind.REFS, PROTOCOL_VERSION, _ticket_fields(ticket), blocks])
+
+
 def encode_end(frame: EndFrame) -> bytes:
     """An END message."""
     token = frame.first_token
@@ -119,7 +130,7 @@ def encode_end(frame: EndFrame) -> bytes:
 
 def decode_hello(data: bytes) -> Hello:
     """Inverse of `encode_hello`. Of a HELLO of another version only the version is sure to be right."""
-    header = _header(data, Kind.HELLO, 6, any_version=True)[0]
+    header = _header(data, Kind.HELLO, 7, any_version=True)[0]
     if header[1] != PROTOCOL_VERSION:
         return Hello(protocol_version=header[1], worker_id="peer", epoch=0, fingerprint="", layout=b"")
     return Hello(
@@ -128,19 +139,19 @@ def decode_hello(data: bytes) -> Hello:
         epoch=_int(header[3], "epoch", _U64),
         fingerprint=_text(header[4], "fingerprint"),
         layout=_binary(header[5], "layout"),
+        offer=_offer(header[6]),
     )
 
 
 def decode_pull(data: bytes) -> PullRequest:
     """Inverse of `encode_pull`."""
-    header = _header(data, Kind.PULL, 6)[0]
-    if not isinstance(header[5], bool):
-        raise _corrupt("checksum is not a boolean")
+    header = _header(data, Kind.PULL, 7)[0]
     return PullRequest(
         ticket=_ticket(header[2]),
         first_block=_int(header[3], "first_block", _U31),
         pull_index=_int(header[4], "pull_index", _U31),
-        checksum=header[5],
+        checksum=_bool(header[5], "checksum"),
+        mapped=_bool(header[6], "mapped"),
     )
 
 
@@ -172,11 +183,13 @@ def decode_hello_reply(data: bytes) -> Hello:
     return decode_hello(data)
 
 
-def decode_frames(data: bytes) -> tuple[KVFrame, ...]:
+def decode_frames(data: bytes) -> tuple[KVFrame | RefFrame, ...]:
     """One message of a pull stream: its frames in order; raises the refusal where it is one. Payloads are views."""
     kind = _kind(data)
     if kind is Kind.REFUSED:
         raise decode_refused(data)
+    if kind is Kind.REFS:
+        return _decode_refs(data)
     return (_decode_end(data),) if kind is Kind.END else _decode_blocks(data)
 
 
@@ -204,6 +217,26 @@ def _decode_blocks(data: bytes) -> tuple[BlockFrame, ...]:
         offset += length
     if offset != len(payload):
         raise _corrupt(f"payload has {len(payload)} bytes, its header promises {offset}")
+    return tuple(frames)
+
+
+def _decode_refs(data: bytes) -> tuple[RefFrame, ...]:
+    header = _header(data, Kind.REFS, 4)[0]
+    ticket, blocks = _ticket(header[2]), header[3]
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= MAX_BLOCKS_PER_MESSAGE:
+        raise _corrupt(f"blocks is not a list of 1…{MAX_BLOCKS_PER_MESSAGE}")
+    frames = []
+    for block in blocks:
+        if not isinstance(block, list) or len(block) != 3:
+            raise _corrupt("a block is not [index, block id, generation]")
+        frames.append(
+            RefFrame(
+                ticket=ticket,
+                block_index=_int(block[0], "block_index", _U31),
+                block_id=_int(block[1], "block_id", _U31),
+                generation=_int(block[2], "generation", _U64),
+            )
+        )
     return tuple(frames)
 
 
@@ -253,6 +286,17 @@ def _ticket(fields: object) -> Ticket:
         num_tokens=_int(fields[6], "num_tokens", _U31, lowest=1),
         fingerprint=_text(fields[7], "fingerprint"),
     )
+
+
+def _offer(fields: object) -> SegmentOffer | None:
+    if fields is None:
+        return None
+    if not isinstance(fields, list) or len(fields) != 2:
+        raise _corrupt("offer is not [socket name, nonce]")
+    nonce = _binary(fields[1], "nonce")
+    if len(nonce) != NONCE_BYTES:
+        raise _corrupt(f"nonce: not {NONCE_BYTES} bytes")
+    return SegmentOffer(socket_name=_text(fields[0], "socket_name", MAX_SOCKET_NAME), nonce=nonce)
 
 
 def _message(header: list[object], *payloads: memoryview) -> bytes:
@@ -332,6 +376,12 @@ def _float(value: object, name: str) -> float:
 def _text(value: object, name: str, limit: int = MAX_TEXT) -> str:
     if not isinstance(value, str) or len(value) > limit:
         raise _corrupt(f"{name}: not a text of at most {limit} characters")
+    return value
+
+
+def _bool(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise _corrupt(f"{name} is not a boolean")
     return value
 
 

@@ -33,15 +33,21 @@ from ..cluster.worker.shell import WorkerShell
 from ..kvtransfer.protocol.actions import Outcome
 from ..kvtransfer.source import SourceDriver
 from ..kvtransfer.store import KVStore
-from ..kvtransfer.ticket import HandoffRefused, RefusalReason
+from ..kvtransfer.ticket import HandoffRefused, RefusalReason, SegmentOffer
 
 
 class PrefillService(PrefillHandler):
     """One per worker process, on its event loop."""
 
     def __init__(
-        self, shell: WorkerShell, engine: EngineThread, store: KVStore, generation_of: Callable[[int], int]
+        self,
+        shell: WorkerShell,
+        engine: EngineThread,
+        store: KVStore,
+        generation_of: Callable[[int], int],
+        offer: SegmentOffer | None = None,
     ) -> None:
+        """`offer`: where workers on this host can have the KV memory."""
         self._shell = shell
         self._engine = engine
         self.source = SourceDriver(
@@ -55,6 +61,7 @@ class PrefillService(PrefillHandler):
             clock=shell.clock,
             lease_s=shell.config.lease_s,
             pull_wait_s=shell.config.pull_wait_s,
+            offer=offer,
         )
 
     async def prefill(self, request: pb.PrefillRequest) -> None:

@@ -19,7 +19,7 @@ names one content for ever: whoever reads a block from outside compares generati
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, MutableSequence, Sequence
 
 from ..types import BlockRef
 
@@ -37,7 +37,12 @@ class BlockPool:
     names).
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, generations: MutableSequence[int] | memoryview | None = None
+    ) -> None:
+        """`generations`: where to keep them, all 0, so that others can read them as well; None: a list of the
+        pool's own.
+        """
         if num_blocks < 1:
             raise ValueError(f"num_blocks: {num_blocks} is not at least 1")
         if block_size < 1:
@@ -50,7 +55,9 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently released first
         self._tables: dict[str, list[int]] = {}
         self._holders: list[int] = [0] * num_blocks  # how many tables name the block
-        self._generations: list[int] = [0] * num_blocks
+        self._generations = [0] * num_blocks if generations is None else generations
+        if len(self._generations) != num_blocks or any(self._generations):
+            raise ValueError(f"generations: not {num_blocks} zeros")
         self._retained: set[int] = set()
 
     @property
@@ -216,6 +223,7 @@ class BlockPool:
             self._retained.discard(block_id)
             self.on_evict(block_id)
         self._holders[block_id] = 1
+        # Before the block is handed out, hence before anybody writes into it (`kvtransfer.mapped.segment`).
         self._generations[block_id] += 1
         return BlockRef(block_id, self._generations[block_id])
 

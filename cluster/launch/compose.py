@@ -16,6 +16,10 @@ from grpc_health.v1.health import aio as health_aio
 
 from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
+from ...kvtransfer.mapped.fd_passing import SegmentServer, share
+from ...kvtransfer.mapped.transport import MappedKVTransport
+from ...kvtransfer.ticket import SegmentOffer
+from ...kvtransfer.transport import KVTransport
 from ...prefill_worker.service import PrefillService
 from ..auth import MemberCredentials
 from ..clock import MonotonicClock
@@ -92,6 +96,7 @@ class WorkerRuntime:
         self._on_leave = on_leave
         self._server: aio.Server | None = None
         self._kv_server: GrpcKVServer | None = None
+        self._segments: SegmentServer | None = None
         self._device: Device | None = None
         self._metrics: WorkerMetricsServer | None = None
         self.shell: WorkerShell | None = None
@@ -104,7 +109,10 @@ class WorkerRuntime:
         files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
         self._device = device
-        shell, prefill, decode = _assemble(config, files, device, credentials)
+        if config.transport != "grpc":
+            self._segments = await share(device.kv.segment)
+        offer = None if self._segments is None else self._segments.offer
+        shell, prefill, decode = _assemble(config, files, device, credentials, offer)
         shell.on_leave = self._on_leave
         self._kv_server = GrpcKVServer(
             prefill.source,
@@ -152,18 +160,34 @@ class WorkerRuntime:
             await self._server.stop(grace=0.5)
         if self._kv_server is not None:
             await self._kv_server.stop()
+        if self._segments is not None:
+            await self._segments.stop()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.stop)
         if self._device is not None:
             self._device.close()
 
 
+def _kv_transport(config: WorkerConfig, device: Device, credentials: MemberCredentials) -> KVTransport:
+    """How this worker pulls KV."""
+    layout = device.kv.layout
+    control = GrpcKVTransport(block_bytes=layout.block_bytes, credentials=credentials)
+    if config.transport == "grpc":
+        return control
+    return MappedKVTransport(control, layout, required=config.transport == "mapped")
+
+
 def _assemble(
-    config: WorkerConfig, files: ModelFiles, device: Device, credentials: MemberCredentials
+    config: WorkerConfig,
+    files: ModelFiles,
+    device: Device,
+    credentials: MemberCredentials,
+    offer: SegmentOffer | None,
 ) -> tuple[WorkerShell, PrefillService, DecodeService]:
     """The parts that need each other: scheduler, engine thread, shell, services."""
-    engine_config, clock = config.engine, MonotonicClock()
-    pool = BlockPool(device.kv.num_blocks, engine_config.block_size)
+    engine_config, clock, segment = config.engine, MonotonicClock(), device.kv.segment
+    generations = None if segment is None else segment.generations
+    pool = BlockPool(device.kv.num_blocks, engine_config.block_size, generations)
     # A context longer than the whole KV memory could never run: the promise made to clients is what fits.
     longest = min(engine_config.max_model_len or files.config.max_model_len, files.config.max_model_len)
     longest = min(longest, device.kv.num_blocks * engine_config.block_size)
@@ -189,10 +213,11 @@ def _assemble(
         vocab_size=device.vocab_size,
         device=device.name,
     )
+    if segment is not None:
+        segment.publish(facts.epoch)
     shell = WorkerShell(config, facts, clock, credentials)
     engine = EngineThread(scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine)
-    prefill = PrefillService(shell, engine, device.kv, pool.generation)
-    transport = GrpcKVTransport(block_bytes=device.kv.layout.block_bytes, credentials=credentials)
-    decode = DecodeService(shell, engine, device.kv, transport)
+    prefill = PrefillService(shell, engine, device.kv, pool.generation, offer)
+    decode = DecodeService(shell, engine, device.kv, _kv_transport(config, device, credentials))
     shell.assemble(engine, (prefill, decode))
     return shell, prefill, decode

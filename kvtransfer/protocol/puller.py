@@ -6,7 +6,8 @@ Life of one sequence here:
    moment (`wants`), so that who asks again is not overtaken for ever.
 2. `submit` redeems it: WAITING_BLOCKS. No free block, no pull: the KV waits in the prefill worker's memory.
 3. `blocks_granted`: PULLING, from the first block that the own prefix cache lacks. Every frame is checked
-   (`block_arrived`: this ticket, this pull, the next index) before it may be written.
+   (`block_arrived`: this ticket, this pull, the next index) before it may be written, and counts when it is written
+   whole (`block_written`): a block whose memory changed while it was copied is still wanted.
 4. A pull that breaks is started again from the first missing block, a bounded number of times; a late frame of the
    older pull is refused.
 5. `end_arrived`: READY (`KvReady`). `first_step`: RUNNING (`Confirm`). `confirm_ended`: over, a bounded tombstone
@@ -62,6 +63,7 @@ class PullerEvent(enum.StrEnum):
     SUBMIT_LOCAL = "submit_local"
     BLOCKS_GRANTED = "blocks_granted"
     BLOCK_ARRIVED = "block_arrived"
+    BLOCK_WRITTEN = "block_written"
     END_ARRIVED = "end_arrived"
     PULL_ENDED = "pull_ended"
     FIRST_STEP = "first_step"
@@ -247,8 +249,14 @@ class HandoffPuller:
             return [Refuse(key, RefusalReason.STALE_ATTEMPT)]
         if ticket != record.ticket or block_index != record.next_block or block_index >= len(record.blocks):
             return [Refuse(key, RefusalReason.CORRUPT)]
-        record.next_block += 1
         return [WriteBlock(key, record.blocks[block_index].block_id)]
+
+    def block_written(self, key: str, pull_index: int, block_index: int) -> list[PullerAction]:
+        """The block that arrived is written, and what was written is the block: the next one is due."""
+        record = self._writing(key, pull_index)
+        if record is not None and block_index == record.next_block < len(record.blocks):
+            record.next_block += 1
+        return []
 
     def end_arrived(
         self, key: str, pull_index: int, ticket: Ticket, num_tokens: int, first_token: SampledToken

@@ -307,6 +307,7 @@ class Handoff(RuleBasedStateMachine):
             assert action.block_id == sequence.blocks[index].block_id
             assert content == (ticket.request_id, index), "another request's KV"
             d.memory.content[action.block_id] = content
+            d.puller.block_written(key, pull_index, index)
 
     def on_end(self, to: tuple[str, int], key: str, pull_index: int, ticket: Ticket) -> None:
         d = self.writer_of(to, key, pull_index)

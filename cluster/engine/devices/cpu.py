@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from ....kvtransfer.layout import KVGroup, KVLayout
+from ....kvtransfer.mapped.segment import KVSegment
 from ....kvtransfer.store import KVStore
 from ...models.config import ModelConfig
 from ...models.reference import ModelFiles
@@ -29,7 +30,9 @@ from .base import Device
 
 
 class TensorKVStore(KVStore):
-    """KV memory in one torch tensor, [block, layer, 2, kv_head, slot, head_dim], seen as bytes without a copy."""
+    """KV memory that other processes may map, seen without a copy as one torch tensor, [block, layer, 2, kv_head, slot,
+    head_dim], and as bytes.
+    """
 
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         """Zeroed memory for `num_blocks` blocks of a layout with one group."""
@@ -37,8 +40,9 @@ class TensorKVStore(KVStore):
         self.layout = layout
         self.num_blocks = num_blocks
         shape = (num_blocks, group.num_layers, 2, group.num_kv_heads, layout.block_size, group.head_dim)
-        self.tensor = torch.zeros(shape, dtype=DTYPES[group.dtype])
-        self._bytes = self.tensor.view(num_blocks, -1).view(torch.uint8).numpy().data.cast("B")
+        self.segment: KVSegment = KVSegment(layout, num_blocks)
+        self._bytes = self.segment.blocks
+        self.tensor = torch.frombuffer(self._bytes, dtype=DTYPES[group.dtype]).view(shape)
 
     def read_block(self, block_id: int) -> memoryview:
         return self._stretch(block_id).toreadonly()
@@ -115,6 +119,7 @@ class CpuDevice(Device):
         self.num_blocks = num_blocks
         store = TensorKVStore(layout, num_blocks)
         self.kv: KVStore = store
+        self._segment = store.segment
         self._runner: Runner | None = Runner(self.model, store.tensor)
         self._sampler = Sampler()
         self._outputs: deque[StepOutput] = deque()
@@ -135,6 +140,7 @@ class CpuDevice(Device):
         return self._outputs.popleft()
 
     def close(self) -> None:
+        self._segment.close()
         self._runner = None
         self._outputs.clear()
 

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....kvtransfer.layout import DTYPE_BYTES, KVGroup, KVLayout
+from ....kvtransfer.mapped.segment import KVSegment
 from ....kvtransfer.store import KVStore
 from ...clock import Clock, MonotonicClock, VirtualClock
 from ...config import EngineConfig
@@ -63,7 +64,9 @@ class PacedKVStore(KVStore):
         group = KVGroup(name="paced", num_layers=1, num_kv_heads=1, head_dim=head_dim, dtype="uint64")
         self.layout = KVLayout(block_size=block_size, groups=(group,))
         self.num_blocks = num_blocks
-        self.slots: NDArray[np.uint64] = np.zeros((num_blocks, 2, block_size, head_dim), dtype=U64)
+        self.segment: KVSegment = KVSegment(self.layout, num_blocks)
+        words: NDArray[np.uint64] = np.frombuffer(self.segment.blocks, dtype=U64)
+        self.slots = words.reshape(num_blocks, 2, block_size, head_dim)
         self._bytes = self.slots.reshape(num_blocks, -1).view(np.uint8)
 
     def read_block(self, block_id: int) -> memoryview:
@@ -226,6 +229,7 @@ class PacedDevice(Device):
 
     def close(self) -> None:
         """Forgets all steps and sequences. The KV memory goes with the last view of it."""
+        self.kv.segment.close()
         self._steps.clear()
         self._known.clear()
 

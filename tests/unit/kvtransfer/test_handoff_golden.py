@@ -9,6 +9,7 @@ state of the attempt it was about and of all that are not over (`= …`). Everyt
     > h submit p0 10 | blocks p0 cached=0 | advance p0 8 | preempted p0 | done p0 | failed p0 finished | abort p0
     > h pull d0 first=0 n=0 | progress 1 | ended 1 | confirm d0 | drop d0     (progress and ended name a reader)
     > d reserve d0 3 | submit d0 credit=1 timeout=60 | local d0 credit=1 | blocks d0 cached=0 | block d0 0 n=0
+    > d torn d0 0 n=0 | written d0 0 n=0     (`block` is both)
     > d end d0 n=0 | ended d0 peer_lost n=0 | step d0 | confirmed d0 | abort d0 notify=yes
 
 `p1` is prefill attempt 1, `d1` decode attempt 1. Tickets take p=0, epoch=7, worker=P, tokens=10, fingerprint=fp unless
@@ -212,7 +213,17 @@ class Transcript:
         return list(self.puller.blocks_granted(f"r/0/{name}", refs_of(10, first=5), int(cached)))
 
     def d_block(self, name: str, index: str, n: str = "0", **options: str) -> list[object]:
+        """The frame, and where it may be written, that it is."""
+        actions = list(self.puller.block_arrived(f"r/0/{name}", int(n), ticket_of(name, **options), int(index)))
+        written = self.d_written(name, index, n) if any(isinstance(a, act.WriteBlock) for a in actions) else []
+        return [*actions, *written]
+
+    def d_torn(self, name: str, index: str, n: str = "0", **options: str) -> list[object]:
+        """A frame whose memory changed while it was copied."""
         return list(self.puller.block_arrived(f"r/0/{name}", int(n), ticket_of(name, **options), int(index)))
+
+    def d_written(self, name: str, index: str, n: str = "0") -> list[object]:
+        return list(self.puller.block_written(f"r/0/{name}", int(n), int(index)))
 
     def d_end(self, name: str, n: str = "0", sent: str = "10", **options: str) -> list[object]:
         return list(self.puller.end_arrived(f"r/0/{name}", int(n), ticket_of(name, **options), int(sent), TOKEN))
@@ -303,7 +314,8 @@ PULLER_EVENTS = {
     PullerEvent.SUBMIT: "d submit d0",
     PullerEvent.SUBMIT_LOCAL: "d local d0",
     PullerEvent.BLOCKS_GRANTED: "d blocks d0",
-    PullerEvent.BLOCK_ARRIVED: "d block d0 2",
+    PullerEvent.BLOCK_ARRIVED: "d torn d0 2",
+    PullerEvent.BLOCK_WRITTEN: "d written d0 2",
     PullerEvent.END_ARRIVED: "d end d0",
     PullerEvent.PULL_ENDED: "d ended d0 wrong_epoch",
     PullerEvent.FIRST_STEP: "d step d0",

@@ -1,0 +1,173 @@
+"""Reader's end of mapped memory: control over gRPC, bytes straight out of the holder's memory.
+
+1. `hello` goes over gRPC; where the answer offers a segment, its descriptor is fetched and mapped, once per life of a
+   peer. Whether the two share a host is not guessed from names: the nonce of the answer stands in the mapping or not.
+2. `pull` asks for references; each becomes a `BlockFrame` whose payload is the holder's memory and whose `verify`
+   compares the generation after the copy. There is no checksum: no wire lies between.
+3. A peer that dies closes its socket: its mapping is dropped at once, so that the memory of the dead is not kept.
+   Pulls that read it go on to their end.
+
+Without a mapping `auto` pulls over gRPC, and no request fails for it; `required` refuses the peer when they meet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from ..grpc_transport import GrpcKVTransport
+from ..layout import KVLayout
+from ..ticket import HandoffRefused, Hello, Peer, RefusalReason, SegmentOffer, Ticket
+from ..transport import MESSAGE_BYTES, BlockFrame, EndFrame, KVFrame, KVTransport, PullRequest, RefFrame
+from .fd_passing import fetch
+from .segment import MappedSegment, SegmentError, take
+
+log = logging.getLogger(__name__)
+
+NAME = "mapped"
+MAX_MAPPINGS = 256
+MAX_UNMAPPABLE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapping:
+    segment: MappedSegment
+    connection: socket.socket
+    """Open as long as the owner lives and the mapping is wanted."""
+
+
+class MappedKVTransport(KVTransport):
+    """See the module. Everything but the bytes of blocks is the `control` transport's."""
+
+    def __init__(
+        self,
+        control: GrpcKVTransport,
+        layout: KVLayout,
+        *,
+        required: bool = False,
+        fetch_timeout_s: float = 1.0,
+        max_mappings: int = MAX_MAPPINGS,
+    ) -> None:
+        self._control = control
+        self._layout = layout
+        self._required = required
+        self._fetch_timeout_s = fetch_timeout_s
+        self._max_mappings = max_mappings
+        self._mappings: OrderedDict[Peer, _Mapping] = OrderedDict()
+        self._unmappable: OrderedDict[Peer, str] = OrderedDict()
+        """Peers that were tried and cannot be mapped, and why."""
+
+    @property
+    def mapped_peers(self) -> int:
+        """Peers whose memory is mapped now."""
+        return len(self._mappings)
+
+    async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
+        theirs = await self._control.hello(peer, mine, timeout_s=timeout_s)
+        if peer not in self._mappings and peer not in self._unmappable:
+            # Only of the life, and the memory, that the pulls of this peer will name.
+            usable = (theirs.epoch, theirs.layout) == (peer.epoch, self._layout.to_bytes())
+            await self._try_to_map(peer, theirs.offer if usable else None)
+        if self._required and peer not in self._mappings:
+            why = self._unmappable.get(peer, "it closed its memory")
+            text = f"transport 'mapped' is demanded, but the KV memory of {peer.worker_id} cannot be mapped: {why}"
+            raise HandoffRefused(RefusalReason.TRANSPORT_MISMATCH, text)
+        return theirs
+
+    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
+        mapping = self._mappings.get(peer)
+        if mapping is None:
+            if self._required:
+                raise HandoffRefused(RefusalReason.PEER_LOST, f"the mapping of {peer.worker_id}'s memory is gone")
+            async with aclosing(self._control.pull(peer, request, timeout_s=timeout_s)) as frames:
+                async for frame in frames:
+                    yield frame
+            return
+        self._mappings.move_to_end(peer)
+        by_reference = replace(request, mapped=True, checksum=False)
+        async with aclosing(self._control.frames(peer, by_reference, timeout_s=timeout_s)) as refs:
+            unbroken_bytes = 0
+            async for ref in refs:
+                if isinstance(ref, EndFrame):
+                    yield replace(ref, transport=NAME)
+                    return
+                if not isinstance(ref, RefFrame):
+                    raise HandoffRefused(RefusalReason.CORRUPT, "bytes came where references were due")
+                yield _frame_of(mapping.segment, ref)
+                unbroken_bytes += mapping.segment.block_bytes
+                if unbroken_bytes >= MESSAGE_BYTES:  # the worker's loop has others to serve
+                    unbroken_bytes = 0
+                    await asyncio.sleep(0)
+
+    async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
+        await self._control.confirm(peer, ticket, timeout_s=timeout_s)
+
+    async def abort(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
+        await self._control.abort(peer, ticket, timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        for peer in list(self._mappings):
+            self._drop(peer)
+        await self._control.close()
+
+    # Within
+
+    async def _try_to_map(self, peer: Peer, offer: SegmentOffer | None) -> None:
+        try:
+            if offer is None:
+                raise SegmentError("it does not share it")
+            connection, fd = await fetch(offer, timeout_s=self._fetch_timeout_s)
+        except SegmentError as error:
+            self._remember_unmappable(peer, str(error))
+            return
+        try:
+            segment = take(fd, nonce=offer.nonce, epoch=peer.epoch, layout=self._layout)
+        except SegmentError as error:
+            connection.close()
+            self._remember_unmappable(peer, str(error))
+            return
+        self._mappings[peer] = _Mapping(segment, connection)
+        asyncio.get_running_loop().add_reader(connection.fileno(), self._drop, peer)
+        while len(self._mappings) > self._max_mappings:
+            self._drop(next(iter(self._mappings)))
+
+    def _remember_unmappable(self, peer: Peer, why: str) -> None:
+        log.info("KV of %s is pulled over gRPC: %s", peer.worker_id, why)
+        self._unmappable[peer] = why
+        while len(self._unmappable) > MAX_UNMAPPABLE:
+            self._unmappable.popitem(last=False)
+
+    def _drop(self, peer: Peer) -> None:
+        """The owner closed its end (it never says anything), or the mapping is not wanted any more."""
+        mapping = self._mappings.pop(peer)
+        asyncio.get_running_loop().remove_reader(mapping.connection.fileno())
+        mapping.connection.close()
+
+
+def _frame_of(segment: MappedSegment, ref: RefFrame) -> BlockFrame:
+    """The block that `ref` names, to be copied now. `HandoffRefused`: WRONG_GENERATION where it is no longer there."""
+
+    def verify() -> None:
+        now = segment.generation(ref.block_id)
+        if now != ref.generation:
+            text = f"block {ref.block_id} is of generation {now} now, {ref.generation} was offered"
+            raise HandoffRefused(RefusalReason.WRONG_GENERATION, text)
+
+    try:
+        payload = segment.block(ref.block_id)
+    except SegmentError as error:
+        raise HandoffRefused(RefusalReason.CORRUPT, str(error)) from error
+    verify()
+    return BlockFrame(
+        ticket=ref.ticket,
+        block_index=ref.block_index,
+        generation=ref.generation,
+        payload=payload,
+        checksum=None,
+        verify=verify,
+    )
