@@ -119,7 +119,7 @@ class SLOClass:
     ttft_s: Annotated[float | None, Within(0, 86400, above=True)] = None
     """None: no promise; the class takes what is left of the service, by its share."""
     tpot_s: Annotated[float | None, Within(0, 86400, above=True)] = None
-    share: Annotated[float, Within(0, 1000, above=True)] = 1.0
+    share: Annotated[float, Within(0.001, 1000)] = 1.0
     """Weight of the class while requests of other classes wait as well (`cluster.fair_queue`)."""
 
     def __post_init__(self) -> None:

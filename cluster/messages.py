@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from .proto import tandem_internal_v1_pb2 as pb
 from .types import Handoff, SampledToken, SamplingParams, SequenceSpec, StepTimeCoefficients, Urgency
 
+MIN_SHARE, MAX_SHARE = 0.001, 1000.0
+"""What a class may have (`cluster.config.SLOClass`)."""
+
 
 def sampling_to_proto(params: SamplingParams) -> pb.Sampling:
     """Every field; the inverse of `sampling_from_proto` up to float32."""
@@ -113,8 +116,8 @@ def urgency_to_proto(urgency: Urgency, now_s: float) -> pb.Urgency:
 def urgency_from_proto(message: pb.Urgency, now_s: float) -> Urgency:
     """An absent message is no promise and a share of 1. ValueError on numbers that no router sends."""
     share = message.share or 1.0
-    if not (math.isfinite(share) and share > 0):
-        raise ValueError(f"urgency.share: {share} is not a number above 0")
+    if not MIN_SHARE <= share <= MAX_SHARE:
+        raise ValueError(f"urgency.share: {share} is not in {MIN_SHARE:g}…{MAX_SHARE:g}")
     left_s = message.ttft_left_s if message.HasField("ttft_left_s") else math.inf
     if math.isnan(left_s):
         raise ValueError(f"urgency.ttft_left_s: {left_s} is not a number")

@@ -83,9 +83,7 @@ def test_while_all_classes_wait_they_share_what_is_served(costs: list[tuple[int,
 def test_the_table_of_classes_is_as_large_as_what_waits(events: list[tuple[str, int, str]]) -> None:
     queue: FairQueue[int] = FairQueue()
     for key, (slo_class, cost, what) in enumerate(events):
-        name = (
-            slo_class if what == "stay" else f"{slo_class}{key}"
-        )  # every one that does not stay has a class of its own
+        name = slo_class if what == "stay" else f"{slo_class}{key}"  # who does not stay has a class of its own
         queue.push(key, Urgency(slo_class=name), cost=cost, now_s=0.0)
         ahead = queue.cost_ahead(Urgency(slo_class=name), 0.0)
         assert ahead >= cost  # at least who has just come in the same class

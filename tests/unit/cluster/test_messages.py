@@ -18,9 +18,11 @@ from tandem.cluster.messages import (
     step_time_to_proto,
     token_to_proto,
     tokens_from_proto,
+    urgency_from_proto,
+    urgency_to_proto,
 )
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
-from tandem.cluster.types import MAX_SEED, Handoff, SampledToken, SamplingParams, StepTimeCoefficients
+from tandem.cluster.types import MAX_SEED, Handoff, SampledToken, SamplingParams, StepTimeCoefficients, Urgency
 
 F32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 U32 = st.integers(0, 2**32 - 1)
@@ -111,6 +113,11 @@ def test_a_sequence_is_read_as_arriving_now_on_this_clock() -> None:
         ({"timeout_s": 0.0}, "timeout_s: 0"),
         ({"timeout_s": math.nan}, "timeout_s: nan"),
         ({"timeout_s": math.inf}, "timeout_s: inf"),
+        ({"urgency": pb.Urgency(share=-1.0)}, "urgency.share: -1"),
+        ({"urgency": pb.Urgency(share=math.nan)}, "urgency.share: nan"),
+        ({"urgency": pb.Urgency(share=1e-300)}, "urgency.share: 1e-300"),
+        ({"urgency": pb.Urgency(share=math.inf)}, "urgency.share: inf"),
+        ({"urgency": pb.Urgency(ttft_left_s=math.nan)}, "urgency.ttft_left_s: nan"),
         ({"sampling": pb.Sampling(max_tokens=0)}, "max_tokens: 0"),
         ({"sampling": pb.Sampling(max_tokens=1, top_p=math.nan)}, "top_p: nan"),
         ({"sampling": pb.Sampling(max_tokens=1, logit_bias={10: 1.0})}, "logit_bias: 10"),
@@ -127,3 +134,15 @@ def test_what_no_router_sends_is_refused_by_name(changes: dict[str, Any], messag
 def test_numbers_are_finite(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         sampling_from_proto(pb.Sampling(max_tokens=1, **{name: value}))
+
+
+@pytest.mark.parametrize("deadline_s", [math.inf, 107.5, 3.0])
+def test_an_urgency_travels_as_time_that_is_left(deadline_s: float) -> None:
+    """Clocks differ: what is due in 7.5 s here is due in 7.5 s there, and what is late stays as late."""
+    sent = urgency_to_proto(Urgency(slo_class="chat", share=4.0, deadline_s=deadline_s), now_s=100.0)
+    assert urgency_from_proto(sent, now_s=900.0) == Urgency(slo_class="chat", share=4.0, deadline_s=deadline_s + 800.0)
+
+
+def test_no_urgency_is_no_promise() -> None:
+    assert urgency_from_proto(pb.Urgency(), now_s=5.0) == Urgency()
+    assert read(sequence()).urgency == Urgency()
