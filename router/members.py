@@ -10,6 +10,7 @@ another process has a new epoch and is a new member; the old epoch is remembered
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -33,6 +34,11 @@ logger = logging.getLogger(__name__)
 MAX_MEMBERS = 4096
 MAX_DEAD_EPOCHS = 4096
 FORGET_AFTER_S = 60.0
+
+
+def kv_identity(status: pb.WorkerStatus) -> str:
+    """What two workers must have in common to hand KV off: fingerprint and layout, or every pull would be refused."""
+    return f"{status.fingerprint}/{hashlib.blake2b(status.kv_layout, digest_size=8).hexdigest()}"
 
 
 @dataclass(slots=True)
@@ -248,7 +254,7 @@ class Membership(RegistryServicer):
         return WorkerView(
             worker_id=status.worker_id,
             role=Role(status.role),
-            fingerprint=status.fingerprint,
+            fingerprint=kv_identity(status),
             block_size=max(1, status.block_size),
             num_blocks=status.num_blocks,
             available_blocks=status.free_blocks + status.cached_blocks,

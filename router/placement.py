@@ -23,6 +23,7 @@ class WorkerView:
     worker_id: str
     role: Role
     fingerprint: str
+    """Of its KV, layout included: workers with the same one can hand off to each other."""
     block_size: int
     num_blocks: int
     available_blocks: int
@@ -44,7 +45,7 @@ class WorkerView:
 def pair(
     prefill: Iterable[WorkerView], decode: Iterable[WorkerView]
 ) -> tuple[tuple[WorkerView, ...], tuple[WorkerView, ...]]:
-    """Those of either pool that have a counterpart with the same KV fingerprint in the other."""
+    """Those of either pool that have a counterpart with the same KV fingerprint, layout included, in the other."""
     prefill, decode = tuple(prefill), tuple(decode)
     shared = {view.fingerprint for view in prefill} & {view.fingerprint for view in decode}
     return (

@@ -79,7 +79,7 @@ class Placer:
     def _missing(self) -> str:
         prefill, decode = self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE)
         if prefill and decode:
-            return "prefill and decode worker whose KV fingerprints match"
+            return "prefill and decode worker whose KV fingerprints and layouts match"
         return "decode worker" if prefill else "prefill worker" if decode else "worker"
 
     async def _place_decode(self, work: Work, half: PrefillHalf) -> Attempt | None:

@@ -182,6 +182,20 @@ async def test_different_kv_is_never_paired(rig: Any) -> None:
 
 
 @scenario
+async def test_kv_of_another_layout_is_never_paired(rig: Any) -> None:
+    """The same weights, other blocks: every pull would be refused, so no request is placed there."""
+    async with rig() as r:
+        await r.worker("p0", Role.PREFILL, kv_layout=b"blocks of 16")
+        await r.worker("d0", Role.DECODE, kv_layout=b"blocks of 32")
+        with pytest.raises(Unavailable, match="layouts"):
+            await placer(r, unready_wait_s=0.01).place(work())
+        await r.worker("p1", Role.PREFILL, kv_layout=b"blocks of 32")
+        attempt = await placer(r).place(work())
+        assert attempt.prefill is r.link("p1")
+        drop(attempt)
+
+
+@scenario
 async def test_a_worker_that_comes_ends_the_wait(rig: Any) -> None:
     async with rig() as r:
         await r.worker("p0", Role.PREFILL)
