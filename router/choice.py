@@ -159,7 +159,7 @@ class ChoiceRun:
         except NoWorkers as none:
             if work.waits_until_s is None:
                 raise
-            message = f"no {none.missing} came back within the request's {self._request.timeout_s:g} s"
+            message = f"no {none.missing} came back within the request's {self._request.timeout_s:.3g} s"
             raise Unavailable(message, retry_after_s=none.retry_after_s) from none
 
     async def _place_behind(self, half: PrefillHalf) -> Attempt | None:

@@ -103,9 +103,13 @@ class Cluster:
         self.workers[name] = Member(self, role, name, engine)
         return self.workers[name]
 
+    def members(self) -> list[dict[str, Any]]:
+        """The workers as the router sees them."""
+        answer = httpx.get(f"http://{self.router['http']}/ready", trust_env=False)
+        return list(answer.json()["workers"])
+
     def ready(self) -> list[str]:
-        workers = httpx.get(f"http://{self.router['http']}/ready", trust_env=False).json()["workers"]
-        return [worker["worker_id"] for worker in workers if worker["state"] == "ready"]
+        return [worker["worker_id"] for worker in self.members() if worker["state"] == "ready"]
 
     def wait_ready(self, *names: str) -> None:
         wanted = names or tuple(self.workers)
