@@ -30,6 +30,10 @@ app.add_typer(bench, name="bench")
 
 Url = Annotated[str, typer.Option("--url", help="The router's HTTP address.")]
 Key = Annotated[str | None, typer.Option("--api-key", envvar=_API_KEY_VARIABLE, show_envvar=True, help="Client's key.")]
+Ca = Annotated[
+    str | None,
+    typer.Option("--ca", metavar="FILE", help="Who signed the router's certificate (https). [env var: TANDEM_CA]"),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -144,7 +148,18 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     events: Annotated[str | None, typer.Option(help="Write each request's waterfall to this file, JSON lines.")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds that running requests get at the end.")] = None,
-    api_key: Key = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar=_API_KEY_VARIABLE, show_envvar=True, help="What clients must show; several: a,b,c."),
+    ] = None,
+    api_keys_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="One key a line; read again when it changes.")
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="Serve HTTPS and gRPC over TLS (PEM).")] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="The certificate's private key.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback though clients show no key.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the members' own output.")] = False,
 ) -> None:
     """Start a cluster and serve until Ctrl-C, which drains it; twice stops at once."""
@@ -172,6 +187,10 @@ def serve(
         router__events_path=events,
         drain_timeout_s=drain_timeout,
         router__api_key=api_key,
+        router__api_keys_file=api_keys_file,
+        router__tls_cert=tls_cert,
+        router__tls_key=tls_key,
+        insecure=insecure or None,
     )
     raise typer.Exit(run_serve(build_config(config, overrides), verbose=verbose))
 
@@ -186,10 +205,13 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0: greedy.", min=0)] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", min=0)] = None,
     api_key: Key = None,
+    ca: Ca = None,
 ) -> None:
     """Talk to a running server; without --prompt, line by line."""
     from .cli_chat import ChatOptions
     from .cli_chat import chat as run_chat
+    from .cli_status import first_key
+    from .tls import ClientTLS
 
     options = ChatOptions(
         url=url,
@@ -198,7 +220,8 @@ def chat(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
-        api_key=api_key,
+        api_key=first_key(api_key),
+        tls=ClientTLS.from_environment(ca),
     )
     raise typer.Exit(run_chat(options, prompt))
 
@@ -207,11 +230,16 @@ def chat(
 def status(
     url: Url = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="The router's own answer.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(help="Default: this user's own cluster's, else TANDEM_API_KEY.")
+    ] = None,
+    ca: Ca = None,
 ) -> None:
     """Show a running cluster's workers. Exit code 1 where it is not ready."""
     from .cli_status import status as run_status
+    from .tls import ClientTLS
 
-    raise typer.Exit(run_status(url, as_json=as_json))
+    raise typer.Exit(run_status(url, as_json=as_json, api_key=api_key, tls=ClientTLS.from_environment(ca)))
 
 
 @app.command()
@@ -272,11 +300,14 @@ def bench_serve(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Sent with every request, e.g. x-slo-ttft-ms=500.")
     ] = None,
     api_key: Key = None,
+    ca: Ca = None,
 ) -> None:
     """Send an open-loop load and report TTFT, TPOT, attainment and goodput."""
     from .bench.report import parse_goodput
     from .bench.run import BenchOptions, parse_headers
     from .cli_bench import bench_serve as run_bench_serve
+    from .cli_status import first_key
+    from .tls import ClientTLS
 
     try:
         percentiles = tuple(float(text) for text in metric_percentiles.split(","))
@@ -300,7 +331,8 @@ def bench_serve(
         num_warmups=num_warmups,
         temperature=temperature,
         seed=seed,
-        api_key=api_key,
+        api_key=first_key(api_key),
+        tls=ClientTLS.from_environment(ca),
         headers=parse_headers(header or (), slo_class),
     )
     raise typer.Exit(run_bench_serve(options, save_result))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from .bench.no_answer import no_answer
 from .bench.run import served_model
+from .tls import ClientTLS
 
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
@@ -27,13 +28,14 @@ class ChatOptions:
     temperature: float | None = None
     seed: int | None = None
     api_key: str | None = None
+    tls: ClientTLS = field(default_factory=ClientTLS)
 
 
 def chat(options: ChatOptions, prompt: str | None) -> int:
     """Answers `prompt`, or holds a conversation until end of input. Returns the exit code. Raises OSError."""
     if not options.url.startswith(("http://", "https://")):
         raise ValueError(f"url: {options.url!r} is not allowed; allowed: http://host:port")
-    model = options.model or served_model(options.url, options.api_key)
+    model = options.model or served_model(options.url, options.api_key, options.tls)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if prompt is not None:
         _print_answer(options, model, [*messages, {"role": "user", "content": prompt}])
@@ -93,8 +95,12 @@ def stream_chat(options: ChatOptions, model: str, messages: list[dict[str, str]]
     headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
     url = options.url.rstrip("/") + "/v1/chat/completions"
     answered = False
+    secure = options.tls.context_for(url) or False
     try:
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=_TIMEOUT, trust_env=False) as answer:
+        with (
+            httpx.Client(timeout=_TIMEOUT, trust_env=False, verify=secure) as client,
+            client.stream("POST", url, json=body, headers=headers) as answer,
+        ):
             answered = True
             if answer.status_code != 200:
                 raise OSError(_error(answer.status_code, answer.read()))

@@ -14,6 +14,7 @@ from .launch.ray_cluster import Interrupted, RayCluster
 from .launch.state import Endpoints
 
 _QUESTION = "Why is the sky blue?"
+_JSON = "'Content-Type: application/json'"
 _LOOK_S = 0.5
 
 
@@ -73,18 +74,24 @@ def headline(config: ClusterConfig) -> str:
 def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
     """Endpoints, and lines to copy."""
     model = config.router.served_model_name or config.router.model
-    key = config.router.api_key
-    base = f"http://{endpoints.http}"
+    key = config.router.api_key or config.router.api_keys_file
+    several = "," in (config.router.api_key or "")
+    tls = config.router.tls_cert is not None
+    base = f"{'https' if tls else 'http'}://{endpoints.http}"
     messages = [{"role": "user", "content": _QUESTION}]
     chat = json.dumps({"model": model, "messages": messages, "max_tokens": 64, "temperature": 0, "stream": True})
     generate = json.dumps({"chat": {"messages": messages}, "sampling": {"max_tokens": 64, "temperature": 0}})
-    bearer = ' -H "Authorization: Bearer $TANDEM_API_KEY"' if key else ""
-    grpc_key = ", api_key=os.environ['TANDEM_API_KEY']" if key else ""
+    shown = "os.environ['TANDEM_API_KEY']" + (".split(',')[0]" if several else "")
+    bearer = f' -H "Authorization: Bearer ${{TANDEM_API_KEY{"%%,*" if several else ""}}}"' if key else ""
+    grpc_key = f", api_key={shown}" if key else ""
+    ca = " --cacert $TANDEM_CA" if tls else ""
+    plaintext = "-cacert $TANDEM_CA" if tls else "-plaintext"
+    grpc_tls = ", tls=ClientTLS.from_environment()" if tls else ""
     imports = "import os; " if key else ""
-    openai_key = "os.environ['TANDEM_API_KEY']" if key else "'none'"
+    openai_key = shown if key else "'none'"
     grpc_line = (
-        f"{imports}from tandem.router.client import TandemClient; "
-        f"print(TandemClient({endpoints.grpc!r}{grpc_key}).generate("
+        f"{imports}from tandem.router.client import {'ClientTLS, ' if tls else ''}TandemClient; "
+        f"print(TandemClient({endpoints.grpc!r}{grpc_key}{grpc_tls}).generate("
         f"messages={messages!r}, max_tokens=64, temperature=0).collect().text)"
     )
     openai_line = (
@@ -100,8 +107,8 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
             f"  HTTP     {base}   (metrics: {base}/metrics)",
             f"  gRPC     {endpoints.grpc}",
             "",
-            f"  curl -N {base}/v1/chat/completions -H 'Content-Type: application/json'{bearer} -d {shlex.quote(chat)}",
-            f"  grpcurl -plaintext{bearer} -d {shlex.quote(generate)} {endpoints.grpc} tandem.v1.Tandem/Generate",
+            f"  curl -N{ca} {base}/v1/chat/completions -H {_JSON}{bearer} -d {shlex.quote(chat)}",
+            f"  grpcurl {plaintext}{bearer} -d {shlex.quote(generate)} {endpoints.grpc} tandem.v1.Tandem/Generate",
             f"  {python} -c {_quote(grpc_line)}",
             f"  {python} -c {_quote(openai_line)}",
             f"  {tandem_command()} chat --url {base}",
@@ -120,11 +127,17 @@ def tandem_command() -> str:
 
 def _warnings(config: ClusterConfig) -> list[str]:
     """What a user should know before others can reach the cluster."""
-    open_hosts = {host for host in (config.router.host, config.worker.host) if not is_loopback(host)}
-    return [
-        f"warning: members trust whoever reaches their ports on {host}; keep that network to the cluster"
-        for host in sorted(open_hosts)
-    ]
+    router, lines = config.router, []
+    if not is_loopback(router.host):
+        if not (router.api_key or router.api_keys_file or router.tls_client_ca):
+            lines.append(f"warning: everybody who reaches {router.host} may use this cluster (--insecure)")
+        elif router.tls_cert is None:
+            lines.append(f"warning: keys and prompts pass in the clear on {router.host}; --tls-cert, --tls-key")
+    hosts = sorted({host for host in (router.host, config.worker.host) if not is_loopback(host)})
+    if hosts and config.security.tls_cert is None:
+        on = " and ".join(hosts)
+        lines.append(f"warning: the members' secret and KV pass in the clear on {on}; security.tls_cert and its kin")
+    return lines
 
 
 def _quote(code: str) -> str:

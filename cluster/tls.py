@@ -5,6 +5,7 @@ Everything raises `ConfigError` with the name of the setting that is at fault.
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,47 @@ class Identity:
 
     cert: bytes
     key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientTLS:
+    """What a client of a router trusts and shows: PEM files. Nothing: what the system trusts, and no certificate."""
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            given, missing = ("client_cert", "client_key") if self.key is None else ("client_key", "client_cert")
+            raise ConfigError(missing, None, f"a PEM file, as {given} is given")
+
+    @classmethod
+    def from_environment(cls, ca: str | None = None) -> ClientTLS:
+        """What TANDEM_CA, TANDEM_CLIENT_CERT and TANDEM_CLIENT_KEY say; `ca` wins. Raises ConfigError."""
+        cert, key = (os.environ.get(f"TANDEM_CLIENT_{name}") or None for name in ("CERT", "KEY"))
+        return cls(ca=ca or os.environ.get("TANDEM_CA") or None, cert=cert, key=key)
+
+    def load(self) -> tuple[bytes | None, Identity | None]:
+        """The certificates that are trusted, and what is shown. Raises ConfigError. Blocks: reads files."""
+        ca = None if self.ca is None else load_ca(self.ca, "ca")
+        if self.cert is None or self.key is None:
+            return ca, None
+        return ca, load_identity(self.cert, self.key, cert_field="client_cert", key_field="client_key")
+
+    def context(self) -> ssl.SSLContext:
+        """For https. Raises ConfigError. Blocks: reads files."""
+        ca, identity = self.load()
+        context = ssl.create_default_context(cadata=None if ca is None else ca.decode("ascii", "ignore"))
+        if identity is not None:
+            assert self.cert is not None
+            assert self.key is not None
+            context.load_cert_chain(Path(self.cert).expanduser(), Path(self.key).expanduser())
+        return context
+
+    def context_for(self, url: str) -> ssl.SSLContext | None:
+        """None where the URL is not https."""
+        return self.context() if url.lower().startswith("https://") else None
 
 
 def load_identity(cert: str, key: str, *, cert_field: str = "tls_cert", key_field: str = "tls_key") -> Identity:

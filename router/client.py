@@ -19,6 +19,7 @@ import grpc
 
 from ..cluster.proto import tandem_v1_pb2 as pb
 from ..cluster.proto import tandem_v1_pb2_grpc as pb_grpc
+from ..cluster.tls import ClientTLS
 from .client_request import build_request
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -131,8 +132,23 @@ class Generation:
 class TandemClient:
     """One channel to one router. Thread-safe; close it, or use it in a `with` block."""
 
-    def __init__(self, address: str, *, api_key: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._channel = grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),))
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: ClientTLS | None = None,
+    ) -> None:
+        """`tls`: for a router that serves TLS, whom to trust and what to show; None: plain. Raises ConfigError."""
+        options = (("grpc.enable_http_proxy", 0),)
+        self._tls = tls is not None
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            ca, identity = tls.load()
+            pair = (None, None) if identity is None else (identity.key, identity.cert)
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, *pair), options=options)
         self._stub = pb_grpc.TandemStub(self._channel)
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._timeout_s = timeout_s

@@ -11,12 +11,13 @@ import json
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
 
+from ..tls import ClientTLS
 from .datasets import BenchRequest
 from .report import RequestRecord
 
@@ -33,9 +34,12 @@ class Target:
     model: str
     endpoint: str = COMPLETIONS
     api_key: str | None = None
+    tls: ClientTLS = field(default_factory=ClientTLS)
     temperature: float | None = None
     """None: the server's default."""
     timeout_s: float = 600.0
+    secure: ssl.SSLContext | None = field(default=None, init=False, compare=False)
+    """Read from `tls` once, not for each of thousands of requests."""
     headers: tuple[tuple[str, str], ...] = ()
     """More of them, for every request."""
 
@@ -45,6 +49,7 @@ class Target:
             raise ValueError(f"base_url: {self.base_url!r} is not allowed; allowed: http://host:port")
         if self.endpoint not in (CHAT, COMPLETIONS):
             raise ValueError(f"endpoint: {self.endpoint!r} is not allowed; allowed: {COMPLETIONS}, {CHAT}")
+        object.__setattr__(self, "secure", self.tls.context_for(self.base_url))
         for name, value in self.headers:
             if not (name and (name + value).isascii() and (name + value).isprintable() and not set(name) & set(": ")):
                 raise ValueError(f"header: {name!r}: {value!r} cannot be sent; allowed: a token, and printable ASCII")
@@ -111,7 +116,7 @@ async def send(target: Target, request: BenchRequest, due_s: float) -> RequestRe
     """Sends one request now and follows its answer to the end. Never raises for what the server does: see `error`."""
     wire = _wire(target, request)
     parts = urlsplit(target.base_url)
-    secure = ssl.create_default_context() if parts.scheme == "https" else None
+    secure = target.secure
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
     exchange = _Exchange(wire, done)

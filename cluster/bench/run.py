@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..tls import ClientTLS
 from .arrivals import arrival_times
 from .client import CHAT, COMPLETIONS, Target, run_load, send
 from .datasets import BenchRequest, prompt_requests, random_requests, vocabulary_of
@@ -54,6 +55,7 @@ class BenchOptions:
     temperature: float | None = None
     seed: int = 0
     api_key: str | None = None
+    tls: ClientTLS = field(default_factory=ClientTLS)
     timeout_s: float = 600.0
     headers: tuple[tuple[str, str], ...] = ()
     """Sent with every request: an SLO class, say."""
@@ -107,12 +109,13 @@ class ServerUnusable(OSError):
 
 async def run_bench(options: BenchOptions, on_done: Callable[[RequestRecord], None] | None = None) -> BenchResult:
     """Runs the load. Raises ServerUnusable where nothing can be sent; single failures are in the records."""
-    model = options.model or served_model(options.base_url, options.api_key)
+    model = options.model or served_model(options.base_url, options.api_key, options.tls)
     target = Target(
         base_url=options.base_url,
         model=model,
         endpoint=options.endpoint if options.dataset_name == "prompts" else COMPLETIONS,
         api_key=options.api_key,
+        tls=options.tls,
         temperature=options.temperature,
         timeout_s=options.timeout_s,
         headers=options.headers,
@@ -132,24 +135,32 @@ async def run_bench(options: BenchOptions, on_done: Callable[[RequestRecord], No
     )
 
 
-def served_model(base_url: str, api_key: str | None = None) -> str:
+def served_model(base_url: str, api_key: str | None = None, tls: ClientTLS | None = None) -> str:
     """The first model that the server lists. Raises ServerUnusable."""
-    listed = ask(base_url, "/v1/models", api_key=api_key)
+    listed = ask(base_url, "/v1/models", api_key=api_key, tls=tls)
     try:
         return str(listed["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
         raise ServerUnusable(f"{base_url}/v1/models lists no model") from None
 
 
-def ask(base_url: str, path: str, body: Mapping[str, Any] | None = None, api_key: str | None = None) -> Any:
+def ask(
+    base_url: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    api_key: str | None = None,
+    tls: ClientTLS | None = None,
+) -> Any:
     """One short question to the server, GET or, with a body, POST; returns the answer's JSON. Raises ServerUnusable."""
     url = base_url.rstrip("/") + path
     headers = {"Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     data = None if body is None else json.dumps(body).encode()
+    question = urllib.request.Request(url, data, headers)
+    secure = (tls or ClientTLS()).context_for(url)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=_ASK_TIMEOUT_S) as answer:
+        with urllib.request.urlopen(question, timeout=_ASK_TIMEOUT_S, context=secure) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         raise ServerUnusable(f"{url}: HTTP {error.code}") from None
@@ -165,7 +176,7 @@ def _requests(options: BenchOptions, model: str) -> tuple[tuple[BenchRequest, ..
         return prompt_requests(options.num_prompts, options.output_len, options.dataset_path, options.seed), None
 
     def tokenize(text: str) -> list[int]:
-        answer = ask(options.base_url, "/tokenize", {"model": model, "prompt": text}, options.api_key)
+        answer = ask(options.base_url, "/tokenize", {"model": model, "prompt": text}, options.api_key, options.tls)
         return [int(token) for token in answer["tokens"]]
 
     if options.dataset_name == "trace":
@@ -189,7 +200,7 @@ def _requests(options: BenchOptions, model: str) -> tuple[tuple[BenchRequest, ..
 
 def _max_model_len(options: BenchOptions, model: str) -> int:
     """The served model's context; a server that does not say takes whatever it is sent."""
-    listed = ask(options.base_url, "/v1/models", api_key=options.api_key)
+    listed = ask(options.base_url, "/v1/models", api_key=options.api_key, tls=options.tls)
     found = [card.get("max_model_len") for card in listed.get("data", []) if card.get("id") == model]
     return found[0] if found and isinstance(found[0], int) else MAX_TOKENS
 
