@@ -99,8 +99,12 @@ class FairQueue(Generic[K]):
         """Serves a part of a waiter: its class has paid `cost`, and it keeps its place, for `left` more."""
         waiter = self._waiters[key]
         mine = self._classes[waiter.slo_class]
-        self._now = max(self._now, mine.finish)
-        mine.finish = self._now + cost / mine.share
+        start = max(self._now, mine.finish)
+        mine.finish = start + cost / mine.share
+        # Where another class should have been first, time does not pass it by: it would lose what it is owed.
+        self._now = min(
+            [start, *(max(self._now, c.finish) for c in self._classes.values() if c.line and c is not mine)]
+        )
         waiter.cost = max(left, 1e-9)
 
     def remove(self, key: K) -> bool:

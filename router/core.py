@@ -106,14 +106,14 @@ class RouterCore(GenerationService):
             raise
         finally:
             self._admission.leave(key)
-            if standing.spot is not None:
-                self._dispatcher.leave(standing.spot)
             self._count_in_flight(-1)
             if not task.done():
                 if outcome is RequestOutcome.CANCELED:
                     self._metrics.count_canceled()
                 task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            if standing.spot is not None:  # not before its task has ended: that may be about to ask for it
+                self._dispatcher.leave(standing.spot)
             self._record_end(request, outcome, reason)
 
     def _record_end(self, request: GenerateRequest, outcome: RequestOutcome, reason: str) -> None:
@@ -128,10 +128,11 @@ class RouterCore(GenerationService):
         """Lets the request in, with a place in the queue, or raises `Overloaded`."""
         ttft_s = math.inf if promise.ttft_s is None else promise.ttft_s
         work = self._work(request, promise, arrival_s + ttft_s)
-        forecast = self._dispatcher.forecast(work)
+        outlook = self._dispatcher.outlook(work)
+        forecast = outlook.forecast
         if forecast is not None and promise.effective_ttft_s(forecast.idle_s) > ttft_s:
             work = self._work(request, promise, arrival_s + promise.effective_ttft_s(forecast.idle_s), work)
-            forecast = self._dispatcher.forecast(work)
+            forecast = self._dispatcher.outlook(work).forecast
         now_s = self._clock.now_s()
         try:
             self._admission.enter(key, now_s, promise=promise, forecast=forecast, elapsed_s=max(0.0, now_s - arrival_s))
@@ -140,7 +141,7 @@ class RouterCore(GenerationService):
             self._record_end(request, RequestOutcome.REFUSED, refusal.code or refusal.type)
             raise
         tpot_s = promise.effective_tpot_s(self._dispatcher.idle_tpot_s(work.context_tokens))
-        spot = self._dispatcher.expect(work)
+        spot = self._dispatcher.expect(work, outlook.cost_tokens)
         return Standing(urgency=work.urgency, tpot_s=tpot_s, block_keys=work.block_keys, spot=spot)
 
     @staticmethod

@@ -57,6 +57,16 @@ class Standing:
     """Its first attempt's place, taken at the door."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """A request as the queue sees it."""
+
+    cost_tokens: int
+    """Of its prompt, what the worker that has the most of it lacks."""
+    forecast: Forecast | None
+    """None: nobody knows yet."""
+
+
 class Dispatcher:
     """One per router, on its event loop."""
 
@@ -73,29 +83,29 @@ class Dispatcher:
 
     # --- at the door ------------------------------------------------------------------------------------------------
 
-    def forecast(self, work: Work) -> Forecast | None:
-        """What a request that came now would wait for its first token; None: nobody knows yet."""
+    def outlook(self, work: Work) -> Outlook:
+        """What a request that came now would cost, and wait for its first token."""
         views = self._prefill_views()
         if not views:
-            return None
+            return Outlook(cost_tokens=1, forecast=None)
         uncached_tokens = self._uncached_tokens(work, views)
         now_s = self._clock.now_s()
         ahead = self._policy.cost_ahead(work.urgency, now_s)
-        decode_wait_s = self._policy.decode_wait_s(ahead + min(uncached_tokens.values()), now_s)
-        return forecast(views, uncached_tokens, ahead_tokens=ahead, decode_wait_s=decode_wait_s)
+        own = min(uncached_tokens.values())
+        decode_wait_s = self._policy.decode_wait_s(ahead + own, now_s)
+        told = forecast(views, uncached_tokens, ahead_tokens=ahead, decode_wait_s=decode_wait_s)
+        return Outlook(cost_tokens=own, forecast=told)
 
     def idle_tpot_s(self, context_tokens: int) -> float:
         """The best that an idle worker could do for one sequence of that context; 0: nobody knows."""
         views = self._members.routable(Role.DECODE) or self._members.routable(Role.MIXED)
         return min((idle_tpot_s(view, context_tokens) for view in views), default=0.0)
 
-    def expect(self, work: Work) -> Spot:
+    def expect(self, work: Work, cost_tokens: int) -> Spot:
         """Takes a place for work whose `place` will follow, or else `leave`."""
         now_s = self._clock.now_s()
         spot = Spot(now_s, needs_room=work.half is None)
-        views = self._prefill_views() if spot.needs_room else ()
-        cost = min(self._uncached_tokens(work, views).values(), default=1)
-        self._policy.enter(spot, work.urgency, cost=float(cost), now_s=now_s)
+        self._policy.enter(spot, work.urgency, cost=float(cost_tokens), now_s=now_s)
         return spot
 
     def leave(self, spot: Spot) -> None:
@@ -117,7 +127,7 @@ class Dispatcher:
         work's own `waits_until_s`; `Refusal` (INVALID_ARGUMENT) when it can never be placed.
         """
         if spot is None:
-            spot = self.expect(work)
+            spot = self.expect(work, 1 if work.half is not None else self.outlook(work).cost_tokens)
         spot.waits_until_s = work.waits_until_s
         try:
             self._policy.ready(spot)

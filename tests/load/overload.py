@@ -5,7 +5,7 @@
     .venv/bin/python tests/load/overload.py --bottleneck decode
 
 One router, one prefill and one decode worker on the paced device, which computes nothing and takes the time that a
-latency model says: capacity follows from its coefficients. Arrivals are Poisson, at `--factor` times the capacity; every
+latency model says: capacity follows from its coefficients. Arrivals are Poisson, `--factor` times the capacity; every
 twentieth refused client comes back when it was told to, until it is let in. Prints JSON.
 """
 

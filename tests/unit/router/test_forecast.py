@@ -1,0 +1,118 @@
+"""What a request is told that it would wait: from queues, step times and what stands ahead of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tandem.cluster.types import Role, StepTimeCoefficients
+from tandem.router.forecast import LEARNED_STEPS, QUEUE_S, Forecast, forecast, room_tokens, tokens_per_s
+from tandem.router.placement import WorkerView, keeps_tpot
+
+VIEW = WorkerView(
+    worker_id="w0",
+    role=Role.PREFILL,
+    fingerprint="f",
+    block_size=16,
+    num_blocks=100,
+    available_blocks=100,
+    credited_blocks=0,
+    credit_limit_blocks=100,
+    queued_prefill_tokens=0,
+    running=0,
+    waiting=0,
+    max_running=64,
+    max_waiting=8,
+    context_tokens=0,
+    step_time=StepTimeCoefficients(step_s=0.0, prefill_token_s=1e-3, decode_row_s=1e-2, context_token_s=0.0),
+    steps_total=LEARNED_STEPS,
+)
+
+
+def view(worker_id: str = "w0", **changes: object) -> WorkerView:
+    return replace(VIEW, worker_id=worker_id, **changes)  # type: ignore[arg-type]
+
+
+def told(*views: WorkerView, tokens: int = 100, ahead: float = 0.0, decode_wait_s: float = 0.0) -> Forecast:
+    result = forecast(views, {v.worker_id: tokens for v in views}, ahead_tokens=ahead, decode_wait_s=decode_wait_s)
+    assert result is not None
+    return result
+
+
+def test_an_idle_worker_needs_the_prompts_own_time() -> None:
+    result = told(view())
+    assert (result.wait_s, result.own_s, result.idle_s) == pytest.approx((0.0, 0.1, 0.1))
+
+
+def test_a_workers_queue_and_the_routers_come_before() -> None:
+    assert told(view(queued_prefill_tokens=300)).wait_s == pytest.approx(0.3)
+    assert told(view(queued_prefill_tokens=300), ahead=1000).wait_s == pytest.approx(1.3)
+
+
+def test_two_workers_share_what_stands_ahead_and_the_shorter_queue_takes_more_of_it() -> None:
+    assert told(view("a"), view("b"), ahead=1000).wait_s == pytest.approx(0.5)
+    uneven = (view("a", queued_prefill_tokens=800), view("b"))
+    assert told(*uneven).wait_s == pytest.approx(0.0)
+    assert told(*uneven, ahead=500).wait_s == pytest.approx(0.5), "all of it goes to b"
+    assert told(*uneven, ahead=1000).wait_s == pytest.approx(0.9), "800 to b alone, 100 to each"
+
+
+def test_decode_that_keeps_everybody_back_counts_where_it_is_longer() -> None:
+    assert told(view(), ahead=1000, decode_wait_s=3.0).ttft_s == pytest.approx(3.1)
+    assert told(view(), ahead=1000, decode_wait_s=0.5).ttft_s == pytest.approx(1.1)
+
+
+def test_a_prefix_that_one_worker_has_shortens_its_own_part() -> None:
+    views = (view("a"), view("b", queued_prefill_tokens=50))
+    result = forecast(views, {"a": 1000, "b": 100}, ahead_tokens=0.0, decode_wait_s=0.0)
+    assert result is not None
+    assert (result.wait_s, result.own_s) == pytest.approx((0.05, 0.1))
+
+
+def test_while_nobody_has_learned_its_step_times_nobody_knows() -> None:
+    fresh = view("fresh", steps_total=LEARNED_STEPS - 1, step_time=StepTimeCoefficients(prefill_token_s=1.0))
+    assert forecast((fresh,), {"fresh": 10}, ahead_tokens=0.0, decode_wait_s=9.0) is None
+    assert forecast((), {}, ahead_tokens=0.0, decode_wait_s=0.0) is None
+    assert told(fresh, view("old"), ahead=1000).wait_s == pytest.approx(0.5), "a new one is taken to be like the others"
+
+
+def test_a_mixed_worker_computes_prompts_beside_its_rows() -> None:
+    alone, busy = view(role=Role.MIXED), view(role=Role.MIXED, running=12)
+    assert tokens_per_s(alone) == pytest.approx(1000.0)
+    assert tokens_per_s(busy) == pytest.approx(500 / (0.12 + 0.5))
+    assert told(busy).own_s == pytest.approx(0.12 + 0.1)
+
+
+def test_a_workers_queue_is_kept_short_but_never_empty() -> None:
+    full = 512 + QUEUE_S * 1000
+    assert room_tokens([view()]) == pytest.approx(full)
+    assert room_tokens([view(queued_prefill_tokens=600), view("b", queued_prefill_tokens=5000)]) == pytest.approx(
+        full - 600
+    )
+
+
+@given(
+    queues=st.lists(st.tuples(st.integers(0, 5000), st.floats(1e-5, 1e-2)), min_size=1, max_size=5),
+    ahead=st.floats(0, 1e5),
+)
+def test_what_stands_ahead_is_all_begun_when_the_wait_is_over(queues: list[tuple[int, float]], ahead: float) -> None:
+    views = [
+        view(f"w{i}", queued_prefill_tokens=queued, step_time=StepTimeCoefficients(prefill_token_s=token_s))
+        for i, (queued, token_s) in enumerate(queues)
+    ]
+    level_s = min(told(*views, ahead=ahead).wait_s, told(*views, tokens=1, ahead=ahead).wait_s)
+    computed = sum(max(0.0, level_s * tokens_per_s(v) - v.queued_prefill_tokens) for v in views)
+    assert computed >= ahead * 0.999 - 1.0
+    assert told(*views, ahead=ahead + 100).ttft_s >= told(*views, ahead=ahead).ttft_s - 1e-9
+
+
+def test_a_row_more_must_keep_its_own_promise_and_those_of_the_rows_that_run() -> None:
+    decode = view(role=Role.DECODE, running=4)  # 10 ms a row: five rows make 50 ms
+    assert keeps_tpot(decode, 100, 0.05)
+    assert not keeps_tpot(decode, 100, 0.049)
+    assert not keeps_tpot(replace(decode, tightest_tpot_s=0.049), 100, 1.0)
+    assert keeps_tpot(replace(decode, running=0, tightest_tpot_s=0.001), 100, 0.001), (
+        "nobody is faster than who is idle"
+    )
