@@ -13,6 +13,10 @@ from .config import ClusterConfig, EngineConfig, RouterConfig, WorkerConfig
 from .config_schema import HIDDEN, ConfigError, hints, parse, unknown_key
 from .types import Role
 
+MAX_FILE_BYTES = 2**20
+MAX_DEPTH = 32
+MAX_VALUES = 10_000
+
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
     """Reads cluster.yaml. `overrides` maps dotted paths to values that win over the file's.
@@ -22,12 +26,16 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`). Raises ConfigError, also for a file that cannot be read.
     """
     try:
+        if Path(path).is_file() and Path(path).stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError("config", str(path), f"a file of at most {MAX_FILE_BYTES} bytes")
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("config", str(path), f"a readable YAML file ({error})") from None
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError("config", str(path), " ".join(f"valid YAML ({error})".split())) from None
     return _cluster_config({} if data is None else data, overrides or {})
 
@@ -38,7 +46,32 @@ def build_config(path: str | Path | None = None, overrides: Mapping[str, Any] | 
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice in one section, which YAML forbids and PyYAML lets pass."""
+    """SafeLoader that refuses a key given twice in one section, which YAML forbids and PyYAML lets pass, and a file
+    that aliases would unfold to more than MAX_VALUES values or that is nested deeper than MAX_DEPTH.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._unfolded: dict[int, int] = {}
+        """By node: how many values it stands for; a node that is missing is being read."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self._depth >= MAX_DEPTH:
+            raise ConfigError("config", "nested too deeply", f"at most {MAX_DEPTH} levels")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None or id(node) in self._unfolded:
+            return node
+        if node.end_mark is None:
+            raise ConfigError("config", "an alias inside its own value", "aliases of what stands before them")
+        inside = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        count = 1 + sum(self._unfolded.get(id(child), 0) for child in inside if isinstance(child, yaml.Node))
+        if count > MAX_VALUES:
+            raise ConfigError("config", "aliases that unfold to too much", f"at most {MAX_VALUES} values")
+        self._unfolded[id(node)] = count
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgpack
 
+MAX_EXTENT = 2**16
+MAX_BLOCK_BYTES = 2**40
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3": 1, "uint64": 8}
 
 
@@ -53,6 +55,11 @@ class KVLayout:
         for group in self.groups:
             if group.dtype not in DTYPE_BYTES:
                 raise ValueError(f"dtype: {group.dtype!r} of group {group.name!r} is not one of {sorted(DTYPE_BYTES)}")
+            for name in ("num_layers", "num_kv_heads", "head_dim"):
+                if not 1 <= getattr(group, name) <= MAX_EXTENT:
+                    raise ValueError(f"{name}: {getattr(group, name)} of group {group.name!r} is not in 1…{MAX_EXTENT}")
+        if self.block_bytes > MAX_BLOCK_BYTES:
+            raise ValueError(f"groups: a block of {self.block_bytes} bytes is more than {MAX_BLOCK_BYTES}")
 
     @property
     def block_bytes(self) -> int:
@@ -91,7 +98,7 @@ class KVLayout:
                 for n, ls, h, d, t in groups
             )
             return cls(block_size=int(block_size), groups=parsed)
-        except (ValueError, TypeError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
             raise ValueError(f"kv_layout: not a KV layout: {error}") from error
 
     def digest(self) -> str:

@@ -1,7 +1,9 @@
 """Chat messages to one prompt text, by the model's own Jinja template, as `transformers` renders it.
 
 Templates come with models, messages from anyone: the sandbox is immutable, the output is bounded, and whatever goes
-wrong while rendering is the request's fault as far as the client can tell (templates refuse by `raise_exception`).
+wrong while rendering is the request's fault as far as the client can tell (templates refuse by `raise_exception`). What
+the sandbox does not bound is the time and the memory that a hostile template takes before it gives output: serve models
+whose files you trust that far.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ def compile_chat_template(template: str) -> jinja2.Template:
         return _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
+    except (RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"chat template: {type(error).__name__} while compiling it") from error
 
 
 def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:

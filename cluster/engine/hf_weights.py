@@ -21,6 +21,7 @@ from ..models.config import Architecture, ModelConfig
 from ..models.errors import ModelError
 from .weight_source import WeightSource, expected_shapes
 
+FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 INDEX_NAME = "model.safetensors.index.json"
 _LLAMA_GLOBAL = {
     "model.embed_tokens": "embed",
@@ -86,8 +87,12 @@ class HfWeights(WeightSource):
             name = self._canonical(stored, path)
             if name in self._where:
                 raise ModelError(f"tensor {stored!r} comes twice: in {self._where[name][0].name} and {path.name}")
+            found = file.get_slice(stored)
+            if found.get_dtype() not in FLOAT_TYPES:
+                allowed = ", ".join(FLOAT_TYPES)
+                raise ModelError(f"{path}: tensor {stored!r} has type {found.get_dtype()}, allowed: {allowed}")
             self._where[name] = (path, stored)
-            self._shapes[name] = tuple(file.get_slice(stored).get_shape())
+            self._shapes[name] = tuple(found.get_shape())
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
@@ -128,8 +133,6 @@ class HfWeights(WeightSource):
         path, stored = self._where[name]
         file = self._handle(path)
         tensor: torch.Tensor = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
-        if not tensor.is_floating_point():
-            raise ModelError(f"tensor {stored!r} has type {tensor.dtype}, allowed: float32, float16, bfloat16")
         return tensor
 
     def release(self) -> None:
@@ -142,7 +145,7 @@ def _shards(folder: Path) -> list[Path]:
     if index_path.is_file():
         try:
             names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
             raise ModelError(f"{index_path} is not an index of safetensors: {error!r}") from error
         paths = [folder / str(name) for name in names]
         if any(path.parent != folder for path in paths):

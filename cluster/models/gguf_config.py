@@ -13,6 +13,9 @@ from .errors import ModelError
 from .gguf import GgufFile
 
 ARCHITECTURES = {"llama": Architecture.LLAMA, "qwen2": Architecture.QWEN2, "qwen3": Architecture.QWEN3}
+MAX_SIZE = 2**28
+"""Of any dimension: far beyond every model, far below what would make a lying header cost memory."""
+MAX_LAYERS = 4096
 END_TOKENS = ("eos", "eot", "eom")
 """End of sequence, of turn and of message: each ends an answer."""
 
@@ -34,14 +37,18 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
         if _size(file, key, head_dim) != head_dim:
             raise _refuse(file, key, file.metadata[key], f"the head dimension, {head_dim}")
+    if head_dim % 2:
+        raise _refuse(file, f"{name}.attention.key_length", head_dim, "an even number")
     max_model_len = _size(file, f"{name}.context_length")
     window = _number(file, f"{name}.attention.sliding_window", int, 0)
     rope_theta = _number(file, f"{name}.rope.freq_base", float, 10000.0)
+    if not rope_theta > 0:
+        raise _refuse(file, f"{name}.rope.freq_base", rope_theta, "more than 0")
     return ModelConfig(
         architecture=architecture,
         vocab_size=file.tensor("token_embd.weight").shape[0],
         hidden_size=hidden_size,
-        num_layers=_size(file, f"{name}.block_count"),
+        num_layers=_size(file, f"{name}.block_count", most=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -86,9 +93,11 @@ def _rope_scaling(file: GgufFile, name: str, rope_theta: float, head_dim: int) -
 def _recover_llama3(file: GgufFile, rope_theta: float, head_dim: int) -> RopeScaling:
     """GGUF stores Llama 3.1's scaling as its factors; all published models have the other values' defaults."""
     factors = file.load("rope_freqs.weight")
+    if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all() or not factors.min() > 0:
+        raise _refuse(file, "rope_freqs.weight", "a table of another kind", f"{head_dim // 2} positive factors")
     scaling = RopeScaling(kind="llama3", factor=float(factors.max()))
     expected = llama3_rope_factors(rope_theta, head_dim, scaling)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+    if not np.allclose(factors, expected, rtol=1e-3):
         raise _refuse(file, "rope_freqs.weight", "a table of another kind", "Llama 3.1's factors")
     return scaling
 
@@ -107,15 +116,17 @@ def _number(file: GgufFile, key: str, kind: type, default: Any) -> Any:
     value = file.metadata.get(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or (kind is int and not isinstance(value, int)):
         raise _refuse(file, key, value, f"one {kind.__name__}")
+    if not math.isfinite(value):
+        raise _refuse(file, key, value, "a finite number")
     return kind(value)
 
 
-def _size(file: GgufFile, key: str, default: int | None = None) -> int:
+def _size(file: GgufFile, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
     if key not in file.metadata and default is None:
         raise ModelError(f"{file.path}: {key} is missing")
     value: int = _number(file, key, int, default)
-    if value < 1:
-        raise _refuse(file, key, value, "1 or more")
+    if not 1 <= value <= most:
+        raise _refuse(file, key, value, f"1 to {most}")
     return value
 
 

@@ -7,9 +7,10 @@ nonsense is worse than one that does not load. Fields that a file leaves out hav
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .config import Architecture, ModelConfig, RopeScaling
 from .errors import ModelError
@@ -28,6 +29,10 @@ ROPE_KINDS = ("default", "linear", "llama3")
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 MAX_JSON_BYTES = 16 * 2**20
+MAX_SIZE = 2**28
+"""Of any dimension: far beyond every model, far below what would make a lying file cost memory."""
+MAX_LAYERS = 4096
+MAX_SHOWN_CHARS = 200
 
 
 def load_hf_config(path: Path) -> ModelConfig:
@@ -63,26 +68,28 @@ class _Fields:
         self.source = source
 
     def refuse(self, field: str, value: object, allowed: str) -> ModelError:
-        return ModelError(f"{self.source}: {field} is {value!r}, allowed: {allowed}")
+        return ModelError(f"{self.source}: {field} is {_shown(value)}, allowed: {allowed}")
 
     def get(self, field: str, kind: type, default: Any = None) -> Any:
         """The value of a field; absent and null both mean `default`. An int is accepted where a float is wanted."""
         value = self.config.get(field)
         if value is None:
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
             return float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.refuse(field, value, f"a value of type {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.refuse(field, value, "a finite number")
         return value
 
-    def size(self, field: str, default: int | None = None) -> int:
+    def size(self, field: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
         """A positive count; required where there is no default."""
         value: int | None = self.get(field, int, default)
         if value is None:
             raise ModelError(f"{self.source}: {field} is missing")
-        if value < 1:
-            raise self.refuse(field, value, "1 or more")
+        if not 1 <= value <= most:
+            raise self.refuse(field, value, f"1 to {most}")
         return value
 
     def bos(self, model_type: str) -> int | None:
@@ -107,7 +114,7 @@ class _Fields:
 def _parse_llama_like(fields: _Fields, model_type: str, eos: tuple[int, ...]) -> ModelConfig:
     architecture = ARCHITECTURES[model_type]
     hidden_size = fields.size("hidden_size")
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
     num_heads = fields.size("num_attention_heads")
     num_kv_heads = fields.size("num_key_value_heads", {"mistral": 8}.get(model_type, num_heads))
     if num_heads % num_kv_heads:
@@ -159,7 +166,7 @@ def _parse_opt(fields: _Fields, eos: tuple[int, ...]) -> ModelConfig:
         architecture=Architecture.OPT,
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden_size,
-        num_layers=fields.size("num_hidden_layers"),
+        num_layers=fields.size("num_hidden_layers", most=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=hidden_size // num_heads,
@@ -246,6 +253,15 @@ def _sliding_window(fields: _Fields, model_type: str, num_layers: int, max_model
     raise fields.refuse(field, sorted(map(str, kinds)) if field == "layer_types" else first, "the same for all layers")
 
 
+def _shown(value: object) -> str:
+    text = f"an integer of {value.bit_length()} bits" if _is_huge(value) else repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
+
+
+def _is_huge(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and value.bit_length() > 256
+
+
 def _token_ids(value: object, fields: _Fields) -> tuple[int, ...]:
     """One id, a list of ids or null, in the file's order."""
     items = value if isinstance(value, list) else [] if value is None else [value]
@@ -262,7 +278,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}, not a JSON object")

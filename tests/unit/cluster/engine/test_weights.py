@@ -158,7 +158,7 @@ def test_layers_beyond_the_config(tmp_path: Path) -> None:
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
     files = write_hf(tmp_path, TINY, **{"model.norm.weight": torch.zeros(64, dtype=torch.int8)})
-    with pytest.raises(ModelError, match=r"'model.norm.weight' has type torch.int8, allowed: float32"):
+    with pytest.raises(ModelError, match=r"'model.norm.weight' has type I8, allowed: F32"):
         load_model(files, "float32")
 
 

@@ -132,7 +132,7 @@ def test_rope_scaling(tmp_path: Path) -> None:
         ("llama", {"expert_count": 8}, r"llama\.expert_count is 8"),
         ("llama", {"attention.head_count_kv": 3}, r"head_count_kv is 3, allowed: a divisor of 4"),
         ("llama", {"block_count": None}, r"llama\.block_count is missing"),
-        ("llama", {"block_count": 0}, r"llama\.block_count is 0, allowed: 1 or more"),
+        ("llama", {"block_count": 0}, r"llama\.block_count is 0, allowed: 1 to 4096"),
         ("llama", {"attention.head_count": [4, 2]}, r"head_count is 'a list of 2', allowed: one int"),
         ("llama", {"rope.dimension_count": 8}, r"rope\.dimension_count is 8"),
         ("llama", {"rope.scaling.type": "yarn"}, r"rope\.scaling\.type is 'yarn', allowed: none, linear"),

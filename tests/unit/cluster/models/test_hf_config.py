@@ -130,7 +130,7 @@ def test_end_tokens(tmp_path: Path) -> None:
         (LLAMA, {"hidden_size": None}, "hidden_size is missing"),
         (LLAMA, {"hidden_size": "64"}, "hidden_size is '64', allowed: a value of type int"),
         (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers is True"),
-        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers is 0, allowed: 1 or more"),
+        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers is 0, allowed: 1 to 4096"),
         (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads is 3, allowed: a divisor"),
         (LLAMA, {"head_dim": 15}, "head_dim is 15, allowed: an even number"),
         (LLAMA, {"eos_token_id": "2"}, "eos_token_id"),
