@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 # Before torch, numpy's BLAS or tokenizers are imported, here and in every process that a test starts.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -18,6 +26,64 @@ from tandem.cluster.models.fetch import default_cache_dir  # noqa: E402
 from tandem.cluster.models.reference import ModelError, ModelFiles, resolve_model  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+class Authority:
+    """Signs certificates that are good for a day, for tests of TLS; files in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority {folder.name}")])
+        self.ca = str(folder / "ca.pem")
+        constraints = x509.BasicConstraints(ca=True, path_length=0)
+        self._write(self.ca, self._sign(self._name, self._key.public_key(), constraints, ()))
+
+    def issue(self, name: str, *hosts: str) -> tuple[str, str]:
+        """Paths of a certificate for those hosts (this machine's loopback if none is named) and of its key."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        constraints = x509.BasicConstraints(ca=False, path_length=None)
+        cert = self._sign(subject, key.public_key(), constraints, hosts or ("127.0.0.1", "localhost"))
+        paths = str(self._folder / f"{name}.pem"), str(self._folder / f"{name}.key")
+        self._write(paths[0], cert)
+        plain = serialization.NoEncryption()
+        encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        Path(paths[1]).write_bytes(key.private_bytes(encoding, form, plain))
+        return paths
+
+    def _sign(self, subject: x509.Name, key: Any, constraints: x509.BasicConstraints, hosts: Sequence[str]) -> Any:
+        now = datetime.datetime.now(datetime.UTC)
+        day = datetime.timedelta(days=1)
+        builder = x509.CertificateBuilder(self._name, subject, key, x509.random_serial_number(), now - day, now + day)
+        builder = builder.add_extension(constraints, critical=True)
+        if hosts:
+            builder = builder.add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), False)
+        return builder.sign(self._key, hashes.SHA256())
+
+    @staticmethod
+    def _write(path: str, cert: Any) -> None:
+        Path(path).write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Who signs the certificates of the tests' members."""
+    return Authority(tmp_path_factory.mktemp("authority") / "ours")
+
+
+@pytest.fixture(scope="session")
+def other_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Somebody else's."""
+    return Authority(tmp_path_factory.mktemp("authority") / "theirs")
 
 
 @pytest.fixture(scope="session")
