@@ -142,6 +142,9 @@ def serve(
     kv_cache: Annotated[str | None, typer.Option(help="KV memory of a worker, e.g. 512MiB.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest context, tokens. Default: the model's.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of a worker. Default: 1.")] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="How KV moves: auto, grpc or mapped (one host's memory). Default: auto.")
+    ] = None,
     local_prefill_threshold: Annotated[
         int | None, typer.Option(help="Prompts with fewer uncached tokens skip the prefill pool. Default: 0, off.")
     ] = None,
@@ -182,6 +185,7 @@ def serve(
         engine__kv_cache_bytes=kv_cache,
         engine__max_model_len=max_model_len,
         engine__threads=threads,
+        worker__transport=transport,
         router__local_prefill_threshold_tokens=local_prefill_threshold,
         router__served_model_name=served_model_name,
         router__events_path=events,

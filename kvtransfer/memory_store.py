@@ -1,18 +1,20 @@
-"""KV memory in plain bytes: for tests, the simulator and devices that compute nothing."""
+"""KV memory without a device: for tests and the simulator."""
 
 from __future__ import annotations
 
 from .layout import KVLayout
+from .mapped.segment import KVSegment
 from .store import KVStore
 
 
 class MemoryKVStore(KVStore):
-    """`num_blocks` blocks in one `bytearray`, block-major."""
+    """`num_blocks` blocks of bytes, block-major."""
 
     def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        self._data = memoryview(bytearray(num_blocks * layout.block_bytes))
+        self.segment: KVSegment = KVSegment(layout, num_blocks)
+        self._data = self.segment.blocks
 
     def read_block(self, block_id: int) -> memoryview:
         return self._slot(block_id).toreadonly()

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 from tandem.kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
-from tandem.kvtransfer.ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
+from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from tandem.kvtransfer.transport import BlockRun, EndFrame, KVSource, PullRequest
 
 BLOCK_BYTES = 64
@@ -22,7 +22,7 @@ TICKET = Ticket(
     fingerprint="f",
 )
 REQUEST = PullRequest(ticket=TICKET, first_block=0)
-HELLO = Hello(protocol_version=1, worker_id="p", epoch=1, fingerprint="f", layout=b"")
+HELLO = Hello(protocol_version=PROTOCOL_VERSION, worker_id="p", epoch=1, fingerprint="f", layout=b"")
 
 
 class SilentSource(KVSource):
@@ -39,7 +39,7 @@ class SilentSource(KVSource):
         self.opened.set()
         try:
             await asyncio.Event().wait()
-            yield BlockRun(frames=(), verify=lambda: None)
+            yield BlockRun(frames=(), refs=(), verify=lambda: None)
         finally:
             self.closed.set()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import struct
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -12,10 +13,10 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem.cluster.types import SampledToken
+from tandem.cluster.types import BlockRef, SampledToken
 from tandem.kvtransfer import wire
-from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, Ticket
-from tandem.kvtransfer.transport import BlockFrame, EndFrame, PullRequest
+from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket
+from tandem.kvtransfer.transport import BlockFrame, EndFrame, PullRequest, RefFrame
 
 TICKET = Ticket(
     request_id="req-1",
@@ -66,8 +67,11 @@ DECODERS = (
 
 def test_round_trips() -> None:
     assert wire.decode_hello_reply(wire.encode_hello(HELLO)) == HELLO
+    sharing = replace(HELLO, offer=SegmentOffer(socket_name="tandem-kv-1", nonce=b"n" * 16))
+    assert wire.decode_hello_reply(wire.encode_hello(sharing)) == sharing
     request = PullRequest(ticket=TICKET, first_block=7, pull_index=2, checksum=False)
     assert wire.decode_pull(wire.encode_pull(request)) == request
+    assert wire.decode_pull(wire.encode_pull(replace(request, mapped=True))) == replace(request, mapped=True)
     assert wire.decode_ticket(wire.encode_ticket(TICKET)) == TICKET
     wire.decode_ack(wire.encode_ack())
     assert wire.decode_frames(wire.encode_end(END)) == (END,)
@@ -75,6 +79,10 @@ def test_round_trips() -> None:
     assert wire.decode_frames(wire.encode_end(bare)) == (bare,)
     frames = (block(0, b"a" * 64), changed(block(1, b"b" * 64), checksum=None))
     assert wire.decode_frames(wire.encode_blocks(frames)) == frames
+    assert wire.decode_frames(wire.encode_refs(TICKET, 3, [BlockRef(7, 2**64 - 1), BlockRef(2, 1)])) == (
+        RefFrame(ticket=TICKET, block_index=3, block_id=7, generation=2**64 - 1),
+        RefFrame(ticket=TICKET, block_index=4, block_id=2, generation=1),
+    )
 
 
 def changed_end(**fields: Any) -> EndFrame:
@@ -166,6 +174,15 @@ def test_ticket_bounds(fields: dict[str, object]) -> None:
         message([wire.Kind.END, PROTOCOL_VERSION, ticket_with(), 3, 1, None, [[1, 0.0]] * 21, 0.0, 0]),
         message([wire.Kind.END, PROTOCOL_VERSION, ticket_with(), 3, 1, None, [[1]], 0.0, 0]),
         message([wire.Kind.END, PROTOCOL_VERSION, ticket_with(), 3, 1, "0.5", [], 0.0, 0]),
+        message([wire.Kind.REFS, PROTOCOL_VERSION, ticket_with(), []]),
+        message([wire.Kind.REFS, PROTOCOL_VERSION, ticket_with(), [[0, 1]]]),
+        message([wire.Kind.REFS, PROTOCOL_VERSION, ticket_with(), [[0, -1, 1]]]),
+        message([wire.Kind.REFS, PROTOCOL_VERSION, ticket_with(), [[0, 1, 1]] * 1025]),
+        message([wire.Kind.REFS, PROTOCOL_VERSION, ticket_with(), [[0, 1, 1]]], b"payload"),
+        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", ["name", b"too short"]]),
+        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", ["x" * 101, b"n" * 16]]),
+        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", "name"]),
+        message([wire.Kind.PULL, PROTOCOL_VERSION, ticket_with(), 0, 0, True, 1]),
         message([wire.Kind.ACK, PROTOCOL_VERSION], b"payload"),
         message([wire.Kind.REFUSED, PROTOCOL_VERSION, "no such reason", ""]),
         pickle.dumps([wire.Kind.ACK, PROTOCOL_VERSION]),
@@ -210,7 +227,9 @@ def test_any_fields_are_refused_or_understood(kind: wire.Kind, fields: list[obje
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_one_flipped_bit_never_passes(data: st.DataObject) -> None:
-    good = data.draw(st.sampled_from([wire.encode_blocks([block(0, bytes(range(64)))]), wire.encode_end(END)]))
+    refs = wire.encode_refs(TICKET, 3, [BlockRef(7, 2), BlockRef(2, 1)])
+    blocks = wire.encode_blocks([block(0, bytes(range(64)))])
+    good = data.draw(st.sampled_from([blocks, refs, wire.encode_end(END)]))
     check_all(good)
     bit = data.draw(st.integers(0, len(good) * 8 - 1))
     bad = bytearray(good)
