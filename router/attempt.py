@@ -100,16 +100,19 @@ class Work:
 class _QueuedPrompt:
     """The router's own correction to a worker's last heartbeat: a prompt that it sent there and has no token of yet."""
 
-    def __init__(self, link: WorkerLink, tokens: int) -> None:
+    def __init__(self, link: WorkerLink, tokens: int, urgency: Urgency) -> None:
         self._link, self._tokens = link, tokens
+        self._patient_tokens = 0 if math.isfinite(urgency.deadline_s) else tokens
         self.waiting = True
         link.queued_prefill_tokens += tokens
+        link.patient_prefill_tokens += self._patient_tokens
 
     def done(self) -> None:
         """Its first token is here, or nobody waits for it; idempotent."""
         if self.waiting:
             self.waiting = False
             self._link.queued_prefill_tokens -= self._tokens
+            self._link.patient_prefill_tokens -= self._patient_tokens
             self._link.load_changed()
 
 
@@ -125,7 +128,7 @@ class PrefillHalf:
         self.link = link
         self.kv_address = kv_address
         self.fingerprint = fingerprint
-        self.prompt = _QueuedPrompt(link, uncached_tokens)
+        self.prompt = _QueuedPrompt(link, uncached_tokens, work.urgency)
         self.serves = False
         """Whether a decode worker may get its KV there: submitted, not known to be lost, not handed over."""
         self._router_id = router_id
@@ -249,7 +252,8 @@ class Attempt:
         self.asked = ""
         """The worker that was asked last; the one that refused if `submit` raises `Refusal`."""
         self._decode_open = decode is not None  # a credit binds the decode side from the start
-        self._prompt = half.prompt if half is not None else _QueuedPrompt(self.first_worker, uncached_tokens)
+        own = _QueuedPrompt(self.first_worker, uncached_tokens, work.urgency) if half is None else half.prompt
+        self._prompt = own
         if decode is not None:
             decode.decode_rows += 1
             decode.tpot_promises_s[work.tpot_s] += 1

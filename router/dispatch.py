@@ -32,10 +32,11 @@ UNREADY_POLL_S = 0.25
 class Spot:
     """A place in the queue, of one attempt at one choice."""
 
-    __slots__ = ("entered_s", "needs_room", "turn", "waits_until_s")
+    __slots__ = ("entered_s", "needs_room", "turn", "urgency", "waits_until_s")
 
-    def __init__(self, entered_s: float, *, needs_room: bool) -> None:
+    def __init__(self, entered_s: float, urgency: Urgency, *, needs_room: bool) -> None:
         self.entered_s = entered_s
+        self.urgency = urgency
         self.needs_room = needs_room
         """Of a prefill worker; not where the prompt is computed already."""
         self.waits_until_s: float | None = None
@@ -93,7 +94,7 @@ class Dispatcher:
         ahead = self._policy.cost_ahead(work.urgency, now_s)
         own = min(uncached_tokens.values())
         decode_wait_s = self._policy.decode_wait_s(ahead + own, now_s)
-        told = forecast(views, uncached_tokens, ahead_tokens=ahead, decode_wait_s=decode_wait_s)
+        told = forecast(views, uncached_tokens, urgency=work.urgency, ahead_tokens=ahead, decode_wait_s=decode_wait_s)
         return Outlook(cost_tokens=own, forecast=told)
 
     def idle_tpot_s(self, context_tokens: int) -> float:
@@ -104,7 +105,7 @@ class Dispatcher:
     def expect(self, work: Work, cost_tokens: int) -> Spot:
         """Takes a place for work whose `place` will follow, or else `leave`."""
         now_s = self._clock.now_s()
-        spot = Spot(now_s, needs_room=work.half is None)
+        spot = Spot(now_s, work.urgency, needs_room=work.half is None)
         self._policy.enter(spot, work.urgency, cost=float(cost_tokens), now_s=now_s)
         return spot
 
@@ -188,13 +189,13 @@ class Dispatcher:
             for spot in self._policy:
                 if spot.turn is not None and not spot.turn.done() and now_s >= self._gives_up_s(spot):
                     self._give_turn(spot)
-        room: float | None = None
+        views: tuple[WorkerView, ...] | None = None
         while (candidate := self._policy.candidate(now_s)) is not None:
-            if room is None:
-                views = self._prefill_views()
-                room = room_tokens(views) if views else math.inf  # who asks is told that nobody is there
-            if candidate.needs_room and room <= self._policy.asking_cost:
-                break
+            if candidate.needs_room:
+                views = self._prefill_views() if views is None else views
+                # Where nobody is there, who asks is told so.
+                if views and room_tokens(views, candidate.urgency) <= self._policy.asking_cost:
+                    break
             self._give_turn(candidate)
         self._arm(now_s)
 

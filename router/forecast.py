@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..cluster.latency import DEFAULT_TOKEN_BUDGET, StepTimeModel
-from ..cluster.types import Role
+from ..cluster.types import Role, Urgency
 from .placement import WorkerView
 
 LEARNED_STEPS = 8
@@ -25,7 +25,7 @@ class Forecast:
     wait_s: float
     """Until its own prompt is begun."""
     own_s: float
-    """Its own prompt, on the worker that would be done first."""
+    """The steps of its own prompt, on the worker that would be done first."""
     idle_s: float
     """Its own prompt, on the best worker of an idle cluster."""
 
@@ -68,31 +68,41 @@ def tokens_per_s(view: WorkerView) -> float:
     return room / max(beside_s + room * view.step_time.prefill_token_s, 1e-9)
 
 
-def room_tokens(views: Sequence[WorkerView]) -> float:
-    """Prompt tokens that may yet be sent to these workers before some of them have to wait at the router."""
+def room_tokens(views: Sequence[WorkerView], urgency: Urgency) -> float:
+    """Prompt tokens of such urgency that may yet be sent to these workers before some have to wait at the router."""
     return sum(
-        max(0.0, DEFAULT_TOKEN_BUDGET + QUEUE_S * tokens_per_s(view) - view.queued_prefill_tokens) for view in views
+        max(0.0, DEFAULT_TOKEN_BUDGET + QUEUE_S * tokens_per_s(view) - view.tokens_before(urgency)) for view in views
     )
 
 
 def forecast(
-    views: Sequence[WorkerView], uncached_tokens: Mapping[str, int], *, ahead_tokens: float, decode_wait_s: float
+    views: Sequence[WorkerView],
+    uncached_tokens: Mapping[str, int],
+    *,
+    urgency: Urgency,
+    ahead_tokens: float,
+    decode_wait_s: float,
 ) -> Forecast | None:
-    """For a prompt of which each worker lacks `uncached_tokens`, behind `ahead_tokens` at the router. `decode_wait_s`:
-    how long the decode side keeps the router's queue, where that is what it waits for. None: nobody knows, because no
-    worker has learned its step times yet.
+    """For a prompt of such urgency, of which each worker lacks `uncached_tokens`, behind `ahead_tokens` at the router.
+    `decode_wait_s`: how long the decode side keeps the router's queue, where that is what it waits for. None: nobody
+    knows, because no worker has learned its step times yet.
     """
     views = learned(views)
     if not views:
         return None
-    queue_s = {view.worker_id: prefill_s(view, view.queued_prefill_tokens) for view in views}
+    queue_s = {view.worker_id: prefill_s(view, view.tokens_before(urgency)) for view in views}
     own_s = {view.worker_id: prefill_s(view, max(1, uncached_tokens[view.worker_id])) for view in views}
     level_s = max(_level_s(views, queue_s, ahead_tokens), decode_wait_s)
+    idle_s = min(own_s.values())
+    for view in views:
+        # A prompt is done when its step is, and that has as many of the tokens that wait as there is room for.
+        beside = min(_step(view)[1], view.queued_prefill_tokens + ahead_tokens)
+        own_s[view.worker_id] = max(own_s[view.worker_id], prefill_s(view, beside))
     best = min(views, key=lambda view: (max(queue_s[view.worker_id], level_s) + own_s[view.worker_id], view.worker_id))
     return Forecast(
         wait_s=max(queue_s[best.worker_id], level_s),
         own_s=own_s[best.worker_id],
-        idle_s=min(own_s.values()),
+        idle_s=idle_s,
     )
 
 

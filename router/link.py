@@ -82,6 +82,8 @@ class WorkerLink:
         self.attached = False
         self.queued_prefill_tokens = 0
         """Prompt tokens that this router sent and has no first token for yet."""
+        self.patient_prefill_tokens = 0
+        """Those of them that are due at no time: the worker computes before them what is."""
         self.decode_rows = 0
         """Choices that this router decodes there now."""
         self.tpot_promises_s: Counter[float] = Counter()

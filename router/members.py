@@ -268,5 +268,6 @@ class Membership(RegistryServicer):
             context_tokens=status.context_tokens,
             step_time=step_time_from_proto(status.step_time),
             steps_total=status.steps_total,
+            patient_prefill_tokens=link.patient_prefill_tokens,
             tightest_tpot_s=link.tightest_tpot_s,
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..cluster.latency import StepTimeModel
-from ..cluster.types import Role, StepTimeCoefficients
+from ..cluster.types import Role, StepTimeCoefficients, Urgency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,17 @@ class WorkerView:
     step_time: StepTimeCoefficients
     steps_total: int = 0
     """Steps that it has run: its coefficients are a guess until it has run some."""
+    patient_prefill_tokens: int = 0
+    """Of `queued_prefill_tokens`: those that this router sent and that are due at no time."""
     tightest_tpot_s: float = math.inf
     """The tightest promise among the choices that this router decodes there; inf: none."""
+
+    def tokens_before(self, urgency: Urgency) -> int:
+        """Queued prompt tokens that are computed before those of somebody who came now: work without a deadline, under
+        way or not, lets that with one go first (`cluster.engine.service_queue`), but for its class's share.
+        """
+        patient = self.patient_prefill_tokens if math.isfinite(urgency.deadline_s) else 0
+        return self.queued_prefill_tokens - patient
 
 
 def pair(

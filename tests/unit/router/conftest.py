@@ -386,7 +386,8 @@ class Rig:
         """The router's own accounts are zero: corrections to the views, inboxes, places, requests in flight."""
         for member in self.members.members():
             link = member.link
-            assert (link.queued_prefill_tokens, link.decode_rows) == (0, 0), link.worker_id
+            owned = (link.queued_prefill_tokens, link.patient_prefill_tokens, link.decode_rows)
+            assert owned == (0, 0, 0), link.worker_id
             assert not link._inboxes
         assert self.core._admission.waiting == 0
         assert self.metric("requests_in_flight") == 0

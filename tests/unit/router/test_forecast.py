@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.cluster.types import Role, StepTimeCoefficients
+from tandem.cluster.types import Role, StepTimeCoefficients, Urgency
 from tandem.router.forecast import LEARNED_STEPS, QUEUE_S, Forecast, forecast, room_tokens, tokens_per_s
 from tandem.router.placement import WorkerView, keeps_tpot
 
+PATIENT = Urgency()
 VIEW = WorkerView(
     worker_id="w0",
     role=Role.PREFILL,
@@ -35,8 +36,15 @@ def view(worker_id: str = "w0", **changes: object) -> WorkerView:
     return replace(VIEW, worker_id=worker_id, **changes)  # type: ignore[arg-type]
 
 
-def told(*views: WorkerView, tokens: int = 100, ahead: float = 0.0, decode_wait_s: float = 0.0) -> Forecast:
-    result = forecast(views, {v.worker_id: tokens for v in views}, ahead_tokens=ahead, decode_wait_s=decode_wait_s)
+def told(
+    *views: WorkerView,
+    tokens: int = 100,
+    ahead: float = 0.0,
+    decode_wait_s: float = 0.0,
+    urgency: Urgency = PATIENT,
+) -> Forecast:
+    uncached = {v.worker_id: tokens for v in views}
+    result = forecast(views, uncached, urgency=urgency, ahead_tokens=ahead, decode_wait_s=decode_wait_s)
     assert result is not None
     return result
 
@@ -66,15 +74,15 @@ def test_decode_that_keeps_everybody_back_counts_where_it_is_longer() -> None:
 
 def test_a_prefix_that_one_worker_has_shortens_its_own_part() -> None:
     views = (view("a"), view("b", queued_prefill_tokens=50))
-    result = forecast(views, {"a": 1000, "b": 100}, ahead_tokens=0.0, decode_wait_s=0.0)
+    result = forecast(views, {"a": 1000, "b": 100}, urgency=PATIENT, ahead_tokens=0.0, decode_wait_s=0.0)
     assert result is not None
     assert (result.wait_s, result.own_s) == pytest.approx((0.05, 0.1))
 
 
 def test_while_nobody_has_learned_its_step_times_nobody_knows() -> None:
     fresh = view("fresh", steps_total=LEARNED_STEPS - 1, step_time=StepTimeCoefficients(prefill_token_s=1.0))
-    assert forecast((fresh,), {"fresh": 10}, ahead_tokens=0.0, decode_wait_s=9.0) is None
-    assert forecast((), {}, ahead_tokens=0.0, decode_wait_s=0.0) is None
+    assert forecast((fresh,), {"fresh": 10}, urgency=PATIENT, ahead_tokens=0.0, decode_wait_s=9.0) is None
+    assert forecast((), {}, urgency=PATIENT, ahead_tokens=0.0, decode_wait_s=0.0) is None
     assert told(fresh, view("old"), ahead=1000).wait_s == pytest.approx(0.5), "a new one is taken to be like the others"
 
 
@@ -87,10 +95,18 @@ def test_a_mixed_worker_computes_prompts_beside_its_rows() -> None:
 
 def test_a_workers_queue_is_kept_short_but_never_empty() -> None:
     full = 512 + QUEUE_S * 1000
-    assert room_tokens([view()]) == pytest.approx(full)
-    assert room_tokens([view(queued_prefill_tokens=600), view("b", queued_prefill_tokens=5000)]) == pytest.approx(
-        full - 600
-    )
+    assert room_tokens([view()], PATIENT) == pytest.approx(full)
+    queued = [view(queued_prefill_tokens=600), view("b", queued_prefill_tokens=5000)]
+    assert room_tokens(queued, PATIENT) == pytest.approx(full - 600)
+
+
+def test_work_that_is_due_at_no_time_is_not_in_the_way_of_work_that_is() -> None:
+    """The worker serves in the same order: a long batch prompt under way there lets a short urgent one go first."""
+    busy, due = view(queued_prefill_tokens=8000, patient_prefill_tokens=7000), Urgency(deadline_s=1.0)
+    assert told(busy).wait_s == pytest.approx(8.0)
+    assert told(busy, urgency=due).wait_s == pytest.approx(1.0)
+    assert room_tokens([busy], PATIENT) == 0
+    assert room_tokens([replace(busy, queued_prefill_tokens=7100)], due) == pytest.approx(512 + QUEUE_S * 1000 - 100)
 
 
 @given(
