@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
-from tandem.cluster.types import SamplingParams, Side
+from tandem.cluster.types import Role, SamplingParams, Side
 from tandem.router.attempt import Attempt, AttemptLost, Path, PrefillHalf, Work
 
 P, D = Side.PREFILL, Side.DECODE
@@ -185,3 +186,142 @@ async def test_failures_carry_their_reason(rig: Any, side: Side, reason: str, re
         # The side that failed has ended by itself.
         assert not failing.requests(pb.AbortRequest)
         assert len(other.requests(pb.AbortRequest)) == 1
+
+
+# --- a prefill outlives its decode attempt ----------------------------------------------------------------------------
+
+
+async def lose_decode(r: Any, attempt: Attempt, how: str, decode: Any) -> PrefillHalf | None:
+    """The decode half ends that way; what is left of the prefill."""
+    [asked] = decode.requests(pb.DecodeRequest)
+    if how == "stream":
+        decode.break_streams()
+    elif how == "spoke first":
+        decode.send(r.event(asked.sequence, D, tokens=(1, [7, 8], "")))
+        await attempt.next_event()
+        decode.break_streams()
+    else:
+        decode.send(r.event(asked.sequence, D, failed=(how, True)))
+    with pytest.raises(AttemptLost) as lost:
+        await attempt.next_event()
+    assert lost.value.worker_id == "d0"
+    return attempt.close(spawned, keep_prefill=True)
+
+
+def spawned(work: Any) -> None:
+    task = asyncio.create_task(work)
+    ABORTS.add(task)
+    task.add_done_callback(ABORTS.discard)
+
+
+ABORTS: set[asyncio.Task[None]] = set()
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ("stream", True),
+        ("queue_full", True),
+        ("corrupt", True),
+        ("peer_lost", True),
+        ("expired", False),
+        ("unknown_ticket", False),
+        ("stale_attempt", False),
+        ("wrong_epoch", False),
+        ("spoke first", False),
+    ],
+)
+@scenario
+async def test_what_is_left_of_the_prefill(rig: Any, how: str, kept: bool) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        await attempt.submit(60.0)
+        half = await lose_decode(r, attempt, how, decode)
+        assert (half is not None) == kept
+        await r.until(lambda: not ABORTS, "the aborts")
+        if half is None:
+            assert prefill.requests(pb.AbortRequest)
+            assert counts(r) == (0, 0, 0, 0)
+            return
+        assert not prefill.requests(pb.AbortRequest)
+        # The decode worker is told to leave the KV where it is: no prefill attempt is named.
+        assert all((a.prefill_attempt, a.decode_attempt) == (0, 3) for a in decode.requests(pb.AbortRequest))
+        assert counts(r) == (6, 0, 0, 0), "its first token is still waited for"
+        half.close(spawned)
+        half.close(spawned)
+        await r.until(lambda: not ABORTS, "the abort")
+        [abort] = prefill.requests(pb.AbortRequest)
+        assert (abort.prefill_attempt, abort.decode_attempt) == (3, 0)
+        assert counts(r) == (0, 0, 0, 0)
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_the_next_decode_attempt_names_the_same_prefill_and_hears_what_it_said_meanwhile(rig: Any) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        spare = await r.worker("d1", Role.DECODE)
+        await attempt.submit(60.0)
+        [asked] = prefill.requests(pb.PrefillRequest)
+        half = await lose_decode(r, attempt, "corrupt", decode)
+        assert half is not None
+        prefill.send(r.event(asked.sequence, P, tokens=(1, [7], "")))
+        await r.until(lambda: not half._inbox.empty(), "the first token")
+        second = on(r, replace(WORK, number=4, half=half), half, spare)
+        await second.submit(60.0)
+        assert len(prefill.requests(pb.PrefillRequest)) == 1
+        [redeemed] = spare.requests(pb.DecodeRequest)
+        sequence = redeemed.sequence
+        assert (sequence.prefill_attempt, sequence.decode_attempt) == (3, 4)
+        assert (sequence.prompt_token_ids, sequence.output_token_ids) == ([1, 2, 3, 4, 5], [6])
+        assert (redeemed.peer.worker_id, redeemed.peer.epoch) == ("p0", prefill.epoch)
+        assert [token.token_id for token in (await second.next_event()).tokens] == [7]
+        spare.send(r.event(sequence, D, tokens=(1, [7, 8], "stop")))
+        assert (await second.next_event()).finish_reason == "stop"
+        await close(r, second)
+        assert not prefill.requests(pb.AbortRequest)
+
+
+@scenario
+async def test_a_second_decode_worker_that_cannot_reach_the_prefill_worker_is_believed(rig: Any) -> None:
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        spare = await r.worker("d1", Role.DECODE)
+        await attempt.submit(60.0)
+        half = await lose_decode(r, attempt, "peer_lost", decode)
+        assert half is not None
+        second = on(r, replace(WORK, number=4, half=half), half, spare)
+        await second.submit(60.0)
+        [redeemed] = spare.requests(pb.DecodeRequest)
+        spare.send(r.event(redeemed.sequence, D, failed=("peer_lost", True)))
+        with pytest.raises(AttemptLost, match="by the script"):
+            await second.next_event()
+        assert second.close(spawned, keep_prefill=True) is None
+        await r.until(lambda: prefill.requests(pb.AbortRequest), "the prefill to be aborted")
+
+
+@pytest.mark.parametrize(("silent", "lost"), [(True, True), (False, False)])
+@scenario
+async def test_a_prefill_worker_that_fell_silent_is_not_waited_for(rig: Any, silent: bool, lost: bool) -> None:
+    """After the first token: a broken connection the decode worker sees for itself, silence it does not."""
+    async with rig() as r:
+        attempt, prefill, decode = await split(r)
+        await attempt.submit(60.0)
+        [asked] = decode.requests(pb.DecodeRequest)
+        prefill.send(r.event(asked.sequence, P, tokens=(1, [7], "")))
+        await attempt.next_event()
+        if silent:
+            r.link("p0").give_up("no heartbeat for 1 s")
+        else:
+            prefill.break_streams()
+            await r.until(lambda: not r.link("p0").attached, "the break")
+            await r.until(lambda: r.link("p0").attached, "the stream to be back")
+        decode.send(r.event(asked.sequence, D, tokens=(1, [7, 8], "")))
+        if lost:
+            with pytest.raises(AttemptLost, match="no heartbeat"):
+                await attempt.next_event()
+            assert attempt.close(spawned, keep_prefill=True) is None
+        else:
+            assert (await attempt.next_event()).index == 1
+            attempt.close(spawned)
+        await r.until(lambda: not ABORTS, "the aborts")

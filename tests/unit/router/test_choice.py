@@ -376,3 +376,102 @@ async def test_leaving_while_a_worker_is_asked_takes_everything_back(rig: Any, m
         assert bool(prefill.requests(pb.AbortRequest)) == (method != "Reserve") or method == "Prefill"
         assert r.metric("requests_canceled_total") == 1
         r.assert_nothing_left()
+
+
+# --- a decode worker that is lost before its first step ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["refused", "corrupt", "died"])
+@scenario
+async def test_a_decode_worker_lost_before_its_first_step_costs_no_second_prefill(rig: Any, how: str) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        spare = await r.worker("d1", Role.DECODE, running=7)  # ranked behind d0
+        answers(r, prefill, spare, list(b"abcd"))
+        if how == "refused":
+            decode.refuse["Decode"] = [grpc.StatusCode.RESOURCE_EXHAUSTED]
+        elif how == "corrupt":
+            decode.on_decode = lambda request: [r.event(request.sequence, D, failed=("corrupt", True))]
+        stream = r.core.generate(r.request())
+        deltas = [await anext(stream)]
+        if how == "died":
+            await decode.die()
+        deltas += [delta async for delta in stream]
+        assert (text_of(deltas), deltas[-1].finish_reason) == ("abcd", FinishReason.LENGTH)
+        assert len(prefill.requests(pb.PrefillRequest)) == 1
+        [redeemed] = spare.requests(pb.DecodeRequest)
+        assert (redeemed.sequence.prefill_attempt, redeemed.sequence.decode_attempt) == (1, 2)
+        assert list(redeemed.sequence.output_token_ids) == [], "the ticket counts what was prefilled"
+        assert not prefill.requests(pb.AbortRequest)
+        assert r.metric("prefills_kept_total") == 1
+        assert deltas[-1].timings.decode_worker == "d1"
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_the_first_token_comes_though_no_decode_worker_is_left(rig: Any) -> None:
+    """And where it ends the answer, none is needed."""
+    async with rig() as r:
+        prefill, decode = await r.split()
+        stream = r.core.generate(r.request())
+        asked = asyncio.create_task(anext(stream))
+        await r.until(lambda: decode.requests(pb.DecodeRequest), "decode")
+        await decode.die()
+        await r.until(lambda: not r.link("d0").attached, "the break")
+        [request] = prefill.requests(pb.PrefillRequest)
+        prefill.send(r.event(request.sequence, P, tokens=(0, list(b"a"), "stop")))
+        delta = await asked
+        assert (ids_of([delta]), delta.finish_reason) == (list(b"a"), FinishReason.STOP)
+        assert [delta async for delta in stream] == []
+        assert not prefill.requests(pb.AbortRequest)
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_a_prefill_that_is_lost_while_a_decode_worker_is_looked_for_is_begun_anew(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        stream = r.core.generate(r.request())
+        asked = asyncio.create_task(anext(stream))
+        await r.until(lambda: decode.requests(pb.DecodeRequest), "decode")
+        await decode.die()
+        await r.until(lambda: not r.link("d0").attached, "the break")
+        await prefill.die()
+        await r.until(lambda: r.metric("request_retries_total", reason="worker_lost") == 2, "both to be lost")
+        one, other = await r.split()
+        answers(r, one, other, list(b"abcd"))
+        deltas = [await asked] + [delta async for delta in stream]
+        assert text_of(deltas) == "abcd"
+        assert len(one.requests(pb.PrefillRequest)) == 1
+        assert r.metric("prefills_kept_total") == 0
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_leaving_while_a_decode_worker_is_looked_for_ends_the_prefill(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        task = asyncio.create_task(r.collect(r.request()))
+        await r.until(lambda: decode.requests(pb.DecodeRequest), "decode")
+        await decode.die()
+        await r.until(lambda: r.metric("request_retries_total", reason="worker_lost") == 1, "it to be lost")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await r.until(lambda: prefill.requests(pb.AbortRequest), "the prefill to be aborted")
+        r.assert_nothing_left()
+
+
+@pytest.mark.parametrize("side", [P, D])
+@scenario
+async def test_nobody_came_back_within_the_deadline_is_unavailable(rig: Any, side: Side) -> None:
+    async with rig(unready_wait_s=0.01) as r:
+        prefill, decode = await r.split()
+        task = asyncio.create_task(r.collect(r.request(timeout_s=1.5)))
+        await r.until(lambda: decode.requests(pb.DecodeRequest), "decode")
+        await (prefill if side is P else decode).die()
+        with pytest.raises(Unavailable, match=f"no {side} worker came back within the request's 1.5 s") as error:
+            await task
+        assert error.value.retry_after_s is not None
+        assert r.metric("request_failures_total", reason="unavailable") == 1
+        r.assert_nothing_left()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from tandem.cluster.clock import VirtualClock
 from tandem.cluster.rpc import Refusal
-from tandem.cluster.types import Role
+from tandem.cluster.types import Role, Side
+from tandem.router.link import SubscriptionKey
 
 
 def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -140,3 +141,52 @@ async def test_nobody_joins_a_router_that_stops(rig: Any) -> None:
         with pytest.raises(Refusal, match="stopping"):
             await r.heartbeat(worker)
         assert r.members.members() == ()
+
+
+@scenario
+async def test_a_silent_worker_is_given_up_once_and_welcome_when_it_goes_on(rig: Any) -> None:
+    async with rig() as r:
+        clock = VirtualClock()
+        r.members._clock, r.members._lost_after_s, r.members._timeout_s = clock, 0.2, 0.1
+        worker = await r.worker("p0", Role.PREFILL)
+        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        key = SubscriptionKey("q", 0, Side.PREFILL, 1)
+        r.link("p0").subscribe(key, inbox)
+        for _ in range(40):  # silence is counted only as far as the router itself was running
+            clock.advance(0.03)
+            await asyncio.sleep(0.02)
+            if not inbox.empty():
+                break
+        lost = inbox.get_nowait()
+        assert (lost.silent, lost.side, lost.message) == (True, Side.PREFILL, "no heartbeat for 0.2 s")
+        assert not r.members.routable(Role.PREFILL)
+        await r.until(lambda: len(worker.attached_routers) == 2, "a new stream in place of the one given up")
+        await r.until(lambda: r.link("p0").attached, "it to stand")
+        assert len(worker._streams) == 1
+        await r.heartbeat(worker)
+        assert len(r.members.routable(Role.PREFILL)) == 1
+        assert inbox.empty()
+
+
+@scenario
+async def test_who_was_forgotten_may_come_back_unless_another_life_did(rig: Any) -> None:
+    async with rig() as r:
+        clock = VirtualClock()
+        r.members._clock = clock
+        worker = await r.worker("p0", Role.PREFILL)
+        first = worker.epoch
+
+        async def forget() -> None:
+            link = r.link("p0")
+            await link.close()
+            clock.advance(61)
+            assert r.members.members() == ()
+
+        await forget()
+        await r.heartbeat(worker)
+        assert r.link("p0").epoch == first
+        await forget()
+        worker.epoch ^= 2
+        await r.heartbeat(worker)
+        with pytest.raises(Refusal, match="replaced by a newer life"):
+            await r.heartbeat(worker, epoch=first)
