@@ -98,7 +98,7 @@ class MappedKVTransport(KVTransport):
                     return
                 if not isinstance(ref, RefFrame):
                     raise HandoffRefused(RefusalReason.CORRUPT, "bytes came where references were due")
-                yield _frame_of(mapping.segment, ref)
+                yield frame_of(mapping.segment, ref)
                 unbroken_bytes += mapping.segment.block_bytes
                 if unbroken_bytes >= MESSAGE_BYTES:  # the worker's loop has others to serve
                     unbroken_bytes = 0
@@ -149,7 +149,7 @@ class MappedKVTransport(KVTransport):
         mapping.connection.close()
 
 
-def _frame_of(segment: MappedSegment, ref: RefFrame) -> BlockFrame:
+def frame_of(segment: MappedSegment, ref: RefFrame) -> BlockFrame:
     """The block that `ref` names, to be copied now. `HandoffRefused`: WRONG_GENERATION where it is no longer there."""
 
     def verify() -> None:

@@ -6,6 +6,7 @@ Argument: a JSON object, see `Settings`.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import json
 import sys
@@ -17,6 +18,7 @@ from tandem.cluster.clock import MonotonicClock
 from tandem.cluster.types import BlockRef, SampledToken
 from tandem.kvtransfer.grpc_transport import GrpcKVServer
 from tandem.kvtransfer.layout import KVGroup, KVLayout
+from tandem.kvtransfer.mapped.fd_passing import share
 from tandem.kvtransfer.memory_store import MemoryKVStore
 from tandem.kvtransfer.source import SourceDriver
 from tandem.kvtransfer.transport import BlockRun
@@ -30,6 +32,8 @@ class Settings:
     corrupt: bool = False
     """Flips a bit of every block after its checksum was taken."""
     num_layers: int = 2
+    mapped: bool = False
+    """Shares its memory with readers on this host."""
 
 
 class CopyingStore(MemoryKVStore):
@@ -60,6 +64,9 @@ async def main(settings: Settings) -> None:
     store = (CopyingStore if settings.corrupt else MemoryKVStore)(layout, count)
     for index in range(count):
         store.write_block(index, bytes([index % 251 + 1]) * layout.block_bytes)
+    store.segment.publish(settings.epoch)
+    store.segment.generations[:] = memoryview(array.array("Q", [1] * count))
+    segments = await share(store.segment) if settings.mapped else None
     source = (SpoiledSource if settings.corrupt else SourceDriver)(
         worker_id="p",
         epoch=settings.epoch,
@@ -69,6 +76,7 @@ async def main(settings: Settings) -> None:
         release=lambda key, outcome: print("release", key, outcome.value, flush=True),
         abort_prefill=lambda key: print("abort_prefill", key, flush=True),
         clock=MonotonicClock(),
+        offer=None if segments is None else segments.offer,
     )
     server = GrpcKVServer(source, block_bytes=layout.block_bytes)
     key = source.on_submitted("r", 0, 0, settings.num_tokens)
@@ -93,6 +101,8 @@ async def main(settings: Settings) -> None:
     await over.wait()
     await source.close()
     await server.stop()
+    if segments is not None:
+        await segments.stop()
     source.check_integrity()
 
 
