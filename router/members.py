@@ -160,7 +160,7 @@ class Membership(RegistryServicer):
             passed_s, last_s = min(now_s - last_s, 2 * period_s), now_s
             for member in self._members.values():
                 before_s, member.silent_s = member.silent_s, member.silent_s + passed_s
-                if before_s <= self._lost_after_s < member.silent_s:
+                if before_s <= self._lost_after_s < member.silent_s and member.link.attached:
                     logger.warning("worker %s is silent: its requests go on elsewhere", member.status.worker_id)
                     member.link.give_up(f"no heartbeat for {self._lost_after_s:g} s")
 
