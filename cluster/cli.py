@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .launch.local_ray import end_process
 from .launch.state import LaunchError
 
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer carries
@@ -38,7 +39,7 @@ Ca = Annotated[
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `tandem` command. Ends the process with the command's exit code."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    end_process(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:

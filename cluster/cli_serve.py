@@ -40,17 +40,16 @@ def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
             return 130
         ready = True
         display.line(welcome(config, endpoints))
-        while not interrupts.first.wait(_LOOK_S) and not cluster.ray_died:
+        while not interrupts.first.wait(_LOOK_S) and not cluster.ray_lost:
             pass
-        if cluster.ray_died:
-            cluster.stop(at_once=True)
-            display.line("the local Ray died, and the cluster with it; nothing of it is left running")
-            return 1
+        if lost := cluster.ray_lost:
+            display.line(f"the local Ray died ({lost}); running requests finish, then the cluster ends")
         if not cluster.drain():
             display.line("not everything finished in time")
+        lost = cluster.ray_lost
         cluster.stop(at_once=interrupts.second.is_set())
-        display.line("stopped")
-    return 0
+        display.line("ended, because the local Ray died; nothing is left running" if lost else "stopped")
+    return 1 if lost else 0
 
 
 def watched_cluster(

@@ -82,6 +82,14 @@ def poll(handles: Sequence[MemberHandle], timeout_s: float) -> None:
         handle.hear()
 
 
+def answer(reference: Any) -> Any:
+    """What a call made with `begin` that has ended returned; None where it was lost with its member, or with Ray."""
+    try:
+        return ray.get(reference, timeout=0)
+    except RayError:
+        return None
+
+
 def finished(references: Sequence[Any], timeout_s: float) -> bool:
     """Waits for calls made with `begin`; True when all have ended, well or not."""
     if not references:

@@ -10,21 +10,29 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from . import reaper
+from .reaper import inside_of, reap
 
 NAMESPACE = "tandem"
 _BASE = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
 _PREFIX = "tandem-"
 
 _DAEMONS = ("gcs_server", "raylet")
+_OUTLIVE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""After so long without gcs_server, Ray's own, whoever is connected to it ends itself: members, raylet and driver."""
 _PENDING_POLL_S = 0.02
 
 _ENVIRONMENT = {
@@ -42,26 +50,40 @@ _ENVIRONMENT = {
 class LocalRay:
     """Starts a one-node Ray; `stop` ends it and removes what it left. Not reentrant: Ray has one driver per process."""
 
-    def __init__(self, num_cpus: int, object_store_bytes: int, *, verbose: bool = False) -> None:
+    def __init__(
+        self, num_cpus: int, object_store_bytes: int, *, outlive_s: float = 60.0, verbose: bool = False
+    ) -> None:
+        """`outlive_s`: how long all that is connected goes on without Ray's head (gcs_server); read once a process."""
+        self._outlive_s = outlive_s
         self._num_cpus = num_cpus
         self._object_store_bytes = object_store_bytes
         self._verbose = verbose
         self._folder: Path | None = None
-        self._daemons: list[int] = []
+        self._reaper: subprocess.Popen[bytes] | None = None
+        self._daemons: dict[int, str] = {}
 
     @property
-    def died(self) -> bool:
-        """Whether a daemon without which every call to Ray waits is gone; False where there is no /proc to tell."""
-        return not all(_child_lives(pid) for pid in self._daemons)
+    def lost(self) -> str:
+        """The daemon without which Ray manages nothing any more and that is gone; empty where none is, or no /proc to
+        tell. Members go on without it for a while, and can be called.
+        """
+        return " and ".join(sorted(name for pid, name in self._daemons.items() if not _child_lives(pid)))
 
     def start(self) -> None:
         """Blocks until Ray is up: some seconds. Raises RuntimeError and OSError as Ray does; then nothing is left."""
+        os.environ.setdefault(_OUTLIVE, str(math.ceil(self._outlive_s)))
         prepare_environment(local=True)
         import ray
 
         _sweep()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_BASE))
         try:
+            self._reaper = subprocess.Popen(
+                [sys.executable, "-I", "-S", reaper.__file__, str(self._folder)],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+                cwd="/",
+            )
             with _unreached_by_group_signals(), _own_signals(), _inside(self._folder):
                 ray.init(
                     address="local",
@@ -74,33 +96,38 @@ class LocalRay:
                     _temp_dir=str(self._folder),
                     _node_ip_address="127.0.0.1",
                 )
-            self._daemons = [pid for pid in _inside_of(self._folder) if _name(pid) in _DAEMONS and _child_lives(pid)]
+            children = {pid: _name(pid) for pid in inside_of(self._folder) if _child_lives(pid)}
+            self._daemons = {pid: name for pid, name in children.items() if name in _DAEMONS}
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """Idempotent; blocks until Ray's processes are gone. Asks nothing of a Ray that died: that takes a minute."""
+        """Idempotent; blocks until Ray's processes are gone. Asks nothing of a Ray that died: it would wait for
+        its head, up to `outlive_s`. The client stays behind then; see `end_process`.
+        """
         import ray
 
         with _own_signals():
-            if self.died:
-                atexit.register(_exit_now)
+            if self.lost:
+                _leave_client_behind()
             else:
                 with _ended_when_told(self._daemon_pids()):
                     ray.shutdown()
-        self._daemons = []
+        self._daemons = {}
         if self._folder is not None:
-            for pid in _inside_of(self._folder):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            reap(self._folder)
             self._folder = None
+        if self._reaper is not None:
+            assert self._reaper.stdin is not None
+            self._reaper.stdin.close()
+            self._reaper.wait()
+            self._reaper = None
 
     def _daemon_pids(self) -> list[int]:
         if self._folder is None:
             return []
-        children = [pid for pid in _inside_of(self._folder) if _child_lives(pid)]
+        children = [pid for pid in inside_of(self._folder) if _child_lives(pid)]
         # Where the group's SIGTERM is pending already, Ray's own cannot be told from it: those take their second.
         return [pid for pid in children if not _is_pending(pid, signal.SIGTERM)]
 
@@ -150,21 +177,31 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _exit_now() -> None:
-    # Ray's client was left as it is, and the interpreter would wait for it, or crash in it, while it winds up.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+_client_left_behind = threading.Event()
 
 
-def _inside_of(folder: Path) -> list[int]:
-    """Processes whose working directory is within the folder: all that a Ray started from it has started."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if entry.joinpath("cwd").readlink().is_relative_to(folder) and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-    return found
+def end_process(code: int) -> NoReturn:
+    """Ends the process with that exit code, as `sys.exit` does; at once where the client of a Ray that died was left
+    behind. An interpreter that winds up would first wait for it (ray.shutdown at exit, up to `outlive_s`) and without
+    that crash in it (its threads outlive what they use): there everything is flushed, and no exit handler runs.
+    """
+    if _client_left_behind.is_set():
+        _end_now(code)
+    sys.exit(code)
+
+
+def _leave_client_behind() -> None:
+    if not _client_left_behind.is_set():
+        _client_left_behind.set()
+        atexit.register(_end_now, 1)  # for programs that do not end by `end_process`
+
+
+def _end_now(code: int) -> NoReturn:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(code)
 
 
 def _name(pid: int) -> str:

@@ -3,7 +3,8 @@
 1. `start`: checks what can be checked here (model, ports), then brings up Ray or joins it, books a placement group with
    one bundle for the router and one for each worker, makes the actors and waits until the router says it is ready.
 2. While it runs, `cluster.launch.manager` watches.
-3. `drain`: the router admits nothing more and finishes what runs; then the workers.
+3. `drain`: the router admits nothing more and finishes what runs; then the workers. Ray is not needed for that: when
+   its head or its raylet dies, the members live on for a while.
 4. `stop`: members end, actors and placement group go, Ray goes, its folder goes; processes that are left are ended.
 """
 
@@ -33,6 +34,9 @@ _STOP_S = 10.0
 _GONE_S = 5.0
 _LAST_WORDS_S = 2.0
 """What the router gets, also when everything stops at once, to end its clients' requests with an error."""
+_WATCH_ENDS_S = 2.0
+_OUTLIVE_S = 60.0
+"""Members outlive Ray's head by the time that a drain may take, and by this."""
 _WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -85,9 +89,11 @@ class RayCluster:
         return self._endpoints
 
     @property
-    def ray_died(self) -> bool:
-        """Whether the local Ray is gone, and with it the cluster; `drain` and `stop` know, and ask nothing of it."""
-        return self._local is not None and self._local.died
+    def ray_lost(self) -> str:
+        """What of the local Ray is gone: `gcs_server`, `raylet` or both; empty: nothing. Without it no member can be
+        restarted, and the cluster should be drained and stopped.
+        """
+        return "" if self._local is None else self._local.lost
 
     def members(self) -> tuple[MemberView, ...]:
         """The members as last heard of; empty before `start` and after `stop`."""
@@ -116,13 +122,21 @@ class RayCluster:
         """Finishes what runs, at most `timeout_s` (None: the config's). True if all of it ended by itself in time."""
         deadline_s = time.monotonic() + (self._config.drain_timeout_s if timeout_s is None else timeout_s)
         self._end_watch()
-        done = True
-        for group in (self._handles[:1], self._handles[1:]):
-            if self.ray_died:
-                return False
-            left_s = max(1.0, deadline_s - time.monotonic())
-            done = self._wait_for([handle.begin("drain", left_s) for handle in group], left_s + 2.0) and done
+        if not self._handles or not self._drain_router(deadline_s):
+            return not self._handles
+        left_s = max(1.0, deadline_s - time.monotonic())
+        done = self._wait_for([handle.begin("drain", left_s) for handle in self._handles[1:]], left_s + 2.0)
         return done and time.monotonic() <= deadline_s + 2.0
+
+    def _drain_router(self, deadline_s: float) -> bool:
+        """Calls need neither Ray's head nor, for some seconds, its raylet: they go from process to process."""
+        from .handles import answer
+
+        left_s = max(1.0, deadline_s - time.monotonic())
+        reference = self._handles[0].begin("drain", left_s)
+        if not self._wait_for([reference], left_s + 2.0):
+            return False
+        return bool(answer(reference))
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ends everything; idempotent. `at_once` kills members instead of asking them to stop."""
@@ -131,9 +145,8 @@ class RayCluster:
             self._runtime_file = None
         self._end_watch()
         pids = [handle.state.pid for handle in self._handles if handle.state.pid]
-        died = self.ray_died
-        if not died:
-            self._end_members(at_once=at_once or self._hurry.is_set())
+        died = bool(self.ray_lost)
+        self._end_members(at_once=died or at_once or self._hurry.is_set())
         self._handles = []
         self._endpoints = None
         self._leave_ray()
@@ -147,7 +160,7 @@ class RayCluster:
         else:
             self._wait_for([handle.begin("stop", _STOP_S) for handle in self._handles], _STOP_S)
         for handle in self._handles:
-            if not self.ray_died:
+            if not self.ray_lost:  # which would wait for it; LocalRay.stop ends them
                 handle.kill()
 
     def _prepare(self) -> ClusterConfig:
@@ -166,7 +179,12 @@ class RayCluster:
             if config.address is None:
                 self._progress("ray", "starting", None)
                 total = config.router_cpus + config.worker_cpus * (config.prefill + config.decode + config.mixed)
-                self._local = LocalRay(math.ceil(total), config.object_store_bytes, verbose=self._verbose)
+                self._local = LocalRay(
+                    math.ceil(total),
+                    config.object_store_bytes,
+                    outlive_s=config.drain_timeout_s + _OUTLIVE_S,
+                    verbose=self._verbose,
+                )
                 self._local.start()
             else:
                 self._progress("ray", f"joining {config.address}", None)
@@ -289,7 +307,7 @@ class RayCluster:
             time.sleep(_POLL_S)
 
     def _report(self, line: str) -> None:
-        if not self.ray_died:  # then members are not what is to be reported
+        if not self.ray_lost:  # then members are not what is to be reported
             self._line(line)
 
     def _wait_for(self, references: list[Any], timeout_s: float, *, heed_hurry: bool = True) -> bool:
@@ -297,19 +315,19 @@ class RayCluster:
 
         deadline_s = time.monotonic() + timeout_s
         while not finished(references, _POLL_S):
-            if (heed_hurry and self._hurry.is_set()) or self.ray_died or time.monotonic() > deadline_s:
+            if (heed_hurry and self._hurry.is_set()) or time.monotonic() > deadline_s:
                 return False
         return True
 
     def _give_up_if_interrupted(self) -> None:
         if self._interrupted.is_set():
             raise Interrupted("interrupted while starting")
-        if self.ray_died:
+        if self.ray_lost:
             raise LaunchError("the local Ray died while the cluster started; --verbose shows its output")
 
     def _end_watch(self) -> None:
         if self._manager is not None:
-            self._manager.stop(0.0 if self.ray_died else None)
+            self._manager.stop(_WATCH_ENDS_S if self.ray_lost else None)
             self._manager = None
 
     def _leave_ray(self) -> None:
@@ -317,7 +335,7 @@ class RayCluster:
             return
         import ray
 
-        if self._group is not None and not self.ray_died:
+        if self._group is not None and not self.ray_lost:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.util.remove_placement_group(self._group)
         self._group = None
