@@ -185,7 +185,7 @@ class SecretInterceptor(aio.ServerInterceptor):
         if now_s - self._said_s >= _SAY_AGAIN_S:
             self._said_s = now_s
             how = "with another cluster's secret" if shown else "without the cluster's secret"
-            logger.warning("refused %s, called %s; %d calls refused so far", method, how, self._refused)
+            logger.warning("refused %s, called %s; refused so far: %d", method, how, self._refused)
 
 
 class _AuthenticatedChannel(aio.Channel):

@@ -11,6 +11,7 @@ how long to wait. Nothing is retried here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -142,7 +143,6 @@ class TandemClient:
     ) -> None:
         """`tls`: for a router that serves TLS, whom to trust and what to show; None: plain. Raises ConfigError."""
         options = (("grpc.enable_http_proxy", 0),)
-        self._tls = tls is not None
         if tls is None:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
@@ -232,4 +232,7 @@ def _tandem_error(error: Any) -> TandemError:
     for key, value in error.trailing_metadata() or ():
         if key == "retry-after-ms":
             retry_after_s = int(value) / 1000
-    return TandemError(error.code(), error.details() or "", retry_after_s)
+    details = error.details() or ""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and re.search("Connection reset|Socket closed|preface", details):
+        details += "; does the router serve TLS there, and is tls= given?"
+    return TandemError(error.code(), details, retry_after_s)

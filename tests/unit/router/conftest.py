@@ -119,10 +119,10 @@ class Front:
         self.service = ScriptedService()
         self.metrics = RouterMetrics(MODEL)
         self.tokenizer = ByteTokenizer(300)
+        self.frontend = Frontend(self.service, self.tokenizer, config, self.metrics, limits=limits)
         self._loop = loop or asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="front")
         self._thread.start()
-        self.frontend = Frontend(self.service, self.tokenizer, config, self.metrics, limits=limits)
         try:
             addresses: Addresses = self.run(self.frontend.start())
         except BaseException:
