@@ -158,7 +158,7 @@ class Dispatcher:
             self._unready_s = now_s if self._unready_s is None else self._unready_s
             if now_s >= self._gives_up_s(spot):
                 raise
-            self._policy.refused(spot, now_s)
+            self._policy.refused(spot, now_s, absent=True)
             return None
         self._unready_s = None
         if attempt is None:

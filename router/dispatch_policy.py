@@ -81,6 +81,7 @@ class DispatchPolicy(Generic[K]):
         self._tried_s = -math.inf
         self._changed = False
         self._drain = _Drain()
+        self._absent = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -141,12 +142,16 @@ class DispatchPolicy(Generic[K]):
         self._asking += 1
         self._asking_cost += entry.cost
 
-    def refused(self, key: K, now_s: float) -> None:
-        """Nobody takes it now: it keeps its place."""
+    def refused(self, key: K, now_s: float, *, absent: bool = False) -> None:
+        """Nobody takes it now: it keeps its place. `absent`: because nobody is there, which says nothing of how fast
+        workers take what waits.
+        """
         self._asked(key)
         if self._held is None:
             self._held = key
             self._drain.begin(now_s)
+        self._drain_to(now_s)
+        self._absent = absent
         self._tried, self._tried_s, self._changed = key, now_s, False
 
     def granted(self, key: K, now_s: float) -> None:
@@ -154,8 +159,9 @@ class DispatchPolicy(Generic[K]):
         entry = self._entries[key]
         self._asked(key)
         if self._held is not None:
-            self._drain.advance(now_s)
+            self._drain_to(now_s)
             self._drain.granted(entry.cost)
+        self._absent = False
         self._queue.take(key)
         self._forget(key)
 
@@ -165,7 +171,7 @@ class DispatchPolicy(Generic[K]):
             return
         self._asked(key)
         if self._held is not None:
-            self._drain.advance(now_s)
+            self._drain_to(now_s)
         self._queue.remove(key)
         self._forget(key)
 
@@ -179,11 +185,17 @@ class DispatchPolicy(Generic[K]):
 
     def decode_wait_s(self, cost: float, now_s: float) -> float:
         """How long the workers would take, at the rate of the last seconds, for so much; 0 while nobody is held."""
-        if self._held is None:
+        if self._held is None or self._absent:
             return 0.0
-        self._drain.advance(now_s)
+        self._drain_to(now_s)
         per_s = self._drain.per_s(self._entries[self._held].cost)
         return 0.0 if per_s is None else cost / per_s
+
+    def _drain_to(self, now_s: float) -> None:
+        if self._absent:
+            self._drain.begin(now_s)
+        else:
+            self._drain.advance(now_s)
 
     def _asked(self, key: K) -> None:
         entry = self._entries[key]

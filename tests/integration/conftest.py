@@ -18,7 +18,7 @@ from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig, to_d
 from tandem.cluster.launch.members import RouterMember, WorkerMember
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
-from tandem.cluster.types import Role
+from tandem.cluster.types import SLO, Role
 from tandem.router.client import TandemClient
 
 WAIT_S = 30.0
@@ -169,7 +169,7 @@ def start_cluster() -> Iterator[Callable[..., LocalCluster]]:
     ) -> LocalCluster:
         cluster = LocalCluster(
             engine,
-            router=router or RouterConfig(),
+            router=router or RouterConfig(slo=SLO(ttft_s=60.0, tpot_s=10.0)),  # a busy machine breaks none
             worker=worker or WorkerConfig(worker_id="template", role=Role.MIXED),
         )
         clusters.append(cluster)

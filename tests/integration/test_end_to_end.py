@@ -20,7 +20,7 @@ from tandem.cluster.config import EngineConfig, RouterConfig
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.proto import tandem_v1_pb2 as pb
 from tandem.cluster.proto import tandem_v1_pb2_grpc as pb_grpc
-from tandem.cluster.types import Role
+from tandem.cluster.types import SLO, Role
 from tandem.router.client import TandemClient
 from tandem.router.tokenizer import load_tokenizer
 
@@ -42,7 +42,9 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(smollm2: ModelFiles, module_processes: Any, module_wait: Callable[..., None]) -> Served:
-    config = RouterConfig(model=MODEL, http_port=0, grpc_port=0, registry_port=0, unready_wait_s=60)
+    # The oracle's machine is slow: a promise that was broken would be a refusal.
+    slo = SLO(ttft_s=60.0, tpot_s=10.0)
+    config = RouterConfig(model=MODEL, http_port=0, grpc_port=0, registry_port=0, unready_wait_s=60, slo=slo)
     _, split = module_processes.start("router", config)
     _, mixed = module_processes.start("router", config)
     module_processes.worker(ENGINE, Role.PREFILL, "prefill-0", split["registry"])

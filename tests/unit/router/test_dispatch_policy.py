@@ -171,3 +171,21 @@ def test_where_nothing_is_let_go_the_wait_is_at_least_as_long_again() -> None:
     day.later(DRAIN_LEARNED_S * 8)
     assert day.policy.decode_wait_s(100.0, day.now_s) == pytest.approx(DRAIN_LEARNED_S * 8, rel=0.01)
     assert math.isfinite(day.policy.decode_wait_s(1e9, day.now_s))
+
+
+def test_the_time_in_which_nobody_was_there_says_nothing_of_how_fast_workers_are() -> None:
+    day = Day()
+    day.comes("a", due(1.0))
+    day.comes("b", due(2.0))
+    for key in day.asks():
+        day.policy.refused(key, day.now_s, absent=True)
+    day.later(100.0)
+    assert day.policy.decode_wait_s(100.0, day.now_s) == 0.0
+    assert day.asks() == ["a"]
+    day.refused("a")
+    day.later(1.0)
+    assert day.asks() == ["a"]
+    day.granted("a")
+    assert day.asks() == ["b"]
+    day.refused("b")
+    assert day.policy.decode_wait_s(100.0, day.now_s) == pytest.approx(1.0)
