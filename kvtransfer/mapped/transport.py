@@ -69,10 +69,10 @@ class MappedKVTransport(KVTransport):
 
     async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
         theirs = await self._control.hello(peer, mine, timeout_s=timeout_s)
+        if (theirs.epoch, theirs.layout) != (peer.epoch, self._layout.to_bytes()):
+            return theirs  # not the life, or not the memory, that pulls would name: the caller refuses it by its reason
         if peer not in self._mappings and peer not in self._unmappable:
-            # Only of the life, and the memory, that the pulls of this peer will name.
-            usable = (theirs.epoch, theirs.layout) == (peer.epoch, self._layout.to_bytes())
-            await self._try_to_map(peer, theirs.offer if usable else None)
+            await self._try_to_map(peer, theirs.offer)
         if self._required and peer not in self._mappings:
             why = self._unmappable.get(peer, "it closed its memory")
             text = f"transport 'mapped' is demanded, but the KV memory of {peer.worker_id} cannot be mapped: {why}"

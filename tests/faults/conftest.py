@@ -41,6 +41,13 @@ def short_lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
     yield from _lanes(runner, tmp_path_factory, 2, lease_s=0.6, pull_wait_s=0.6, credit_ttl_s=0.6)
 
 
+@pytest.fixture(scope="module")
+def mapped_lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Rig]]:
+    """Pairs of workers that read each other's memory."""
+    grants = {"lease_s": 120.0, "pull_wait_s": 120.0, "credit_ttl_s": 120.0}
+    yield from _lanes(runner, tmp_path_factory, 2, transport="mapped", **grants)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How much was tried, for whoever reports it."""
     cells = sys.modules.get("cells")

@@ -201,8 +201,8 @@ async def stop_puller(scene: Scene, recipe: Recipe) -> Outcome:
     return await _stopped(scene, scene.decode_worker, STOP_S)
 
 
-LATE = ends("answer", "failed:deadline", "failed:peer_lost", "failed:aborted")
-"""The last: the holder ended it by its own clock, and says so to a reader that comes after."""
+LATE = ends("answer", "failed:deadline", "failed:peer_lost", "failed:aborted", "refused:ABORTED")
+"""The last two: one side has ended it by its own clock, and says so to whoever comes after."""
 
 
 @fault(LATE, timeout_s=lambda recipe: 1.2, alone=False, everywhere=False)

@@ -1,8 +1,8 @@
 """A man in the middle of one decode worker's KV calls: a real gRPC server that passes `tandem.kv.v1.KV` on to the real
 holder, message by message, and holds, changes, repeats or drops what a test wants.
 
-Messages are raw bytes on both sides. BLOCKS messages are passed on one block at a time, which the protocol allows, so
-that a test can name the frame it means. Metadata of a call is passed on unchanged.
+Messages are raw bytes on both sides. BLOCKS and REFS messages are passed on one block at a time, which the protocol
+allows, so that a test can name the frame it means. Metadata of a call is passed on unchanged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import grpc
 from grpc import aio
+from tandem.cluster.types import BlockRef
 from tandem.kvtransfer import wire
 from tandem.kvtransfer.grpc_transport import SERVICE
 from tandem.kvtransfer.ticket import HandoffRefused
-from tandem.kvtransfer.transport import EndFrame
+from tandem.kvtransfer.transport import EndFrame, RefFrame
 
 CALL_S = 60.0
 
@@ -165,6 +166,9 @@ class KVProxy:
                 for frame in frames:
                     if isinstance(frame, EndFrame):
                         yield What.END, message
+                    elif isinstance(frame, RefFrame):
+                        ref = BlockRef(frame.block_id, frame.generation)
+                        yield What.BLOCK, wire.encode_refs(frame.ticket, frame.block_index, [ref])
                     else:
                         yield What.BLOCK, wire.encode_blocks([frame])
         except aio.AioRpcError as error:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import NoReturn
 
 from kv_proxy import Cut, EndOfStream, Lost, Message, Tamper, What
-from tandem.cluster.types import SampledToken
+from tandem.cluster.types import BlockRef, SampledToken
 from tandem.kvtransfer import wire
 from tandem.kvtransfer.layout import KVLayout
 from tandem.kvtransfer.ticket import HandoffRefused, Hello, RefusalReason, Ticket
-from tandem.kvtransfer.transport import BlockFrame, EndFrame
+from tandem.kvtransfer.transport import BlockFrame, EndFrame, RefFrame
 
 How = Callable[[bytes], list[bytes]]
 
@@ -95,10 +95,18 @@ def flip_header_bit(data: bytes) -> list[bytes]:
 # Frames
 
 
-def _block(data: bytes) -> BlockFrame:
+def _block(data: bytes) -> BlockFrame | RefFrame:
+    """The one block of a message: its bytes, or where they are in mapped memory."""
     (frame,) = wire.decode_frames(data)
-    assert isinstance(frame, BlockFrame)
+    assert isinstance(frame, BlockFrame | RefFrame)
     return frame
+
+
+def message_of(frame: BlockFrame | RefFrame) -> bytes:
+    """A message of one block."""
+    if isinstance(frame, RefFrame):
+        return wire.encode_refs(frame.ticket, frame.block_index, [BlockRef(frame.block_id, frame.generation)])
+    return wire.encode_blocks([frame])
 
 
 def _end(data: bytes) -> EndFrame:
@@ -109,7 +117,7 @@ def _end(data: bytes) -> EndFrame:
 
 def other_generation(data: bytes) -> list[bytes]:
     frame = _block(data)
-    return [wire.encode_blocks([replace(frame, generation=frame.generation + 1)])]
+    return [message_of(replace(frame, generation=frame.generation + 1))]
 
 
 def says_wrong_generation(data: bytes) -> list[bytes]:
@@ -120,19 +128,29 @@ def says_wrong_generation(data: bytes) -> list[bytes]:
 def other_request(data: bytes) -> list[bytes]:
     """A frame under another request's ticket, its checksum as it was."""
     frame = _block(data)
-    return [wire.encode_blocks([replace(frame, ticket=replace(frame.ticket, request_id="other"))])]
+    return [message_of(replace(frame, ticket=replace(frame.ticket, request_id="other")))]
 
 
 def other_request_sealed(data: bytes) -> list[bytes]:
     """A frame of another request as that request's own pull would carry it, checksum included."""
     frame = _block(data)
+    assert isinstance(frame, BlockFrame)
     ticket = replace(frame.ticket, request_id="other")
     checksum = wire.block_checksum(ticket, frame.block_index, frame.generation, frame.payload)
     return [wire.encode_blocks([replace(frame, ticket=ticket, checksum=checksum)])]
 
 
 def without_checksum(data: bytes) -> list[bytes]:
-    return [wire.encode_blocks([replace(_block(data), checksum=None)])]
+    frame = _block(data)
+    assert isinstance(frame, BlockFrame)
+    return [message_of(replace(frame, checksum=None))]
+
+
+def outside_of_memory(data: bytes) -> list[bytes]:
+    """A reference to a block that the holder does not have."""
+    frame = _block(data)
+    assert isinstance(frame, RefFrame)
+    return [message_of(replace(frame, block_id=2**20))]
 
 
 def end_too_early(data: bytes) -> list[bytes]:
