@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import InvalidRequest
@@ -26,6 +28,10 @@ _T = TypeVar("_T")
 
 MAX_PROMPT_CHARS = 8 * 2**20
 """A rendered prompt longer than this is refused; no model here has a context that could hold it."""
+
+
+MAX_WIDTH = 1000
+"""That a template may pad or indent to."""
 
 
 def render_chat(
@@ -101,12 +107,53 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Also refuses the short ways to a huge value; else constants are multiplied while compiling."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+    _widening = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _size_of_result(operator, left, right) > MAX_PROMPT_CHARS:
+            raise jinja2.TemplateError(f"the result of {operator!r} would be too large")
+        return super().call_binop(context, operator, left, right)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr in self._widening:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+
+def _size_of_result(operator: str, left: Any, right: Any) -> int:
+    """At least as much as characters, items or bits of `left operator right`, where that is more than its operands'."""
+    if operator == "%":
+        return sum(int(digits) for digits in re.findall(r"\d{1,18}", left)) if isinstance(left, str) else 0
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
+    if operator == "*":
+        for items, count in ((left, right), (right, left)):
+            if isinstance(items, str | list | tuple) and isinstance(count, int):
+                return len(items) * max(count, 0)
+    return 0
+
+
+def _narrow(name: str, filter_: Callable[..., str]) -> Callable[..., str]:
+    """A filter of Jinja's whose numbers widen its result."""
+
+    def narrowed(text: Any, *args: Any, **kwargs: Any) -> str:
+        if any(isinstance(value, int) and value > MAX_WIDTH for value in (*args, *kwargs.values())):
+            raise jinja2.TemplateError(f"{name}: a width of more than {MAX_WIDTH}")
+        return filter_(text, *args, **kwargs)
+
+    return narrowed
+
+
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _narrow("tojson", _tojson)
+    for name in ("center", "indent"):
+        environment.filters[name] = _narrow(name, environment.filters[name])
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

@@ -152,7 +152,10 @@ def _shards(folder: Path) -> list[Path]:
             raise ModelError(f"{index_path} names files outside of its folder")
     else:
         paths = sorted(folder.glob("*.safetensors"))
-    missing = [path.name for path in paths if not path.is_file()]
+    try:
+        missing = [path.name for path in paths if not path.is_file()]
+    except OSError as error:  # a name that no file can have
+        raise ModelError(f"{index_path} names a file that cannot be: {error.strerror}") from error
     if missing or not paths:
         raise ModelError(f"{folder} lacks weights: {', '.join(missing) or 'no *.safetensors'}")
     return paths

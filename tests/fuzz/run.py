@@ -17,6 +17,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -113,7 +114,12 @@ def fuzz(name: str, options: argparse.Namespace) -> tuple[int, bool]:
     """Inputs tried and whether none was a finding."""
     command = [sys.executable, __file__, "--child", name, "--engine", options.engine, "--seconds", str(options.seconds)]
     command += ["--seed", str(options.seed), "--findings", str(options.findings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds + 300, check=False)
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="tandem-fuzz-", dir=memory if memory.is_dir() else None) as scratch:
+        environment = {**os.environ, "TANDEM_FUZZ_SCRATCH": scratch}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=options.seconds + 300, check=False, env=environment
+        )
     count = re.search(r"number_of_executed_units: *(\d+)", done.stderr)
     if done.returncode:
         print(done.stderr[-4000:])

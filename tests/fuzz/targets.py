@@ -7,10 +7,13 @@ allocation included, is a finding; the input then becomes a file of `corpus/<tar
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import io
 import json
 import logging
+import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable
@@ -50,6 +53,8 @@ from tandem.router.http_protocol import BoundedProtocol, HttpLimits
 from tandem.router.openai_requests import parse_chat, parse_completion, parse_messages
 from tandem.router.params import Fields, Limits, parse_options, parse_top_logprobs
 
+MEMORY = Path("/dev/shm")
+SCRATCH = "TANDEM_FUZZ_SCRATCH"
 LIMITS = Limits(vocab_size=512, max_model_len=512, max_choices=4, max_stop=4, default_max_tokens=None)
 
 
@@ -64,9 +69,13 @@ class Target:
 
 @functools.cache
 def scratch() -> Path:
-    """A folder in memory where there is one: some parsers read files."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="tandem-fuzz-", dir=memory if memory.is_dir() else None))
+    """A folder in memory where there is one, for parsers that read files; in the long run its parent's."""
+    given = os.environ.get(SCRATCH)
+    if given:
+        return Path(given)
+    folder = Path(tempfile.mkdtemp(prefix="tandem-fuzz-", dir=MEMORY if MEMORY.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def in_file(name: str, run: Callable[[Path], object]) -> Callable[[bytes], object]:

@@ -60,7 +60,11 @@ def test_seeds_are_taken_and_noise_is_refused(name: str) -> None:
 def test_only_the_errors_that_are_meant_come_out(name: str) -> None:
     @given(st.integers(0, 2**32), st.binary(max_size=64))
     @settings(
-        max_examples=SLOW.get(name, EXAMPLES), deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=SLOW.get(name, EXAMPLES),
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
     )
     def check(seed: int, noise: bytes) -> None:
         feed(name, MUTATE.mutated(random.Random(seed), (*TARGETS[name].seeds, noise)))
