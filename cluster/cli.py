@@ -235,15 +235,19 @@ def chat(
 def status(
     url: Url = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="The router's own answer.")] = False,
+    watch: Annotated[float | None, typer.Option(metavar="SECONDS", help="Again and again, until Ctrl-C.")] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Default: this user's own cluster's, else TANDEM_API_KEY.")
     ] = None,
     ca: Ca = None,
 ) -> None:
-    """Show a running cluster's workers. Exit code 1 where it is not ready."""
+    """Show a running cluster's workers, ledger and handoffs. Exit code 1 where it is not ready."""
     from .cli_status import status as run_status
+    from .cli_status import watch as run_watch
     from .tls import ClientTLS
 
+    if watch is not None:
+        raise typer.Exit(run_watch(url, watch, api_key=api_key, tls=ClientTLS.from_environment(ca)))
     raise typer.Exit(run_status(url, as_json=as_json, api_key=api_key, tls=ClientTLS.from_environment(ca)))
 
 

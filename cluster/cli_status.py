@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,8 @@ from .launch import runtime_file
 from .tls import ClientTLS
 
 _COLUMNS = ("worker", "role", "state", "device", "epoch", "KV use", "running", "waiting", "held", "leases")
+_LEDGER = ("blocks", "held", "cached", "free", "credited", "proven")
+_HANDOFFS = ("handoffs", "leases", "pulls", "giving", "taking", "moved", "ended early")
 _TIMEOUT_S = 10.0
 
 
@@ -24,8 +28,45 @@ def status(url: str, *, as_json: bool = False, api_key: str | None = None, tls: 
     if as_json:
         print(json.dumps(answer, indent=1))
     else:
-        print(render(url, answer))
+        print(render(url, answer, scrape(url, api_key=api_key, tls=tls)))
     return 0 if answer.get("ready") else 1
+
+
+def watch(url: str, every_s: float, *, api_key: str | None = None, tls: ClientTLS | None = None) -> int:
+    """Prints the table again and again, in place on a terminal, until Ctrl-C. Raises OSError, ValueError."""
+    if not 0.1 <= every_s <= 3600:
+        raise ValueError(f"watch: {every_s:g} is not allowed; allowed: 0.1 to 3600 seconds")
+    try:
+        while True:
+            answer, samples = fetch(url, api_key=api_key, tls=tls), scrape(url, api_key=api_key, tls=tls)
+            clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else ""
+            print(f"{clear}{render(url, answer, samples)}\n", flush=True)
+            time.sleep(every_s)
+    except KeyboardInterrupt:
+        return 0
+
+
+Samples = Mapping[str, Sequence[tuple[Mapping[str, str], float]]]
+"""Metrics by sample name: labels and value of each series."""
+
+
+def scrape(url: str, *, api_key: str | None = None, tls: ClientTLS | None = None) -> Samples:
+    """The router's metrics; empty where it does not give them. Does not raise for an answer that is none."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    key = api_key or operator_key(url)
+    address = url.rstrip("/") + "/metrics"
+    question = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
+    secure = (tls or ClientTLS.from_environment()).context_for(url)
+    found: dict[str, list[tuple[Mapping[str, str], float]]] = {}
+    try:
+        with urllib.request.urlopen(question, timeout=_TIMEOUT_S, context=secure) as reply:
+            for family in text_string_to_metric_families(reply.read().decode()):
+                for sample in family.samples:
+                    found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    except (OSError, ValueError, http.client.HTTPException):
+        return {}
+    return found
 
 
 def fetch(url: str, *, api_key: str | None = None, tls: ClientTLS | None = None) -> dict[str, Any]:
@@ -73,18 +114,58 @@ def _json(reply: IO[bytes]) -> Any:
         return None
 
 
-def render(url: str, answer: Mapping[str, Any]) -> str:
-    """The answer as a table. Pure."""
+def render(url: str, answer: Mapping[str, Any], samples: Samples | None = None) -> str:
+    """The answer as tables: workers, the ledger of blocks, handoffs; above them what is inside the router. Pure."""
     workers: Sequence[Mapping[str, Any]] = answer.get("workers") or ()
-    rows = [_COLUMNS, *(_row(worker) for worker in workers)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    tables = [
+        _table([_COLUMNS, *(_row(worker) for worker in workers)]),
+        _table([_LEDGER, *(_ledger(worker) for worker in workers)]),
+        _table([_HANDOFFS, *(_handoffs(worker) for worker in workers)]),
+    ]
+    lines = "\n\n".join(tables)
     models = sorted({str(worker.get("model", "")) for worker in workers} - {""})
     state = "ready" if answer.get("ready") else f"not ready: {answer.get('reason', 'it does not say why')}"
     head = f"{url}  {state}" + (f"  {', '.join(models)}" if models else "")
     if "workers" not in answer:
         return f"{head}\nit tells more to those who show a key: --api-key, TANDEM_API_KEY"
-    return "\n".join([head, "", *lines]) if workers else f"{head}\nno workers"
+    inside = _inside(samples or {})
+    return "\n".join([head, *inside, "", lines]) if workers else f"{head}\nno workers"
+
+
+def _inside(samples: Samples) -> list[str]:
+    """Requests in the router, and those that wait there for a worker, by class."""
+    if not (flying := samples.get("tandem:requests_in_flight")):
+        return []
+    queued = {
+        labels.get("slo_class", ""): value for labels, value in samples.get("tandem:router_queue_requests", ()) if value
+    }
+    waiting = ", ".join(f"{name} {count:g}" for name, count in sorted(queued.items()))
+    return [f"{flying[0][1]:g} requests inside" + (f"; waiting for a worker: {waiting}" if waiting else "")]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _ledger(worker: Mapping[str, Any]) -> tuple[str, ...]:
+    blocks, free, cached = (int(worker.get(name) or 0) for name in ("num_blocks", "free_blocks", "cached_blocks"))
+    credit = f"{worker.get('credited_blocks', '-')} of {worker.get('credit_limit_blocks', '-')}"
+    proof = f"{float(worker.get('integrity_age_s') or 0):.0f} s ago" if worker.get("integrity_ok", True) else "BROKEN"
+    return (str(worker.get("worker_id", "-")), str(blocks - free - cached), str(cached), str(free), credit, proof)
+
+
+def _handoffs(worker: Mapping[str, Any]) -> tuple[str, ...]:
+    def counts(name: str) -> str:
+        return ", ".join(f"{key} {count}" for key, count in (worker.get(name) or {}).items()) or "-"
+
+    names = ("holder_states", "puller_states", "pulls_total", "handoff_failures_total")
+    return (
+        *(str(worker.get(name, "-")) for name in ("worker_id", "leases", "pulls")),
+        *(counts(name) for name in names),
+    )
 
 
 def _row(worker: Mapping[str, Any]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from ..cluster.types import Role, Timings, Urgency
 from .admission import Admission
 from .attempt import AttemptLost, Path, Work
 from .choice import ChoiceRun, ChoiceTools
+from .describe import describe
 from .dispatch import Dispatcher, Standing
 from .errors import DeadlineExceeded, Overloaded, ServiceError
 from .members import Membership
@@ -170,30 +171,9 @@ class RouterCore(GenerationService):
         """Ready: a prefill and a decode worker whose fingerprints match, or a mixed worker, can take work now."""
         workers: list[dict[str, object]] = []
         for member in self._members.members():
-            status = member.status
-            workers.append(
-                {
-                    "worker_id": status.worker_id,
-                    "role": status.role,
-                    "epoch": f"{status.epoch:016x}",
-                    "address": status.address,
-                    "device": status.device,
-                    "model": status.model,
-                    "fingerprint": status.fingerprint,
-                    "state": self._members.why_not_routable(member) or "ready",
-                    "pid": status.pid,
-                    "num_blocks": status.num_blocks,
-                    "free_blocks": status.free_blocks,
-                    "cached_blocks": status.cached_blocks,
-                    "credited_blocks": status.credited_blocks,
-                    "running": status.running,
-                    "waiting": status.waiting,
-                    "held": status.held,
-                    "leases": status.leases,
-                    "pulls": status.pulls,
-                    "preemptions_total": status.preemptions_total,
-                }
-            )
+            state = self._members.why_not_routable(member) or "ready"
+            heard_ago_s = self._clock.now_s() - member.heard_s
+            workers.append({**describe(member.status), "state": state, "heartbeat_age_s": heard_ago_s})
         return Readiness(ready=not (reason := self._why_not_ready()), reason=reason, workers=tuple(workers))
 
     def _why_not_ready(self) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import grpc
 from grpc import aio
 
+from ... import __version__
 from ..auth import OPEN, MemberCredentials
 from ..clock import Clock
 from ..config import WorkerConfig
@@ -329,6 +330,9 @@ class WorkerShell:
             steps_total=engine.steps_total,
             computed_tokens_total=engine.computed_tokens_total,
             late_steps_total=engine.late_steps_total,
+            threads=engine_config.threads,
+            cpus=engine_config.cpus,
+            version=__version__,
             integrity_age_s=engine.integrity_age_s,
         )
         for service in self._services:

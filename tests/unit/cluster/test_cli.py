@@ -39,6 +39,11 @@ REFUSED = "no router answers at http://127.0.0.1:1/{} (Connection refused)"
             REFUSED.format("v1/chat/completions"),
         ),
         (["status", "--url", "nowhere"], 2, "url: 'nowhere'"),
+        (["status", "--watch", "0"], 2, "watch: 0 is not allowed"),
+        (["restart", "--url", "http://127.0.0.1:1", "decode-0"], 1, REFUSED.format("ready")),
+        (["restart"], 2, "worker: name the workers to restart, or --all"),
+        (["restart", "--all", "decode-0"], 2, "worker: name the workers to restart, or --all"),
+        (["restart", "--all", "--timeout", "-1"], 2, "timeout: -1 is not allowed"),
         (["status", "--url", "http://127.0.0.1:1"], 1, REFUSED.format("ready")),
         (["bench", "serve", "--goodput", "ttft"], 2, "goodput: 'ttft'"),
         (["bench", "serve", "--goodput", "ttft:1", "itl:3"], 2, "goodput: 'itl:3'"),
@@ -175,6 +180,18 @@ def test_status_table() -> None:
         "1",
         "4",
     ]
+    worker = WORKER | {"credited_blocks": 7, "credit_limit_blocks": 200, "integrity_ok": True, "integrity_age_s": 3.2}
+    worker |= {"pulls": 2, "puller_states": {"pulling": 2}, "pulls_total": {"grpc": 5, "mapped": 9}}
+    samples = {
+        "tandem:requests_in_flight": [({}, 6.0)],
+        "tandem:router_queue_requests": [({"slo_class": "batch"}, 4.0), ({"slo_class": "interactive"}, 0.0)],
+    }
+    text = cli_status.render("u", {"ready": True, "workers": [worker]}, samples)
+    lines = text.splitlines()
+    assert lines[1] == "6 requests inside; waiting for a worker: batch 4"
+    assert lines[7].split() == ["decode-0", "50", "50", "100", "7", "of", "200", "3", "s", "ago"]
+    assert lines[10].split(maxsplit=4) == ["decode-0", "4", "2", "-", "pulling 2  grpc 5, mapped 9  -"]
+    assert "BROKEN" in cli_status.render("u", {"ready": True, "workers": [worker | {"integrity_ok": False}]})
     assert "not ready: no prefill" in cli_status.render("u", {"ready": False, "reason": "no prefill", "workers": []})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -174,6 +175,8 @@ async def test_ready_says_what_is_missing(rig: Any) -> None:
         readiness = r.core.readiness()
         assert (readiness.ready, readiness.reason) == (False, "no prefill worker is ready")
         assert [worker["state"] for worker in readiness.workers] == ["draining", "ready", "ready"]
+        json.dumps(readiness.workers)
+        assert readiness.workers[0].keys() >= {"holder_states", "pulls_total", "integrity_age_s", "heartbeat_age_s"}
         await r.worker("m0", Role.MIXED)
         assert r.core.readiness().ready
 
