@@ -154,7 +154,7 @@ def _check_value(path: str, value: Any, hint: Any, extra: tuple[Any, ...] = ()) 
         for key, entry in value.items():
             _check_value(f"{path}.{key}", entry, typing.get_args(base)[1], marks + extra)
         return
-    shown = HIDDEN if any(isinstance(mark, Hidden) for mark in marks) else value
+    shown = HIDDEN if any(isinstance(mark, Hidden) for mark in marks + extra) else value
     if not _is_a(value, base):
         raise ConfigError(path, shown, _kind(base, marks + extra))
     for mark in marks + extra:
