@@ -89,6 +89,7 @@ BAD_ROUTER = [
     ("default_max_tokens", 0),
     ("request_timeout_s", 0),
     ("heartbeat_timeout_s", 0),
+    ("worker_lost_after_s", 0),
     ("local_prefill_threshold_tokens", -1),
     ("max_attempts", 0),
     ("events_path", ""),
