@@ -335,8 +335,8 @@ class _WorkerCollector(Collector):
         for name, about, label, read_map in _WORKER_LABELED:
             counter = CounterMetricFamily(f"tandem:{name}", about, labels=[*labels, label])
             for status in statuses:
-                for value, count in sorted(read_map(status).items()):
-                    counter.add_metric([status.worker_id, status.role, value], count)
+                for name_of, count in sorted(read_map(status).items()):
+                    counter.add_metric([status.worker_id, status.role, name_of], count)
             yield counter
         info_labels = [*labels, "epoch", "address", "device", "model", "fingerprint"]
         info = GaugeMetricFamily("tandem:worker_info", "1 for every live worker", labels=info_labels)
