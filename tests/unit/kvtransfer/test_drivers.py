@@ -42,8 +42,13 @@ def test_pull_behind_the_watermark_then_confirm(pair_class: Any, layout: KVLayou
         pair.source.on_advanced(P, 8)
         await pair.until(lambda: pair.sink._sequences[D].received_blocks == 2)
         pair.clock.advance(1.0)
+        assert pair.source.counts().by_state() == {"computing": 1}
+        assert pair.sink.counts().by_state() == {"pulling": 1}
         pair.source.on_done(P, TOKEN)
         await pair.hear("kv_ready", D, TOKEN)
+        assert pair.source.counts().by_state() == {"held": 1}
+        assert pair.sink.counts().by_state() == {"ready": 1}
+        assert dict(pair.sink.pulls_total) == {pair.stats.transport: 1} == {"memory": 1}
         assert same_content(pair, layout, 3)
         assert pair.stats.bytes == 3 * layout.block_bytes
         assert pair.stats.transfer_s == 1.0
@@ -53,9 +58,29 @@ def test_pull_behind_the_watermark_then_confirm(pair_class: Any, layout: KVLayou
         await pair.hear("release", P, Outcome.CONFIRMED)
         await pair.until(lambda: pair.sink.counts().live == 0)
         pair.nothing_left()
+        assert pair.source.counts().by_state() == pair.sink.counts().by_state() == {}
+        assert not pair.sink.failures_total
 
     pair = play(pair_class, scene)
     assert [what[0] for what in pair.said] == ["kv_ready", "release"]
+
+
+def test_credits_and_failures_are_counted_by_name(pair_class: Any) -> None:
+    async def scene(pair: Any) -> None:
+        pair.sink.reserve("other", 0, 0, 1)
+        credit = pair.sink.reserve("r", 0, 0, 3)
+        pair.sink.submit(pair.ticket(), pair.peer, credit, 100.0)
+        assert pair.sink.counts().by_state() == {"credited": 1, "waiting_blocks": 1}
+        pair.clock.advance(101.0)
+        pair.sink.tick()
+        assert dict(pair.sink.failures_total) == {"deadline": 1}
+        pair.prefill()
+        pair.source.on_done(P, TOKEN)
+        pair.clock.advance(11.0)
+        pair.source.tick()
+        assert pair.source.expired_total == 1
+
+    play(pair_class, scene)
 
 
 def test_pull_before_its_prefill_waits(pair_class: Any, layout: KVLayout) -> None:
