@@ -109,7 +109,7 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
             f"  curl -N{ca} {base}/v1/chat/completions -H {_JSON}{bearer} -d {shlex.quote(chat)}",
             f"  grpcurl {plaintext}{bearer} -d {shlex.quote(generate)} {endpoints.grpc} tandem.v1.Tandem/Generate",
             f"  {python} -c {_quote(grpc_line)}",
-            f"  {python} -c {_quote(openai_line)}",
+            f"  {'SSL_CERT_FILE=$TANDEM_CA ' if tls else ''}{python} -c {_quote(openai_line)}",
             f"  {tandem_command()} chat --url {base}",
             "",
             "Ctrl-C drains and stops.",

@@ -163,7 +163,8 @@ def ask(
         with urllib.request.urlopen(question, timeout=_ASK_TIMEOUT_S, context=secure) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise ServerUnusable(f"{url}: HTTP {error.code}") from None
+        hint = ": it wants another key; --api-key or TANDEM_API_KEY" if error.code == 401 else ""
+        raise ServerUnusable(f"{url}: HTTP {error.code}{hint}") from None
     except (OSError, http.client.HTTPException) as error:
         raise ServerUnusable(no_answer(url, error)) from None
     except ValueError as error:

@@ -78,9 +78,8 @@ def member(cluster: RayCluster, name: str) -> MemberView:
 
 def complete(endpoints: Endpoints, prompt: str, max_tokens: int = 8) -> str:
     body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"http://{endpoints.http}/v1/completions", json.dumps(body).encode(), {"Authorization": f"Bearer {KEY}"}
-    )
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://{endpoints.http}/v1/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return str(json.load(answer)["choices"][0]["text"])
 

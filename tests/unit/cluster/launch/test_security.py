@@ -159,5 +159,6 @@ def test_lines_to_copy_fit_keys_and_certificates() -> None:
     assert "--cacert $TANDEM_CA https://127.0.0.1:1/v1" in text
     assert "Bearer ${TANDEM_API_KEY%%,*}" in text
     assert "tls=ClientTLS.from_environment()" in text
+    assert "  SSL_CERT_FILE=$TANDEM_CA " in text
     assert KEY not in text
     assert "Bearer ${TANDEM_API_KEY}" in welcome(router(api_keys_file="keys"), ENDPOINTS)
