@@ -252,6 +252,24 @@ def status(
 
 
 @app.command()
+def doctor(
+    url: Url = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="Look at the files of this one.")] = "smollm2-135m",
+    as_json: Annotated[bool, typer.Option("--json", help="Every finding as JSON.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(help="Default: this user's own cluster's, else TANDEM_API_KEY.")
+    ] = None,
+    ca: Ca = None,
+) -> None:
+    """Look at this machine and a running cluster, and say what to do. Exit code 1 where something is wrong."""
+    from .cli_doctor import doctor as run_doctor
+    from .tls import ClientTLS
+
+    tls = ClientTLS.from_environment(ca)
+    raise typer.Exit(run_doctor(url, model=model, as_json=as_json, api_key=api_key, tls=tls, say=_say))
+
+
+@app.command()
 def restart(
     workers: Annotated[list[str] | None, typer.Argument(metavar="WORKER", help="As `tandem status` names it.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every worker, one after another.")] = False,

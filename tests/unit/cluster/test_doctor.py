@@ -1,0 +1,199 @@
+"""Each check of `tandem doctor`: facts in, findings out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tandem.cluster import cli_doctor
+from tandem.cluster.cli_doctor_checks import (
+    Finding,
+    Level,
+    Live,
+    Machine,
+    Package,
+    Port,
+    Security,
+    check_live,
+    check_machine,
+)
+
+MACHINE = Machine(
+    python="3.11.7",
+    python_allowed=">=3.11,<3.14",
+    packages=(Package(name="grpcio", allowed="<2,>=1.74", installed="1.76.0"),),
+    cores=8,
+    cpu_flags=frozenset({"avx2", "avx512f", "avx512_bf16"}),
+    memory_bytes=16 * 2**30,
+    open_files=20000,
+    cache="/c",
+    cache_writable=True,
+    cache_free_bytes=50 * 2**30,
+    ports=(Port(name="http-port", number=8000, holder="free"),),
+    model="m",
+    model_error=None,
+    model_here=True,
+)
+
+
+def worker(name: str, role: str, epoch: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "worker_id": name,
+        "role": role,
+        "epoch": epoch,
+        "state": "ready",
+        "address": "127.0.0.1:7",
+        "device": "cpu",
+        "fingerprint": "f" * 32,
+        "version": "1.0",
+        "threads": 1,
+        "cpus": [],
+        "integrity_ok": True,
+        "integrity_age_s": 1.0,
+        "heartbeat_age_s": 0.1,
+        "steps_total": 100,
+        "late_steps_total": 0,
+        **fields,
+    }
+
+
+def live(*workers: dict[str, Any], **fields: Any) -> Live:
+    shown = workers or (worker("prefill-0", "prefill", "a"), worker("decode-0", "decode", "b"))
+    answer = {"ready": True, "reason": "", "workers": list(shown)}
+    values: dict[str, Any] = {
+        "answer": answer,
+        "later": answer,
+        "samples": {},
+        "cores": 8,
+        "version": "1.0",
+        "security": None,
+    }
+    return Live(**(values | fields))
+
+
+def about(findings: list[Finding], name: str) -> Finding:
+    return next(finding for finding in findings if finding.about == name and finding.level is not Level.OK)
+
+
+def levels(findings: list[Finding]) -> set[Level]:
+    return {finding.level for finding in findings}
+
+
+def test_all_is_well() -> None:
+    assert levels(check_machine(MACHINE)) == {Level.OK}
+    assert levels(check_live(live())) == {Level.OK}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "level", "text"),
+    [
+        ({"python": "3.10.2"}, "python", Level.FAIL, "3.10.2; allowed: >=3.11,<3.14"),
+        (
+            {"packages": (Package(name="grpcio", allowed=">=1.74", installed="1.60.0"),)},
+            "package",
+            Level.FAIL,
+            "grpcio 1.60.0; allowed: >=1.74",
+        ),
+        (
+            {"packages": (Package(name="grpcio", allowed=">=1", installed=None),)},
+            "package",
+            Level.FAIL,
+            "not installed",
+        ),
+        (
+            {"packages": (Package(name="torch", allowed=">=2.11", installed=None, extra="engine"),)},
+            "package",
+            Level.WARN,
+            "torch is not installed",
+        ),
+        ({"cpu_flags": frozenset({"avx2"})}, "processor", Level.WARN, "avx2"),
+        ({"open_files": 256}, "limits", Level.WARN, "256 open files"),
+        ({"cache_writable": False}, "cache", Level.FAIL, "cannot be written"),
+        ({"cache_free_bytes": 2**20}, "cache", Level.WARN, "0.0 GiB free"),
+        ({"model_error": "m: truncated", "model_here": False}, "model", Level.FAIL, "m: truncated"),
+        ({"ports": (Port(name="grpc-port", number=8001, holder="taken"),)}, "port", Level.WARN, "grpc-port 8001"),
+    ],
+)
+def test_what_is_wrong_with_a_machine(changes: dict[str, Any], name: str, level: Level, text: str) -> None:
+    found = about(check_machine(replace(MACHINE, **changes)), name)
+    assert (found.level, text in found.text) == (level, True), found
+    assert found.do
+
+
+P, D = worker("prefill-0", "prefill", "a"), worker("decode-0", "decode", "b")
+OPEN = Security(host="0.0.0.0", loopback=False, api_key=False, secret=True, tls=False)
+PATHS = {"tandem:requests_by_path_total": [({"path": "split"}, 9.0), ({"path": "local"}, 1.0)]}
+LOST = {
+    "tandem:handoffs_total": [({}, 10.0)],
+    "tandem:handoff_failures_total": [({"reason": "worker_lost"}, 2.0)],
+    "tandem:request_retries_total": [({"reason": "expired"}, 3.0)],
+}
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "level", "text"),
+    [
+        (live(answer={"ready": True}), "cluster", Level.WARN, "without a key"),
+        (
+            live(answer={"ready": False, "reason": "no decode worker is ready", "workers": [P]}),
+            "cluster",
+            Level.FAIL,
+            "1 prefill ready: no decode worker is ready",
+        ),
+        (
+            live(P, D, D | {"worker_id": "d1", "epoch": "c", "state": "draining"}),
+            "cluster",
+            Level.WARN,
+            "d1 (draining)",
+        ),
+        (live(P, D | {"epoch": "a"}), "epochs", Level.FAIL, "same epoch"),
+        (live(P, D | {"version": "0.9"}), "versions", Level.WARN, "1.0 on prefill-0; 0.9 on decode-0"),
+        (live(version="2.0"), "versions", Level.WARN, "this command: 2.0"),
+        (live(P, D | {"fingerprint": "other"}), "fingerprints", Level.FAIL, "other on decode-0"),
+        (live(P, D | {"heartbeat_age_s": 7.0}), "heartbeats", Level.WARN, "decode-0 7.0 s ago"),
+        (live(P, D, cores=1), "threads", Level.WARN, "2 compute threads on 1 processors"),
+        (live(P | {"cpus": [0, 1]}, D | {"cpus": [1, 2]}), "threads", Level.WARN, "processors 1 are given"),
+        (live(P, D | {"integrity_ok": False}), "ledger", Level.FAIL, "broken on decode-0"),
+        (live(P, D | {"puller_states": {"pulling": 2}}), "handoffs", Level.WARN, "decode-0: 2 pulling"),
+        (live(samples=LOST), "handoff failures", Level.WARN, "2 beside 10 handoffs: worker_lost 2"),
+        (live(samples=LOST), "retries", Level.WARN, "expired 3"),
+        (live(samples=PATHS), "split", Level.WARN, "local 10.0%, split 90.0% of 10: 1 went round"),
+        (
+            live(P | {"device": "paced", "late_steps_total": 50}, D | {"device": "paced"}),
+            "device",
+            Level.WARN,
+            "50 of 200 steps were late",
+        ),
+        (live(security=OPEN), "security", Level.WARN, "no client key, member secret, no TLS"),
+        (live(security=replace(OPEN, api_key=True)), "security", Level.WARN, "no TLS"),
+    ],
+)
+def test_what_is_wrong_with_a_cluster(facts: Live, name: str, level: Level, text: str) -> None:
+    found = about(check_live(facts), name)
+    assert (found.level, text in found.text) == (level, True), found
+    assert found.do
+
+
+def test_handoffs_that_move_are_not_stuck() -> None:
+    before, after = D | {"puller_states": {"pulling": 2}}, D | {"puller_states": {"pulling": 2}, "steps_total": 101}
+    facts = live(P, before, later={"ready": True, "workers": [P, after]})
+    assert levels(check_live(facts)) == {Level.OK}
+
+
+def test_loopback_needs_no_key_and_a_mixed_cluster_is_no_bypass() -> None:
+    facts = live(worker("mixed-0", "mixed", "a"), samples=PATHS, security=replace(OPEN, host="::1", loopback=True))
+    assert levels(check_live(facts)) == {Level.OK}
+
+
+def test_without_a_cluster_it_looks_at_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    assert cli_doctor.doctor("http://127.0.0.1:1", model="dummy:tiny-llama", say=said.append) == 0
+    assert "no router answers" in "\n".join(said)
+    said.clear()
+    assert cli_doctor.doctor("http://127.0.0.1:1", model="dummy:nothing", as_json=True, say=said.append) == 1
+    [failed] = [finding for finding in json.loads(said[0]) if finding["level"] == "fail"]
+    assert failed["about"] == "model"
+    with pytest.raises(ValueError, match="url"):
+        cli_doctor.doctor("nowhere", say=said.append)
