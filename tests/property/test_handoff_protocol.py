@@ -210,7 +210,10 @@ class Handoff(RuleBasedStateMachine):
             index = next(i for i, m in enumerate(self.network) if m[0] in ("frame", "end") and m[1:4] == stream)
         stays = pick % 23 == 0 and len(self.network) < 30
         message = self.network[index] if stays else self.network.pop(index)
-        getattr(self, f"on_{message[0]}")(*message[1:])
+        if message[0] == "frame" and pick % 17 == 0:
+            self.on_frame(*message[1:], torn=True)
+        else:
+            getattr(self, f"on_{message[0]}")(*message[1:])
 
     @precondition(lambda self: self.network)
     @rule(data=st.data())
@@ -289,8 +292,17 @@ class Handoff(RuleBasedStateMachine):
         self.do_p([action for action in actions if not isinstance(action, act.Serve | act.Refuse)])
 
     def on_frame(
-        self, to: tuple[str, int], key: str, pull_index: int, ticket: Ticket, index: int, content: Content
+        self,
+        to: tuple[str, int],
+        key: str,
+        pull_index: int,
+        ticket: Ticket,
+        index: int,
+        content: Content,
+        *,
+        torn: bool = False,
     ) -> None:
+        """`torn`: its memory was handed out anew while it was copied (mapped reads)."""
         d = self.writer_of(to, key, pull_index)
         if d is None:
             if (late := self.d[to[0]]).epoch == to[1]:
@@ -306,6 +318,10 @@ class Handoff(RuleBasedStateMachine):
             assert not sequence.writer_done, "a write after the engine was told that none would come"
             assert action.block_id == sequence.blocks[index].block_id
             assert content == (ticket.request_id, index), "another request's KV"
+            if torn:
+                d.memory.content[action.block_id] = ("torn", index)
+                self.end_writer(d, key, RefusalReason.WRONG_GENERATION)
+                return
             d.memory.content[action.block_id] = content
             d.puller.block_written(key, pull_index, index)
 
