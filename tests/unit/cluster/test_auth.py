@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,11 @@ def test_beyond_loopback_members_need_a_secret_and_clients_a_key(host: str) -> N
 def test_on_loopback_nothing_is_needed(host: str) -> None:
     OPEN.check_exposure(host, insecure=False)
     check_clients(RouterConfig(host=host))
+
+
+def test_every_grpc_channel_and_server_of_the_package_is_made_where_strangers_are_thought_of(repository: Path) -> None:
+    made = re.compile(r"(?:insecure|secure)_channel\(|add_(?:insecure|secure)_port\(|\b(?:aio|grpc)\.server\(")
+    packages = ("cluster", "decode_worker", "kvtransfer", "prefill_worker", "router")
+    paths = [path for package in packages for path in (repository / package).rglob("*.py")]
+    found = {str(path.relative_to(repository)) for path in paths if made.search(path.read_text())}
+    assert found == {"cluster/auth.py", "router/client.py", "router/frontend.py", "router/grpc_api.py"}
