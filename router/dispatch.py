@@ -202,7 +202,8 @@ class Dispatcher:
     def _give_turn(self, spot: Spot) -> None:
         assert spot.turn is not None, "who is ready and does not ask waits for its turn"
         self._policy.ask(spot)
-        spot.turn.set_result(None)
+        if not spot.turn.done():  # canceled, it leaves as soon as its task runs
+            spot.turn.set_result(None)
 
     def _arm(self, now_s: float) -> None:
         """Looks again when who is held may ask again, or has waited long enough for a worker to be there."""
