@@ -128,7 +128,7 @@ def gather_machine(model: str, url: str) -> Machine:
 
 def _python_allowed() -> str:
     try:
-        return metadata.metadata(_DISTRIBUTION).get("Requires-Python") or ""
+        return str(metadata.metadata(_DISTRIBUTION).json.get("requires_python", ""))
     except metadata.PackageNotFoundError:
         return ""
 

@@ -55,11 +55,17 @@ def restart(url: str, names: Sequence[str], *, every: bool, timeout_s: float, sa
 
 
 def chosen(answer: Answer, names: Sequence[str]) -> list[str]:
-    """The workers to restart, in the router's order if none is named. ValueError for one that it does not know."""
+    """The workers to restart, in the router's order if none is named. ValueError for one that it does not know, OSError
+    where it tells of none.
+    """
+    if "workers" not in answer:
+        raise OSError("the router names its workers only to those who show a key: TANDEM_API_KEY")
     known = [str(worker["worker_id"]) for worker in answer.get("workers") or ()]
     for name in names:
         if name not in known:
             raise ValueError(f"worker: {name!r} is not allowed; allowed: {', '.join(known) or 'none, no worker is up'}")
+    if not known:
+        raise OSError("no worker is up")
     return list(dict.fromkeys(names)) or known
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEARD_S = 2.0
-"""How long a member that leaves waits for the driver's next look, so that it is not taken for one that died."""
+HEARD_S = 3.0
+"""How long a member that leaves waits for the driver's next two looks, so that it is not taken for one that died."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -47,6 +47,7 @@ class MemberActor:
         self._state = MemberState(phase=Phase.STARTING, stage="importing", pid=os.getpid(), host=_node_ip())
         self._member: RouterMember | WorkerMember | None = None
         self._stopping = False
+        self._told = False
         self._heard = threading.Event()
         """The driver knows that this member leaves."""
         _set_threads(int(config["engine"]["threads"]) if kind == "worker" else 1)
@@ -60,7 +61,9 @@ class MemberActor:
         if member is not None and state.phase is Phase.READY:
             return state.change(healthy=member.healthy(), not_serving=member.why_not_serving())
         if state.phase is Phase.LEAVING:
-            self._heard.set()
+            if self._told:  # the driver asks one question at a time: it has the answer to the one before
+                self._heard.set()
+            self._told = True
         return state
 
     def drain(self, timeout_s: float) -> bool:

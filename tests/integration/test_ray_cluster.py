@@ -18,6 +18,7 @@ import grpc
 import pytest
 from tandem.cluster.auth import OPEN, MemberCredentials
 from tandem.cluster.config import SecurityConfig
+from tandem.cluster import cli_restart
 from tandem.cluster.config_file import build_config
 from tandem.cluster.launch import runtime_file
 from tandem.cluster.launch.ray_cluster import RayCluster
@@ -227,6 +228,41 @@ def test_a_killed_process_comes_back(running: Running, name: str) -> None:
     wait_for("requests are served again", lambda: served(running.endpoints))
     assert complete(running.endpoints, "the same question") == before
     assert any(line.startswith(f"{name} is back after") or "was restarted" in line for line in running.reports)
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+def test_a_worker_that_is_asked_to_restart_fails_no_request(running: Running, name: str) -> None:
+    """The actor's process ends by itself, and Ray starts the next one; what comes meanwhile waits."""
+    before, old = complete(running.endpoints, "the same question"), member(running.cluster, name)
+    answers: list[str] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            answers.append(complete(running.endpoints, "the same question"))
+
+    clients = [threading.Thread(target=ask) for _ in range(3)]
+    for client in clients:
+        client.start()
+    wait_for("the load runs", lambda: len(answers) > 3)
+    said: list[str] = []
+    url = f"http://{running.endpoints.http}"
+    try:
+        assert cli_restart.restart(url, [name], every=False, timeout_s=30, say=said.append) == 0
+        count = len(answers)
+        wait_for("the load goes on", lambda: len(answers) > count + 3)
+    finally:
+        ended.set()
+        for client in clients:
+            client.join(60)
+    assert set(answers) == {before}
+    wait_for("the manager knows", lambda: member(running.cluster, name).restarts == old.restarts + 1)
+    new = member(running.cluster, name)
+    assert (new.state.pid != old.state.pid, new.state.epoch != old.state.epoch) == (True, True)
+    asked = f"{name} was asked to restart: it finishes what it runs, and Ray starts it anew"
+    wait_for("it is reported", lambda: running.reports[-1].startswith(f"{name} is back after"))
+    assert running.reports[-2] == asked
+    print(said, running.reports[-1])
 
 
 def test_the_key_reaches_the_router(running: Running) -> None:

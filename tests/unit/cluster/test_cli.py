@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tandem.cluster import cli, cli_serve, cli_status
+from tandem.cluster import cli, cli_restart, cli_serve, cli_status
 from tandem.cluster.cli_display import Display
 from tandem.cluster.config_file import build_config
 from tandem.cluster.launch.state import Endpoints
@@ -148,6 +148,18 @@ WORKER = {
     "held": 1,
     "leases": 4,
 }
+
+
+def test_who_is_restarted() -> None:
+    answer = {"ready": True, "workers": [{"worker_id": name} for name in ("prefill-0", "decode-0")]}
+    assert cli_restart.chosen(answer, ()) == ["prefill-0", "decode-0"]
+    assert cli_restart.chosen(answer, ["decode-0", "decode-0"]) == ["decode-0"]
+    with pytest.raises(ValueError, match="worker: 'd' is not allowed; allowed: prefill-0, decode-0"):
+        cli_restart.chosen(answer, ["d"])
+    with pytest.raises(OSError, match="no worker is up"):
+        cli_restart.chosen({"ready": False, "workers": []}, ())
+    with pytest.raises(OSError, match="key"):
+        cli_restart.chosen({"ready": True}, ())
 
 
 def test_status_table() -> None:
