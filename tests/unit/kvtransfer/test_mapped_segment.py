@@ -161,7 +161,8 @@ def test_without_memfd_there_is_memory_that_nobody_shares(monkeypatch: pytest.Mo
 
 
 def test_a_segment_that_is_forgotten_leaves_no_descriptor() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    gc.collect()
+    before = descriptors()
     for close in (True, False) * 20:
         made = KVSegment(LAYOUT, 3)
         if close:
@@ -170,7 +171,11 @@ def test_a_segment_that_is_forgotten_leaves_no_descriptor() -> None:
             assert not made.shareable
     del made
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 def play(owned: KVSegment, scene: Callable[[SegmentServer], Awaitable[None]], **options: int) -> None:
@@ -183,9 +188,11 @@ def play(owned: KVSegment, scene: Callable[[SegmentServer], Awaitable[None]], **
             await server.stop()
             await server.stop()
 
-    before = len(os.listdir("/proc/self/fd"))
+    gc.collect()
+    before = descriptors()
     asyncio.run(run())
-    assert len(os.listdir("/proc/self/fd")) == before
+    gc.collect()
+    assert descriptors() == before
 
 
 async def until(condition: Callable[[], bool]) -> None:
