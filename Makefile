@@ -12,13 +12,14 @@ SOURCES := __init__.py cluster decode_worker kernels kvtransfer prefill_worker r
 # build, where the index would send gigabytes of CUDA. Without such a folder the try fails at once and nothing is lost.
 TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: fuzz help venv dev demo serve test soak lint fmt type proto clean
+.PHONY: fuzz help venv dev demo serve test soak faults lint fmt type proto clean
 
 help:
 	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
 	@echo "make serve   the same cluster, staying up"
 	@echo "make test    install with test tools, run the whole suite    make lint   ruff, import-linter, mypy"
 	@echo "make soak    many requests while workers are killed: minutes"
+	@echo "make faults  every fault at every state of the handoff, longer than in the suite: minutes"
 	@echo "make fuzz    every parser against made-up input, FUZZ_SECONDS=60 each (ARGS=\"--seconds 10 gguf yaml\")"
 	@echo "make fmt     format     make type  mypy     make proto  regenerate protobuf code     make clean"
 
@@ -38,6 +39,9 @@ test: dev
 soak: dev
 	$(BIN)/python tests/soak/soak.py --requests 20000 $(ARGS)
 	$(BIN)/python tests/soak/soak.py --requests 1000 --device cpu --kill-every-s 12 --concurrency 8 $(ARGS)
+
+faults: dev
+	TANDEM_FAULTS_SWEEP=1 $(BIN)/python -m pytest tests/faults $(ARGS)
 
 fuzz: dev
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install --quiet -e '.[fuzz]' || \

@@ -69,6 +69,8 @@ async def run_cells(lanes: Sequence[Rig], cells: Iterable[Cell]) -> None:
             except Exception as error:
                 error.add_note(f"cell: {cell.name}")
                 failures.append(error)
+        await rig.heal()
+        await rig.prove()
 
     await asyncio.gather(*(run(rig) for rig in lanes))
     if failures:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tandem.cluster.types import Role
 
 WAIT_S = 20.0
 POLL_S = 0.003
+PROOF_POLL_S, PROOF_S = 0.1, 3.0
 START_S = 60.0
 
 
@@ -87,6 +90,17 @@ class Member:
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise AssertionError(f"{self.worker_id} still owns {left}") from None
+
+    async def proven_since(self, start_s: float) -> bool:
+        """Whether the engine has proven its ledger of blocks since then (monotonic clock). It does so once, when it has
+        been idle for half a second; one that cannot ends its process.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROOF_S):
+                while (await self.status()).integrity_age_s >= time.monotonic() - start_s:  # noqa: ASYNC110
+                    await asyncio.sleep(PROOF_POLL_S)
+                return True
+        return False
 
     async def wait_states(self, **expected: int) -> None:
         """Returns when handoffs stand exactly so: `held=1, pulling=1`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ DECODE_BLOCKER_TOKENS = 380
 """All but 8 blocks of the decode worker; the prefill worker has enough left for one more."""
 STEP_BLOCKER_TOKENS = 160
 """One step of about 0.5 s on the decode worker."""
+PROOF_TRIES = 3
+"""On a machine that stands still for half a second the proof may come before one has begun to look."""
 MORE_TIME_S = 60.0
 """For requests that are only in the way."""
 
@@ -119,6 +122,15 @@ class Rig:
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
         )
+
+    async def prove(self) -> None:
+        """Both engines work once more, fall idle, and prove their ledgers."""
+        for _ in range(PROOF_TRIES):
+            await self.normal_handoff()
+            start_s = time.monotonic()
+            if all(await asyncio.gather(*(member.proven_since(start_s) for member in self.members))):
+                return
+        raise AssertionError("an idle engine has not proven its ledger")
 
     async def normal_handoff(self) -> None:
         """A request that nobody disturbs is answered right."""
