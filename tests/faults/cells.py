@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import path_faults  # noqa: F401 - adds its rows
 from faults import FAULTS, RULES, TYPICAL, Fault, left_out
 from recipes import HOLDER, PULLER, Recipe
 from scenes import Rig, Scene

@@ -1,4 +1,5 @@
 """The faults: what happens to a handoff in some state, and how it must end. One table; `test_matrix.py` runs it.
+What can happen to messages on their way is added by `path_faults.py`.
 
 A fault strikes a scene that a recipe has brought to a state and returns how the request ended. `expect` says which
 endings are right in that state: `answer` is the whole right answer, everything else is an error that the router hears
@@ -16,14 +17,12 @@ import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-import tampers
 from grpc import aio
 from kv_proxy import Tamper, What
 from members import WAIT_S, Member
 from recipes import Recipe
 from scenes import Scene
 from scripted_router import Outcome, Refused
-from tampers import Change
 from tandem.kvtransfer import wire
 from tandem.kvtransfer.grpc_transport import SERVICE
 from tandem.kvtransfer.ticket import HandoffRefused, Ticket
@@ -66,13 +65,14 @@ def fault(expect: Expect | str, **facts: object) -> Callable[[Strike], Strike]:
     """Adds a row: the function's name, what it does, and how that must end."""
 
     def note(strike: Strike) -> Strike:
-        _add(strike.__name__, strike, expect, **facts)
+        add(strike.__name__, strike, expect, **facts)
         return strike
 
     return note
 
 
-def _add(name: str, strike: Strike, expect: Expect | str, **facts: object) -> None:
+def add(name: str, strike: Strike, expect: Expect | str, **facts: object) -> None:
+    """Adds a row."""
     assert name not in FAULTS
     rule = ends(expect) if isinstance(expect, str) else expect
     FAULTS[name] = Fault(name=name, strike=strike, expect=rule, **facts)  # type: ignore[arg-type]
@@ -81,25 +81,6 @@ def _add(name: str, strike: Strike, expect: Expect | str, **facts: object) -> No
 def ends(*kinds: str) -> Expect:
     """The same in every state."""
     return lambda recipe: frozenset(kinds)
-
-
-def on_path(
-    name: str,
-    what: What,
-    how: tampers.How | Callable[[], Tamper],
-    ending: str,
-    *,
-    times: int | None = 1,
-    **facts: object,
-) -> None:
-    """Adds a fault of one message on its way: the first of its kind; of blocks, the second."""
-    first = 1 if what is What.BLOCK else 0
-    make: Callable[[], Tamper] = how if how is tampers.Swap else lambda: Change(what, how, first=first, times=times)  # type: ignore[assignment,arg-type]
-
-    async def strike(scene: Scene, recipe: Recipe) -> Outcome:
-        return await scene.finish()
-
-    _add(name, strike, ending, tamper=make, needs=what, **facts)
 
 
 # --- what the router does ---------------------------------------------------------------------------------------------
@@ -253,110 +234,6 @@ async def deadline(scene: Scene, recipe: Recipe) -> Outcome:
     if recipe.name in ENDED_BY_ITS_TIME:
         return scene.request.ended() or Outcome("silence")
     return await scene.request.outcome()
-
-
-# --- messages on their way --------------------------------------------------------------------------------------------
-
-on_path("block_bit_flipped", What.BLOCK, tampers.flip_last_bit, "answer")
-on_path("block_bit_always_flipped", What.BLOCK, tampers.flip_last_bit, "failed:corrupt", times=None, everywhere=False)
-on_path("block_header_flipped", What.BLOCK, tampers.flip_header_bit, "answer", everywhere=False)
-on_path("block_truncated", What.BLOCK, tampers.truncate, "answer")
-on_path("block_always_truncated", What.BLOCK, tampers.truncate, "failed:corrupt", times=None, everywhere=False)
-on_path("block_repeated", What.BLOCK, tampers.repeat, "answer")
-on_path("block_lost", What.BLOCK, tampers.drop, "answer", everywhere=False)
-on_path("blocks_swapped", What.BLOCK, tampers.Swap, "answer")
-on_path("block_of_other_generation", What.BLOCK, tampers.other_generation, "answer")
-on_path("wrong_generation_said", What.BLOCK, tampers.says_wrong_generation, "answer")
-on_path(
-    "wrong_generation_always_said",
-    What.BLOCK,
-    tampers.says_wrong_generation,
-    "failed:wrong_generation",
-    times=None,
-    everywhere=False,
-)
-on_path("block_of_other_request", What.BLOCK, tampers.other_request, "answer", everywhere=False)
-on_path("block_of_other_request_sealed", What.BLOCK, tampers.other_request_sealed, "answer")
-on_path("block_without_checksum", What.BLOCK, tampers.without_checksum, "answer", everywhere=False)
-on_path("stream_cut", What.BLOCK, tampers.cut, "answer")
-on_path("stream_always_cut", What.BLOCK, tampers.cut, "failed:peer_lost", times=None, everywhere=False)
-on_path("end_too_early", What.BLOCK, tampers.end_too_early, "answer")
-on_path("end_lost", What.END, tampers.end_stream, "answer")
-on_path("end_of_fewer_tokens", What.END, tampers.end_of_fewer_tokens, "answer", everywhere=False)
-on_path("end_of_other_request", What.END, tampers.end_of_another, "answer", everywhere=False)
-on_path("end_flipped", What.END, tampers.flip_last_bit, "answer", everywhere=False)
-
-on_path("pull_cut", What.PULL, tampers.cut, "answer")
-on_path("pull_flipped", What.PULL, tampers.flip_last_bit, "answer")
-on_path(
-    "pull_of_wrong_epoch", What.PULL, tampers.of_ticket(lambda t: replace(t, epoch=t.epoch ^ 2)), "failed:wrong_epoch"
-)
-on_path(
-    "pull_of_other_worker",
-    What.PULL,
-    tampers.of_ticket(lambda t: replace(t, prefill_worker="other")),
-    "failed:wrong_epoch",
-)
-on_path(
-    "pull_of_wrong_fingerprint",
-    What.PULL,
-    tampers.of_ticket(lambda t: replace(t, fingerprint="other weights")),
-    "failed:fingerprint_mismatch",
-)
-on_path(
-    "pull_of_wrong_tokens",
-    What.PULL,
-    tampers.of_ticket(lambda t: replace(t, num_tokens=t.num_tokens + 1)),
-    "failed:wrong_tokens",
-)
-on_path(
-    "pull_of_older_attempt",
-    What.PULL,
-    tampers.of_ticket(lambda t: replace(t, decode_attempt=0)),
-    "failed:corrupt",
-    times=None,
-)
-
-on_path("hello_cut", What.HELLO, tampers.cut, "answer")
-for _side, _what in (("holder", What.HELLO_REPLY), ("puller", What.HELLO)):
-    on_path(
-        f"version_mismatch_of_{_side}",
-        _what,
-        tampers.of_hello(lambda h: replace(h, protocol_version=h.protocol_version + 1)),
-        "failed:version_mismatch",
-    )
-    on_path(
-        f"fingerprint_mismatch_of_{_side}",
-        _what,
-        tampers.of_hello(lambda h: replace(h, fingerprint="other weights")),
-        "failed:fingerprint_mismatch",
-    )
-    on_path(f"layout_mismatch_of_{_side}", _what, tampers.of_hello(tampers.other_block_size), "failed:layout_mismatch")
-on_path(
-    "hello_of_another_life",
-    What.HELLO_REPLY,
-    tampers.of_hello(lambda h: replace(h, epoch=h.epoch ^ 2)),
-    "failed:wrong_epoch",
-    times=None,
-)
-
-on_path("confirm_repeated", What.CONFIRM, tampers.repeat, "answer")
-on_path("confirm_cut_once", What.CONFIRM, tampers.cut, "answer")
-on_path("confirm_never_comes", What.CONFIRM, tampers.cut, "answer", times=None, short=True)
-on_path("confirm_of_wrong_epoch", What.CONFIRM, tampers.confirm_other_epoch, "answer", short=True, everywhere=False)
-
-
-class Slow(Tamper):
-    """Every message takes its time."""
-
-    delay_s = 0.03
-
-
-async def _just_finish(scene: Scene, recipe: Recipe) -> Outcome:
-    return await scene.finish()
-
-
-_add("everything_delayed", _just_finish, "answer", tamper=Slow)
 
 
 # --- strangers' messages beside the right ones ------------------------------------------------------------------------

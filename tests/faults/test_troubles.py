@@ -16,7 +16,7 @@ from kv_proxy import What
 from members import WAIT_S
 from recipes import puller_pulling
 from scenes import DECODE_BLOCKS, SHORT_TOKENS, Rig, Scene, seen
-from scripted_router import Refused, Request
+from scripted_router import Refused, Request, ScriptedRouter
 from tandem.cluster.bench.client import Target, send
 from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
@@ -61,6 +61,14 @@ async def opened(rig: Rig, tokens: int = SHORT_TOKENS) -> Scene:
     return scene
 
 
+async def rig_request(rig: Rig) -> Request:
+    request = Request(rig.neighbor, rig.name(), rig.prefill, rig.decode, rig.prompt(SHORT_TOKENS), max_tokens=4)
+    await request.reserve()
+    await request.prefill()
+    await request.decode()
+    return request
+
+
 # --- 1 ----------------------------------------------------------------------------------------------------------------
 
 
@@ -91,8 +99,6 @@ def test_trouble_1_a_refusal_by_decode_strands_no_prefill_blocks(start: Callable
     cluster.wait_ready()
 
     async def story() -> None:
-        from scripted_router import ScriptedRouter
-
         router = ScriptedRouter("scripted")
         await router.attach(prefill)
         await router.attach(decode)
@@ -126,7 +132,7 @@ def test_trouble_2_a_late_writer_does_not_reach_blocks_that_others_have_now(runn
         await puller_pulling(scene)
         await scene.request.abort(scene.decode_worker)
         await scene.decode_worker.wait_clean()
-        others = await _fill_decode(rig)
+        others = [await rig_request(rig) for _ in range(DECODE_BLOCKS // 3 + 1)]  # all its blocks, in turn
         scene.proxy.let_go()  # now the frames come
         for other in others:
             outcome = await other.outcome()
@@ -135,18 +141,6 @@ def test_trouble_2_a_late_writer_does_not_reach_blocks_that_others_have_now(runn
         await rig.wait_clean()
 
     runner.run(story())
-
-
-async def _fill_decode(rig: Rig) -> list[Request]:
-    """Requests that take every block of the decode worker, each in its turn."""
-    others = []
-    for _ in range(DECODE_BLOCKS // 3 + 1):
-        request = Request(rig.neighbor, rig.name(), rig.prefill, rig.decode, rig.prompt(SHORT_TOKENS), max_tokens=4)
-        await request.reserve()
-        await request.prefill()
-        await request.decode()
-        others.append(request)
-    return others
 
 
 def test_trouble_2_a_stale_reference_never_gets_another_prompts_kv(runner: asyncio.Runner, rig: Rig) -> None:
@@ -174,14 +168,6 @@ def test_trouble_2_a_stale_reference_never_gets_another_prompts_kv(runner: async
         await rig.wait_clean()
 
     runner.run(story())
-
-
-async def rig_request(rig: Rig) -> Request:
-    request = Request(rig.neighbor, rig.name(), rig.prefill, rig.decode, rig.prompt(SHORT_TOKENS), max_tokens=4)
-    await request.reserve()
-    await request.prefill()
-    await request.decode()
-    return request
 
 
 # --- 3 ----------------------------------------------------------------------------------------------------------------
