@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # the folder's own modules
 
 from scenes import Rig
+from whole_cluster import Cluster
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,27 @@ def mapped_lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactor
     """Pairs of workers that read each other's memory."""
     grants = {"lease_s": 120.0, "pull_wait_s": 120.0, "credit_ttl_s": 120.0}
     yield from _lanes(runner, tmp_path_factory, 2, transport="mapped", **grants)
+
+
+@pytest.fixture
+def start(runner: asyncio.Runner, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Clusters that end with the test."""
+    clusters: list[Cluster] = []
+
+    def make(**router: Any) -> Cluster:
+        clusters.append(Cluster(runner, tmp_path, **router))
+        return clusters[-1]
+
+    yield make
+    for cluster in clusters:
+        cluster.close()
+
+
+@pytest.fixture
+def rig(runner: asyncio.Runner, lanes: list[Rig]) -> Rig:
+    """Two workers whose leases outlast every test, and a scripted router."""
+    runner.run(lanes[0].heal())
+    return lanes[0]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

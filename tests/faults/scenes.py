@@ -304,3 +304,10 @@ async def seen(proxy: KVProxy, what: What, count: int = 1) -> None:
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise AssertionError(f"{proxy.seen[what]} of {count} {what} messages came: {proxy.seen}") from None
+
+
+async def opened(rig: Rig, tokens: int = SHORT_TOKENS) -> Scene:
+    """A scene that nobody tampers with."""
+    scene = Scene(rig, tokens=tokens, max_tokens=4, timeout_s=WAIT_S, tamper=None)
+    await scene.open()
+    return scene

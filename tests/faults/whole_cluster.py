@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -154,3 +155,9 @@ class Asked:
         self.join()
         assert self.error is None, self.error
         assert self.answer.token_ids == expected(self.prompt, self.max_tokens)
+
+
+def prompts(count: int, tokens: int) -> list[list[int]]:
+    """Different from the first token on."""
+    draw = random.Random(tokens)
+    return [[3 + i, *(draw.randrange(3, 500) for _ in range(tokens - 1))] for i in range(count)]
