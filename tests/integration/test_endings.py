@@ -207,23 +207,23 @@ def check_gone(serve: Serve, wait: Wait) -> None:
     wait(lambda: not serve.left(), lambda: f"nothing to be left of {serve.left()}\n{serve.text}")
 
 
-@pytest.mark.parametrize("moment", ["start", "idle", "load"])
-@pytest.mark.parametrize(
-    ("number", "group", "times"),
-    [
-        pytest.param(signal.SIGINT, True, 1, id="Ctrl-C"),
-        pytest.param(signal.SIGINT, True, 2, id="Ctrl-C twice"),
-        pytest.param(signal.SIGTERM, False, 1, id="SIGTERM"),
-        pytest.param(signal.SIGTERM, True, 1, id="SIGTERM to the group"),
-        pytest.param(signal.SIGHUP, True, 1, id="closed terminal"),
-        pytest.param(signal.SIGKILL, False, 1, id="kill -9"),
-    ],
-)
+ENDINGS = {  # the signal, whether to the whole group, how often; and when
+    "Ctrl-C": (signal.SIGINT, True, 1, ("start", "load")),
+    "Ctrl-C twice": (signal.SIGINT, True, 2, ("load",)),
+    "SIGTERM": (signal.SIGTERM, False, 1, ("idle",)),
+    "SIGTERM to the group": (signal.SIGTERM, True, 1, ("start", "load")),
+    "closed terminal": (signal.SIGHUP, True, 1, ("load",)),
+    "kill -9": (signal.SIGKILL, False, 1, ("start", "idle", "load")),
+}
+CASES = [
+    pytest.param(moment, number, group, times, id=f"{name}, {moment}")
+    for name, (number, group, times, moments) in ENDINGS.items()
+    for moment in moments
+]
+
+
+@pytest.mark.parametrize(("moment", "number", "group", "times"), CASES)
 def test_nothing_is_left(serve: Serve, wait: Wait, moment: str, number: int, group: bool, times: int) -> None:
-    if (moment, times) in {("start", 2), ("idle", 2)} or (
-        moment == "idle" and number in (signal.SIGINT, signal.SIGHUP)
-    ):
-        pytest.skip("as another moment with that signal")
     streams = None
     if moment == "start":
         wait(lambda: "ray: ready" in serve.text or serve.process.poll() is not None, "Ray", TIMEOUT_S)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+from tandem.cluster import cli_restart
 from tandem.cluster.auth import OPEN, MemberCredentials
 from tandem.cluster.config import SecurityConfig
-from tandem.cluster import cli_restart
 from tandem.cluster.config_file import build_config
 from tandem.cluster.launch import runtime_file
 from tandem.cluster.launch.ray_cluster import RayCluster
