@@ -168,7 +168,7 @@ class RouterCore(GenerationService):
         return (replace(self._card, max_model_len=min(lengths, default=self._card.max_model_len)),)
 
     def readiness(self) -> Readiness:
-        """Ready: a prefill and a decode worker whose fingerprints match, or a mixed worker, can take work now."""
+        """Ready: a prefill and a decode worker whose KV matches, or a mixed worker, can take work now."""
         workers: list[dict[str, object]] = []
         for member in self._members.members():
             state = self._members.why_not_routable(member) or "ready"
@@ -186,7 +186,7 @@ class RouterCore(GenerationService):
             return "no prefill worker is ready"
         if not decode:
             return "no decode worker is ready"
-        return "no prefill and decode worker have the same KV fingerprint"
+        return "no prefill and decode worker have the same KV fingerprint and layout (block size, layers, heads, dtype)"
 
     # --- one request ------------------------------------------------------------------------------------------------
 
