@@ -3,8 +3,9 @@ be kept. Pure; time and forecasts are passed in.
 
 Beyond the bound, or where the first token would come later than promised, a request is refused at once with 429 and a
 Retry-After, not left to rot. Who was let in is served, even where the forecast turns out wrong. The Retry-After is
-about when the same request would be let in: when the forecast fits the promise again, or, at the bound, the time the
-queue needs to drain at the rate at which first tokens have been coming.
+about when the same request would be let in: at the bound, the time the queue needs to drain at the rate at which first
+tokens have been coming; else when the forecast fits the promise again, times the tries that takes, because whoever
+comes back competes with newcomers: where one in three is let in, it takes three.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from .forecast import Forecast
 from .slo_classes import Promise
 
 RATE_WINDOW = 64
+DECISIONS_S = 15.0
+"""How far back the share of those who were let in is counted."""
+MAX_TRIES = 10.0
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 60.0
 WAIT_MARGIN = 1.1
@@ -37,6 +41,8 @@ class Admission:
         """By key: whether it has a TTFT promise."""
         self._promised = 0
         self._first_tokens_s: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._decisions: deque[tuple[float, bool]] = deque(maxlen=4 * RATE_WINDOW)
+        """When, and whether the request was let in."""
 
     @property
     def waiting(self) -> int:
@@ -57,9 +63,16 @@ class Admission:
         """
         assert key not in self._waiting, f"{key} enters twice"
         promised = promise.ttft_s is not None
-        self._check_places(promised, now_s)
-        if forecast is not None:
-            _check_promise(promise, forecast, elapsed_s)
+        try:
+            self._check_places(promised, now_s)
+            if forecast is not None:
+                _check_promise(promise, forecast, elapsed_s)
+        except Overloaded as refusal:
+            self._decisions.append((now_s, False))
+            if isinstance(refusal, PromiseUnattainable):
+                refusal.retry_after_s = _bounded((refusal.retry_after_s or 0.0) * self._tries(now_s))
+            raise
+        self._decisions.append((now_s, True))
         self._waiting[key] = promised
         self._promised += promised
 
@@ -80,6 +93,13 @@ class Admission:
         span_s = max(now_s - self._first_tokens_s[0], 1e-3)
         rate = len(self._first_tokens_s) / span_s
         return _bounded(len(self._waiting) / rate)
+
+    def _tries(self, now_s: float) -> float:
+        """How often somebody who comes now and again must ask until it is let in."""
+        while self._decisions and self._decisions[0][0] < now_s - DECISIONS_S:
+            self._decisions.popleft()
+        let_in = sum(decision for _, decision in self._decisions)
+        return min(MAX_TRIES, len(self._decisions) / max(let_in, 1))
 
     def _check_places(self, promised: bool, now_s: float) -> None:
         mine = self._promised if promised else len(self._waiting) - self._promised

@@ -89,8 +89,11 @@ def test_serve_from_a_file_answers_and_ctrl_c_drains(served: Served) -> None:
     assert served.process.wait(TIMEOUT_S) == 0, rest
     assert "draining" in rest
     assert rest.rstrip().endswith("stopped")
-    [line] = served.events.read_text().splitlines()
-    assert '"path":"split"' in line
+    lines = [json.loads(line) for line in served.events.read_text().splitlines()]
+    [choice] = [line for line in lines if line["event"] == "choice"]
+    [end] = [line for line in lines if line["event"] == "request"]
+    assert (end["outcome"], end["request_id"]) == ("answered", choice["request_id"])
+    assert choice["timings"]["path"] == "split"
 
 
 def test_a_signal_to_the_whole_process_group_drains_too(served: Served) -> None:

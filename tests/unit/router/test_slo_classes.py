@@ -27,7 +27,7 @@ def test_no_class_is_interactive_under_the_routers_own_promise(front: Any) -> No
         client.generate("x", max_tokens=2).collect()
     for request in front.service.requests:
         promise = request.promise
-        assert (promise.slo_class, promise.ttft_s, promise.tpot_s, promise.share) == ("interactive", 1.0, 0.1, 0.9)
+        assert (promise.slo_class, promise.ttft_s, promise.tpot_s, promise.share) == ("interactive", 10.0, 0.5, 0.9)
         assert not promise.own_ttft
 
 
