@@ -132,12 +132,12 @@ def other_request(data: bytes) -> list[bytes]:
 
 
 def other_request_sealed(data: bytes) -> list[bytes]:
-    """A frame of another request as that request's own pull would carry it, checksum included."""
+    """Other bytes, as another request's own pull would carry them, under a checksum that holds."""
     frame = _block(data)
     assert isinstance(frame, BlockFrame)
-    ticket = replace(frame.ticket, request_id="other")
-    checksum = wire.block_checksum(ticket, frame.block_index, frame.generation, frame.payload)
-    return [wire.encode_blocks([replace(frame, ticket=ticket, checksum=checksum)])]
+    ticket, payload = replace(frame.ticket, request_id="other"), bytes(len(frame.payload))
+    checksum = wire.block_checksum(ticket, frame.block_index, frame.generation, payload)
+    return [message_of(replace(frame, ticket=ticket, payload=memoryview(payload), checksum=checksum))]
 
 
 def without_checksum(data: bytes) -> list[bytes]:
