@@ -32,9 +32,14 @@ def post_raw(front: Any, body: dict[str, Any], path: str = CHAT) -> socket.socke
     host, port = front.http.split(":")
     connection = socket.create_connection((host, int(port)), timeout=WAIT_S)
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
+    connection.sendall(head_of(path, len(data)) + data)
     return connection
+
+
+def head_of(path: str, body_bytes: int, *more: str) -> bytes:
+    """A request's head as it goes over the wire; `more`: whole header lines."""
+    lines = ("Host: localhost", "Content-Type: application/json", *more, f"Content-Length: {body_bytes}")
+    return "\r\n".join((f"POST {path} HTTP/1.1", *lines, "", "")).encode()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -98,8 +103,7 @@ def test_a_client_that_does_not_read_is_ended_at_its_deadline(front: Any, monkey
     host, port = front.http.split(":")
     data = json.dumps({**BODY, "stream": True}).encode()
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nx-request-timeout-s: 0.2\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data)
+        connection.sendall(head_of(CHAT, len(data), "x-request-timeout-s: 0.2") + data)
         assert ended.wait(WAIT_S)
         assert front.run(front.frontend.drain(WAIT_S))
 
@@ -124,7 +128,7 @@ def test_one_failing_prompt_ends_the_others(front: Any) -> None:
 def test_a_client_that_goes_away_while_it_sends_its_body_leaves_nothing(front: Any) -> None:
     host, port = front.http.split(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
-        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{".encode())
+        connection.sendall(head_of(CHAT, 100) + b"{")
     assert front.run(front.frontend.drain(WAIT_S))
     assert front.service.requests == []
 

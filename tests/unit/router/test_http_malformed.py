@@ -248,7 +248,8 @@ def test_a_body_far_over_the_limit_is_refused_unread(shared_front: Any) -> None:
 
     host, port = shared_front.http.split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n".encode())
+        lines = ("Host: localhost", "Content-Type: application/json", "Content-Length: 99999999999")
+        connection.sendall("\r\n".join((f"POST {CHAT} HTTP/1.1", *lines, "", "")).encode())
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_too_large"
