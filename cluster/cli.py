@@ -275,11 +275,17 @@ def restart(
     every: Annotated[bool, typer.Option("--all", help="Every worker, one after another.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that a worker gets to finish what it runs.")] = 30.0,
     url: Url = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(help="Default: this user's own cluster's, else TANDEM_API_KEY.")
+    ] = None,
+    ca: Ca = None,
 ) -> None:
     """Drain a worker and start it anew; requests go on. Returns when it is ready again."""
     from .cli_restart import restart as run_restart
+    from .tls import ClientTLS
 
-    raise typer.Exit(run_restart(url, workers or (), every=every, timeout_s=timeout, say=_say))
+    tls, names = ClientTLS.from_environment(ca), workers or ()
+    raise typer.Exit(run_restart(url, names, every=every, timeout_s=timeout, say=_say, api_key=api_key, tls=tls))
 
 
 @app.command()

@@ -22,6 +22,7 @@ from .launch import runtime_file
 from .proto import tandem_internal_v1_pb2 as pb
 from .proto.tandem_internal_v1_pb2_grpc import WorkerStub
 from .rpc import CHANNEL_OPTIONS, CONTROL_TIMEOUT_S
+from .tls import ClientTLS
 
 START_S = 120.0
 """What a worker gets, beyond the time it may drain, until its next life is ready."""
@@ -30,7 +31,16 @@ _LOOK_S = 0.2
 Answer = Mapping[str, Any]
 
 
-def restart(url: str, names: Sequence[str], *, every: bool, timeout_s: float, say: Callable[[str], None]) -> int:
+def restart(
+    url: str,
+    names: Sequence[str],
+    *,
+    every: bool,
+    timeout_s: float,
+    say: Callable[[str], None],
+    api_key: str | None = None,
+    tls: ClientTLS | None = None,
+) -> int:
     """Restarts the named workers, or all of them, one after another; returns the exit code. Each is back and ready
     before the next one is asked. Raises ValueError for a name that is not there, OSError where nobody answers.
     """
@@ -38,14 +48,18 @@ def restart(url: str, names: Sequence[str], *, every: bool, timeout_s: float, sa
         raise ValueError(f"timeout: {timeout_s:g} is not allowed; allowed: 0 to 86400 seconds")
     if bool(names) == every:
         raise ValueError("worker: name the workers to restart, or --all, not both")
-    for name in chosen(fetch(url), names):
-        before = worker_of(fetch(url), name)
+
+    def look() -> Answer:
+        return fetch(url, api_key=api_key, tls=tls)
+
+    for name in chosen(look(), names):
+        before = worker_of(look(), name)
         if before is None:
             raise OSError(f"{name} is gone")
         began_s = time.monotonic()
         asyncio.run(ask_to_leave(str(before["address"]), url, timeout_s))
         say(f"{name} drains, for up to {timeout_s:g} s, and restarts")
-        after = _wait_for_next_life(url, name, str(before["epoch"]), began_s + timeout_s + START_S)
+        after = _wait_for_next_life(look, name, str(before["epoch"]), began_s + timeout_s + START_S)
         took_s = time.monotonic() - began_s
         if after is None:
             say(f"{name} is not back after {took_s:.0f} s; whoever started it should have started it again")
@@ -86,9 +100,9 @@ async def ask_to_leave(address: str, url: str, timeout_s: float) -> None:
             raise OSError(f"the worker at {address} did not take it: {error.code().name}: {error.details()}") from None
 
 
-def _wait_for_next_life(url: str, name: str, epoch: str, deadline_s: float) -> Answer | None:
+def _wait_for_next_life(look: Callable[[], Answer], name: str, epoch: str, deadline_s: float) -> Answer | None:
     while time.monotonic() < deadline_s:
-        worker = worker_of(fetch(url), name)
+        worker = worker_of(look(), name)
         if worker is not None and worker["epoch"] != epoch and worker["state"] == "ready":
             return worker
         time.sleep(_LOOK_S)

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from tandem.cluster import cli
 from tandem.cluster.bench.client import CHAT, Target, send
 from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.bench.run import ask
@@ -167,3 +168,17 @@ def test_a_wrong_file_ends_the_start_with_its_name(
     fields = {"tls_cert": cert, "tls_key": key, "tls_client_ca": authority.ca, field: value}
     with pytest.raises(ConfigError, match=rf"^{field}: '/none' is not allowed; allowed: a readable PEM file"):
         start_front(**fields)
+
+
+def test_tandem_restart_takes_a_ca_and_a_key(
+    start_front: Callable[..., Any], authority: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cert, key = authority.issue("router")
+    front = start_front(tls_cert=cert, tls_key=key, api_key="a-key-of-some-length")
+    restart = ["restart", "worker-of-nobody", "--url", f"https://{front.http}"]
+    assert cli.run(restart) == 1
+    assert "--ca or TANDEM_CA names who signed it" in capsys.readouterr().err
+    assert cli.run([*restart, "--ca", authority.ca]) == 1
+    assert "only to those who show a key" in capsys.readouterr().err
+    assert cli.run([*restart, "--ca", authority.ca, "--api-key", "a-key-of-some-length"]) == 2
+    assert "worker: 'worker-of-nobody' is not allowed; allowed:" in capsys.readouterr().err
