@@ -221,6 +221,8 @@ async def run_load(
         for request, arrival_s in zip(requests, arrivals_s, strict=True):
             due_s = begin_s + arrival_s
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            while time.monotonic() < due_s:  # noqa: ASYNC110  (uvloop rounds to milliseconds, downwards too)
+                await asyncio.sleep(0)
             tasks.append(group.create_task(one(request, due_s)))
     return [task.result() for task in tasks]
 

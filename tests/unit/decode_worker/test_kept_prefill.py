@@ -34,6 +34,7 @@ async def end(worker: Any, how: str) -> None:
     """The first decode attempt is over; "aborted_whole": and the prefill with it."""
     if how == "router_gone":
         await worker.detach()
+        await worker.until(lambda: not worker.shell.sequences_of("r"), "the broken stream to be noticed")
         return
     prefill_attempt = 1 if how == "aborted_whole" else 0
     await worker.stub.Abort(
