@@ -101,7 +101,7 @@ class KVTransport(ABC):
     @abstractmethod
     async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
         """Introduces this worker; once per peer and epoch (the caller caches). Does not compare the answer, but for
-        TRANSPORT_MISMATCH where this transport is demanded and does not join the two.
+        TRANSPORT_MISMATCH where this transport is demanded and does not join the two, PEER_LOST where it may later.
         """
 
     @abstractmethod

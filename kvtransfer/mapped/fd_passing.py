@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 
 from ..ticket import SegmentOffer
-from .segment import KVSegment, SegmentError
+from .segment import KVSegment, SegmentBusy, SegmentError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ MAX_READERS = 256
 """Connections kept by an owner; a reader beyond them is turned away and pulls over gRPC."""
 _ACCEPTS_A_WAKE = 16
 _UCRED = struct.Struct("3i")  # pid, uid, gid
+_PASSING = frozenset(
+    {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOTCONN, errno.ECONNRESET}
+)
+"""Errors that say nothing about whether the two share a host; ENOTCONN: the owner's backlog was full."""
 
 
 class SegmentServer:
@@ -112,27 +117,36 @@ async def share(segment: KVSegment | None) -> SegmentServer | None:
 async def fetch(offer: SegmentOffer, *, timeout_s: float) -> tuple[socket.socket, int]:
     """Connects to an owner and takes the descriptor: (connection, descriptor), both the caller's to close.
 
-    `SegmentError` says why it cannot be had here.
+    `SegmentError` says why it cannot be had here; `SegmentBusy`, why not now.
     """
     if sys.platform != "linux":
         raise SegmentError("only Linux has memfd")
     loop = asyncio.get_running_loop()
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise _unreachable(error) from error
     try:
         async with asyncio.timeout(timeout_s):
             await loop.sock_connect(connection, _address(offer.socket_name))
+            connection.getpeername()  # OSError where it is not connected after all
             _check_same_user(connection)
             await _readable(connection)
         return connection, _receive(connection)
     except TimeoutError as error:
         connection.close()
-        raise SegmentError(f"no descriptor within {timeout_s:g} s") from error
+        raise SegmentBusy(f"no descriptor within {timeout_s:g} s") from error
     except OSError as error:
         connection.close()
-        raise SegmentError(f"the owner's socket cannot be reached from here: {error}") from error
+        raise _unreachable(error) from error
     except BaseException:
         connection.close()
         raise
+
+
+def _unreachable(error: OSError) -> SegmentError:
+    kind = SegmentBusy if error.errno in _PASSING else SegmentError
+    return kind(f"the owner's socket cannot be reached from here: {error}")
 
 
 async def _readable(connection: socket.socket) -> None:
@@ -155,8 +169,12 @@ def _receive(connection: socket.socket) -> int:
     room = socket.CMSG_SPACE(array.array("i", [0]).itemsize)
     data, control, flags, _ = connection.recvmsg(len(GREETING) + 1, room, socket.MSG_CMSG_CLOEXEC)
     with _closing_all(_descriptors(control)) as descriptors:
+        if not data:
+            raise SegmentBusy("the owner turned this reader away")
+        if data == GREETING and flags & socket.MSG_CTRUNC and not descriptors:
+            raise SegmentBusy("this process has no descriptor left for it")
         if data != GREETING or len(descriptors) != 1 or flags & socket.MSG_CTRUNC:
-            raise SegmentError("the owner turned this reader away" if not data else "not a KV segment's socket")
+            raise SegmentError("not a KV segment's socket")
         return descriptors.pop()
 
 

@@ -46,6 +46,10 @@ class SegmentError(RuntimeError):
     """Memory that cannot be mapped, or is not what it should be."""
 
 
+class SegmentBusy(SegmentError):
+    """Memory that cannot be had now, and may be later: one of the two has no descriptor, place or time for it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
     """Offsets in bytes from the segment's start."""

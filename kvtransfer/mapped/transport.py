@@ -7,13 +7,15 @@
 3. A peer that dies closes its socket: its mapping is dropped at once, so that the memory of the dead is not kept.
    Pulls that read it go on to their end.
 
-Without a mapping `auto` pulls over gRPC, and no request fails for it; `required` refuses the peer when they meet.
+Without a mapping `auto` pulls over gRPC, and no request fails for it; `required` refuses the peer when they meet. What
+may pass (no descriptor was left, the owner was busy) is tried again, after a pause that doubles.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -25,13 +27,14 @@ from ..layout import KVLayout
 from ..ticket import HandoffRefused, Hello, Peer, RefusalReason, SegmentOffer, Ticket
 from ..transport import MESSAGE_BYTES, BlockFrame, EndFrame, KVFrame, KVTransport, PullRequest, RefFrame
 from .fd_passing import fetch
-from .segment import MappedSegment, SegmentError, take
+from .segment import MappedSegment, SegmentBusy, SegmentError, take
 
 log = logging.getLogger(__name__)
 
 NAME = "mapped"
 MAX_MAPPINGS = 256
 MAX_UNMAPPABLE = 1024
+RETRY_FIRST_S, RETRY_MOST_S = 0.1, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,20 @@ class _Mapping:
     segment: MappedSegment
     connection: socket.socket
     """Open as long as the owner lives and the mapping is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unmappable:
+    why: str
+    offer: SegmentOffer | None
+    pause_s: float
+    """After this try; inf: there will be no other."""
+    again_s: float
+    """When the next try is due, on the loop's clock."""
+
+    @property
+    def passing(self) -> bool:
+        return math.isfinite(self.pause_s)
 
 
 class MappedKVTransport(KVTransport):
@@ -59,8 +76,9 @@ class MappedKVTransport(KVTransport):
         self._fetch_timeout_s = fetch_timeout_s
         self._max_mappings = max_mappings
         self._mappings: OrderedDict[Peer, _Mapping] = OrderedDict()
-        self._unmappable: OrderedDict[Peer, str] = OrderedDict()
-        """Peers that were tried and cannot be mapped, and why."""
+        self._unmappable: OrderedDict[Peer, _Unmappable] = OrderedDict()
+        """Peers that were tried and are not mapped."""
+        self._retries: dict[Peer, asyncio.Task[None]] = {}
 
     @property
     def mapped_peers(self) -> int:
@@ -71,12 +89,14 @@ class MappedKVTransport(KVTransport):
         theirs = await self._control.hello(peer, mine, timeout_s=timeout_s)
         if (theirs.epoch, theirs.layout) != (peer.epoch, self._layout.to_bytes()):
             return theirs  # not the life, or not the memory, that pulls would name: the caller refuses it by its reason
-        if peer not in self._mappings and peer not in self._unmappable:
+        if peer not in self._mappings and self._due(peer):
             await self._try_to_map(peer, theirs.offer)
         if self._required and peer not in self._mappings:
-            why = self._unmappable.get(peer, "it closed its memory")
+            tried = self._unmappable.get(peer)
+            why = "it closed its memory" if tried is None else tried.why
             text = f"transport 'mapped' is demanded, but the KV memory of {peer.worker_id} cannot be mapped: {why}"
-            raise HandoffRefused(RefusalReason.TRANSPORT_MISMATCH, text)
+            passing = tried is not None and tried.passing
+            raise HandoffRefused(RefusalReason.PEER_LOST if passing else RefusalReason.TRANSPORT_MISMATCH, text)
         return theirs
 
     async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
@@ -84,6 +104,7 @@ class MappedKVTransport(KVTransport):
         if mapping is None:
             if self._required:
                 raise HandoffRefused(RefusalReason.PEER_LOST, f"the mapping of {peer.worker_id}'s memory is gone")
+            self._retry_beside(peer)
             async with aclosing(self._control.pull(peer, request, timeout_s=timeout_s)) as frames:
                 async for frame in frames:
                     yield frame
@@ -111,11 +132,27 @@ class MappedKVTransport(KVTransport):
         await self._control.abort(peer, ticket, timeout_s=timeout_s)
 
     async def close(self) -> None:
+        for task in (retries := tuple(self._retries.values())):
+            task.cancel()
+        await asyncio.gather(*retries, return_exceptions=True)
         for peer in list(self._mappings):
             self._drop(peer)
         await self._control.close()
 
     # Within
+
+    def _due(self, peer: Peer) -> bool:
+        """Whether the peer was never tried, or is to be tried again now."""
+        tried = self._unmappable.get(peer)
+        return tried is None or asyncio.get_running_loop().time() >= tried.again_s
+
+    def _retry_beside(self, peer: Peer) -> None:
+        """Tries again, where it is due, while pulls go over gRPC; at most one try a peer at a time."""
+        tried = self._unmappable.get(peer)
+        if tried is None or peer in self._retries or not self._due(peer):
+            return
+        task = self._retries[peer] = asyncio.create_task(self._try_to_map(peer, tried.offer))
+        task.add_done_callback(lambda _: self._retries.pop(peer))
 
     async def _try_to_map(self, peer: Peer, offer: SegmentOffer | None) -> None:
         try:
@@ -123,22 +160,32 @@ class MappedKVTransport(KVTransport):
                 raise SegmentError("it does not share it")
             connection, fd = await fetch(offer, timeout_s=self._fetch_timeout_s)
         except SegmentError as error:
-            self._remember_unmappable(peer, str(error))
+            self._remember_unmappable(peer, offer, error)
             return
         try:
             segment = take(fd, nonce=offer.nonce, epoch=peer.epoch, layout=self._layout)
         except SegmentError as error:
             connection.close()
-            self._remember_unmappable(peer, str(error))
+            self._remember_unmappable(peer, offer, error)
+            return
+        self._unmappable.pop(peer, None)
+        if peer in self._mappings:  # another try was faster
+            connection.close()
             return
         self._mappings[peer] = _Mapping(segment, connection)
         asyncio.get_running_loop().add_reader(connection.fileno(), self._drop, peer)
         while len(self._mappings) > self._max_mappings:
             self._drop(next(iter(self._mappings)))
 
-    def _remember_unmappable(self, peer: Peer, why: str) -> None:
-        log.info("KV of %s is pulled over gRPC: %s", peer.worker_id, why)
-        self._unmappable[peer] = why
+    def _remember_unmappable(self, peer: Peer, offer: SegmentOffer | None, error: SegmentError) -> None:
+        last = self._unmappable.get(peer)
+        if last is None:
+            log.info("KV of %s is pulled over gRPC: %s", peer.worker_id, error)
+        pause_s = math.inf
+        if isinstance(error, SegmentBusy):
+            pause_s = RETRY_FIRST_S if last is None else min(2 * last.pause_s, RETRY_MOST_S)
+        again_s = asyncio.get_running_loop().time() + pause_s
+        self._unmappable[peer] = _Unmappable(str(error), offer, pause_s, again_s)
         while len(self._unmappable) > MAX_UNMAPPABLE:
             self._unmappable.popitem(last=False)
 
