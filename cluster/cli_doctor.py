@@ -1,6 +1,7 @@
 """`tandem doctor`: looks at this machine and at a running cluster; each finding says what to do.
 
-This gathers facts and prints findings; what the facts mean is decided in `cluster.cli_doctor_checks`.
+This gathers facts and prints findings; what the facts mean is decided in `cluster.cli_doctor_checks` and
+`cluster.cli_doctor_live`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from packaging.requirements import Requirement
 
 from .. import __version__
 from .auth import resolve_secret
-from .cli_doctor_checks import Finding, Level, Live, Machine, Package, Port, Security, check_live, check_machine
+from .cli_doctor_checks import Finding, Level, Machine, Package, Port, check_machine
+from .cli_doctor_live import Live, Security, check_live
 from .cli_status import fetch, scrape
 from .config import ConfigError, RouterConfig, is_loopback
 from .launch import runtime_file

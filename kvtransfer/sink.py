@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from typing import Any
 
 from ..cluster.clock import Clock
 from ..cluster.types import BlockRef, SampledToken, Side, Urgency, seq_id
+from .meetings import Meetings
 from .protocol.actions import (
     CancelPull,
     Confirm,
@@ -37,15 +38,15 @@ from .protocol.actions import (
     WriterDone,
 )
 from .protocol.credits import NO_PROMISE, CreditLedger
-from .protocol.puller import HandoffPuller, PullerCounts
+from .protocol.puller import HandoffPuller
+from .protocol.puller_state import PullerCounts
 from .store import KVStore
-from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket, check_hello
+from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from .transport import BlockFrame, EndFrame, KVFrame, KVTransport, PullRequest
 from .wire import check_block
 
 log = logging.getLogger(__name__)
 
-MAX_MET_PEERS = 1024
 CONFIRM_TRIES = 3
 
 
@@ -113,13 +114,15 @@ class SinkDriver:
         self._checksum = checksum
         self._call_timeout_s = call_timeout_s
         self._block_bytes = store.layout.block_bytes
-        self._hello = Hello(
+        self._worker_id = worker_id
+        hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             worker_id=worker_id,
             epoch=epoch,
             fingerprint=fingerprint,
             layout=store.layout.to_bytes(),
         )
+        self._meetings = Meetings(hello, transport, timeout_s=call_timeout_s)
         self._puller = HandoffPuller(
             block_size=store.layout.block_size,
             credits=CreditLedger(limit_blocks=credit_limit_blocks, ttl_s=credit_ttl_s, max_credits=max_credits),
@@ -128,8 +131,6 @@ class SinkDriver:
             max_pull_retries=max_pull_retries,
         )
         self._sequences: dict[str, _Sequence] = {}
-        self._met: OrderedDict[Peer, None] = OrderedDict()
-        self._meeting: dict[Peer, asyncio.Task[Hello]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
         self.pulls_total: Counter[str] = Counter()
@@ -217,7 +218,7 @@ class SinkDriver:
         """Cancels every task and waits for them; the transport is the caller's to close. Idempotent."""
         self._closed = True
         pulls = [s.task for s in self._sequences.values() if s.task is not None]
-        tasks: list[asyncio.Task[Any]] = [*pulls, *self._meeting.values(), *self._background]
+        tasks: list[asyncio.Task[Any]] = [*pulls, *self._meetings.under_way(), *self._background]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -230,7 +231,7 @@ class SinkDriver:
         for action in actions:
             match action:
                 case Refuse(key, reason, message):
-                    raise HandoffRefused(reason, message or f"decode worker {self._hello.worker_id} on {key}")
+                    raise HandoffRefused(reason, message or f"decode worker {self._worker_id} on {key}")
                 case Credit(_, credit_id):
                     credit = credit_id
                 case StartPull():
@@ -278,7 +279,7 @@ class SinkDriver:
         try:
             async with asyncio.timeout(max(0.0, timeout_s)):
                 await asyncio.sleep(action.delay_s)
-                await self._meet(sequence.peer)
+                await self._meetings.meet(sequence.peer)
                 request = PullRequest(
                     ticket=action.ticket,
                     first_block=action.first_block,
@@ -333,7 +334,7 @@ class SinkDriver:
                 reason, message = RefusalReason.INVALID, f"{type(error).__name__}: {error}"
                 log.error("pull of %s failed unexpectedly", action.key, exc_info=error)
         if reason in (RefusalReason.WRONG_EPOCH, RefusalReason.PEER_LOST) and action.key in self._sequences:
-            self._met.pop(self._sequences[action.key].peer, None)
+            self._meetings.forget(self._sequences[action.key].peer)
         if self._closed:
             reason = RefusalReason.CLOSED
         self._run(self._puller.pull_ended(action.key, action.pull_index, reason, message, self._clock.now_s()))
@@ -353,38 +354,7 @@ class SinkDriver:
             transport=sequence.end.transport,
         )
 
-    # Within: hello, confirm, abort
-
-    async def _meet(self, peer: Peer) -> None:
-        """Says Hello once per peer and epoch; pulls that come meanwhile wait for the same answer."""
-        if peer in self._met:
-            return
-        task = self._meeting.get(peer)
-        if task is None:
-            task = self._meeting[peer] = asyncio.create_task(self._introduce(peer))
-            task.add_done_callback(lambda done: self._introduced(peer, done))
-        await asyncio.shield(task)
-
-    async def _introduce(self, peer: Peer) -> Hello:
-        try:
-            theirs = await self._transport.hello(peer, self._hello, timeout_s=self._call_timeout_s)
-        except HandoffRefused as refusal:
-            if refusal.reason is not RefusalReason.DEADLINE:
-                raise
-            raise HandoffRefused(RefusalReason.PEER_LOST, f"no answer to Hello: {refusal.message}") from refusal
-        check_hello(self._hello, theirs)
-        if (theirs.worker_id, theirs.epoch) != (peer.worker_id, peer.epoch):
-            message = f"{peer.kv_address} is now another life of {theirs.worker_id}"
-            raise HandoffRefused(RefusalReason.WRONG_EPOCH, message)
-        return theirs
-
-    def _introduced(self, peer: Peer, task: asyncio.Task[Hello]) -> None:
-        self._meeting.pop(peer, None)
-        if task.cancelled() or task.exception() is not None:
-            return
-        self._met[peer] = None
-        while len(self._met) > MAX_MET_PEERS:
-            self._met.popitem(last=False)
+    # Within: confirm, abort
 
     async def _confirm(self, ticket: Ticket, peer: Peer) -> None:
         try:

@@ -76,3 +76,11 @@ class StepOutput:
     rows: tuple[RowOutput, ...]
     duration_s: float = 0.0
     """Time the device took, seconds; feeds the on-line step-time fit."""
+
+    def check_answers(self, plan: StepPlan) -> None:
+        """Raises AssertionError if this is not the output of `plan`, row by row."""
+        got = [(row.seq_id, row.error or len(row.tokens)) for row in self.rows]
+        pairs = zip(plan.rows, self.rows, strict=True)
+        want = [(row.seq_id, result.error or int(row.sample is not None)) for row, result in pairs]
+        assert self.plan_id == plan.plan_id, f"output of plan {self.plan_id}, but {plan.plan_id} is the oldest"
+        assert got == want, f"plan {plan.plan_id} wants (sequence, tokens) {want}, its output has {got}"

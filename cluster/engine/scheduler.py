@@ -150,9 +150,7 @@ class Scheduler:
         self._kv.writer_done(seq_id)
 
     def release(self, seq_id: str) -> None:
-        """OUT: the reader has its KV, or will never come. Idempotent. Before the end of prefill: nothing will be
-        held.
-        """
+        """OUT: the reader has its KV, or will never come. Idempotent. Before the end of prefill: nothing is held."""
         seq = self._sequences.get(seq_id)
         if seq is None or seq.state is State.ENDED or seq.spec.handoff is not Handoff.OUT:
             return
@@ -207,11 +205,7 @@ class Scheduler:
         """Takes in the oldest plan's output: KV is written, tokens are drawn, a failed row ends its sequence."""
         assert self._outstanding, f"output of plan {output.plan_id}, but no plan is outstanding"
         plan, sequences = self._outstanding[0].plan, self._outstanding[0].sequences
-        got = [(row.seq_id, row.error or len(row.tokens)) for row in output.rows]
-        pairs = zip(plan.rows, output.rows, strict=True)
-        want = [(row.seq_id, result.error or int(row.sample is not None)) for row, result in pairs]
-        assert output.plan_id == plan.plan_id, f"output of plan {output.plan_id}, but {plan.plan_id} is the oldest"
-        assert got == want, f"plan {plan.plan_id} wants (sequence, tokens) {want}, its output has {got}"
+        output.check_answers(plan)
         self._outstanding.popleft()
         for seq, row, result in zip(sequences, plan.rows, output.rows, strict=True):
             seq.plans -= 1
@@ -256,9 +250,7 @@ class Scheduler:
         )
 
     def check_integrity(self) -> None:
-        """Proves that every block is accounted for and every sequence is in exactly one place. Raises
-        IntegrityError.
-        """
+        """Proves that every block is accounted for and every sequence in exactly one place. Raises IntegrityError."""
         places = {State.PULLING: self._pulling, State.RUNNING: self._running, State.HELD: self._held}
         in_plans = [seq for outstanding in self._outstanding for seq in outstanding.sequences]
         check_sequences(self._sequences, self._queue, places, in_plans)

@@ -18,9 +18,6 @@ Life of one sequence here:
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
-
 from ...cluster.types import BlockRef, SampledToken, Side, Urgency, seq_id
 from ..ticket import RefusalReason, Ticket
 from .actions import (
@@ -39,87 +36,7 @@ from .actions import (
 )
 from .credits import NO_PROMISE, CreditLedger
 from .memory import AbortFloors, BoundedMemory, ChoiceKey
-
-
-class PullerState(enum.StrEnum):
-    """Where one sequence stands on the decode side."""
-
-    ABSENT = "absent"
-    CREDITED = "credited"
-    WAITING_BLOCKS = "waiting_blocks"
-    PULLING = "pulling"
-    CANCELLING = "cancelling"
-    READY = "ready"
-    RUNNING = "running"
-    """The first step is done; the confirmation is on its way."""
-    DONE = "done"
-
-
-class PullerEvent(enum.StrEnum):
-    """Everything that can happen to a sequence; each is a method of `HandoffPuller` of the same name."""
-
-    RESERVE = "reserve"
-    SUBMIT = "submit"
-    SUBMIT_LOCAL = "submit_local"
-    BLOCKS_GRANTED = "blocks_granted"
-    BLOCK_ARRIVED = "block_arrived"
-    BLOCK_WRITTEN = "block_written"
-    END_ARRIVED = "end_arrived"
-    PULL_ENDED = "pull_ended"
-    FIRST_STEP = "first_step"
-    CONFIRM_ENDED = "confirm_ended"
-    ABORT = "abort"
-    TICK = "tick"
-
-
-@dataclass(slots=True)
-class _Record:
-    key: str
-    ticket: Ticket
-    state: PullerState
-    deadline_s: float
-    blocks: tuple[BlockRef, ...] = ()
-    next_block: int = 0
-    """Index of the first block whose KV is not here."""
-    pull_index: int = -1
-    retries: int = 0
-    failing: RefusalReason | None = None
-    """CANCELLING because of this; None: an abort."""
-    notify: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PullerCounts:
-    """Sequences by state, and what else could leak; for metrics and tests."""
-
-    credits: int = 0
-    """Promises, those that wait for blocks included."""
-    credited_blocks: int = 0
-    wants: int = 0
-    """Refused asks for credit that are remembered; they own nothing."""
-    waiting_blocks: int = 0
-    pulling: int = 0
-    cancelling: int = 0
-    ready: int = 0
-    running: int = 0
-    tombstones: int = 0
-
-    @property
-    def live(self) -> int:
-        """Sequences and credits that still own something."""
-        return self.credits + self.waiting_blocks + self.pulling + self.cancelling + self.ready + self.running
-
-    def by_state(self) -> dict[str, int]:
-        """Live sequences by `PullerState`; states without one are left out."""
-        counts = {
-            PullerState.CREDITED: self.credits - self.waiting_blocks,
-            PullerState.WAITING_BLOCKS: self.waiting_blocks,
-            PullerState.PULLING: self.pulling,
-            PullerState.CANCELLING: self.cancelling,
-            PullerState.READY: self.ready,
-            PullerState.RUNNING: self.running,
-        }
-        return {state.value: count for state, count in counts.items() if count}
+from .puller_state import PullerCounts, PullerState, Record
 
 
 class HandoffPuller:
@@ -142,7 +59,7 @@ class HandoffPuller:
         self._max_tombstones = max_tombstones
         self._max_pull_retries = max_pull_retries
         self._retry_delay_s = retry_delay_s
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, Record] = {}
         self._tombstones: BoundedMemory[str, Outcome] = BoundedMemory(limit=max_tombstones, ttl_s=tombstone_ttl_s)
         self._floors = AbortFloors(limit=max_tombstones, ttl_s=tombstone_ttl_s)
 
@@ -183,7 +100,7 @@ class HandoffPuller:
             reason = RefusalReason.LIMIT
         if reason is not None:
             return [Refuse(key, reason)]
-        self._records[key] = _Record(key, ticket, PullerState.WAITING_BLOCKS, deadline_s)
+        self._records[key] = Record(key, ticket, PullerState.WAITING_BLOCKS, deadline_s)
         return []
 
     def submit_local(
@@ -373,18 +290,18 @@ class HandoffPuller:
             return RefusalReason.ABORTED
         return RefusalReason.DUPLICATE if key in self._records else self._credits.redeem(credit_id, key, now_s)
 
-    def _writing(self, key: str, pull_index: int) -> _Record | None:
+    def _writing(self, key: str, pull_index: int) -> Record | None:
         """The record, if the pull is its newest and may still write."""
         record = self._records.get(key)
         if record is None or record.state is not PullerState.PULLING or record.pull_index != pull_index:
             return None
         return record
 
-    def _start_pull(self, record: _Record, delay_s: float) -> StartPull:
+    def _start_pull(self, record: Record, delay_s: float) -> StartPull:
         record.pull_index += 1
         return StartPull(record.key, record.ticket, record.next_block, record.pull_index, delay_s)
 
-    def _abort(self, record: _Record, notify: bool, now_s: float) -> list[PullerAction]:
+    def _abort(self, record: Record, notify: bool, now_s: float) -> list[PullerAction]:
         record.notify = notify
         if record.state is PullerState.RUNNING:
             return []
@@ -396,7 +313,7 @@ class HandoffPuller:
             return [CancelPull(record.key)]
         return self._end(record, None, "", now_s)
 
-    def _end(self, record: _Record, failure: RefusalReason | None, message: str, now_s: float) -> list[PullerAction]:
+    def _end(self, record: Record, failure: RefusalReason | None, message: str, now_s: float) -> list[PullerAction]:
         """No writer runs: frees the blocks, and tells whoever must know. `failure` None: an abort."""
         self._bury(record, Outcome.ABORTED if failure is None else Outcome.FAILED, now_s)
         actions: list[PullerAction] = []
@@ -407,7 +324,7 @@ class HandoffPuller:
             actions.append(Failed(record.key, failure, message))
         return actions
 
-    def _bury(self, record: _Record, outcome: Outcome, now_s: float) -> None:
+    def _bury(self, record: Record, outcome: Outcome, now_s: float) -> None:
         del self._records[record.key]
         self._credits.drop(record.key)
         self._tombstones.put(record.key, outcome, now_s)

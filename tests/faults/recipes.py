@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from kv_proxy import What
 from scenes import LONG_TOKENS, MIDDLE_TOKENS, SHORT_TOKENS, Scene, seen
 from tandem.kvtransfer.protocol.holder_state import HolderState
-from tandem.kvtransfer.protocol.puller import PullerState
+from tandem.kvtransfer.protocol.puller_state import PullerState
 
 Reach = Callable[[Scene], Awaitable[None]]
 EVERYTHING = frozenset(What) - {What.REFUSED, What.ABORT}

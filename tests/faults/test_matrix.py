@@ -14,7 +14,7 @@ from faults import FAULTS, RULES, left_out
 from recipes import HOLDER, PULLER, Recipe
 from scenes import Rig
 from tandem.kvtransfer.protocol.holder_state import HolderState
-from tandem.kvtransfer.protocol.puller import PullerState
+from tandem.kvtransfer.protocol.puller_state import PullerState
 
 
 def test_every_state_of_the_protocol_has_a_recipe() -> None:

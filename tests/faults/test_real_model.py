@@ -18,7 +18,7 @@ from tandem.cluster.config import EngineConfig
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.types import Role
 from tandem.kvtransfer.protocol.holder_state import HolderState
-from tandem.kvtransfer.protocol.puller import PullerState
+from tandem.kvtransfer.protocol.puller_state import PullerState
 from tandem.router.tokenizer import load_tokenizer
 
 MAX_TOKENS = 6

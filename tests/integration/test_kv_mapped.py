@@ -299,7 +299,7 @@ def test_what_cannot_be_mapped_is_tried_once_and_pulled_over_grpc(
         key = holder.prefill(100, [0, 1, 2, 3, 4, 5, 6])
         holder.source.on_done(key, TOKEN)
         for attempt in range(3):
-            there.sink._met.clear()  # as after a lost connection
+            there.sink._meetings.forget(holder.peer)  # as after a lost connection
             stats = await there.ready(there.submit(holder.peer, 100, attempt))
             assert stats.transport == "grpc"
             assert bytes(there.store.read_block(6)) == content(6, 1)

@@ -8,17 +8,8 @@ from typing import Any
 
 import pytest
 from tandem.cluster import cli_doctor
-from tandem.cluster.cli_doctor_checks import (
-    Finding,
-    Level,
-    Live,
-    Machine,
-    Package,
-    Port,
-    Security,
-    check_live,
-    check_machine,
-)
+from tandem.cluster.cli_doctor_checks import Finding, Level, Machine, Package, Port, check_machine
+from tandem.cluster.cli_doctor_live import Live, Security, check_live
 
 MACHINE = Machine(
     python="3.11.7",

@@ -29,7 +29,8 @@ from tandem.kvtransfer.protocol import actions as act
 from tandem.kvtransfer.protocol.credits import CreditLedger
 from tandem.kvtransfer.protocol.holder import HandoffHolder
 from tandem.kvtransfer.protocol.holder_state import HolderEvent, HolderState
-from tandem.kvtransfer.protocol.puller import HandoffPuller, PullerEvent, PullerState
+from tandem.kvtransfer.protocol.puller import HandoffPuller
+from tandem.kvtransfer.protocol.puller_state import PullerEvent, PullerState
 from tandem.kvtransfer.ticket import RefusalReason, Ticket
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
