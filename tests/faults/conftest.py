@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # the folder's own modules
 
 from scenes import Rig
+from tandem.cluster.config import SecurityConfig
 from whole_cluster import Cluster
 
 
@@ -24,7 +25,8 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 def _lanes(runner: asyncio.Runner, factory: pytest.TempPathFactory, count: int, **worker: Any) -> Iterator[list[Rig]]:
-    lanes = [Rig(factory.mktemp("lane"), **worker) for _ in range(count)]
+    security = SecurityConfig(secret="the secret of these workers")
+    lanes = [Rig(factory.mktemp("lane"), security=security, **worker) for _ in range(count)]
     yield lanes
     for rig in lanes:
         runner.run(rig.close())

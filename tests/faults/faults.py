@@ -17,12 +17,16 @@ import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
+import grpc
+import pytest
 from grpc import aio
 from kv_proxy import Tamper, What
 from members import WAIT_S, Member
 from recipes import Recipe
 from scenes import Scene
 from scripted_router import Outcome, Refused
+from tandem.cluster.auth import OPEN, MemberCredentials
+from tandem.cluster.config import SecurityConfig
 from tandem.kvtransfer import wire
 from tandem.kvtransfer.grpc_transport import SERVICE
 from tandem.kvtransfer.ticket import HandoffRefused, Ticket
@@ -274,6 +278,19 @@ async def stray_bytes(scene: Scene, recipe: Recipe) -> Outcome:
     return await scene.finish()
 
 
+@fault("answer")
+async def stray_without_the_secret(scene: Scene, recipe: Recipe) -> Outcome:
+    """Somebody who knows the ticket, but not the cluster's secret, says everything that there is to say."""
+    ticket = await _ticket(scene)
+    messages = {"Hello": b"", **_messages(ticket)}
+    for stranger in (OPEN, MemberCredentials.load(SecurityConfig(secret="the secret of another cluster"))):
+        for method, data in messages.items():
+            with pytest.raises(aio.AioRpcError) as refused:
+                await _said(scene.prefill_worker, method, data, stranger)
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED, method
+    return await scene.finish()
+
+
 # --- rules: cells that make no sense ----------------------------------------------------------------------------------
 
 RULES: dict[str, Callable[[Fault, Recipe], bool]] = {
@@ -351,13 +368,18 @@ def _pull(ticket: Ticket) -> bytes:
 
 async def _stray(scene: Scene, ticket: Ticket) -> list[str]:
     """What the holder answers to a pull, a confirmation and an abort."""
-    messages = {"Pull": _pull(ticket), "Confirm": wire.encode_ticket(ticket), "Abort": wire.encode_ticket(ticket)}
-    return [await _said(scene.prefill_worker, method, data) for method, data in messages.items()]
+    return [await _said(scene.prefill_worker, method, data) for method, data in _messages(ticket).items()]
 
 
-async def _said(member: Member, method: str, data: bytes) -> str:
-    """The reason with which the holder refuses a raw message; `ok` where it does not."""
-    async with aio.insecure_channel(member.kv_address) as channel:
+def _messages(ticket: Ticket) -> dict[str, bytes]:
+    return {"Pull": _pull(ticket), "Confirm": wire.encode_ticket(ticket), "Abort": wire.encode_ticket(ticket)}
+
+
+async def _said(member: Member, method: str, data: bytes, credentials: MemberCredentials | None = None) -> str:
+    """The reason with which the holder refuses a raw message, of a member of its cluster unless `credentials` are other
+    ones; `ok` where it does not.
+    """
+    async with (credentials or member.credentials).channel(member.kv_address, ()) as channel:
         if method == "Pull":
             call = channel.unary_stream(f"/{SERVICE}/Pull")(data, timeout=WAIT_S)
             answer = await call.read()

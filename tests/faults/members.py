@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpc import aio
+from tandem.cluster.auth import MemberCredentials
 from tandem.cluster.config import EngineConfig, WorkerConfig, to_dict
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.proto.tandem_internal_v1_pb2_grpc import WorkerStub
@@ -36,6 +37,8 @@ class Member:
     address: str
     kv_address: str
     epoch: int
+    credentials: MemberCredentials
+    """Of its cluster."""
     channel: aio.Channel
     stub: WorkerStub
 
@@ -128,7 +131,8 @@ async def start_member(folder: Path, name: str, role: Role, engine: EngineConfig
     line = await asyncio.wait_for(process.stdout.readline(), START_S)
     assert line, f"{name} ended before it served"
     facts = json.loads(line)
-    channel = open_channel(facts["address"])
+    credentials = MemberCredentials.load(config.security)
+    channel = open_channel(facts["address"], credentials)
     return Member(
         process=process,
         worker_id=name,
@@ -136,6 +140,7 @@ async def start_member(folder: Path, name: str, role: Role, engine: EngineConfig
         address=facts["address"],
         kv_address=facts["kv_address"],
         epoch=facts["epoch"],
+        credentials=credentials,
         channel=channel,
         stub=WorkerStub(channel),
     )
