@@ -92,7 +92,7 @@ class RouterCore(GenerationService):
         self._count_in_flight(+1)
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()  # bounded by n x max_tokens
         task = asyncio.create_task(self._run_choices(request, promise, standing, key, arrival_s, deltas))
-        task.add_done_callback(lambda _: deltas.put_nowait(None))
+        task.add_done_callback(lambda _: self._ended(standing, deltas))
         unfinished = request.n
         outcome, reason = RequestOutcome.CANCELED, ""
         try:
@@ -112,10 +112,14 @@ class RouterCore(GenerationService):
                 if outcome is RequestOutcome.CANCELED:
                     self._metrics.count_canceled()
                 task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            if standing.spot is not None:  # not before its task has ended: that may be about to ask for it
-                self._dispatcher.leave(standing.spot)
             self._record_end(request, outcome, reason)
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _ended(self, standing: Standing, deltas: asyncio.Queue[Delta | None]) -> None:
+        """The request's task is over, whoever still waits for that: its place is free, and its reader hears the end."""
+        if standing.spot is not None:
+            self._dispatcher.leave(standing.spot)
+        deltas.put_nowait(None)
 
     def _record_end(self, request: GenerateRequest, outcome: RequestOutcome, reason: str) -> None:
         self._log.record_end(

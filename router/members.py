@@ -60,11 +60,17 @@ class Membership(RegistryServicer):
     """The registry service and the view that placement ranks. Lives on the router's event loop."""
 
     def __init__(
-        self, *, router_id: str, clock: Clock, heartbeat_timeout_s: float, worker_lost_after_s: float = 10.0
+        self,
+        *,
+        router_id: str,
+        clock: Clock,
+        heartbeat_timeout_s: float,
+        worker_lost_after_s: float = 10.0,
+        credentials: MemberCredentials = OPEN,
     ) -> None:
+        """`credentials`: what workers are shown."""
         self.prefixes = PrefixIndex()
-        self.credentials: MemberCredentials = OPEN
-        """What workers are shown; set before the first one joins."""
+        self._credentials = credentials
         self._router_id = router_id
         self._clock = clock
         self._timeout_s = heartbeat_timeout_s
@@ -74,7 +80,6 @@ class Membership(RegistryServicer):
         self._dead_epochs: OrderedDict[int, None] = OrderedDict()
         self._forgotten: OrderedDict[str, int] = OrderedDict()
         """Last epoch of workers that were silent for long: welcome again, until another life of theirs has come."""
-        self._changed = asyncio.Event()
         self._on_change: Callable[[], None] = lambda: None
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -97,7 +102,7 @@ class Membership(RegistryServicer):
             member.heard_s, member.silent_s = self._clock.now_s(), 0.0
             member.own_prefill_tokens = member.link.queued_prefill_tokens
             member.own_rows = member.link.decode_rows
-        self._notify()
+        self._changed()
         return pb.HeartbeatReply(router_id=self._router_id)
 
     def _refusal(self, status: pb.WorkerStatus) -> str:
@@ -129,8 +134,8 @@ class Membership(RegistryServicer):
             address=status.address,
             epoch=status.epoch,
             router_id=self._router_id,
-            on_change=self._notify,
-            credentials=self.credentials,
+            on_change=self._changed,
+            credentials=self._credentials,
         )
         self._members[status.worker_id] = Member(status=status, heard_s=self._clock.now_s(), link=link)
         logger.info("worker %s (%s) joined from %s", status.worker_id, status.role, status.address)
@@ -223,15 +228,6 @@ class Membership(RegistryServicer):
         """For metrics."""
         return tuple(member.status for member in self.members())
 
-    async def wait_for_change(self, timeout_s: float) -> None:
-        """Returns when a heartbeat or a stream may have changed the views, or after `timeout_s`."""
-        self._changed.clear()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return
-
     async def close(self) -> None:
         """Closes every link, and lets no worker join any more; idempotent."""
         self._closed = True
@@ -241,8 +237,7 @@ class Membership(RegistryServicer):
         members, self._members = self._members, {}
         await asyncio.gather(*(member.link.close() for member in members.values()), *self._closing)
 
-    def _notify(self) -> None:
-        self._changed.set()
+    def _changed(self) -> None:
         self._on_change()
 
     def _view(self, member: Member) -> WorkerView:

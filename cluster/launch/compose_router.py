@@ -54,8 +54,8 @@ class RouterRuntime:
             clock=clock,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             worker_lost_after_s=config.worker_lost_after_s,
+            credentials=credentials,
         )
-        self.members.credentials = credentials
         metrics = RouterMetrics(name)
         metrics.watch_workers(self.members.statuses)
         card = ModelCard(id=name, max_model_len=files.config.max_model_len, created_unix_s=int(time.time()))

@@ -111,3 +111,25 @@ async def test_a_mass_death_loses_no_request_and_leaves_no_clean_up(rig: Any) ->
         assert len(prefill.requests(pb.PrefillRequest)) == count, "no prompt was prefilled twice"
         await r.until(lambda: not r.core._cleanups, "the clean-ups")
         r.assert_nothing_left()
+
+
+@scenario
+async def test_a_request_that_is_canceled_twice_is_accounted_for_once_and_gives_its_place_back(rig: Any) -> None:
+    """A client leaves, and the router stops while it still waits for the request to end."""
+    async with rig() as r:
+        await r.split()
+        ended: list[str] = []
+        r.core._log.record_end = lambda **fields: ended.append(fields["request_id"])
+        for patience in range(12):  # steps of the event loop, up to where the workers have been asked
+            leaving = asyncio.create_task(r.collect(replace(r.request(), request_id=f"q{patience}")))
+            for _ in range(patience + 1):
+                await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            await r.until(lambda: not r.core._dispatcher.waiting_by_class(), "its place to be free")
+            assert accounts(r) == (0, 0, patience + 1, 0)
+            assert len(ended) == patience + 1
+        await r.until(lambda: not r.core._cleanups, "the clean-ups")
+        r.assert_nothing_left()
