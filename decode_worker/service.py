@@ -86,7 +86,7 @@ class DecodeService(DecodeHandler):
         others = max(0, waiting - self.sink.counts().waiting_blocks)
         name = (request.request_id, request.choice, request.decode_attempt)
         try:
-            return self.sink.reserve(*name, blocks, urgency=urgency, places=limit - others)
+            return self.sink.reserve(*name, blocks, urgency=urgency, places=limit - others, router_id=request.router_id)
         except HandoffRefused as refused:
             if refused.reason is not RefusalReason.LIMIT:
                 raise _refusal(refused) from refused
@@ -153,6 +153,10 @@ class DecodeService(DecodeHandler):
         self.sink.abort(
             request.request_id, request.choice, request.decode_attempt, notify_holder=request.prefill_attempt > 0
         )
+
+    def router_gone(self, router_id: str) -> None:
+        """See `DecodeHandler.router_gone`."""
+        self.sink.router_gone(router_id)
 
     def end(self, sequence: LiveSequence, reason: str) -> None:
         """See `RoleService.end`: the engine frees the blocks at once, or when the writer has ended."""

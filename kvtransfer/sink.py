@@ -149,14 +149,15 @@ class SinkDriver:
         *,
         urgency: Urgency = NO_PROMISE,
         places: int | None = None,
+        router_id: str = "",
     ) -> int:
         """Promises `blocks` of KV and one of `places` for promises, and returns the credit's id; asked again, the same
         one. Raises `HandoffRefused`: LIMIT (no more promises now; asked again soon, it keeps its place in the order),
-        ABORTED (the abort came first), DUPLICATE (already submitted), CLOSED.
+        ABORTED (the abort came first), DUPLICATE (already submitted), CLOSED. Ends with `router_gone`.
         """
         self._check_open()
         wanted = (request_id, choice, decode_attempt, blocks, self._clock.now_s())
-        credit = self._run(self._puller.reserve(*wanted, urgency=urgency, places=places))
+        credit = self._run(self._puller.reserve(*wanted, urgency=urgency, places=places, router_id=router_id))
         assert credit is not None
         return credit
 
@@ -186,6 +187,10 @@ class SinkDriver:
         """
         now_s = self._clock.now_s()
         self._run(self._puller.abort(request_id, choice, decode_attempt, now_s, notify=notify_holder))
+
+    def router_gone(self, router_id: str) -> None:
+        """The router's stream broke: credits that it has not redeemed end."""
+        self._run(self._puller.router_gone(router_id))
 
     # What the engine does
 

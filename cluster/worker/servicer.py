@@ -45,7 +45,7 @@ class Servicer(WorkerServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the engine has failed: {self._shell.failure}")
         # A router opens a new stream when its old one broke, and has given up what it had asked for, though this side
         # may not have noticed yet.
-        self._shell.router_gone(request.router_id)
+        self._router_gone(request.router_id)
         stream = self._shell.outbox.attach(request.router_id)
         try:
             # An empty frame says that the worker knows this router now: the router waits for it before it submits.
@@ -54,7 +54,11 @@ class Servicer(WorkerServicer):
                 yield frame
         finally:
             if self._shell.outbox.detach(stream):
-                self._shell.router_gone(request.router_id)
+                self._router_gone(request.router_id)
+
+    def _router_gone(self, router_id: str) -> None:
+        self._shell.router_gone(router_id)
+        self._decode.router_gone(router_id)
 
     async def Prefill(self, request: pb.PrefillRequest, context: aio.ServicerContext) -> pb.SubmitReply:
         """Admits a prompt."""

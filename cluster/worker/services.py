@@ -86,6 +86,10 @@ class DecodeHandler(RoleService):
         """Grants a credit and returns its id. Raises `rpc.Refusal`."""
 
     @abstractmethod
+    def router_gone(self, router_id: str) -> None:
+        """A router's stream broke: credits that it has not redeemed end. Its sequences are ended one by one."""
+
+    @abstractmethod
     async def decode(self, request: pb.DecodeRequest) -> None:
         """Redeems a credit. Raises `rpc.Refusal`."""
 

@@ -21,6 +21,7 @@ class _Entry:
     owner: ChoiceKey
     attempt: int
     blocks: int
+    router_id: str
     expires_s: float | None
     """None: redeemed; the sequence waits for its blocks."""
 
@@ -72,6 +73,7 @@ class CreditLedger:
         *,
         urgency: Urgency = NO_PROMISE,
         places: int | None = None,
+        router_id: str = "",
     ) -> int | None:
         """Promises `blocks`; returns the credit's id, or None if the limit, or that of `places` for promises, would be
         passed by this one and those that want theirs and come before it. A key that asks again gets its credit again,
@@ -94,7 +96,7 @@ class CreditLedger:
             return None
         self._wants.granted(key)
         credit_id, self._next_id = self._next_id, self._next_id + 1
-        self._entries[key] = _Entry(credit_id, owner, attempt, blocks, now_s + self._ttl_s)
+        self._entries[key] = _Entry(credit_id, owner, attempt, blocks, router_id, now_s + self._ttl_s)
         self._blocks += blocks
         return credit_id
 
@@ -132,6 +134,12 @@ class CreditLedger:
         self._wants.drop(owner, attempt)
         for key, entry in list(self._entries.items()):
             if entry.owner == owner and entry.attempt <= attempt and entry.expires_s is not None:
+                self.drop(key)
+
+    def drop_unredeemed_of(self, router_id: str) -> None:
+        """Ends the promises to a router that it has not redeemed."""
+        for key, entry in list(self._entries.items()):
+            if entry.router_id == router_id and entry.expires_s is not None:
                 self.drop(key)
 
     def fullness(self) -> str:

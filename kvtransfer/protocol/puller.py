@@ -75,6 +75,7 @@ class HandoffPuller:
         *,
         urgency: Urgency = NO_PROMISE,
         places: int | None = None,
+        router_id: str = "",
     ) -> list[PullerAction]:
         """Wants a promise of `blocks`, and one of `places`: `Credit`, or `Refuse` (LIMIT: who asks again soon keeps its
         place in the order; ABORTED if the abort came first).
@@ -86,7 +87,9 @@ class HandoffPuller:
         if key in self._records:
             return [Refuse(key, RefusalReason.DUPLICATE)]
         name = ChoiceKey(request_id, choice)
-        credit_id = self._credits.grant(key, name, decode_attempt, blocks, now_s, urgency=urgency, places=places)
+        credit_id = self._credits.grant(
+            key, name, decode_attempt, blocks, now_s, urgency=urgency, places=places, router_id=router_id
+        )
         if credit_id is None:
             return [Refuse(key, RefusalReason.LIMIT, f"no credit of {blocks} blocks: {self._credits.fullness()}")]
         return [Credit(key, credit_id)]
@@ -129,6 +132,11 @@ class HandoffPuller:
             if ChoiceKey(ticket.request_id, ticket.choice) == name and ticket.decode_attempt <= decode_attempt:
                 actions += self._abort(record, notify, now_s)
         return actions
+
+    def router_gone(self, router_id: str) -> list[PullerAction]:
+        """Nobody will redeem what was promised to it. Its sequences are aborted one by one."""
+        self._credits.drop_unredeemed_of(router_id)
+        return []
 
     # The engine's events
 

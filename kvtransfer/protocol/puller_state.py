@@ -37,6 +37,7 @@ class PullerEvent(enum.StrEnum):
     FIRST_STEP = "first_step"
     CONFIRM_ENDED = "confirm_ended"
     ABORT = "abort"
+    ROUTER_GONE = "router_gone"
     TICK = "tick"
 
 

@@ -119,8 +119,7 @@ async def router_gone(scene: Scene, recipe: Recipe) -> Outcome:
     """Its streams break: what it had asked for ends, and what comes from it later is refused."""
     await scene.router.detach()
     outcome = await scene.finish()
-    if "decode" in recipe.made:  # else a credit is left, for as long as it lasts
-        await scene.rig.wait_clean()
+    await scene.rig.wait_clean()
     return outcome
 
 

@@ -13,6 +13,7 @@ from grpc import aio
 from tandem.cluster.engine.devices.paced_language import expected_tokens
 from tandem.cluster.models.reference import resolve_model
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
+from tandem.cluster.rpc import PROTOCOL_VERSION
 from tandem.cluster.types import Role
 
 Code = grpc.StatusCode
@@ -108,6 +109,28 @@ async def test_credits_are_bounded_and_lapse(bench: Any) -> None:
         await decode.clean()
         assert await decode.reserve(second, context_tokens=most)
         await decode.clean()
+
+
+@scenario
+async def test_credits_end_with_the_stream_of_the_router_that_has_not_redeemed_them(bench: Any) -> None:
+    async with bench(Role.DECODE, credit_ttl_s=600.0) as worker:
+        mine, theirs = worker.sequence(), worker.sequence(request_id="theirs", router_id="s")
+        other = worker.stub.Attach(
+            pb.AttachRequest(router_id="s", protocol_version=PROTOCOL_VERSION, epoch=worker.shell.facts.epoch)
+        )
+        await other.read()
+        credit = await worker.reserve(mine)
+        await worker.reserve(theirs, router_id="s")
+        assert worker.leftovers() == {"credited": 4}
+        await worker.detach()
+        await worker.until(lambda: worker.leftovers() == {"credited": 2}, "its credit to end, and the other's to stay")
+        await worker.attach()
+        assert await code_of(worker.decode(mine, credit)) is Code.FAILED_PRECONDITION
+        await worker.reserve(mine)
+        await worker.attach()  # a new stream before the old one is known to be broken
+        assert worker.leftovers() == {"credited": 2}
+        other.cancel()
+        await worker.clean()
 
 
 @scenario

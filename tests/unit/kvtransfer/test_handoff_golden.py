@@ -201,7 +201,10 @@ class Transcript:
         return list(self.holder.abort_ticket(ticket_of(name, **options), self.now_s))
 
     def d_reserve(self, name: str, blocks: str) -> list[object]:
-        return list(self.puller.reserve("r", 0, int(name[1:]), int(blocks), self.now_s))
+        return list(self.puller.reserve("r", 0, int(name[1:]), int(blocks), self.now_s, router_id="router"))
+
+    def d_gone(self, router_id: str) -> list[object]:
+        return list(self.puller.router_gone(router_id))
 
     def d_submit(self, name: str, credit: str = "1", timeout: str = "60", **options: str) -> list[object]:
         ticket = ticket_of(name, **options)
@@ -322,6 +325,7 @@ PULLER_EVENTS = {
     PullerEvent.FIRST_STEP: "d step d0",
     PullerEvent.CONFIRM_ENDED: "d confirmed d0",
     PullerEvent.ABORT: "d abort d0",
+    PullerEvent.ROUTER_GONE: "d gone router",
     PullerEvent.TICK: "time 10",
 }
 
