@@ -6,16 +6,18 @@ This gathers facts and prints findings; what the facts mean is decided in `clust
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
@@ -84,6 +86,8 @@ def _cluster(url: str, api_key: str | None, tls: ClientTLS | None) -> list[Findi
             later=later,
             samples=samples,
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            memory_bytes=_total_memory_bytes(),
+            pinned=_pinned(answer),
             version=__version__,
             security=_security(url),
             remote=not is_loopback(host),
@@ -117,6 +121,7 @@ def gather_machine(model: str, url: str) -> Machine:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         cpu_flags=_cpu_flags(),
         memory_bytes=_memory_bytes(),
+        ray_auth=os.environ.get("RAY_AUTH_MODE", ""),
         open_files=_open_files(),
         cache=str(cache),
         cache_writable=os.access(nearest, os.W_OK | os.X_OK),
@@ -165,12 +170,34 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
-def _memory_bytes() -> int:
+def _memory_bytes(which: str = "MemAvailable:") -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(which)), 0)
+
+
+def _total_memory_bytes() -> int:
+    """The machine's, or what its container may use."""
+    total = _memory_bytes("MemTotal:")
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(allowed)) if allowed.isdigit() else total
+
+
+def _pinned(answer: Mapping[str, Any]) -> dict[str, list[frozenset[int]]]:
+    """Of workers whose processes are this machine's: the processors that each thread may use."""
+    found = {}
+    for worker in answer.get("workers") or ():
+        if not is_loopback(str(worker.get("address", "")).rpartition(":")[0].strip("[]")):
+            continue
+        with contextlib.suppress(OSError):
+            tasks = list(Path(f"/proc/{int(worker['pid'])}/task").iterdir())
+            found[str(worker["worker_id"])] = [frozenset(os.sched_getaffinity(int(task.name))) for task in tasks]
+    return found
 
 
 def _open_files() -> int:

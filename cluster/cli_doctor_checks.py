@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
 
+RAY_WITH_TOKENS = ">=2.52"
 FILES = 4096
 SPACE_BYTES = 2**30
 
@@ -64,6 +65,8 @@ class Machine:
     cpu_flags: frozenset[str]
     memory_bytes: int
     """Available; 0: unknown."""
+    ray_auth: str
+    """What the environment says Ray should ask of its callers; empty: what `tandem serve` says."""
     open_files: int
     cache: str
     cache_writable: bool
@@ -79,6 +82,7 @@ def check_machine(machine: Machine) -> list[Finding]:
     return [
         _python(machine),
         *_packages(machine.packages),
+        *_ray(machine),
         _cpu(machine),
         _limits(machine),
         _cache(machine),
@@ -108,6 +112,20 @@ def _packages(packages: Iterable[Package]) -> list[Finding]:
         else:
             good += 1
     return [Finding(Level.OK, "packages", f"{good} installed, within their bounds"), *bad]
+
+
+def _ray(machine: Machine) -> list[Finding]:
+    """Whoever may call Ray can run code: does a Ray that is started here ask for a token?"""
+    version = next((package.installed for package in machine.packages if package.name == "ray"), None)
+    if version is None:
+        return []
+    if not SpecifierSet(RAY_WITH_TOKENS).contains(version, prereleases=True):
+        text = f"{version} knows no tokens: whoever reaches its ports can run code"
+        return [Finding(Level.WARN, "ray", text, f"pip install 'ray{RAY_WITH_TOKENS}'")]
+    if machine.ray_auth not in ("", "token"):
+        text = f"RAY_AUTH_MODE is {machine.ray_auth}: whoever reaches its ports can run code"
+        return [Finding(Level.WARN, "ray", text, "unset it, or RAY_AUTH_MODE=token")]
+    return [Finding(Level.OK, "ray", f"{version}; one that is started here wants a token")]
 
 
 def _cpu(machine: Machine) -> Finding:

@@ -15,6 +15,8 @@ from .cli_status import Samples
 FRESH_S = 2.0
 PROVEN_S = 120.0
 LATE_SHARE = 0.01
+KV_SHARE = 0.7
+"""Of a machine's memory: weights and everything else want some, too."""
 FAILED_SHARE = 0.01
 
 Worker = Mapping[str, Any]
@@ -41,6 +43,10 @@ class Live:
     """The same, a moment later."""
     samples: Samples
     cores: int
+    memory_bytes: int
+    """Of this machine, or of what this process may use of it; 0: unknown."""
+    pinned: Mapping[str, Sequence[frozenset[int]]]
+    """By worker on this machine: the processors that each of its threads may use."""
     version: str
     """Of this command."""
     security: Security | None
@@ -62,6 +68,8 @@ def check_live(live: Live) -> list[Finding]:
         _fingerprints(live.workers),
         _heartbeats(live.workers),
         _threads(live),
+        _pinning(live),
+        _memory(live),
         _ledger(live.workers),
         _stuck(live),
         *_handoffs(live),
@@ -129,6 +137,30 @@ def _threads(live: Live) -> Finding:
         text = f"{threads} compute threads on {live.cores} processors"
         return Finding(Level.WARN, "threads", text, "fewer workers, or fewer --threads: they take turns as it is")
     return Finding(Level.OK, "threads", f"{threads} compute threads, {live.cores} processors")
+
+
+def _pinning(live: Live) -> Finding:
+    """Whether workers compute where they were told to; of workers whose threads can be looked at."""
+    asked = {str(w["worker_id"]): frozenset(w.get("cpus") or ()) for w in live.workers}
+    looked_at = [name for name, cpus in asked.items() if cpus and name in live.pinned]
+    loose = [name for name in looked_at if asked[name] not in live.pinned[name]]
+    if loose:
+        text = f"no thread of {', '.join(loose)} keeps to its engine.cpus"
+        return Finding(Level.WARN, "pinning", text, "something set their affinity anew: taskset, cgroups")
+    text = f"{', '.join(looked_at)} keep to their engine.cpus" if looked_at else "no worker here is given processors"
+    return Finding(Level.OK, "pinning", text)
+
+
+def _memory(live: Live) -> Finding:
+    """KV memory is taken when it is filled: what is too much shows under load only."""
+    kv_bytes = sum(int(worker.get("kv_bytes") or 0) for worker in live.workers)
+    text = f"KV of up to {kv_bytes / 2**30:.1f} GiB in all workers"
+    if live.remote or not live.memory_bytes:
+        return Finding(Level.OK, "memory", text)
+    text += f", {live.memory_bytes / 2**30:.1f} GiB in this machine"
+    if kv_bytes > KV_SHARE * live.memory_bytes:
+        return Finding(Level.WARN, "memory", text, "a smaller --kv-cache: it is taken when it is filled, under load")
+    return Finding(Level.OK, "memory", text)
 
 
 def _ledger(workers: Sequence[Worker]) -> Finding:

@@ -53,6 +53,7 @@ class DecodeService(DecodeHandler):
         self._arrived: dict[str, tuple[TransferStats, SampledToken]] = {}
         """Of sequences whose KV is here and whose first own token is not: how it came, and the token that came with
         it."""
+        self._kv_bytes = store.num_blocks * store.layout.block_bytes
         self._credit_limit_blocks = max(1, int(store.num_blocks * shell.config.credit_factor))
         self.sink = SinkDriver(
             worker_id=shell.facts.worker_id,
@@ -241,6 +242,7 @@ class DecodeService(DecodeHandler):
     def fill_status(self, status: pb.WorkerStatus) -> None:
         """See `RoleService.fill_status`."""
         counts = self.sink.counts()
+        status.kv_bytes = self._kv_bytes
         status.credited_blocks = counts.credited_blocks
         status.credit_limit_blocks = self._credit_limit_blocks
         status.pulls += counts.pulling + counts.cancelling

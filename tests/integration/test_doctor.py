@@ -26,6 +26,8 @@ def test_a_split_that_served_and_one_that_was_gone_round(
     found = findings()
     assert found["split"]["level"] == "ok"
     assert "split 100.0% of 1" in found["split"]["text"]
+    assert found["memory"]["level"] == "ok"
+    assert all(worker["kv_bytes"] >= 2**17 for worker in cli_status.fetch(url)["workers"])
     assert found["fingerprints"]["level"] == found["ledger"]["level"] == found["handoffs"]["level"] == "ok"
     wait(lambda: "1 by " in findings()["transfers"]["text"], "a heartbeat that tells of the transfer")
     cluster.grpc.generate(token_ids=[1, 2, 3], max_tokens=5, temperature=0).collect()

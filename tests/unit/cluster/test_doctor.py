@@ -18,6 +18,7 @@ MACHINE = Machine(
     cores=8,
     cpu_flags=frozenset({"avx2", "avx512f", "avx512_bf16"}),
     memory_bytes=16 * 2**30,
+    ray_auth="",
     open_files=20000,
     cache="/c",
     cache_writable=True,
@@ -58,6 +59,8 @@ def live(*workers: dict[str, Any], **fields: Any) -> Live:
         "later": answer,
         "samples": {},
         "cores": 8,
+        "memory_bytes": 16 * 2**30,
+        "pinned": {},
         "version": "1.0",
         "security": None,
     }
@@ -75,6 +78,9 @@ def levels(findings: list[Finding]) -> set[Level]:
 def test_all_is_well() -> None:
     assert levels(check_machine(MACHINE)) == {Level.OK}
     assert levels(check_live(live())) == {Level.OK}
+
+
+RAY = Package(name="ray", allowed=">=2.49,<3", installed="2.60.0", extra="cluster")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +105,8 @@ def test_all_is_well() -> None:
             Level.WARN,
             "torch is not installed",
         ),
+        ({"packages": (RAY,), "ray_auth": "disabled"}, "ray", Level.WARN, "RAY_AUTH_MODE is disabled"),
+        ({"packages": (replace(RAY, installed="2.49.1"),)}, "ray", Level.WARN, "2.49.1 knows no tokens"),
         ({"cpu_flags": frozenset({"avx2"})}, "processor", Level.WARN, "avx2"),
         ({"open_files": 256}, "limits", Level.WARN, "256 open files"),
         ({"cache_writable": False}, "cache", Level.FAIL, "cannot be written"),
@@ -146,6 +154,18 @@ LOST = {
         (live(P, D | {"heartbeat_age_s": 7.0}), "heartbeats", Level.WARN, "decode-0 7.0 s ago"),
         (live(P, D, cores=1), "threads", Level.WARN, "2 compute threads on 1 processors"),
         (live(P | {"cpus": [0, 1]}, D | {"cpus": [1, 2]}), "threads", Level.WARN, "processors 1 are given"),
+        (
+            live(P, D | {"cpus": [0, 1]}, pinned={"decode-0": [frozenset(range(8))] * 3}),
+            "pinning",
+            Level.WARN,
+            "no thread of decode-0",
+        ),
+        (
+            live(P | {"kv_bytes": 6 * 2**30}, D | {"kv_bytes": 6 * 2**30}),
+            "memory",
+            Level.WARN,
+            "up to 12.0 GiB in all workers, 16.0 GiB",
+        ),
         (live(P, D | {"integrity_ok": False}), "ledger", Level.FAIL, "broken on decode-0"),
         (live(P, D | {"puller_states": {"pulling": 2}}), "handoffs", Level.WARN, "decode-0: 2 pulling"),
         (live(samples=LOST), "handoff failures", Level.WARN, "2 beside 10 handoffs: worker_lost 2"),
@@ -176,6 +196,18 @@ def test_handoffs_that_move_are_not_stuck() -> None:
 def test_loopback_needs_no_key_and_a_mixed_cluster_is_no_bypass() -> None:
     facts = live(worker("mixed-0", "mixed", "a"), samples=PATHS, security=replace(OPEN, host="::1", loopback=True))
     assert levels(check_live(facts)) == {Level.OK}
+
+
+def test_what_is_fine() -> None:
+    def said(findings: list[Finding], name: str) -> str:
+        return next(f.text for f in findings if f.about == name and f.level is Level.OK)
+
+    assert "wants a token" in said(check_machine(replace(MACHINE, packages=(RAY,))), "ray")
+    kept = live(P, D | {"cpus": [0, 1]}, pinned={"decode-0": [frozenset(range(8)), frozenset({0, 1})]})
+    assert said(check_live(kept), "pinning") == "decode-0 keep to their engine.cpus"
+    assert said(check_live(live(D | {"cpus": [0]})), "pinning").startswith("no worker"), "it cannot be looked at"
+    much = live(P | {"kv_bytes": 2**40}, remote=True)
+    assert said(check_live(much), "memory") == "KV of up to 1024.0 GiB in all workers"
 
 
 def test_without_a_cluster_it_looks_at_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
