@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.proto.tandem_internal_v1_pb2_grpc import WorkerStub
 from tandem.cluster.rpc import PROTOCOL_VERSION, open_channel
 from tandem.cluster.types import Role, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `scenario`
 
 WAIT_S = 20.0
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import pytest
 from grpc import aio
+from scenario import scenario
 from tandem.cluster.engine.devices.paced_language import expected_tokens
 from tandem.cluster.models.reference import resolve_model
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
@@ -23,16 +21,6 @@ def expected(tokens: int, n: int) -> list[int]:
     config = resolve_model("dummy:tiny-llama").config
     prompt = range(1, tokens + 1)
     return list(expected_tokens(prompt, n, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids))
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 async def code_of(call: Any) -> grpc.StatusCode:

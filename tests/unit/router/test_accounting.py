@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import Role, Side
 from tandem.router.errors import DeadlineExceeded, Overloaded, ServiceError, Unavailable
 
 P, D = Side.PREFILL, Side.DECODE
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 def accounts(r: Any) -> tuple[float, float, float, float]:

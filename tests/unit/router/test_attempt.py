@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import Role, SamplingParams, Side
 from tandem.router.attempt import Attempt, AttemptLost, Path, PrefillHalf, Work
@@ -54,16 +53,6 @@ async def close(r: Any, attempt: Attempt) -> None:
     await asyncio.gather(*aborts)
     assert counts(r) == (0, 0, 0, 0)
     r.assert_nothing_left()
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 @scenario

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import FinishReason, Role, Side
 from tandem.router.errors import Overloaded, ServiceError, Unavailable
 
 P, D = Side.PREFILL, Side.DECODE
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 def echo(r: Any, prefill: Any, decode: Any, *, fail_choice: int = -1) -> None:

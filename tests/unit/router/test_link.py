@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import pytest
+from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import Role, Side
@@ -18,16 +17,6 @@ KEY = SubscriptionKey("q", 0, Side.PREFILL, 1)
 SEQUENCE = pb.Sequence(request_id="q", prefill_attempt=1, decode_attempt=1)
 EPOCH = 0xE
 RESERVE = pb.ReserveRequest(request_id="q", decode_attempt=1, context_tokens=5, epoch=EPOCH)
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 @scenario

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from scenario import scenario
 from tandem.cluster.clock import VirtualClock
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import Role, Side
 from tandem.router.link import SubscriptionKey
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 @pytest.mark.parametrize(

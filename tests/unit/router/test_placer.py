@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import pytest
+from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import Role, SamplingParams
@@ -32,16 +31,6 @@ def placer(r: Any, *, threshold: int = 0, unready_wait_s: float = 20.0) -> Dispa
 def drop(attempt: Any) -> None:
     """Ends an attempt without telling anybody."""
     attempt.close(lambda work: work.close())
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 @scenario

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
+from scenario import scenario
 from tandem.cluster.config import RouterConfig
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import SLO, Role, Side
@@ -19,16 +18,6 @@ from tandem.router.slo_classes import BATCH, SLOClasses
 P, D = Side.PREFILL, Side.DECODE
 CLASSES = SLOClasses(RouterConfig())
 SLOW = pb.StepTime(step_s=0.0, prefill_token_s=0.01, decode_row_s=0.01)
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 def answer(r: Any, prefill: Any, decode: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import pytest
+from scenario import scenario
 from tandem.cluster.clock import MonotonicClock
 from tandem.cluster.config import EngineConfig, WorkerConfig
 from tandem.cluster.engine.scheduler import QueueFull
@@ -131,16 +130,6 @@ class Fixture:
         )
         self.shell.admit(sequence, timeout_s)
         return sequence
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test on a loop of its own."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
-
-    return run
 
 
 @scenario
