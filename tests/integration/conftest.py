@@ -21,6 +21,8 @@ from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import SLO, Role
 from tandem.router.client import TandemClient
 
+sys.path.insert(0, str(Path(__file__).parent))  # for `mapped_ends`
+
 WAIT_S = 30.0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from tandem.cluster.clock import VirtualClock
@@ -16,6 +18,8 @@ from tandem.kvtransfer.sink import SinkDriver, TransferStats
 from tandem.kvtransfer.source import SourceDriver
 from tandem.kvtransfer.ticket import Peer, Ticket
 from tandem.kvtransfer.transport import KVTransport
+
+sys.path.insert(0, str(Path(__file__).parent))  # the folder's own modules
 
 BLOCK_SIZE = 4
 EPOCH = 77
