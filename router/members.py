@@ -21,6 +21,7 @@ from grpc import aio
 
 from ..cluster.auth import OPEN, MemberCredentials
 from ..cluster.clock import Clock
+from ..cluster.latency import StepTimeModel
 from ..cluster.messages import step_time_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.proto.tandem_internal_v1_pb2_grpc import RegistryServicer
@@ -39,6 +40,21 @@ FORGET_AFTER_S = 60.0
 def kv_identity(status: pb.WorkerStatus) -> str:
     """What two workers must have in common to hand KV off: fingerprint and layout, or every pull would be refused."""
     return f"{status.fingerprint}/{hashlib.blake2b(status.kv_layout, digest_size=8).hexdigest()}"
+
+
+def malformed(status: pb.WorkerStatus) -> str:
+    """What is wrong with a heartbeat, whoever else is here; empty: nothing, it can be ranked. Pure."""
+    if not status.worker_id or not status.epoch or not status.address:
+        return "worker_id, epoch and address: all three must be set"
+    if status.protocol_version != PROTOCOL_VERSION:
+        return f"protocol_version: {status.protocol_version} is not {PROTOCOL_VERSION}, which this router speaks"
+    if status.role not in {role.value for role in Role}:
+        return f"role: {status.role!r} is not one of {[role.value for role in Role]}"
+    try:
+        StepTimeModel(step_time_from_proto(status.step_time))
+    except ValueError as error:
+        return f"step_time.{error}"
+    return ""
 
 
 @dataclass(slots=True)
@@ -106,12 +122,8 @@ class Membership(RegistryServicer):
         return pb.HeartbeatReply(router_id=self._router_id)
 
     def _refusal(self, status: pb.WorkerStatus) -> str:
-        if not status.worker_id or not status.epoch or not status.address:
-            return "worker_id, epoch and address: all three must be set"
-        if status.protocol_version != PROTOCOL_VERSION:
-            return f"protocol_version: {status.protocol_version} is not {PROTOCOL_VERSION}, which this router speaks"
-        if status.role not in {role.value for role in Role}:
-            return f"role: {status.role!r} is not one of {[role.value for role in Role]}"
+        if wrong := malformed(status):
+            return wrong
         if status.epoch in self._dead_epochs:
             return f"epoch: {status.epoch} of {status.worker_id} has been replaced by a newer life"
         if status.worker_id not in self._members and len(self._members) >= MAX_MEMBERS:
@@ -240,7 +252,8 @@ class Membership(RegistryServicer):
     def _changed(self) -> None:
         self._on_change()
 
-    def _view(self, member: Member) -> WorkerView:
+    @staticmethod
+    def _view(member: Member) -> WorkerView:
         status, link = member.status, member.link
         # The worker's own count is as old as its heartbeat: what was ours of it is replaced by what is ours now.
         others_tokens = max(0, status.queued_prefill_tokens - member.own_prefill_tokens)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
 from scenario import scenario
 from tandem.cluster.clock import VirtualClock
+from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import Role, Side
 from tandem.router.link import SubscriptionKey
@@ -21,6 +23,8 @@ from tandem.router.link import SubscriptionKey
         ({"address": ""}, "all three must be set"),
         ({"protocol_version": 999}, "protocol_version: 999"),
         ({"role": "cook"}, "'cook' is not one of"),
+        ({"step_time": pb.StepTime(decode_row_s=math.nan)}, "step_time.decode_row_s: nan is not a finite number"),
+        ({"step_time": pb.StepTime(step_s=-0.1)}, "step_time.step_s: -0.1 is not a finite number"),
     ],
 )
 @scenario
