@@ -163,10 +163,9 @@ def read_events(
         if data == b"[DONE]":
             finished = True
             continue
-        try:
-            message = json.loads(data)
-        except ValueError:
-            error = error or "an event is not JSON"
+        message = _event(data)
+        if message is None:
+            error = error or "an event is not what such a stream is made of"
             break
         if message.get("error"):
             error = error or _error_message(data)
@@ -187,11 +186,33 @@ def read_events(
         first_token_s=times[0] if times else None,
         last_token_s=times[-1] if times else None,
         chunk_times_s=tuple(times),
-        prompt_tokens=int(usage.get("prompt_tokens", 0)),
-        output_tokens=int(usage.get("completion_tokens", len(times))),
+        prompt_tokens=usage.get("prompt_tokens") or 0,
+        output_tokens=usage.get("completion_tokens", len(times)),
         text="".join(texts),
         error=error,
     )
+
+
+def _event(data: bytes) -> dict[str, Any] | None:
+    """An event as an object, whose choices and usage have the types that such streams have; None: it is none."""
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict):
+        return None
+    choices, usage = message.get("choices") or [], message.get("usage") or {}
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        return None
+    deltas = [choice if choice.get("delta") is None else choice["delta"] for choice in choices]
+    if not all(isinstance(delta, dict) for delta in deltas):
+        return None
+    texts = [delta.get(name) for delta in deltas for name in ("text", "content")]
+    counts = (
+        [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [""]
+    )
+    well_typed = all(isinstance(text, str | None) for text in texts) and all(type(count) is int for count in counts)
+    return message if well_typed else None
 
 
 async def run_load(
