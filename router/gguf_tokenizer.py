@@ -6,7 +6,7 @@ those of the models' own tokenizer.json files, under the names that llama.cpp ga
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -69,7 +69,7 @@ def build_gguf_backend(gguf: GgufTokenizer) -> Tokenizer:
         raise ValueError(f"tokenizer.ggml.pre is {gguf.pre!r}; known are {', '.join(sorted(_PRE_TOKENIZERS))}")
     vocabulary = {token: token_id for token_id, token in enumerate(gguf.tokens)}
     backend = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=_merges(gguf), ignore_merges=gguf.pre in _WHOLE_WORDS_FIRST)
+        models.BPE(vocab=vocabulary, merges=_merges(gguf, vocabulary), ignore_merges=gguf.pre in _WHOLE_WORDS_FIRST)
     )
     if gguf.pre in _NFC:
         backend.normalizer = normalizers.NFC()
@@ -82,12 +82,15 @@ def build_gguf_backend(gguf: GgufTokenizer) -> Tokenizer:
     return backend
 
 
-def _merges(gguf: GgufTokenizer) -> list[tuple[str, str]]:
+def _merges(gguf: GgufTokenizer, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     merges: list[tuple[str, str]] = []
     for merge in gguf.merges:
         left, space, right = merge.partition(" ")
         if not (left and space and right) or " " in right:
             raise ValueError(f"tokenizer.ggml.merges has {merge!r}; a merge is two tokens with one space between")
+        for token in (left, right, left + right):
+            if token not in vocabulary:
+                raise ValueError(f"tokenizer.ggml.merges has {merge!r}, but {token!r} is no token")
         merges.append((left, right))
     return merges
 

@@ -201,6 +201,8 @@ def test_llama3_takes_whole_words_before_merging() -> None:
         ({"model": "llama"}, r"tokenizer\.ggml\.model is 'llama'; known is 'gpt2'"),
         ({"merges": ("a b", "ab")}, r"tokenizer\.ggml\.merges has 'ab'; a merge is two tokens"),
         ({"merges": ("a b c",)}, r"tokenizer\.ggml\.merges has 'a b c'"),
+        ({"merges": ("a nowhere",)}, r"tokenizer\.ggml\.merges has 'a nowhere', but 'nowhere' is no token"),
+        ({"merges": ("b a",)}, r"tokenizer\.ggml\.merges has 'b a', but 'ba' is no token"),
     ],
 )
 def test_unusable_gguf_vocabularies_are_refused_by_name(changes: dict[str, Any], said: str) -> None:
