@@ -29,17 +29,6 @@ MEMORY_BYTES = 4 * 2**30
 """Beyond what the process has when its target is loaded."""
 
 
-def load(name: str) -> Any:
-    """A module of this folder: tests are no package."""
-    spec = importlib.util.spec_from_file_location(f"tandem_fuzz_{name}", HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def corpus(name: str) -> list[bytes]:
     """Findings of the past."""
     return [path.read_bytes() for path in sorted((HERE / "corpus" / name).glob("*"))]
@@ -88,8 +77,8 @@ def child(name: str, engine: str, seconds: float, seed: int, findings: Path) -> 
         import atheris
 
         with atheris.instrument_imports(include=["tandem"], enable_loader_override=False):
-            module = load("targets")
-        target = module.targets()[name]
+            from targets import targets
+        target = targets()[name]
         folder = findings / f"{name}-corpus"
         folder.mkdir(exist_ok=True)
         for index, data in enumerate([*target.seeds, *corpus(name)]):
@@ -99,13 +88,16 @@ def child(name: str, engine: str, seconds: float, seed: int, findings: Path) -> 
         atheris.Setup([sys.argv[0], str(folder), *arguments, *limits], Trial(target, findings, name))
         atheris.Fuzz()
         return
-    mutate, target = load("mutate"), load("targets").targets()[name]
+    from mutate import mutated
+    from targets import targets
+
+    target = targets()[name]
     bound_memory()
     trial, draw = Trial(target, findings, name), random.Random(f"{name}/{seed}")
     seeds = [*target.seeds, *corpus(name)]
     end_s, count = time.monotonic() + seconds, 0
     while time.monotonic() < end_s:
-        trial(mutate.mutated(draw, seeds))
+        trial(mutated(draw, seeds))
         count += 1
     print(f"stat::number_of_executed_units: {count}", file=sys.stderr)
 
@@ -140,7 +132,9 @@ def main() -> int:
     if options.child:
         child(options.child, options.engine, options.seconds, options.seed, options.findings)
         return 0
-    known = list(load("targets").targets())
+    from targets import targets
+
+    known = list(targets())
     if unknown := set(options.targets) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     good = True

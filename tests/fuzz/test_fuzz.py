@@ -5,32 +5,20 @@ The long run, guided by coverage, is `make fuzz`.
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from pathlib import Path
-from typing import Any
 
+import mutate
 import pytest
+import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from targets import targets
 
 HERE = Path(__file__).parent
 
 
-def load(name: str) -> Any:
-    """A module of this folder: tests are no package."""
-    spec = importlib.util.spec_from_file_location(f"tandem_fuzz_{name}", HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-MUTATE = load("mutate")
-TARGETS: dict[str, Any] = load("targets").targets()
+TARGETS = targets()
 SLOW = {"chat_template": 20, "gguf": 60, "yaml": 40, "http_wire": 60}
 """Examples of those that take milliseconds each; the others have EXAMPLES."""
 EXAMPLES = 250
@@ -67,7 +55,7 @@ def test_only_the_errors_that_are_meant_come_out(name: str) -> None:
         suppress_health_check=list(HealthCheck),
     )
     def check(seed: int, noise: bytes) -> None:
-        feed(name, MUTATE.mutated(random.Random(seed), (*TARGETS[name].seeds, noise)))
+        feed(name, mutate.mutated(random.Random(seed), (*TARGETS[name].seeds, noise)))
 
     check()
 
@@ -79,7 +67,6 @@ def test_what_was_found_once(path: Path) -> None:
 
 def test_the_long_run_keeps_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends a process of the long run: here that end is caught."""
-    run = load("run")
     trial = run.Trial(TARGETS["kv_layout"], tmp_path, "kv_layout")
     trial(b"\x00")  # refused, as it should be
     assert not list(tmp_path.iterdir())
