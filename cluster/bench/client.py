@@ -186,7 +186,7 @@ def read_events(
         first_token_s=times[0] if times else None,
         last_token_s=times[-1] if times else None,
         chunk_times_s=tuple(times),
-        prompt_tokens=usage.get("prompt_tokens") or 0,
+        prompt_tokens=usage.get("prompt_tokens", 0),
         output_tokens=usage.get("completion_tokens", len(times)),
         text="".join(texts),
         error=error,
@@ -202,15 +202,13 @@ def _event(data: bytes) -> dict[str, Any] | None:
     if not isinstance(message, dict):
         return None
     choices, usage = message.get("choices") or [], message.get("usage") or {}
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+    if not isinstance(choices, list) or not all(isinstance(part, dict) for part in [usage, *choices]):
         return None
     deltas = [choice if choice.get("delta") is None else choice["delta"] for choice in choices]
     if not all(isinstance(delta, dict) for delta in deltas):
         return None
     texts = [delta.get(name) for delta in deltas for name in ("text", "content")]
-    counts = (
-        [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [""]
-    )
+    counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
     well_typed = all(isinstance(text, str | None) for text in texts) and all(type(count) is int for count in counts)
     return message if well_typed else None
 
