@@ -42,6 +42,9 @@ def test_completions_stream_without_usage() -> None:
     assert record.output_tokens == 2
 
 
+NO_STREAM = "an event is not what such a stream is made of"
+
+
 @pytest.mark.parametrize(
     ("status", "events", "error"),
     [
@@ -49,13 +52,13 @@ def test_completions_stream_without_usage() -> None:
         (500, [(1.0, b"oops")], "HTTP 500: oops"),
         (200, CHAT_EVENTS[:-1], "the stream had no end"),
         (200, [*CHAT_EVENTS[:2], (3.0, event(error={"message": "worker lost"})), CHAT_EVENTS[-1]], "worker lost"),
-        (200, [(1.0, b"data: {")], "an event is not what such a stream is made of"),
-        (200, [(1.0, b"data: " + b"[" * 50_000)], "an event is not what such a stream is made of"),
-        (200, [(1.0, b"data: []")], "an event is not what such a stream is made of"),
-        (200, [(1.0, b'data: {"choices": [5]}')], "an event is not what such a stream is made of"),
-        (200, [(1.0, b'data: {"choices": [{"delta": "x"}]}')], "an event is not what such a stream is made of"),
-        (200, [(1.0, b'data: {"choices": [{"delta": {"content": 5}}]}')], "an event is not what such a stream is made of"),
-        (200, [(1.0, b'data: {"usage": {"completion_tokens": "many"}}')], "an event is not what such a stream is made of"),
+        (200, [(1.0, b"data: {")], NO_STREAM),
+        (200, [(1.0, b"data: " + b"[" * 50_000)], NO_STREAM),
+        (200, [(1.0, b"data: []")], NO_STREAM),
+        (200, [(1.0, b'data: {"choices": [5]}')], NO_STREAM),
+        (200, [(1.0, b'data: {"choices": [{"delta": "x"}]}')], NO_STREAM),
+        (200, [(1.0, b'data: {"choices": [{"delta": {"content": 5}}]}')], NO_STREAM),
+        (200, [(1.0, b'data: {"usage": {"completion_tokens": "many"}}')], NO_STREAM),
     ],
 )
 def test_failures(status: int, events: list[tuple[float, bytes]], error: str) -> None:
