@@ -112,16 +112,23 @@ class MemberCredentials:
     def listen(self, server: aio.Server, address: str) -> int:
         """Gives a server its port (0: any free one) and returns it. RuntimeError if it cannot be bound."""
         if self.tls is None:
-            port: int = server.add_insecure_port(address)
-            return port
-        pairs = ((self.tls.identity.key, self.tls.identity.cert),)
-        credentials = grpc.ssl_server_credentials(pairs, self.tls.ca, require_client_auth=True)
-        port = server.add_secure_port(address, credentials)
-        return port
+            return open_port(server, address, None, None)
+        return open_port(server, address, self.tls.identity, self.tls.ca)
 
 
 OPEN = MemberCredentials()
 """No secret, no TLS: for loopback and tests."""
+
+
+def open_port(server: aio.Server, address: str, identity: Identity | None, client_ca: bytes | None) -> int:
+    """Lets a server listen at `address` (port 0: any free one) and returns the port. With an identity over TLS; with
+    `client_ca`, callers must show a certificate that it signed. RuntimeError if the port cannot be bound.
+    """
+    if identity is None:
+        return int(server.add_insecure_port(address))
+    pairs = ((identity.key, identity.cert),)
+    credentials = grpc.ssl_server_credentials(pairs, client_ca, require_client_auth=client_ca is not None)
+    return int(server.add_secure_port(address, credentials))
 
 
 def resolve_secret(config: SecurityConfig) -> str | None:

@@ -5,8 +5,9 @@
 2. Blocks are granted and chunks are computed; the holder's watermark follows, and the decode worker may pull behind it.
 3. The first token goes to the router at once (the client sees it now) and to the holder, whose lease starts. A first
    token that ends the answer frees everything.
-4. The decode worker confirms its first step, or the lease, an abort, the deadline or a lost router ends it: when no
-   reader is left the holder says `release`, and the engine keeps the blocks as prefix cache or frees them.
+4. The decode worker pulls and confirms its first step; one that is lost before that is replaced by another, which
+   pulls the same blocks. The confirmation, the lease, an abort, the deadline or a lost router ends it: when no reader
+   is left the holder says `release`, and the engine keeps the blocks as prefix cache or frees them.
 """
 
 from __future__ import annotations

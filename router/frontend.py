@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-import grpc
 import uvicorn
 from grpc import aio
 
-from ..cluster.auth import check_clients
+from ..cluster.auth import check_clients, open_port
 from ..cluster.config import RouterConfig
 from ..cluster.metrics import RouterMetrics
 from ..cluster.tls import Identity, load_ca, load_identity
@@ -163,20 +162,13 @@ class Frontend:
         server, readiness = build_grpc_server(self._door)
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         try:
-            port = self._listen_grpc(server, f"{host}:{self._config.grpc_port}")
+            port = open_port(server, f"{host}:{self._config.grpc_port}", self._identity, self._client_ca)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{self._config.grpc_port} for gRPC: {error}") from None
         await server.start()
         self._grpc = server
         self._health_task = asyncio.create_task(readiness.poll())
         return f"{host}:{port}"
-
-    def _listen_grpc(self, server: aio.Server, address: str) -> int:
-        if self._identity is None:
-            return int(server.add_insecure_port(address))
-        pairs = ((self._identity.key, self._identity.cert),)
-        wanted = self._client_ca is not None
-        return int(server.add_secure_port(address, grpc.ssl_server_credentials(pairs, self._client_ca, wanted)))
 
 
 def _load_tls(config: RouterConfig) -> tuple[Identity | None, bytes | None]:

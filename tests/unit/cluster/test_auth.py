@@ -333,4 +333,4 @@ def test_every_grpc_channel_and_server_of_the_package_is_made_where_strangers_ar
     packages = ("cluster", "decode_worker", "kvtransfer", "prefill_worker", "router")
     paths = [path for package in packages for path in (repository / package).rglob("*.py")]
     found = {str(path.relative_to(repository)) for path in paths if made.search(path.read_text())}
-    assert found == {"cluster/auth.py", "router/client.py", "router/frontend.py", "router/grpc_api.py"}
+    assert found == {"cluster/auth.py", "router/client.py", "router/grpc_api.py"}
