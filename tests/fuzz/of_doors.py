@@ -1,4 +1,4 @@
-"""Parsers of what clients say at the router's doors."""
+"""Parsers of what clients say at the router's doors, and of what they hear there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import logging
 from typing import Any
 
+from tandem.cluster.bench.client import read_events
 from tandem.cluster.proto import tandem_v1_pb2 as public_pb
 from tandem.router.chat_template import MAX_PROMPT_CHARS, compile_chat_template, render_chat
 from tandem.router.errors import ServiceError
@@ -157,3 +158,21 @@ HTTP_SEEDS = (
     b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
     b"POST / HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\nabc",
 )
+
+
+EVENTS = b"".join(
+    b"data: " + data + b"\n\n"
+    for data in (
+        b'{"choices": [{"index": 0, "delta": {"role": "assistant"}}]}',
+        b'{"choices": [{"index": 0, "delta": {"content": "Hi"}}, {"text": "Hi", "finish_reason": "stop"}]}',
+        b'{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}',
+        b'{"error": {"message": "no"}}',
+        b"[DONE]",
+    )
+)
+
+
+def answer_events(data: bytes) -> None:
+    """A server's stream of events, whatever server it is."""
+    record = read_events(200, [(0.0, part) for part in data.split(b"\n\n")], "", due_s=0.0, sent_s=0.0)
+    assert record.error or b"[DONE]" in data

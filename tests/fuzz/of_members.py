@@ -1,20 +1,34 @@
-"""Parsers of what members of a cluster say to each other: handoff frames, layouts, sequences, events, step plans."""
+"""Parsers of what members of a cluster say to each other: handoff frames, layouts, shared memory, heartbeats,
+sequences, events, step plans.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import math
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import xxhash
+from feeding import as_json
 from tandem.cluster.engine.plan import RowOutput, SampleSpec, StepOutput, StepPlan, StepRow
 from tandem.cluster.messages import sampling_to_proto, sequence_from_proto, tokens_from_proto, urgency_from_proto
 from tandem.cluster.proto import tandem_internal_v1_pb2 as internal_pb
+from tandem.cluster.rpc import PROTOCOL_VERSION as RPC_VERSION
 from tandem.cluster.types import Handoff, SampledToken, SamplingParams
 from tandem.kvtransfer import wire
 from tandem.kvtransfer.layout import KVGroup, KVLayout
+from tandem.kvtransfer.mapped.segment import KVSegment, take
 from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket
 from tandem.kvtransfer.transport import BlockFrame, EndFrame, PullRequest
+from tandem.router.describe import describe
+from tandem.router.members import Member, Membership, malformed
+from tandem.router.placement import keeps_tpot, rank_decode, rank_prefill
 
 TICKET = Ticket(
     request_id="r",
@@ -101,6 +115,59 @@ def kv_layout(data: bytes) -> None:
     layout = KVLayout.from_bytes(data)
     assert layout.block_bytes == sum(segment.length_bytes for segment in layout.segments()) > 0
     assert KVLayout.from_bytes(layout.to_bytes()) == layout
+
+
+@functools.cache
+def offered() -> tuple[bytes, bytes]:
+    """A segment's nonce and its memory. Linux only."""
+    owned = KVSegment(LAYOUT, 2)
+    owned.publish(TICKET.epoch)
+    return owned.nonce, os.pread(owned.fileno(), 2**20, 0)
+
+
+def segment(data: bytes) -> None:
+    """Somebody passes on a descriptor of memory with these bytes."""
+    fd = os.memfd_create("fuzz", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, data)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    there = take(fd, nonce=offered()[0], epoch=TICKET.epoch, layout=LAYOUT)
+    for block_id in (0, there.num_blocks - 1):
+        assert there.generation(block_id) >= 0
+        assert len(bytes(there.block(block_id))) == LAYOUT.block_bytes
+
+
+HEARTBEAT = internal_pb.WorkerStatus(
+    worker_id="prefill-0",
+    epoch=7,
+    role="prefill",
+    address="127.0.0.1:1",
+    protocol_version=RPC_VERSION,
+    fingerprint="f",
+    kv_layout=LAYOUT.to_bytes(),
+    block_size=16,
+    num_blocks=100,
+    free_blocks=50,
+    max_running=8,
+    step_time=internal_pb.StepTime(step_s=0.01, prefill_token_s=0.001),
+    puller_states={"pulling": 1},
+)
+
+
+def heartbeat(data: bytes) -> None:
+    """What is not refused can be ranked and shown."""
+    status = internal_pb.WorkerStatus.FromString(data)
+    if malformed(status):
+        return
+    link: Any = SimpleNamespace(
+        queued_prefill_tokens=0,
+        patient_prefill_tokens=0,
+        decode_rows=0,
+        tightest_tpot_s=math.inf,
+    )
+    view = Membership._view(Member(status=status, heard_s=0.0, link=link))
+    assert rank_prefill([view], 100, {}) == rank_decode([view], 100) == (view,)
+    keeps_tpot(view, 100, 0.5)
+    as_json(describe(status))
 
 
 SAMPLING = SamplingParams(max_tokens=4, stop_token_ids=(3,), logit_bias=((2, 1.5),), top_logprobs=2)

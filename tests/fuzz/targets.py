@@ -6,14 +6,18 @@ allocation included, is a finding; the input then becomes a file of `corpus/<tar
 
 from __future__ import annotations
 
+import sys
+
 from feeding import Target, as_json, in_file
 from google.protobuf.message import DecodeError
 from of_doors import (
     CHAT,
     COMPLETION,
+    EVENTS,
     GENERATE,
     HTTP_SEEDS,
     TEMPLATE,
+    answer_events,
     chat_messages,
     chat_template,
     grpc_request,
@@ -41,15 +45,19 @@ from of_files import (
 )
 from of_members import (
     FRAME,
+    HEARTBEAT,
     KV_SEEDS,
     LAYOUT,
     OUTPUT,
     PLAN,
     SEQUENCE,
     event,
+    heartbeat,
     kv_layout,
     kv_message,
     kv_sealed,
+    offered,
+    segment,
     sequence,
     unsealed,
 )
@@ -59,6 +67,7 @@ from tandem.cluster.config import ConfigError
 from tandem.cluster.config_file import load_config
 from tandem.cluster.engine.plan_wire import decode_output, decode_plan, encode_output, encode_plan
 from tandem.cluster.models.errors import ModelError
+from tandem.kvtransfer.mapped.segment import SegmentError
 from tandem.kvtransfer.ticket import HandoffRefused
 from tandem.router.errors import InvalidRequest, ServiceError
 from tandem.router.hf_tokenizer import read_hf_tokenizer
@@ -74,6 +83,8 @@ def targets() -> dict[str, Target]:
         "kv_message": Target(kv_message, refused, KV_SEEDS),
         "kv_sealed": Target(kv_sealed, refused, tuple(unsealed(seed) for seed in KV_SEEDS)),
         "kv_layout": Target(kv_layout, value, (LAYOUT.to_bytes(),)),
+        **({"segment": Target(segment, (SegmentError,), (offered()[1],))} if sys.platform == "linux" else {}),
+        "heartbeat": Target(heartbeat, (DecodeError,), (HEARTBEAT.SerializeToString(),)),
         "sequence": Target(sequence, (DecodeError, ValueError), (SEQUENCE.SerializeToString(),)),
         "event": Target(event, (DecodeError,), (FRAME.SerializeToString(),)),
         "step_plan": Target(decode_plan, value, (encode_plan(PLAN),)),
@@ -113,5 +124,6 @@ def targets() -> dict[str, Target]:
         "yaml": Target(in_file("cluster.yaml", load_config), (ConfigError,), (YAML,)),
         "prompts": Target(in_file("prompts.jsonl", read_prompts), value, (PROMPTS,)),
         "trace": Target(in_file("trace", read_trace), value, (TRACE_JSON, TRACE_CSV)),
+        "events": Target(answer_events, (), (EVENTS,)),
         "api_keys": Target(in_file("keys", api_keys_file), (ConfigError,), (KEYS,)),
     }
