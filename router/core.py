@@ -28,7 +28,7 @@ from .dispatch import Dispatcher, Standing
 from .errors import DeadlineExceeded, Overloaded, ServiceError
 from .members import Membership
 from .output import OutputStream
-from .placement import pair
+from .placement import missing, pair
 from .placer import Placer
 from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness
 from .slo_classes import Promise, SLOClasses
@@ -184,13 +184,7 @@ class RouterCore(GenerationService):
         prefill, decode = self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE)
         if self._members.routable(Role.MIXED) or all(pair(prefill, decode)):
             return ""
-        if not prefill and not decode:
-            return "no worker is ready"
-        if not prefill:
-            return "no prefill worker is ready"
-        if not decode:
-            return "no decode worker is ready"
-        return "no prefill and decode worker have the same KV fingerprint and layout (block size, layers, heads, dtype)"
+        return f"no {missing(prefill, decode)} is ready"
 
     # --- one request ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ gives equal output.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..cluster.latency import StepTimeModel
@@ -61,6 +61,14 @@ def pair(
         tuple(view for view in prefill if view.fingerprint in shared),
         tuple(view for view in decode if view.fingerprint in shared),
     )
+
+
+def missing(prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> str:
+    """What is not there, in words, where these make no pair."""
+    if prefill and decode:
+        alike = "the same KV fingerprint and layout (block size, layers, heads, dtype)"
+        return f"pair of a prefill and a decode worker with {alike}"
+    return "decode worker" if prefill else "prefill worker" if decode else "worker"
 
 
 def predicted_ttft_s(view: WorkerView, uncached_tokens: int) -> float:

@@ -23,7 +23,7 @@ from .attempt import Attempt, Path, PrefillHalf, Work
 from .errors import Unavailable
 from .link import WorkerLink
 from .members import Membership
-from .placement import WorkerView, keeps_tpot, pair, rank_decode, rank_prefill
+from .placement import WorkerView, keeps_tpot, missing, pair, rank_decode, rank_prefill
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,7 @@ class Placer:
             return await self._place_split(work, prefill, decode)
         if mixed:
             return await self._place_alone(work, mixed, Path.MIXED)
-        raise NoWorkers(self._missing())
-
-    def _missing(self) -> str:
-        prefill, decode = self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE)
-        if prefill and decode:
-            return "prefill and decode worker whose KV fingerprints and layouts match"
-        return "decode worker" if prefill else "prefill worker" if decode else "worker"
+        raise NoWorkers(missing(self._members.routable(Role.PREFILL), self._members.routable(Role.DECODE)))
 
     async def _place_decode(self, work: Work, half: PrefillHalf) -> Attempt | None:
         """The prefill is under way, or done: any worker that can pull its KV will do."""

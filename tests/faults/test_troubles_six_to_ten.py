@@ -154,14 +154,18 @@ def test_trouble_9_ttft_is_the_same_for_client_and_server(start: Callable[..., C
     cluster.add(Role.DECODE, "d0")
     cluster.wait_ready()
     target = Target(base_url=cluster.url, model=MODEL, temperature=0.0)
-    record = cluster.run(send(target, BenchRequest(prompt=tuple(PROMPT), max_tokens=5), due_s=0.0))
-    assert record.ok, record.error
-    assert record.ttft_s is not None
-    assert record.tpot_s is not None
-    ttft_s = cluster.metric("time_to_first_token_seconds_sum")
-    assert 100 * 0.005 <= ttft_s <= record.ttft_s
-    assert record.ttft_s - ttft_s < ttft_s, "another TTFT is meant"
+    before_s, between_s = 0.0, []
+    for prompt in prompts(5, 100):
+        record = cluster.run(send(target, BenchRequest(prompt=tuple(prompt), max_tokens=5), due_s=0.0))
+        assert record.ok, record.error
+        assert record.ttft_s is not None
+        ttft_s = cluster.metric("time_to_first_token_seconds_sum") - before_s
+        before_s += ttft_s
+        assert 100 * 0.005 <= ttft_s <= record.ttft_s
+        between_s.append(record.ttft_s - ttft_s)
+    assert min(between_s) < 100 * 0.005, "another TTFT is meant"  # one of them met no busy machine
     tpot_s = cluster.metric("request_time_per_output_token_seconds_sum")
+    assert tpot_s > 0
     assert cluster.metric("request_decode_time_seconds_sum") == pytest.approx(4 * tpot_s)  # the first one excluded
 
 

@@ -162,7 +162,7 @@ async def test_different_kv_is_never_paired(rig: Any) -> None:
     async with rig() as r:
         await r.worker("p0", Role.PREFILL, fingerprint="f")
         await r.worker("d0", Role.DECODE, fingerprint="g")
-        with pytest.raises(Unavailable, match="fingerprints"):
+        with pytest.raises(Unavailable, match="same KV fingerprint"):
             await placer(r, unready_wait_s=0.01).place(work())
         await r.worker("p1", Role.PREFILL, fingerprint="g")
         attempt = await placer(r).place(work())
@@ -176,7 +176,7 @@ async def test_kv_of_another_layout_is_never_paired(rig: Any) -> None:
     async with rig() as r:
         await r.worker("p0", Role.PREFILL, kv_layout=b"blocks of 16")
         await r.worker("d0", Role.DECODE, kv_layout=b"blocks of 32")
-        with pytest.raises(Unavailable, match="layouts"):
+        with pytest.raises(Unavailable, match="layout"):
             await placer(r, unready_wait_s=0.01).place(work())
         await r.worker("p1", Role.PREFILL, kv_layout=b"blocks of 32")
         attempt = await placer(r).place(work())
