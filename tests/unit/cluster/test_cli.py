@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tandem.cluster import cli, cli_restart, cli_serve, cli_status
 from tandem.cluster.cli_display import Display
+from tandem.cluster.config import ClusterConfig
 from tandem.cluster.config_file import build_config
 from tandem.cluster.launch.state import Endpoints
 
@@ -125,6 +126,20 @@ def test_welcome_lines_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         compile(code, "line", "exec")
         assert "TANDEM_API_KEY" in code
     assert not any("'k'" in line for line in lines)
+
+
+def test_what_serve_is_told_about_strangers_and_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By flags, and by the environment where keys shall not stand on a command line."""
+    seen: list[ClusterConfig] = []
+    monkeypatch.setattr(cli_serve, "serve", lambda config, verbose: seen.append(config) or 0)
+    monkeypatch.setenv("TANDEM_API_KEY", "key-of-one-client,key-of-another")
+    assert cli.run(["serve"]) == 0
+    assert (seen[-1].router.api_key, seen[-1].worker.transport) == ("key-of-one-client,key-of-another", "auto")
+    assert cli.run(["serve", "--api-key", "from-the-flag-it-is", "--transport", "mapped", "--insecure"]) == 0
+    assert (seen[-1].router.api_key, seen[-1].worker.transport) == ("from-the-flag-it-is", "mapped")
+    assert seen[-1].insecure
+    assert cli.run(["serve", "--transport", "pigeon"]) == 2
+    assert len(seen) == 2
 
 
 def test_headline_says_what_computes_nothing() -> None:
