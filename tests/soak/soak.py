@@ -5,7 +5,8 @@
 
 Each request is accounted for exactly once: answered (with the right tokens, or it counts as wrong), refused, cancelled
 or failed with a reason, by the client and by the router's own log, which are compared one by one. Ends with one JSON
-object and exit code 0 if nothing was wrong, lost, counted twice or leaked.
+object and exit code 0 if nothing was wrong, lost, counted twice or leaked, and, in a run that is long enough to tell,
+no process's memory or number of descriptors grew.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from grpc import aio
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script of its own, not part of a package
 
-from soak_cluster import SoakCluster, by_age, growth, with_free_ports
+from soak_cluster import SoakCluster, by_age, grows, growth, with_free_ports
 from tandem.cluster.config import EngineConfig, RouterConfig
 from tandem.cluster.engine.devices.paced_language import expected_tokens
 from tandem.cluster.models.reference import resolve_model
@@ -36,6 +37,8 @@ from tandem.cluster.proto.tandem_v1_pb2_grpc import TandemStub
 
 SAMPLE_EVERY_S = 2.0
 CANCEL_SHARE = 0.2
+LONG_S = 60.0
+"""Shorter runs are still filling caches and pools."""
 REFUSED = frozenset({grpc.StatusCode.RESOURCE_EXHAUSTED})
 
 
@@ -220,15 +223,16 @@ def report(
         "accounted_differently": parted[:20],
         "leaked": left,
         "kills": {name: member.kills for name, member in cluster.workers.items()},
-        "router": growth(cluster.router.samples),
-        "workers_by_age": by_age(cluster.workers.values()),
+        "router": (router := growth(cluster.router.samples)),
+        "workers_by_age": (ages := by_age(cluster.workers.values())),
+        "grows": grows(router, ages) if took_s >= LONG_S else [],
     }
 
 
 def unharmed(result: dict[str, Any]) -> bool:
-    """Nothing wrong, lost, counted twice or leaked."""
+    """Nothing wrong, lost, counted twice or leaked, and nothing that grows."""
     whole = sum(result["outcomes"].values()) == result["requests"]
-    return whole and not (result["wrong"] or result["accounted_differently"] or result["leaked"])
+    return whole and not any(result[name] for name in ("wrong", "accounted_differently", "leaked", "grows"))
 
 
 def main() -> int:

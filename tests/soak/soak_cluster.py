@@ -25,6 +25,8 @@ from tandem.cluster.types import Role
 START_TIMEOUT_S = 120.0
 OWNED = ("leases", "credited_blocks", "pulls", "running", "waiting", "held")
 """What of a worker's report must be zero when no request is there."""
+OWN_SHARE, OWN_MIB, FDS = 1.1, 16.0, 24
+"""What may be more at the end than in the beginning."""
 AGES_S = ((5.0, 15.0), (15.0, 30.0), (30.0, 60.0), (60.0, math.inf))
 
 
@@ -39,7 +41,8 @@ class Member:
     addresses: dict[str, Any] = field(default_factory=dict)
     kills: int = 0
     samples: list[tuple[float, int, int]] = field(default_factory=list)
-    """(age of the process in seconds, resident bytes, open descriptors)."""
+    """(age of the process in seconds, resident bytes but for shared memory, open descriptors). KV memory is shared:
+    of a bounded size, and resident when it has been written to."""
 
 
 class SoakCluster:
@@ -146,7 +149,8 @@ class SoakCluster:
                 with contextlib.suppress(psutil.Error, AttributeError):
                     process = psutil.Process(member.process.pid)  # type: ignore[union-attr]
                     age_s = time.time() - process.create_time()
-                    member.samples.append((age_s, process.memory_info().rss, process.num_fds()))
+                    memory = process.memory_info()
+                    member.samples.append((age_s, memory.rss - memory.shared, process.num_fds()))
             await asyncio.sleep(every_s)
 
     async def close(self) -> None:
@@ -163,13 +167,13 @@ class SoakCluster:
 
 
 def growth(samples: list[tuple[float, int, int]]) -> dict[str, float]:
-    """Median of the first and of the last quarter of a process's samples: resident MiB and descriptors."""
+    """Median of the first and of the last quarter of a process's samples: MiB of its own and descriptors."""
     quarter = max(1, len(samples) // 4)
     first, last = samples[:quarter], samples[-quarter:]
     mib = 2**20
     return {
-        "rss_mib_first": round(statistics.median(s[1] for s in first) / mib, 1),
-        "rss_mib_last": round(statistics.median(s[1] for s in last) / mib, 1),
+        "own_mib_first": round(statistics.median(s[1] for s in first) / mib, 1),
+        "own_mib_last": round(statistics.median(s[1] for s in last) / mib, 1),
         "fds_first": statistics.median(s[2] for s in first),
         "fds_last": statistics.median(s[2] for s in last),
     }
@@ -182,9 +186,26 @@ def by_age(members: Iterable[Member]) -> dict[str, dict[str, float]]:
     for low_s, high_s in AGES_S:
         row = [sample for sample in samples if low_s <= sample[0] < high_s]
         if row:
-            rss_mib, fds = statistics.median(s[1] for s in row) / 2**20, statistics.median(s[2] for s in row)
-            rows[f"{low_s:g} s and older"] = {"rss_mib": round(rss_mib, 1), "fds": fds, "samples": len(row)}
+            own_mib, fds = statistics.median(s[1] for s in row) / 2**20, statistics.median(s[2] for s in row)
+            rows[f"{low_s:g} s and older"] = {"own_mib": round(own_mib, 1), "fds": fds, "samples": len(row)}
     return rows
+
+
+def grows(router: dict[str, float], ages: dict[str, dict[str, float]]) -> list[str]:
+    """What is not flat, in words: the router from its first quarter to its last, workers from their youngest lives to
+    their oldest, beyond what caches and connections that come and go explain. A leak of a KiB a request would show.
+    """
+    rows = list(ages.values())
+    pairs = [("router", {"own_mib": router["own_mib_first"], "fds": router["fds_first"]}, router)]
+    if len(rows) > 1:
+        pairs.append(("workers", rows[0], {"own_mib_last": rows[-1]["own_mib"], "fds_last": rows[-1]["fds"]}))
+    found = []
+    for name, first, last in pairs:
+        if last["own_mib_last"] > OWN_SHARE * first["own_mib"] + OWN_MIB:
+            found.append(f"{name}: memory from {first['own_mib']} to {last['own_mib_last']} MiB")
+        if last["fds_last"] > first["fds"] + FDS:
+            found.append(f"{name}: descriptors from {first['fds']:g} to {last['fds_last']:g}")
+    return found
 
 
 def with_free_ports(config: RouterConfig) -> RouterConfig:
