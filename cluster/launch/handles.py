@@ -6,9 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
-
 from .state import MemberState, MemberView, Phase
 
 
@@ -44,12 +41,14 @@ class MemberHandle:
 
     def hear(self) -> None:
         """Takes the answer if it is there. A member whose process is gone becomes LOST; a new process is a restart."""
+        import ray
+
         if self._question is None or not ray.wait([self._question], timeout=0)[0]:
             return
         question, self._question = self._question, None
         try:
             state: MemberState = ray.get(question)
-        except RayActorError:
+        except ray.exceptions.RayActorError:
             self.state = self.state.change(phase=Phase.LOST, stage="lost", healthy=False)
             return
         if self._last_pid and state.pid != self._last_pid:
@@ -63,19 +62,25 @@ class MemberHandle:
 
     def restart(self) -> None:
         """Ends the process; Ray makes a new one, with a new epoch."""
+        import ray
+
         self._question = None
         ray.kill(self._actor, no_restart=False)
 
     def kill(self) -> None:
         """Ends the process for good."""
+        import ray
+
         try:
             ray.kill(self._actor, no_restart=True)
-        except (RayError, ValueError):  # already gone, or placed nowhere
+        except (ray.exceptions.RayError, ValueError):  # already gone, or placed nowhere
             return
 
 
 def poll(handles: Sequence[MemberHandle], timeout_s: float) -> None:
     """Asks every member for its state at the same time and waits for the answers, at most `timeout_s`."""
+    import ray
+
     questions = [handle.ask() for handle in handles]
     ray.wait(questions, num_returns=len(questions), timeout=timeout_s)
     for handle in handles:
@@ -84,9 +89,11 @@ def poll(handles: Sequence[MemberHandle], timeout_s: float) -> None:
 
 def answer(reference: Any) -> Any:
     """What a call made with `begin` that has ended returned; None where it was lost with its member, or with Ray."""
+    import ray
+
     try:
         return ray.get(reference, timeout=0)
-    except RayError:
+    except ray.exceptions.RayError:
         return None
 
 
@@ -94,8 +101,10 @@ def finished(references: Sequence[Any], timeout_s: float) -> bool:
     """Waits for calls made with `begin`; True when all have ended, well or not."""
     if not references:
         return True
+    import ray
+
     try:
         ready, _ = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
-    except GetTimeoutError:
+    except ray.exceptions.GetTimeoutError:
         return False
     return len(ready) == len(references)

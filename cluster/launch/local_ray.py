@@ -35,10 +35,11 @@ _OUTLIVE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """After so long without gcs_server, Ray's own, whoever is connected to it ends itself: members, raylet and driver."""
 _PENDING_POLL_S = 0.02
 
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES alone; silences a warning
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed",  # the manager says so, in one line
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray, on any system, listen on loopback only
+    _LOOPBACK: "0",  # what makes Ray, on any system, listen on loopback only
     "RAY_AUTH_MODE": "token",  # Ray's own default where it knows tokens; said here so that it cannot change unseen
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -143,6 +144,7 @@ def join_ray(address: str, *, verbose: bool = False) -> None:
 
 def prepare_environment(*, local: bool) -> None:
     """Sets what Ray reads from the environment, most of it while it is imported; the user's own settings win.
+    RuntimeError where it is too late for a local one to stay on loopback.
 
     A local Ray asks for a token by itself; the one here, drawn once a process as the driver keeps the first it reads,
     saves it from writing one to the user's home.
@@ -152,8 +154,13 @@ def prepare_environment(*, local: bool) -> None:
         return
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    if "ray" in sys.modules:
-        return  # read already: half of the rest would be worse than none of it
+    if "ray" in sys.modules:  # read already: half of the rest would be worse than none of it
+        if os.environ.get(_LOOPBACK) != "0":
+            raise RuntimeError(
+                f"this program imported ray before it started a cluster, so that Ray would listen beyond loopback; "
+                f"start the cluster first, or set {_LOOPBACK}=0 before ray is imported"
+            )
+        return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

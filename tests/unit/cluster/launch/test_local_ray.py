@@ -1,0 +1,27 @@
+"""What is settled before Ray is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys, types
+sys.modules["ray"] = types.ModuleType("ray")  # whoever embeds a cluster has imported it
+from tandem.cluster.launch.local_ray import prepare_environment
+prepare_environment(local=True)
+"""
+
+
+def test_a_ray_that_was_imported_too_early_to_stay_on_loopback_is_refused() -> None:
+    ended = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
+    assert "RuntimeError: this program imported ray before it started a cluster" in ended.stderr
+    setting = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PATH": "/usr/bin"}
+    told = [sys.executable, "-c", SCRIPT]
+    assert subprocess.run(told, env=setting, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_the_modules_that_speak_to_actors_do_not_import_ray_by_themselves() -> None:
+    script = "import sys, tandem.cluster.launch.manager, tandem.cluster.launch.ray_cluster; print('ray' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "False"
