@@ -139,13 +139,21 @@ class RouterCore(GenerationService):
             work = self._work(request, promise, arrival_s + promise.effective_ttft_s(forecast.idle_s), work)
             forecast = self._dispatcher.outlook(work).forecast
         now_s = self._clock.now_s()
+        idle_tpot_s = self._dispatcher.idle_tpot_s(work.context_tokens)
         try:
-            self._admission.enter(key, now_s, promise=promise, forecast=forecast, elapsed_s=max(0.0, now_s - arrival_s))
+            self._admission.enter(
+                key,
+                now_s,
+                promise=promise,
+                forecast=forecast,
+                elapsed_s=max(0.0, now_s - arrival_s),
+                idle_tpot_s=idle_tpot_s,
+            )
         except Overloaded as refusal:
             self._metrics.count_refusal(refusal.code or refusal.type)
             self._record_end(request, RequestOutcome.REFUSED, refusal.code or refusal.type)
             raise
-        tpot_s = promise.effective_tpot_s(self._dispatcher.idle_tpot_s(work.context_tokens))
+        tpot_s = promise.effective_tpot_s(idle_tpot_s)
         spot = self._dispatcher.expect(work, outlook.cost_tokens)
         return Standing(urgency=work.urgency, tpot_s=tpot_s, block_keys=work.block_keys, spot=spot)
 

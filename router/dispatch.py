@@ -20,7 +20,7 @@ from ..cluster.types import Role, Urgency
 from .attempt import Attempt, Work
 from .dispatch_policy import DispatchPolicy
 from .errors import Unavailable
-from .forecast import Forecast, forecast, room_tokens
+from .forecast import Forecast, forecast, learned, room_tokens
 from .members import Membership
 from .placement import WorkerView, idle_tpot_s, pair
 from .placer import Placer
@@ -100,7 +100,7 @@ class Dispatcher:
     def idle_tpot_s(self, context_tokens: int) -> float:
         """The best that an idle worker could do for one sequence of that context; 0: nobody knows."""
         views = self._members.routable(Role.DECODE) or self._members.routable(Role.MIXED)
-        return min((idle_tpot_s(view, context_tokens) for view in views), default=0.0)
+        return min((idle_tpot_s(view, context_tokens) for view in learned(views)), default=0.0)
 
     def expect(self, work: Work, cost_tokens: int) -> Spot:
         """Takes a place for work whose `place` will follow, or else `leave`."""

@@ -66,7 +66,7 @@ class Overloaded(ServiceError):
 
 
 class PromiseUnattainable(Overloaded):
-    """The first token would come later than promised; comes with `retry_after_s`."""
+    """The request would be later than promised; comes with `retry_after_s` unless no idle cluster could keep it."""
 
     code = "slo_unattainable"
 

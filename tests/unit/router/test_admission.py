@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem.cluster.config import RouterConfig, SLOClass
 from tandem.cluster.types import SLO
-from tandem.router.admission import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, Admission
+from tandem.router.admission import (
+    DECISIONS_S,
+    LATENESS_SAMPLES,
+    MAX_RETRY_AFTER_S,
+    MIN_RETRY_AFTER_S,
+    Admission,
+)
 from tandem.router.errors import Overloaded, PromiseUnattainable
 from tandem.router.forecast import Forecast
 from tandem.router.slo_classes import BATCH, Promise, SLOClasses
@@ -152,3 +160,37 @@ def test_the_promise_is_the_classes_but_for_what_the_request_names() -> None:
     assert (gold.effective_tpot_s(10.0), CLASSES.promise("gold").effective_tpot_s(10.0)) == (0.2, 20.0)
     batch = CLASSES.promise(BATCH)
     assert batch.effective_ttft_s(5.0) == batch.effective_tpot_s(5.0) == float("inf")
+
+
+def test_what_even_an_idle_cluster_cannot_do_is_refused_without_a_time_to_come_back() -> None:
+    own = replace(INTERACTIVE, ttft_s=0.05, own_ttft=True)
+    admission = Admission(8)
+    with pytest.raises(PromiseUnattainable, match=r"even an idle cluster would need about 0\.1 s") as refused:
+        admission.enter("a", 0.0, promise=own, forecast=waits(0.0))
+    assert refused.value.retry_after_s is None
+    fast = replace(INTERACTIVE, tpot_s=0.001, own_tpot=True)
+    with pytest.raises(PromiseUnattainable, match=r"even an idle worker would need about 0\.05 s") as refused:
+        admission.enter("a", 0.0, promise=fast, forecast=None, idle_tpot_s=0.05)
+    assert refused.value.retry_after_s is None
+    admission.enter("a", 0.0, promise=fast, forecast=None)  # nobody knows yet
+    admission.enter("b", 0.0, promise=replace(INTERACTIVE, tpot_s=0.001), forecast=None, idle_tpot_s=0.05)
+
+
+def test_a_forecast_learns_by_how_much_first_tokens_come_late_and_forgets_it() -> None:
+    admission = Admission(100)
+    for i in range(LATENESS_SAMPLES):
+        enter(admission, str(i), 0.0, forecast=waits(0.0))
+        admission.first_token(str(i), 1.1)  # a second later than forecast
+    enter(admission, "fits", 1.2, forecast=waits(0.8))
+    with pytest.raises(PromiseUnattainable):
+        enter(admission, "late", 1.2, forecast=waits(1.0))
+    enter(admission, "later", 1.2 + DECISIONS_S, forecast=waits(1.0))
+
+
+def test_first_tokens_that_come_early_promise_nothing() -> None:
+    admission = Admission(100)
+    for i in range(LATENESS_SAMPLES):
+        enter(admission, str(i), 0.0, forecast=waits(1.0))
+        admission.first_token(str(i), 0.1)
+    with pytest.raises(PromiseUnattainable):
+        enter(admission, "late", 0.2, forecast=waits(2.0))
