@@ -99,7 +99,7 @@ def _security(url: str) -> Security | None:
     running = runtime_file.find(url)
     if running is None:
         return None
-    host = running.http.rpartition(":")[0].strip("[]")
+    host = running.host or running.http.rpartition(":")[0].strip("[]")
     try:
         secret = resolve_secret(running.security) is not None
     except ConfigError:

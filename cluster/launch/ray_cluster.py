@@ -275,6 +275,7 @@ class RayCluster:
             http=endpoints.http,
             grpc=endpoints.grpc,
             registry=endpoints.registry,
+            host=config.router.host,
             tls=config.router.tls_cert is not None,
             api_key=self._operator_key,
             security=config.security,

@@ -31,6 +31,8 @@ class RunningCluster:
     http: str
     grpc: str
     registry: str
+    host: str = ""
+    """What the router's ports are bound to, which may be more than the address under which they are dialed."""
     tls: bool = False
     """Whether clients speak TLS, on HTTP and on gRPC."""
     api_key: str | None = field(default=None, repr=False)

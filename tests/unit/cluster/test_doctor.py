@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tandem.cluster import cli_doctor
 from tandem.cluster.cli_doctor_checks import Finding, Level, Machine, Package, Port, check_machine
 from tandem.cluster.cli_doctor_live import Live, Security, check_live
+from tandem.cluster.config import SecurityConfig
+from tandem.cluster.launch import runtime_file
+from tandem.cluster.launch.runtime_file import RunningCluster
 
 MACHINE = Machine(
     python="3.11.7",
@@ -185,6 +189,30 @@ def test_what_is_wrong_with_a_cluster(facts: Live, name: str, level: Level, text
     found = about(check_live(facts), name)
     assert (found.level, text in found.text) == (level, True), found
     assert found.do
+
+
+@pytest.mark.parametrize(
+    ("opened", "text"),
+    [
+        ({}, "no client key, member secret, no TLS"),
+        ({"api_key": "k" * 16, "tls": True}, "client key, member secret, TLS"),
+    ],
+)
+def test_doors_are_judged_by_what_they_are_bound_to(
+    opened: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    secret = SecurityConfig(secret="s" * 32)
+    runtime_file.write(
+        RunningCluster(
+            http="127.0.0.1:7", grpc="127.0.0.1:8", registry="127.0.0.1:9", host="0.0.0.0", security=secret, **opened
+        )
+    )
+    security = cli_doctor._security("http://127.0.0.1:7")
+    [found] = [finding for finding in check_live(live(security=security)) if finding.about == "security"]
+    assert found.text == f"0.0.0.0; {text}"
+    assert found.level is (Level.OK if opened else Level.WARN)
+    assert ("whoever reaches it may use it" in found.do) is not bool(opened)
 
 
 def test_handoffs_that_move_are_not_stuck() -> None:
