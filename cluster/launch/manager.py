@@ -17,6 +17,8 @@ from .state import MemberView, Phase
 
 INTERVAL_S = 0.5
 UNHEALTHY_S = 10.0
+SILENT_S = 5.0
+"""After so long without an answer it is said once, for people; nothing is done yet."""
 UNANSWERED_S = 60.0
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
@@ -29,6 +31,8 @@ class _Watch:
     phase: Phase = Phase.READY
     restarts: int = 0
     lost_s: float = 0.0
+    silent_since_s: float | None = None
+    """Since when one that was said not to answer has not; None: it answers."""
     unhealthy_since_s: float | None = None
     pause_s: float = FIRST_PAUSE_S
     next_restart_s: float = 0.0
@@ -72,6 +76,7 @@ class Manager:
     def _look(self, handle: MemberHandle, watch: _Watch) -> None:
         now_s = time.monotonic()
         state = handle.state
+        self._say_if_silent(handle, watch, now_s)
         if state.phase is Phase.LEAVING and watch.phase is not Phase.LEAVING:
             self._report(f"{handle.name} was asked to restart: it finishes what it runs, and Ray starts it anew")
             watch.lost_s = now_s
@@ -87,6 +92,18 @@ class Manager:
             self._report(f"{handle.name} is back after {now_s - watch.lost_s:.1f} s (pid {state.pid}{epoch})")
         watch.phase = state.phase
         self._restart_if_stuck(handle, watch, now_s)
+
+    def _say_if_silent(self, handle: MemberHandle, watch: _Watch, now_s: float) -> None:
+        """A process that is stopped or hangs is neither dead nor unhealthy: nobody else says anything about it."""
+        if handle.state.phase is Phase.LOST or handle.restarts > watch.restarts:
+            watch.silent_since_s = None  # that is reported in other words
+        elif watch.silent_since_s is None and handle.unanswered_s > SILENT_S:
+            watch.silent_since_s = now_s - handle.unanswered_s
+            restarted = f"it is restarted after {UNANSWERED_S:.0f} s of silence"
+            self._report(f"{handle.name} does not answer (stopped or hung?); {restarted}")
+        elif watch.silent_since_s is not None and not handle.unanswered_s:
+            self._report(f"{handle.name} answers again after {now_s - watch.silent_since_s:.1f} s")
+            watch.silent_since_s = None
 
     def _restart_if_stuck(self, handle: MemberHandle, watch: _Watch, now_s: float) -> None:
         state = handle.state

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tandem.cluster.launch import manager as module
-from tandem.cluster.launch.manager import LONGEST_PAUSE_S, UNANSWERED_S, UNHEALTHY_S, Manager
+from tandem.cluster.launch.manager import LONGEST_PAUSE_S, SILENT_S, UNANSWERED_S, UNHEALTHY_S, Manager
 from tandem.cluster.launch.state import MemberState, MemberView, Phase
 
 
@@ -94,7 +94,34 @@ def test_a_short_illness_is_none(watched: Watched) -> None:
     assert watched.handle.ended == 0
 
 
+def test_silence_is_said_once_and_so_is_its_end(watched: Watched) -> None:
+    watched.handle.unanswered_s = SILENT_S
+    assert watched.look() == []
+    watched.handle.unanswered_s = SILENT_S + 0.5
+    assert watched.look() == [
+        "decode-0 does not answer (stopped or hung?); it is restarted after 60 s of silence",
+    ]
+    watched.handle.unanswered_s = 20.0
+    assert watched.look(after_s=14.5) == []
+    watched.handle.unanswered_s = 0.0
+    assert watched.look() == ["decode-0 answers again after 20.5 s"]
+    assert watched.look() == []
+    assert watched.handle.ended == 0
+
+
+def test_one_that_dies_in_its_silence_does_not_answer_again(watched: Watched) -> None:
+    watched.handle.unanswered_s = SILENT_S + 1
+    watched.look()
+    watched.handle.unanswered_s = 0.0
+    assert watched.look(phase=Phase.LOST, healthy=False) == ["decode-0 died; Ray is restarting it"]
+    watched.handle.restarts = 1
+    said = watched.look(phase=Phase.READY, healthy=True, pid=2, epoch=11)
+    assert said == ["decode-0 is back after 0.5 s (pid 2, epoch b)"]
+
+
 def test_one_that_does_not_answer_is_restarted(watched: Watched) -> None:
+    watched.handle.unanswered_s = SILENT_S + 1
+    watched.look()
     watched.handle.unanswered_s = UNANSWERED_S
     assert watched.look() == []
     watched.handle.unanswered_s = UNANSWERED_S + 1
