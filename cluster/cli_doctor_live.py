@@ -75,6 +75,7 @@ def check_live(live: Live) -> list[Finding]:
         *_handoffs(live),
         _paths(live),
         _late(live.workers),
+        *_keys(live),
         *([] if live.security is None else [_security(live.security)]),
     ]
 
@@ -246,6 +247,17 @@ def _late(workers: Sequence[Worker]) -> Finding:
         do = "times measured on it are the machine's, not the model's: fewer workers, or slower steps"
         return Finding(Level.WARN, "device", text, do)
     return Finding(Level.OK, "device", text)
+
+
+def _keys(live: Live) -> list[Finding]:
+    """Of a router whose clients' keys come from a file: whether it gives any now."""
+    counts = (live.answer.get("router") or {}).get("client_keys") or {}
+    if counts.get("file") is None:
+        return []
+    if not counts["file"]:
+        do = "write keys into it, one a line; it is read again at once"
+        return [Finding(Level.FAIL, "client keys", "api_keys_file gives none: nobody gets in by it", do)]
+    return [Finding(Level.OK, "client keys", f"{counts['file']} from api_keys_file")]
 
 
 def _security(security: Security) -> Finding:

@@ -74,6 +74,20 @@ class ApiKeys:
         """Whether clients must present a key at all; it does not change while the router runs."""
         return bool(self._fixed) or self._path is not None
 
+    @property
+    def counts(self) -> dict[str, int | None]:
+        """How many keys are in force now: those of the configuration, and those of the file (None: there is none)."""
+        self._look()
+        return {"configured": len(self._fixed), "file": None if self._path is None else len(self._filed)}
+
+    @property
+    def warning(self) -> str:
+        """One line for the operator where the file lets nobody in; else empty."""
+        self._look()
+        if self._path is None or self._filed:
+            return ""
+        return f"api_keys_file: {self._path} {self._why_not or 'holds no key'}; nobody gets in by it"
+
     def admit(self, key: str) -> bool:
         """Whether it is one of the keys that count now. False for every key where none does."""
         self._look()
@@ -93,10 +107,10 @@ class ApiKeys:
                 self._read(self._path)
         except (OSError, UnicodeDecodeError) as error:
             self._filed, self._seen = (), None
-            why_not = _reason(error)
+            why_not = f"cannot be read ({_reason(error)})"
             if why_not != self._why_not:
                 self._why_not = why_not
-                _log.error("api_keys_file: %s cannot be read (%s); nobody gets in by it", self._path, why_not)
+                _log.error("%s", self.warning)
 
     def _read(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -108,7 +122,7 @@ class ApiKeys:
         self._filed = tuple({_digest(key): None for key in keys})
         self._seen, self._why_not = seen, ""
         if not keys:
-            _log.error("api_keys_file: %s holds no key; nobody gets in by it", path)
+            _log.error("%s", self.warning)
         else:
             _log.info("api_keys_file: %d keys from %s", len(keys), path)
 

@@ -109,6 +109,16 @@ class Door:
         return scheme.lower() == "bearer" and self._keys.admit(key.strip())
 
     @property
+    def key_counts(self) -> dict[str, int | None]:
+        """See `ApiKeys.counts`."""
+        return self._keys.counts
+
+    @property
+    def warning(self) -> str:
+        """One line for the operator about what keeps all clients out; else empty."""
+        return self._keys.warning
+
+    @property
     def wants_host(self) -> bool:
         """Whether requests must come under a name that only this machine has: nothing else keeps strangers out."""
         return not self._keys.wanted and self.config.tls_cert is None and is_loopback(self.config.host)

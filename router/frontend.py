@@ -107,6 +107,11 @@ class Frontend:
             raise
         return Addresses(http, grpc)
 
+    @property
+    def warning(self) -> str:
+        """One line for the operator about what keeps all clients out; else empty. From the event loop, never blocks."""
+        return self._door.warning
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests with 503 / UNAVAILABLE and waits for those inside; False if some remain."""
         return await self._door.drain(timeout_s)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
@@ -183,7 +184,8 @@ class _PlainEndpoints:
         readiness = self._door.readiness()
         value: dict[str, object] = {"ready": readiness.ready}
         if self._door.knows(exchange.header("authorization")):
-            value |= {"reason": readiness.reason, "workers": list(readiness.workers)}
+            router: dict[str, object] = {"pid": os.getpid(), "client_keys": self._door.key_counts}
+            value |= {"reason": readiness.reason, "workers": list(readiness.workers), "router": router}
         await exchange.send_json(value, status=200 if readiness.ready else 503)
 
     async def metrics(self, exchange: Exchange) -> None:

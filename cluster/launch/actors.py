@@ -59,7 +59,9 @@ class MemberActor:
         with self._lock:
             state, member = self._state, self._member
         if member is not None and state.phase is Phase.READY:
-            return state.change(healthy=member.healthy(), not_serving=member.why_not_serving())
+            return state.change(
+                healthy=member.healthy(), not_serving=member.why_not_serving(), warning=member.warning()
+            )
         if state.phase is Phase.LEAVING:
             if self._told:  # the driver asks one question at a time: it has the answer to the one before
                 self._heard.set()

@@ -93,6 +93,11 @@ class RouterRuntime:
         readiness = self.core.readiness()
         return "" if readiness.ready else readiness.reason or "not ready"
 
+    async def warning(self) -> str:
+        """One line for the operator; empty where there is nothing to say."""
+        assert self.frontend is not None
+        return self.frontend.warning
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for those inside; False if some are left after `timeout_s`."""
         assert self.frontend is not None

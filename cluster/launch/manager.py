@@ -34,6 +34,7 @@ class _Watch:
     silent_since_s: float | None = None
     """Since when one that was said not to answer has not; None: it answers."""
     unhealthy_since_s: float | None = None
+    warning: str = ""
     pause_s: float = FIRST_PAUSE_S
     next_restart_s: float = 0.0
 
@@ -90,6 +91,9 @@ class Manager:
         if state.phase is Phase.READY and watch.phase is not Phase.READY:
             epoch = f", epoch {state.epoch:x}" if state.epoch else ""
             self._report(f"{handle.name} is back after {now_s - watch.lost_s:.1f} s (pid {state.pid}{epoch})")
+        if state.phase is Phase.READY and state.warning != watch.warning:
+            self._report(f"{handle.name}: {state.warning or f'mended: {watch.warning}'}")
+            watch.warning = state.warning
         watch.phase = state.phase
         self._restart_if_stuck(handle, watch, now_s)
 

@@ -6,6 +6,7 @@ Each member has an event loop in a thread of its own; `start` returns when it se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine
@@ -105,6 +106,10 @@ class _Member:
         """A router's: empty once a request could be served. A worker has nothing to say."""
         return ""
 
+    def warning(self) -> str:
+        """One line for the operator of a member that has started; empty where there is nothing to say."""
+        return ""
+
 
 class WorkerMember(_Member):
     """One worker. `on_failure` is called, on its loop, when its engine dies: the process should end then. `on_leave` is
@@ -162,6 +167,7 @@ class RouterMember(_Member):
     def __init__(self, config: RouterConfig, progress: Progress | None = None) -> None:
         super().__init__("router", progress, uvloop.new_event_loop())
         self._runtime: RouterRuntime = RouterRuntime(config)
+        self._warning = ""
 
     @property
     def runtime(self) -> RouterRuntime:
@@ -174,6 +180,12 @@ class RouterMember(_Member):
             return self._host.call(self._runtime.why_not_serving(), _ANSWER_S)
         except TimeoutError:
             return "the router is busy"
+
+    def warning(self) -> str:
+        """One line where no client can get in; what was said last while the router is busy."""
+        with contextlib.suppress(TimeoutError):
+            self._warning = self._host.call(self._runtime.warning(), _ANSWER_S)
+        return self._warning
 
     @property
     def http_address(self) -> str:

@@ -43,6 +43,8 @@ class MemberState:
     healthy: bool = False
     not_serving: str = ""
     """The router's: why a request could not be served now; empty where one could."""
+    warning: str = ""
+    """One line for the operator about a member that serves; empty: nothing."""
     pid: int = 0
     host: str = ""
     """IP address of its node."""

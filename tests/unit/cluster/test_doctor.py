@@ -126,6 +126,7 @@ def test_what_is_wrong_with_a_machine(changes: dict[str, Any], name: str, level:
 
 
 P, D = worker("prefill-0", "prefill", "a"), worker("decode-0", "decode", "b")
+ANSWER = {"ready": True, "reason": "", "workers": [P, D]}
 OPEN = Security(host="0.0.0.0", loopback=False, api_key=False, secret=True, tls=False)
 PATHS = {"tandem:requests_by_path_total": [({"path": "split"}, 9.0), ({"path": "local"}, 1.0)]}
 LOST = {
@@ -180,6 +181,12 @@ LOST = {
             "device",
             Level.WARN,
             "50 of 200 steps were late",
+        ),
+        (
+            live(answer=ANSWER | {"router": {"pid": 1, "client_keys": {"configured": 1, "file": 0}}}),
+            "client keys",
+            Level.FAIL,
+            "api_keys_file gives none",
         ),
         (live(security=OPEN), "security", Level.WARN, "no client key, member secret, no TLS"),
         (live(security=replace(OPEN, api_key=True)), "security", Level.WARN, "no TLS"),

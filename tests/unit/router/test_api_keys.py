@@ -228,6 +228,21 @@ def test_both_doors_follow_the_file(start_front: Callable[..., Any], key_file: F
     assert [status_of(front, key) for key in (ONE, TWO, THREE, None)] == [401, 401, 200, 401]
 
 
+def test_operators_hear_of_a_file_that_lets_nobody_in(tmp_path: Path) -> None:
+    filed = FileOfKeys(tmp_path / "keys", TWO)
+    assert (filed.keys.warning, filed.keys.counts) == ("", {"configured": 1, "file": 1})
+    filed.write("# nobody")
+    filed.clock.advance(LOOK_S)
+    assert filed.keys.warning == f"api_keys_file: {filed.path} holds no key; nobody gets in by it"
+    assert filed.keys.counts == {"configured": 1, "file": 0}
+    filed.path.unlink()
+    filed.clock.advance(LOOK_S)
+    assert "cannot be read (No such file or directory); nobody gets in by it" in filed.keys.warning
+    filed.write(THREE)
+    filed.clock.advance(LOOK_S)
+    assert (filed.keys.warning, filed.keys.counts) == ("", {"configured": 1, "file": 1})
+
+
 def test_a_revoked_key_ends_no_stream_under_way(start_front: Callable[..., Any], key_file: FileOfKeys) -> None:
     front = start_front(api_keys_file=str(key_file.path))
     front.service.hang_at = 3
@@ -250,4 +265,5 @@ def test_strangers_learn_whether_it_is_ready_and_nothing_else(start_front: Calla
         answer = httpx.get(f"{front.url}/ready", headers=headers)
         assert (answer.status_code, answer.json()) == (503, {"ready": False})
     known = httpx.get(f"{front.url}/ready", headers={"authorization": f"Bearer {ONE}"}).json()
-    assert known == {"ready": False, "reason": "no decode worker", "workers": []}
+    router = {"pid": os.getpid(), "client_keys": {"configured": 1, "file": None}}
+    assert known == {"ready": False, "reason": "no decode worker", "workers": [], "router": router}

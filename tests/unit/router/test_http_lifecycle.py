@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -217,7 +218,9 @@ def test_beyond_loopback_a_key_is_required(front: Any) -> None:
 
 
 def test_ready_says_why_not(front: Any) -> None:
-    assert httpx.get(f"{front.url}/ready").json() == {"ready": True, "reason": "", "workers": []}
+    answer = httpx.get(f"{front.url}/ready").json()
+    router = {"pid": os.getpid(), "client_keys": {"configured": 0, "file": None}}
+    assert answer == {"ready": True, "reason": "", "workers": [], "router": router}
     front.service.ready = False
     response = httpx.get(f"{front.url}/ready")
     assert (response.status_code, response.json()["reason"]) == (503, "no decode worker")

@@ -119,6 +119,13 @@ def test_one_that_dies_in_its_silence_does_not_answer_again(watched: Watched) ->
     assert said == ["decode-0 is back after 0.5 s (pid 2, epoch b)"]
 
 
+def test_what_a_member_warns_of_is_said_when_it_changes(watched: Watched) -> None:
+    assert watched.look(warning="the file holds no key") == ["decode-0: the file holds no key"]
+    assert watched.look() == []
+    assert watched.look(warning="the file is gone") == ["decode-0: the file is gone"]
+    assert watched.look(warning="") == ["decode-0: mended: the file is gone"]
+
+
 def test_one_that_does_not_answer_is_restarted(watched: Watched) -> None:
     watched.handle.unanswered_s = SILENT_S + 1
     watched.look()
