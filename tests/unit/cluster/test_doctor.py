@@ -111,7 +111,6 @@ RAY = Package(name="ray", allowed=">=2.49,<3", installed="2.60.0", extra="cluste
         ),
         ({"packages": (RAY,), "ray_auth": "disabled"}, "ray", Level.WARN, "RAY_AUTH_MODE is disabled"),
         ({"packages": (replace(RAY, installed="2.49.1"),)}, "ray", Level.WARN, "2.49.1 knows no tokens"),
-        ({"cpu_flags": frozenset({"avx2"})}, "processor", Level.WARN, "avx2"),
         ({"open_files": 256}, "limits", Level.WARN, "256 open files"),
         ({"cache_writable": False}, "cache", Level.FAIL, "cannot be written"),
         ({"cache_free_bytes": 2**20}, "cache", Level.WARN, "0.0 GiB free"),
@@ -237,6 +236,9 @@ def test_what_is_fine() -> None:
     def said(findings: list[Finding], name: str) -> str:
         return next(f.text for f in findings if f.about == name and f.level is Level.OK)
 
+    old = check_machine(replace(MACHINE, cpu_flags=frozenset({"avx2"})))
+    assert "avx2; no bfloat16 arithmetic" in said(old, "processor")
+    assert "no bfloat16" not in said(check_machine(MACHINE), "processor")
     assert "wants a token" in said(check_machine(replace(MACHINE, packages=(RAY,))), "ray")
     kept = live(P, D | {"cpus": [0, 1]}, pinned={"decode-0": [frozenset(range(8)), frozenset({0, 1})]})
     assert said(check_live(kept), "pinning") == "decode-0 keep to their engine.cpus"
