@@ -31,7 +31,8 @@ class ConfigError(ValueError):
     """A setting that cannot be used: `field` is its dotted path, `allowed` says what would do."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field}: {value!r} is not allowed; allowed: {allowed}")
+        problem = "is missing" if value is None else f"{value!r} is not allowed"
+        super().__init__(f"{field}: {problem}; allowed: {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed

@@ -23,6 +23,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import InvalidRequest
+from .params import json_kind
 
 _T = TypeVar("_T")
 
@@ -243,5 +244,5 @@ def _plain_list(place: str, items: object, plain: Callable[[str, object], _T]) -
 
 
 def _wrong(place: str, value: object, wanted: str) -> InvalidRequest:
-    shown = "missing" if value is None else f"{str(value)[:80]!r} ({type(value).__name__})"
+    shown = "missing" if value is None else f"{str(value)[:80]!r} ({json_kind(value)})"
     return InvalidRequest(f"{place} is {shown}; wanted: {wanted}", param="messages")

@@ -164,7 +164,8 @@ async def _routing_error(request: Request, exception: Exception) -> Response:
     if exception.status_code == 405:
         error = _WrongMethod(f"{where}: method not allowed; allowed: {(exception.headers or {}).get('Allow', '')}")
     else:
-        error = _UnknownRoute(f"{where}: no such route; see /v1/models, /v1/chat/completions, /v1/completions")
+        routes = [route.path.replace(":path", "") for route in request.app.routes if isinstance(route, Route)]
+        error = _UnknownRoute(f"{where}: no such route; allowed: {', '.join(routes)}")
     headers = dict(exception.headers or {})
     if request_id := request.headers.get("x-request-id"):
         headers["x-request-id"] = request_id

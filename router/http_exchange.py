@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from .body_budget import MAX_HELD_BYTES, BodyBudget
 from .errors import InvalidRequest, Overloaded, ServiceError
+from .params import json_kind
 
 T = TypeVar("T")
 
@@ -265,7 +266,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidRequest(f"body: not valid JSON: {error}; allowed: a JSON object") from None
     if not isinstance(value, dict):
-        raise InvalidRequest(f"body: is {type(value).__name__}; allowed: a JSON object")
+        raise InvalidRequest(f"body: is {json_kind(value)}; allowed: a JSON object")
     if b"\\u" in body:  # only an escape can smuggle one in
         try:
             json.dumps(value, ensure_ascii=False).encode()

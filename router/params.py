@@ -44,8 +44,14 @@ class Limits:
 
 def show(value: object) -> str:
     """A client's value, short enough for an error message."""
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
+
+
+def json_kind(value: object) -> str:
+    """What a value is in JSON's words, for an error message."""
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return "null" if value is None else kinds.get(type(value), "a number")
 
 
 class Fields:

@@ -284,7 +284,7 @@ def test_plain_values_and_back() -> None:
 
 
 def test_required_and_unknown_in_from_dict() -> None:
-    with pytest.raises(ConfigError, match=r"role: None .*required"):
+    with pytest.raises(ConfigError, match=r"role: is missing; .*required"):
         from_dict(WorkerConfig, {"worker_id": "w"})
     with pytest.raises(ConfigError, match=r"role: 'boss' .*prefill, decode, mixed"):
         from_dict(WorkerConfig, {"worker_id": "w", "role": "boss"})
@@ -302,3 +302,8 @@ def test_sizes(text: str, size: int) -> None:
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)
+
+
+def test_what_is_not_given_is_missing() -> None:
+    with pytest.raises(ConfigError, match=r"^router\.tls_key: is missing; allowed: a PEM file, as tls_cert is given$"):
+        build_config(None, {"router.tls_cert": "cert.pem"})

@@ -131,17 +131,20 @@ USER = {"role": "user"}
     ("messages", "said"),
     [
         ([], "messages is empty"),
-        (["hi"], r"messages\[0\] is 'hi' \(str\); wanted: an object"),
+        (["hi"], r"messages\[0\] is 'hi' \(a string\); wanted: an object"),
         ([{"content": "x"}], r"messages\[0\]\.role is missing"),
         ([TALK[0], USER], r"messages\[1\]\.content is missing"),
-        ([{**USER, "content": 5}], r"messages\[0\]\.content is '5' \(int\)"),
-        ([{**USER, "content": ["x"]}], r"messages\[0\]\.content\[0\] is 'x' \(str\)"),
+        ([{**USER, "content": 5}], r"messages\[0\]\.content is '5' \(a number\)"),
+        ([{**USER, "content": ["x"]}], r"messages\[0\]\.content\[0\] is 'x' \(a string\)"),
         (
             [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}],
             r"messages\[0\]\.content\[1\]\.type is 'image_url'; allowed: 'text'",
         ),
         ([{**USER, "content": [{"type": "text"}]}], r"messages\[0\]\.content\[0\]\.text is missing"),
-        ([{**USER, "content": "x", "tool_calls": "y"}], r"messages\[0\]\.tool_calls is 'y' \(str\); wanted: a list"),
+        (
+            [{**USER, "content": "x", "tool_calls": "y"}],
+            r"messages\[0\]\.tool_calls is 'y' \(a string\); wanted: a list",
+        ),
         ([{**USER, "tool_calls": [{}]}], r"messages\[0\]\.tool_calls\[0\] is "),
         (
             [{**USER, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],

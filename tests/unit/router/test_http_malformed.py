@@ -69,7 +69,7 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, chat(logit_bias={"300": 1}), 400, "logit_bias", "'300' is not a token id"),
     (CHAT, chat(logit_bias={"-1": 1}), 400, "logit_bias", "'-1' is not a token id"),
     (CHAT, chat(logit_bias={"1": 101}), 400, "logit_bias", "101 is out of range"),
-    (CHAT, chat(logit_bias={"1": None}), 400, "logit_bias", "None is not a number"),
+    (CHAT, chat(logit_bias={"1": None}), 400, "logit_bias", "null is not a number"),
     (CHAT, chat(logit_bias=[1]), 400, "logit_bias", "not an object"),
     (CHAT, chat(ignore_eos=1), 400, "ignore_eos", "1 is not a boolean"),
     (CHAT, chat(skip_special_tokens="no"), 400, "skip_special_tokens", "not a boolean"),
@@ -109,7 +109,7 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
         chat(messages=[{"role": "user", "content": [{"type": "text"}]}]),
         400,
         "messages[0].content[0].text",
-        "None is not a string",
+        "null is not a string",
     ),
     (CHAT, chat(messages=[{"role": "user", "content": "x" * 300}]), 400, "messages", "maximum context length is 256"),
     (CHAT, chat(tools=[{"type": "function"}]), 400, "tools", "not supported"),
@@ -131,7 +131,7 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETE, complete(prompt=[1.0]), 400, "prompt", "1.0 is not a token id"),
     (COMPLETE, complete(prompt=[-1]), 400, "prompt", "-1 is not a token id"),
     (COMPLETE, complete(prompt=[300]), 400, "prompt", "300 is not a token id"),
-    (COMPLETE, complete(prompt=[None]), 400, "prompt", "None is not a token id"),
+    (COMPLETE, complete(prompt=[None]), 400, "prompt", "null is not a token id"),
     (COMPLETE, complete(prompt=["a"] * 129), 400, "prompt", "129 prompts"),
     (COMPLETE, complete(prompt="x" * 256), 400, "prompt", "the prompt has 256"),
     (COMPLETE, complete(prompt=[1] * 257), 400, "prompt", "the prompt has 257"),
@@ -158,9 +158,9 @@ FIELDS: list[tuple[str, dict[str, Any], int, str | None, str]] = [
 RAW: list[tuple[bytes, int, str]] = [
     (b"", 400, "not valid JSON"),
     (b"{", 400, "not valid JSON"),
-    (b"[1]", 400, "body: is list"),
-    (b'"x"', 400, "body: is str"),
-    (b"null", 400, "body: is NoneType"),
+    (b"[1]", 400, "body: is an array"),
+    (b'"x"', 400, "body: is a string"),
+    (b"null", 400, "body: is null"),
     (b'{"model": "tiny", "messages": NaN}', 400, "NaN is not a JSON number"),
     (b'{"temperature": Infinity}', 400, "Infinity is not a JSON number"),
     (b'{"model": "tiny\xff"}', 400, "not UTF-8 at byte 15"),
@@ -231,6 +231,9 @@ def test_an_unknown_route(http: httpx.Client, path: str) -> None:
     response = http.post(path, json={}) if path != "/v1/models/" else http.get(path)
     error = check_error(response, 404)
     assert error["code"] in {"unknown_url", "model_not_found"}
+    if error["code"] == "unknown_url":
+        routes = error["message"].partition("allowed: ")[2].split(", ")
+        assert {CHAT, COMPLETE, "/v1/models/{model}", "/tokenize", "/metrics", "/ready", "/health"} < set(routes)
 
 
 def test_a_body_without_a_length_is_bounded_too(http: httpx.Client) -> None:
