@@ -39,9 +39,11 @@ class Member:
     config: RouterConfig | WorkerConfig
     process: asyncio.subprocess.Process | None = None
     addresses: dict[str, Any] = field(default_factory=dict)
+    served_s: float = math.inf
+    """When this life began to serve, in seconds of `time.time`."""
     kills: int = 0
     samples: list[tuple[float, int, int]] = field(default_factory=list)
-    """(age of the process in seconds, resident bytes but for shared memory, open descriptors). KV memory is shared:
+    """(seconds since it began to serve, resident bytes but for shared memory, open descriptors). KV memory is shared:
     of a bounded size, and resident when it has been written to."""
 
 
@@ -72,6 +74,7 @@ class SoakCluster:
         await self.wait_ready()
 
     async def _start(self, member: Member) -> None:
+        member.served_s = math.inf
         path = self._folder / f"{member.name}.json"
         path.write_text(json.dumps(to_dict(member.config)))
         command = ["-m", "tandem.cluster.launch.process", member.kind, "--config", str(path)]
@@ -83,6 +86,7 @@ class SoakCluster:
         if not line:
             raise RuntimeError(f"{member.name} ended with {await member.process.wait()} before it served")
         member.addresses = json.loads(line)
+        member.served_s = time.time()
 
     async def kill(self, name: str) -> None:
         """kill -9, and the next life of the same worker."""
@@ -148,7 +152,7 @@ class SoakCluster:
             for member in (self.router, *self.workers.values()):
                 with contextlib.suppress(psutil.Error, AttributeError):
                     process = psutil.Process(member.process.pid)  # type: ignore[union-attr]
-                    age_s = time.time() - process.create_time()
+                    age_s = time.time() - member.served_s
                     memory = process.memory_info()
                     member.samples.append((age_s, memory.rss - memory.shared, process.num_fds()))
             await asyncio.sleep(every_s)
@@ -180,7 +184,7 @@ def growth(samples: list[tuple[float, int, int]]) -> dict[str, float]:
 
 
 def by_age(members: Iterable[Member]) -> dict[str, dict[str, float]]:
-    """Medians over all lives of the workers by the age of the process: what leaks grows from row to row."""
+    """Medians over all lives of the workers by how long they have served: what leaks grows from row to row."""
     samples = [sample for member in members for sample in member.samples]
     rows = {}
     for low_s, high_s in AGES_S:
