@@ -156,6 +156,8 @@ def _memory(live: Live) -> Finding:
     """KV memory is taken when it is filled: what is too much shows under load only."""
     kv_bytes = sum(int(worker.get("kv_bytes") or 0) for worker in live.workers)
     text = f"KV of up to {kv_bytes / 2**30:.1f} GiB in all workers"
+    if longest := min((int(worker.get("max_model_len") or 0) for worker in live.workers), default=0):
+        text += f", contexts of up to {longest} tokens"
     if live.remote or not live.memory_bytes:
         return Finding(Level.OK, "memory", text)
     text += f", {live.memory_bytes / 2**30:.1f} GiB in this machine"

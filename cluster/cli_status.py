@@ -126,6 +126,8 @@ def render(url: str, answer: Mapping[str, Any], samples: Samples | None = None) 
     models = sorted({str(worker.get("model", "")) for worker in workers} - {""})
     state = "ready" if answer.get("ready") else f"not ready: {answer.get('reason', 'it does not say why')}"
     head = f"{url}  {state}" + (f"  {', '.join(models)}" if models else "")
+    if longest := min((int(worker.get("max_model_len") or 0) for worker in workers), default=0):
+        head += f", contexts of up to {longest} tokens"
     if "workers" not in answer:
         return f"{head}\nit tells more to those who show a key: --api-key, TANDEM_API_KEY"
     inside = _inside(samples or {})

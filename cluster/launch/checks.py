@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import ClusterConfig, EngineConfig, RouterConfig
+from ...kvtransfer.layout import DTYPE_BYTES
+from ..config import ClusterConfig, ConfigError, EngineConfig, RouterConfig
+from ..models.config import ModelConfig
 from ..models.fetch import WHEEL_MODELS
-from ..models.reference import DUMMY_PREFIX, ModelError, resolve_model
+from ..models.reference import DUMMY_PREFIX, ModelError, ModelFiles, resolve_model
+from ..types import Role
 from .state import LaunchError
 
 _PORTS = ("http_port", "grpc_port", "registry_port")
@@ -64,12 +67,32 @@ def pin_config(config: ClusterConfig) -> ClusterConfig:
     )
 
 
-def fetch_model(reference: str, progress: Callable[[str, float | None], None]) -> None:
+def fetch_model(reference: str, progress: Callable[[str, float | None], None]) -> ModelFiles:
     """Brings the model's files here, once, before several processes want them. Raises LaunchError."""
     try:
-        resolve_model(reference, progress=progress)
+        return resolve_model(reference, progress=progress)
     except (ModelError, OSError) as error:
         raise LaunchError(" ".join(str(error).split())) from None
+
+
+def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
+    """`check_engine` for every pool that has workers."""
+    for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.MIXED, config.mixed)):
+        if count:
+            engine = config.engine_of(role)
+            check_engine(engine, model, under="engine" if engine is config.engine else f"{role.value}_engine")
+
+
+def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engine") -> None:
+    """Raises ConfigError for a context that the model does not have, and for KV memory that holds no block."""
+    if engine.max_model_len is not None and engine.max_model_len > model.max_model_len:
+        allowed = f"at most the model's own, {model.max_model_len}"
+        raise ConfigError("max_model_len", engine.max_model_len, allowed).under(under)
+    token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[engine.dtype]
+    block_bytes = token_bytes * engine.block_size
+    if engine.kv_cache_bytes < block_bytes:
+        allowed = f"at least one block of this model, {block_bytes} bytes"
+        raise ConfigError("kv_cache_bytes", engine.kv_cache_bytes, allowed).under(under)
 
 
 def wait_gone(pids: Iterable[int], timeout_s: float = 5.0) -> None:

@@ -36,6 +36,7 @@ from ..rpc import make_server, new_epoch
 from ..worker.engine_thread import EngineThread
 from ..worker.servicer import Servicer
 from ..worker.shell import WorkerFacts, WorkerShell
+from .checks import check_engine
 from .worker_metrics import WorkerMetricsServer
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class WorkerRuntime:
         self._device: Device | None = None
         self._metrics: WorkerMetricsServer | None = None
         self.shell: WorkerShell | None = None
+        self.warning = ""
+        """One line for the operator; empty where there is nothing to say."""
 
     async def start(self, progress: Progress | None = None) -> None:
         """Loads the model and serves. Raises ModelError, ConfigError, OSError (a port in use)."""
@@ -107,6 +110,7 @@ class WorkerRuntime:
         credentials = await asyncio.to_thread(MemberCredentials.load, config.security)
         credentials.check_exposure(config.host, insecure=config.insecure)
         files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
+        check_engine(config.engine, files.config)
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
         self._device = device
         if config.transport != "grpc":
@@ -114,6 +118,10 @@ class WorkerRuntime:
         offer = None if self._segments is None else self._segments.offer
         shell, prefill, decode = _assemble(config, files, device, credentials, offer)
         shell.on_leave = self._on_leave
+        asked, longest = config.engine.max_model_len, shell.facts.max_model_len
+        if asked is not None and longest < asked:
+            self.warning = f"its KV memory holds {longest} tokens, so that contexts end there, not at {asked}"
+            logger.warning("worker %s: %s", config.worker_id, self.warning)
         self._kv_server = GrpcKVServer(
             prefill.source,
             config.host,
@@ -189,7 +197,7 @@ def _assemble(
     generations = None if segment is None else segment.generations
     pool = BlockPool(device.kv.num_blocks, engine_config.block_size, generations)
     # A context longer than the whole KV memory could never run: the promise made to clients is what fits.
-    longest = min(engine_config.max_model_len or files.config.max_model_len, files.config.max_model_len)
+    longest = engine_config.max_model_len or files.config.max_model_len
     longest = min(longest, device.kv.num_blocks * engine_config.block_size)
     scheduler = Scheduler(
         block_pool=pool,

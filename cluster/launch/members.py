@@ -156,6 +156,10 @@ class WorkerMember(_Member):
         assert self._runtime.shell is not None
         return self._runtime.shell.facts.epoch
 
+    def warning(self) -> str:
+        """One line where its settings could not all be kept."""
+        return self._runtime.warning
+
     def healthy(self) -> bool:
         """Whether it serves and its engine lives."""
         return super().healthy() and self._failure is None

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..config import ClusterConfig, is_loopback, to_dict
 from . import runtime_file
-from .checks import check_ports, fetch_model, pin_config, wait_gone
+from .checks import check_engines, check_ports, fetch_model, pin_config, wait_gone
 from .local_ray import LocalRay, join_ray
 from .security import secured
 from .state import Endpoints, LaunchError, MemberView, Phase
@@ -100,7 +100,9 @@ class RayCluster:
         return () if self._manager is None else self._manager.views()
 
     def start(self, progress: Progress | None = None) -> Endpoints:
-        """Blocks until a request can be served. Raises LaunchError, one line; then nothing is left running."""
+        """Blocks until a request can be served. Raises LaunchError, or ConfigError for settings that this machine or
+        the model cannot fulfill, one line; then nothing is left running.
+        """
         self._progress = progress or self._progress
         try:
             config = self._prepare()
@@ -170,7 +172,8 @@ class RayCluster:
         local = self._config.address is None
         if local:
             check_ports(self._config.router)
-            fetch_model(self._config.engine.model, lambda stage, share: self._progress("model", stage, share))
+            files = fetch_model(self._config.engine.model, lambda stage, share: self._progress("model", stage, share))
+            check_engines(self._config, files.config)
         self._give_up_if_interrupted()
         return pin_config(secure)
 

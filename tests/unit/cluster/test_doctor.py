@@ -243,6 +243,8 @@ def test_what_is_fine() -> None:
     kept = live(P, D | {"cpus": [0, 1]}, pinned={"decode-0": [frozenset(range(8)), frozenset({0, 1})]})
     assert said(check_live(kept), "pinning") == "decode-0 keep to their engine.cpus"
     assert said(check_live(live(D | {"cpus": [0]})), "pinning").startswith("no worker"), "it cannot be looked at"
+    both = live(P | {"max_model_len": 2048}, D | {"max_model_len": 512})
+    assert "contexts of up to 512 tokens" in said(check_live(both), "memory")
     much = live(P | {"kv_bytes": 2**40}, remote=True)
     assert said(check_live(much), "memory") == "KV of up to 1024.0 GiB in all workers"
 

@@ -1,0 +1,54 @@
+"""What the driver settles before Ray starts: settings that the model or this machine cannot fulfill."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tandem.cluster.config import ClusterConfig, ConfigError, EngineConfig, WorkerConfig
+from tandem.cluster.config_file import build_config
+from tandem.cluster.launch.checks import check_engines
+from tandem.cluster.launch.members import WorkerMember
+from tandem.cluster.models.reference import resolve_model
+from tandem.cluster.types import Role
+
+MODEL = resolve_model("dummy:tiny-llama").config
+BLOCK_BYTES = MODEL.num_layers * 2 * MODEL.num_kv_heads * MODEL.head_dim * 2 * 16
+
+
+def config(**engine: Any) -> ClusterConfig:
+    return build_config(None, {"model": "dummy:tiny-llama", **{f"engine.{name}": engine[name] for name in engine}})
+
+
+def test_a_context_that_the_model_does_not_have_is_refused() -> None:
+    own = MODEL.max_model_len
+    check_engines(config(max_model_len=own), MODEL)
+    with pytest.raises(ConfigError, match=rf"^engine\.max_model_len: {own + 1} .*; allowed: at most .* {own}$"):
+        check_engines(config(max_model_len=own + 1), MODEL)
+
+
+def test_kv_memory_holds_at_least_one_block() -> None:
+    check_engines(config(kv_cache_bytes=BLOCK_BYTES), MODEL)
+    with pytest.raises(ConfigError, match=rf"^engine\.kv_cache_bytes: 5 .*; allowed: at least .* {BLOCK_BYTES} bytes$"):
+        check_engines(config(kv_cache_bytes=5), MODEL)
+
+
+def test_a_pool_with_its_own_engine_is_named() -> None:
+    shared = config()
+    small = replace(shared, decode_engine=replace(shared.engine, kv_cache_bytes=5))
+    with pytest.raises(ConfigError, match=r"^decode_engine\.kv_cache_bytes: 5 "):
+        check_engines(small, MODEL)
+    check_engines(replace(small, prefill=0, decode=0, mixed=1), MODEL)
+
+
+def test_kv_memory_for_less_than_the_asked_context_is_said() -> None:
+    engine = EngineConfig(model="dummy:tiny-llama", device="paced", kv_cache_bytes=2 * BLOCK_BYTES, max_model_len=40)
+    said = {}
+    for longest in (40, 32):
+        own = replace(engine, max_model_len=longest)
+        worker = WorkerMember(WorkerConfig(worker_id="decode-0", role=Role.DECODE, engine=own))
+        worker.start(30.0)
+        said[longest] = worker.warning()
+        worker.stop()
+    assert said == {40: "its KV memory holds 32 tokens, so that contexts end there, not at 40", 32: ""}
