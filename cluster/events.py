@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from .config_schema import ConfigError
 from .types import Timings
 
 _log = logging.getLogger(__name__)
@@ -40,10 +41,17 @@ class RequestOutcome(enum.StrEnum):
     FAILED = "failed"
 
 
+def check_path(path: str | Path) -> None:
+    """Raises ConfigError naming `events_path` where the file's folder does not exist: it may be mistyped."""
+    if not Path(path).expanduser().parent.is_dir():
+        raise ConfigError("events_path", str(path), "a file in a folder that exists")
+
+
 class WaterfallLog:
     """Appends to the file at `path`, which is made if need be; with `path=None` nothing is kept and nothing written.
 
-    Thread-safe. Raises OSError at once where the file cannot be opened; after that, never because of the disk.
+    Thread-safe. Raises ConfigError at once where the file's folder is missing, OSError where it cannot be opened; after
+    that, never because of the disk.
     """
 
     def __init__(self, path: str | Path | None, *, max_buffered_lines: int = MAX_BUFFERED_LINES) -> None:
@@ -57,7 +65,7 @@ class WaterfallLog:
         self._file: TextIO | None = None
         self._thread: threading.Thread | None = None
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            check_path(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by the writer thread)
             self._thread = threading.Thread(target=self._write_until_closed, name="waterfall-log", daemon=True)
             self._thread.start()

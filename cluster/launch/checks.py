@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...kvtransfer.layout import DTYPE_BYTES
 from ..config import ClusterConfig, ConfigError, EngineConfig, RouterConfig
+from ..events import check_path
 from ..models.config import ModelConfig
 from ..models.fetch import WHEEL_MODELS
 from ..models.reference import DUMMY_PREFIX, ModelError, ModelFiles, resolve_model
@@ -73,6 +74,15 @@ def fetch_model(reference: str, progress: Callable[[str, float | None], None]) -
         return resolve_model(reference, progress=progress)
     except (ModelError, OSError) as error:
         raise LaunchError(" ".join(str(error).split())) from None
+
+
+def check_events(config: RouterConfig) -> None:
+    """Raises ConfigError where the waterfalls' folder does not exist."""
+    if config.events_path is not None:
+        try:
+            check_path(config.events_path)
+        except ConfigError as error:
+            raise error.under("router") from None
 
 
 def check_engines(config: ClusterConfig, model: ModelConfig) -> None:

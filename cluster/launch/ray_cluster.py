@@ -21,7 +21,7 @@ from typing import Any
 
 from ..config import ClusterConfig, is_loopback, to_dict
 from . import runtime_file
-from .checks import check_engines, check_ports, fetch_model, pin_config, wait_gone
+from .checks import check_engines, check_events, check_ports, fetch_model, pin_config, wait_gone
 from .local_ray import LocalRay, join_ray
 from .security import secured
 from .state import Endpoints, LaunchError, MemberView, Phase
@@ -172,6 +172,7 @@ class RayCluster:
         local = self._config.address is None
         if local:
             check_ports(self._config.router)
+            check_events(self._config.router)
             files = fetch_model(self._config.engine.model, lambda stage, share: self._progress("model", stage, share))
             check_engines(self._config, files.config)
         self._give_up_if_interrupted()

@@ -76,6 +76,8 @@ def test_a_missing_model_and_a_taken_port_are_found_before_ray_starts(capsys: py
         port = taken.server_address[1]
         assert cli.run(["serve", "--model", "dummy:tiny-llama", *free, "--grpc-port", str(port)]) == 1
     assert f"router.grpc_port: 127.0.0.1:{port} cannot be used" in capsys.readouterr().err
+    assert cli.run(["serve", "--model", "dummy:tiny-llama", *free, "--events", "/nonexistent/e.jsonl"]) == 2
+    assert "router.events_path: '/nonexistent/e.jsonl' is not allowed" in capsys.readouterr().err
     assert cli.run(["serve", "--model", "dummy:tiny-llama", *free, "--max-model-len", "99999999"]) == 2
     assert "engine.max_model_len: 99999999 is not allowed; allowed: at most the model's own" in capsys.readouterr().err
 

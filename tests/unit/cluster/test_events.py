@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tandem.cluster.config import ConfigError
 from tandem.cluster.events import WaterfallLog
 from tandem.cluster.types import Timings
 
@@ -25,7 +26,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_line_for_each_choice(tmp_path: Path) -> None:
-    path = tmp_path / "made" / "events.jsonl"
+    path = tmp_path / "events.jsonl"
     log = WaterfallLog(path)
     record(log, "a", client_request_id="mine", attempts=2)
     record(log, "b", choice=1, timings=Timings(output_tokens=1))
@@ -83,6 +84,9 @@ def test_without_a_path_nothing_is_kept() -> None:
 def test_a_path_that_cannot_be_opened_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         WaterfallLog(tmp_path)
+    with pytest.raises(ConfigError, match=r"^events_path: '.*mistyped/e.jsonl' .*; allowed: a file in a folder that e"):
+        WaterfallLog(tmp_path / "mistyped" / "e.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_cannot_keep_up_costs_lines_not_memory(tmp_path: Path) -> None:
