@@ -57,7 +57,9 @@ def run(argv: Sequence[str]) -> int:
     except ValueError as error:  # ConfigError and ModelError included: they name field, value and what is allowed
         return _fail(str(error), 2)
     except (LaunchError, OSError) as error:
-        return _fail(str(error), 1)
+        from .cli_status import elsewhere
+
+        return _fail(f"{error}{elsewhere(error)}", 1)
     except Exception as error:
         if os.environ.get("TANDEM_TRACEBACK"):
             raise
@@ -304,7 +306,7 @@ def demo(
 
 @bench.command("serve")
 def bench_serve(
-    base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    base_url: Annotated[str, typer.Option("--base-url", "--url", help="The server.")] = "http://127.0.0.1:8000",
     endpoint: Annotated[
         str, typer.Option(help="/v1/chat/completions or /v1/completions; random tokens go to the latter.")
     ] = "/v1/chat/completions",

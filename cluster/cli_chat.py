@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from .bench.no_answer import no_answer
+from .bench.no_answer import NoAnswer
 from .bench.run import served_model
 from .tls import ClientTLS
 
@@ -109,8 +109,9 @@ def stream_chat(options: ChatOptions, model: str, messages: list[dict[str, str]]
                 if data and data != "[DONE]" and line.startswith("data:"):
                     yield _piece(json.loads(data))
     except httpx.HTTPError as error:
-        broken = f"{url}: the answer broke off ({error or type(error).__name__})"
-        raise OSError(broken if answered else no_answer(url, error)) from None
+        if not answered:
+            raise NoAnswer(url, error) from None
+        raise OSError(f"{url}: the answer broke off ({error or type(error).__name__})") from None
 
 
 def _piece(message: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from .. import __version__
 from .auth import resolve_secret
 from .cli_doctor_checks import Finding, Level, Machine, Package, Port, check_machine
 from .cli_doctor_live import Live, Security, check_live
-from .cli_status import fetch, scrape
+from .cli_status import elsewhere, fetch, scrape
 from .config import ConfigError, RouterConfig, is_loopback
 from .launch import runtime_file
 from .models.fetch import WHEEL_MODELS, default_cache_dir
@@ -71,7 +71,12 @@ def _cluster(url: str, api_key: str | None, tls: ClientTLS | None) -> list[Findi
         answer = fetch(url, api_key=api_key, tls=tls)
     except OSError as error:
         return [
-            Finding(Level.OK, "cluster", f"none looked at: {error}", "tandem serve starts one; --url names another")
+            Finding(
+                Level.OK,
+                "cluster",
+                f"none looked at: {error}{elsewhere(error)}",
+                "tandem serve starts one; --url names another",
+            )
         ]
     samples = scrape(url, api_key=api_key, tls=tls)
     time.sleep(_APART_S)
@@ -208,7 +213,12 @@ def _open_files() -> int:
 
 
 def _ports(url: str) -> tuple[Port, ...]:
-    """The router's default ports, with the one that `url` names."""
+    """Those of this user's cluster at `url`; without one the router's default ports, with the one that `url` names."""
+    running = runtime_file.find(url)
+    if running is not None:
+        mine = {"http-port": running.http, "grpc-port": running.grpc, "registry-port": running.registry}
+        ports = {name: int(address.rpartition(":")[2]) for name, address in mine.items()}
+        return tuple(Port(name=name, number=number, holder="ours") for name, number in ports.items())
     defaults = RouterConfig()
     try:
         http = urlsplit(url).port or defaults.http_port

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from .bench.no_answer import no_answer
+from .bench.no_answer import NoAnswer
 from .launch import runtime_file
 from .tls import ClientTLS
 
@@ -88,10 +88,18 @@ def fetch(url: str, *, api_key: str | None = None, tls: ClientTLS | None = None)
             raise OSError(f"{address}: HTTP {error.code}") from None
         answer = _json(error)
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(no_answer(address, error)) from None
+        raise NoAnswer(address, error) from None
     if not isinstance(answer, dict) or "ready" not in answer:
         raise OSError(f"{address} is not a Tandem router")
     return answer
+
+
+def elsewhere(error: Exception) -> str:
+    """Where nothing answered: what else this user runs here, to be put behind the error; else empty."""
+    if not isinstance(error, NoAnswer):
+        return ""
+    others = [cluster.url for cluster in runtime_file.running() if not cluster.serves(error.url)]
+    return f"; this user's running cluster{'s' if len(others) > 1 else ''}: {', '.join(others)}" if others else ""
 
 
 def operator_key(url: str) -> str | None:

@@ -59,6 +59,7 @@ class RouterMetrics:
         self.registry = CollectorRegistry()
         self._model = {"model_name": model_name}
         self._workers: Callable[[], Iterable[WorkerStatus]] = tuple
+        self._inside = 0
         self._queue_of: Callable[[], Mapping[str, int]] = dict
         self._reasons: dict[Counter, set[str]] = {}
         self._make_phases()
@@ -221,6 +222,7 @@ class RouterMetrics:
 
     def set_in_flight(self, requests: int) -> None:
         """How many requests are inside the router now."""
+        self._inside = requests
         self._in_flight.set(requests)
 
     def watch_workers(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
@@ -230,6 +232,10 @@ class RouterMetrics:
     def watch_queue(self, waiting: Callable[[], Mapping[str, int]]) -> None:
         """Says how many requests wait at the router, by SLO class; called at every scrape, must not block."""
         self._queue_of = waiting
+
+    def load(self) -> dict[str, object]:
+        """What is inside the router now, for `/ready`: requests, and those that wait for a worker by SLO class."""
+        return {"requests_inside": self._inside, "requests_waiting": dict(sorted(self._queue_of().items()))}
 
     def render(self) -> bytes:
         """The exposition text of `/metrics`, of content type `CONTENT_TYPE`."""

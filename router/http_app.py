@@ -185,7 +185,7 @@ class _PlainEndpoints:
         readiness = self._door.readiness()
         value: dict[str, object] = {"ready": readiness.ready}
         if self._door.knows(exchange.header("authorization")):
-            router: dict[str, object] = {"pid": os.getpid(), "client_keys": self._door.key_counts}
+            router = {"pid": os.getpid(), **self._door.metrics.load(), "client_keys": self._door.key_counts}
             value |= {"reason": readiness.reason, "workers": list(readiness.workers), "router": router}
         await exchange.send_json(value, status=200 if readiness.ready else 503)
 

@@ -6,6 +6,14 @@ import http.client
 import re
 
 
+class NoAnswer(OSError):
+    """No router answers at `url`; one line."""
+
+    def __init__(self, url: str, error: Exception) -> None:
+        super().__init__(no_answer(url, error))
+        self.url = url
+
+
 def no_answer(url: str, error: Exception) -> str:
     """Says that no router answers at `url`, and why, without errno numbers or what was read from the wire."""
     cause = getattr(error, "reason", error)

@@ -17,7 +17,7 @@ from ..tls import ClientTLS
 from .arrivals import arrival_times
 from .client import CHAT, COMPLETIONS, Target, run_load, send
 from .datasets import BenchRequest, prompt_requests, random_requests, vocabulary_of
-from .no_answer import no_answer
+from .no_answer import NoAnswer
 from .report import RequestRecord, Summary, result_json, summarize
 from .traces import MAX_TOKENS, arrival_times_of, read_trace, trace_requests
 
@@ -107,6 +107,10 @@ class ServerUnusable(OSError):
     """The server does not answer, or not as it should; one line."""
 
 
+class ServerAbsent(ServerUnusable, NoAnswer):
+    """Nothing answers there."""
+
+
 async def run_bench(options: BenchOptions, on_done: Callable[[RequestRecord], None] | None = None) -> BenchResult:
     """Runs the load. Raises ServerUnusable where nothing can be sent; single failures are in the records."""
     model = options.model or served_model(options.base_url, options.api_key, options.tls)
@@ -166,7 +170,7 @@ def ask(
         hint = ": it wants another key; --api-key or TANDEM_API_KEY" if error.code == 401 else ""
         raise ServerUnusable(f"{url}: HTTP {error.code}{hint}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise ServerUnusable(no_answer(url, error)) from None
+        raise ServerAbsent(url, error) from None
     except ValueError as error:
         raise ServerUnusable(f"{url}: {error}") from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tandem.cluster import cli_doctor
+from tandem.cluster import cli, cli_doctor
 from tandem.cluster.cli_doctor_checks import Finding, Level, Machine, Package, Port, check_machine
 from tandem.cluster.cli_doctor_live import Live, Security, check_live
 from tandem.cluster.config import SecurityConfig
@@ -259,3 +259,24 @@ def test_without_a_cluster_it_looks_at_the_machine(capsys: pytest.CaptureFixture
     assert failed["about"] == "model"
     with pytest.raises(ValueError, match="url"):
         cli_doctor.doctor("nowhere", say=said.append)
+
+
+def test_this_users_other_cluster_is_named_and_its_ports_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    runtime_file.write(RunningCluster(http="127.0.0.1:2", grpc="127.0.0.1:3", registry="127.0.0.1:4"))
+    said: list[str] = []
+    assert cli_doctor.doctor("http://127.0.0.1:1", model="dummy:tiny-llama", say=said.append) == 0
+    assert "this user's running cluster: http://127.0.0.1:2" in "\n".join(said)
+    for command in (["status"], ["restart", "--all"], ["chat", "--prompt", "x"], ["bench", "serve"]):
+        assert cli.run([*command, "--url", "http://127.0.0.1:1"]) == 1
+        assert capsys.readouterr().err.endswith("; this user's running cluster: http://127.0.0.1:2\n")
+    assert cli.run(["status", "--url", "http://127.0.0.1:2"]) == 1
+    assert "running cluster" not in capsys.readouterr().err, "it is the one that does not answer"
+    ports = cli_doctor._ports("http://127.0.0.1:2")
+    assert [(port.name, port.number, port.holder) for port in ports] == [
+        ("http-port", 2, "ours"),
+        ("grpc-port", 3, "ours"),
+        ("registry-port", 4, "ours"),
+    ]

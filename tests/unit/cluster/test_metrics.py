@@ -179,3 +179,10 @@ def test_two_routers_of_one_process_count_apart() -> None:
     first.count_canceled()
     assert samples(first)["tandem:requests_canceled_total"] == 1
     assert samples(second)["tandem:requests_canceled_total"] == 0
+
+
+def test_what_is_inside_now() -> None:
+    metrics = RouterMetrics()
+    metrics.set_in_flight(3)
+    metrics.watch_queue(lambda: {"interactive": 1, "batch": 2})
+    assert metrics.load() == {"requests_inside": 3, "requests_waiting": {"batch": 2, "interactive": 1}}

@@ -256,6 +256,9 @@ def test_a_revoked_key_ends_no_stream_under_way(start_front: Callable[..., Any],
     assert front.service.canceled.wait(20)
 
 
+IDLE = {"requests_inside": 0, "requests_waiting": {}}
+
+
 def test_strangers_learn_whether_it_is_ready_and_nothing_else(start_front: Callable[..., Any]) -> None:
     front = start_front(api_key=ONE)
     assert httpx.get(f"{front.url}/health").json() == {"status": "ok"}
@@ -265,5 +268,5 @@ def test_strangers_learn_whether_it_is_ready_and_nothing_else(start_front: Calla
         answer = httpx.get(f"{front.url}/ready", headers=headers)
         assert (answer.status_code, answer.json()) == (503, {"ready": False})
     known = httpx.get(f"{front.url}/ready", headers={"authorization": f"Bearer {ONE}"}).json()
-    router = {"pid": os.getpid(), "client_keys": {"configured": 1, "file": None}}
+    router = {"pid": os.getpid(), **IDLE, "client_keys": {"configured": 1, "file": None}}
     assert known == {"ready": False, "reason": "no decode worker", "workers": [], "router": router}

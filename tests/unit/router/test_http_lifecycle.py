@@ -217,9 +217,12 @@ def test_beyond_loopback_a_key_is_required(front: Any) -> None:
     Frontend(front.service, ByteTokenizer(300), RouterConfig(host="0.0.0.0", api_key="k" * 16), RouterMetrics())
 
 
+IDLE = {"requests_inside": 0, "requests_waiting": {}}
+
+
 def test_ready_says_why_not(front: Any) -> None:
     answer = httpx.get(f"{front.url}/ready").json()
-    router = {"pid": os.getpid(), "client_keys": {"configured": 0, "file": None}}
+    router = {"pid": os.getpid(), **IDLE, "client_keys": {"configured": 0, "file": None}}
     assert answer == {"ready": True, "reason": "", "workers": [], "router": router}
     front.service.ready = False
     response = httpx.get(f"{front.url}/ready")
