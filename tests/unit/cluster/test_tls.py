@@ -65,7 +65,7 @@ def test_an_authority_without_certificates_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_half_of_a_routers_pair_is_refused(fields: dict[str, str], missing: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{missing}: None is not allowed; allowed: a PEM file, as "):
+    with pytest.raises(ConfigError, match=rf"^{missing}: is missing; allowed: a PEM file, as "):
         RouterConfig(**fields)
 
 
@@ -80,7 +80,7 @@ def test_half_of_a_routers_pair_is_refused(fields: dict[str, str], missing: str)
     ],
 )
 def test_members_need_all_three_files(fields: dict[str, str], missing: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{missing}: None is not allowed; allowed: a PEM file, as "):
+    with pytest.raises(ConfigError, match=rf"^{missing}: is missing; allowed: a PEM file, as "):
         SecurityConfig(**fields)
 
 
@@ -88,7 +88,7 @@ def test_a_client_takes_its_files_from_the_environment(authority: Any, monkeypat
     cert, key = authority.issue("client")
     monkeypatch.setenv("TANDEM_CA", authority.ca)
     monkeypatch.setenv("TANDEM_CLIENT_CERT", cert)
-    with pytest.raises(ConfigError, match=r"^client_key: None"):
+    with pytest.raises(ConfigError, match=r"^client_key: is missing"):
         ClientTLS.from_environment()
     monkeypatch.setenv("TANDEM_CLIENT_KEY", key)
     assert ClientTLS.from_environment() == ClientTLS(ca=authority.ca, cert=cert, key=key)
