@@ -18,14 +18,16 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .errors import Overloaded, PromiseUnattainable
 from .forecast import Forecast
 from .slo_classes import Promise
 
+T = TypeVar("T")
 RATE_WINDOW = 64
 DECISIONS_S = 15.0
-"""How far back the share of those who were let in is counted."""
+"""How far back decisions, and the lateness of first tokens, count."""
 MAX_TRIES = 10.0
 MIN_RETRY_AFTER_S = 1.0
 MAX_RETRY_AFTER_S = 60.0
@@ -34,8 +36,6 @@ WAIT_MARGIN = 1.1
 PROMISED_SHARE, UNPROMISED_SHARE = 0.875, 0.5
 """Of the places: requests with a TTFT promise, and those without, take at most so much, so that a flood of the one kind
 leaves places for the other."""
-
-
 LATENESS_SAMPLES = 8
 """First tokens after which their lateness is more than chance."""
 
@@ -123,15 +123,13 @@ class Admission:
 
     def _tries(self, now_s: float) -> float:
         """How often somebody who comes now and again must ask until it is let in."""
-        while self._decisions and self._decisions[0][0] < now_s - DECISIONS_S:
-            self._decisions.popleft()
+        _forget(self._decisions, now_s)
         let_in = sum(decision for _, decision in self._decisions)
         return min(MAX_TRIES, len(self._decisions) / max(let_in, 1))
 
     def _lag_s(self, now_s: float) -> float:
         """How much later than forecast first tokens have been coming; never less than nothing."""
-        while self._lateness_s and self._lateness_s[0][0] < now_s - DECISIONS_S:
-            self._lateness_s.popleft()
+        _forget(self._lateness_s, now_s)
         if len(self._lateness_s) < LATENESS_SAMPLES:
             return 0.0
         return max(0.0, statistics.median(late_s for _, late_s in self._lateness_s))
@@ -149,6 +147,12 @@ class Admission:
             message = f"{mine} requests {kind} a promise already wait for their first token; of those the limit is "
             message += f"{limit} of {self._max_waiting}"
         raise Overloaded(message, retry_after_s=self.retry_after_s(now_s))
+
+
+def _forget(seen: deque[tuple[float, T]], now_s: float) -> None:
+    """Drops what was seen more than `DECISIONS_S` ago."""
+    while seen and seen[0][0] < now_s - DECISIONS_S:
+        seen.popleft()
 
 
 def _check_tpot(promise: Promise, idle_tpot_s: float) -> None:
