@@ -61,6 +61,14 @@ class EngineConfig:
     """`cpu` or `paced`."""
     dtype: Annotated[str, OneOf(("bfloat16", "float32"))] = "bfloat16"
     """`bfloat16` or `float32`; of weights and KV."""
+    quantization: Annotated[str | None, OneOf(("w8a8",))] = None
+    """`w8a8`: int8 weights by output channel, int8 activations by token, scales drawn from the data; None: none."""
+    kernels: Annotated[str, OneOf(("auto", "compiled", "torch", "reference"))] = "auto"
+    """Who computes on `cpu`: kernels compiled for this processor, torch's own operations, or the plain formulas; `auto`:
+    the first of them that this machine has (`kernels.dispatch`)."""
+    batching: Annotated[str, OneOf(("iteration", "request"))] = "iteration"
+    """`iteration`: sequences join and leave between any two steps (Orca §3.1); `request`: a batch runs until its last
+    sequence has ended, as systems before Orca did. For comparison."""
     block_size: Annotated[int, Within(1, 1024)] = 16
     kv_cache_bytes: Annotated[int, Bytes(), Within(1, 2**50)] = 512 * 2**20
     """Memory for KV; the number of blocks follows."""
@@ -82,6 +90,8 @@ class EngineConfig:
     paced_prefill_token_s: StepSeconds = 0.00005
     paced_decode_row_s: StepSeconds = 0.0002
     paced_context_token_s: StepSeconds = 0.0
+    paced_profile: Annotated[str | None, Text()] = None
+    """`paced` only: a file of step-time coefficients instead of those above."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -189,6 +199,8 @@ class RouterConfig:
     """Prompts with fewer uncached tokens are prefilled by the decode worker; 0 = off."""
     max_attempts: Annotated[int, Within(1, 100)] = 3
     """Tries at one choice before it fails with 503."""
+    processes: Annotated[int, Within(1, 64)] = 1
+    """Router processes behind the one HTTP and the one gRPC port; the kernel spreads connections over them."""
     unready_wait_s: Seconds = 10.0
     """How long a request waits at the door while no worker could serve it."""
     events_path: Annotated[str | None, Text()] = None
