@@ -51,6 +51,10 @@ BAD_ENGINE = [
     ("paced_prefill_token_s", float("nan")),
     ("paced_decode_row_s", float("inf")),
     ("paced_context_token_s", "fast"),
+    ("paced_profile", ""),
+    ("quantization", "w4a16"),
+    ("kernels", "cuda"),
+    ("batching", "static"),
 ]
 
 BAD_WORKER = [
@@ -76,6 +80,7 @@ BAD_WORKER = [
 ]
 
 BAD_ROUTER = [
+    ("processes", 0),
     ("host", "two\nlines"),
     ("http_port", 65536),
     ("grpc_port", 8000),
