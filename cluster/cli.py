@@ -12,12 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_bench import bench
+from .cli_bench_serve import join_goodput
+from .cli_options import API_KEY_VARIABLE, Ca, Key, Url
 from .launch.local_ray import end_process
 from .launch.state import LaunchError
 
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer carries
 _CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
-_API_KEY_VARIABLE = "TANDEM_API_KEY"
 
 app = typer.Typer(
     name="tandem",
@@ -26,15 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure a running server.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
-
-Url = Annotated[str, typer.Option("--url", help="The router's HTTP address.")]
-Key = Annotated[str | None, typer.Option("--api-key", envvar=_API_KEY_VARIABLE, show_envvar=True, help="Client's key.")]
-Ca = Annotated[
-    str | None,
-    typer.Option("--ca", metavar="FILE", help="Who signed the router's certificate (https). [env var: TANDEM_CA]"),
-]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     if list(argv) in ([], ["bench"]):
         argv = [*argv, "--help"]
     try:
-        result = app(args=_join_goodput(argv), prog_name="tandem", standalone_mode=False)
+        result = app(args=join_goodput(argv), prog_name="tandem", standalone_mode=False)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except typer.Abort:
@@ -78,22 +72,6 @@ def _fail(message: str, code: int) -> int:
 
 def _format(error: Exception) -> str:
     return str(getattr(error, "format_message", lambda: error)())
-
-
-def _join_goodput(argv: Sequence[str]) -> list[str]:
-    """`--goodput ttft:200 tpot:50`, as vLLM has it, to one option for each pair."""
-    joined: list[str] = []
-    taking = False
-    for word in argv:
-        if word == "--goodput":
-            taking = True
-            continue
-        if taking and not word.startswith("-"):
-            joined += ["--goodput", word]
-            continue
-        taking = False
-        joined.append(word)
-    return joined
 
 
 def _set(overrides: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -156,7 +134,7 @@ def serve(
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds that running requests get at the end.")] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar=_API_KEY_VARIABLE, show_envvar=True, help="What clients must show; several: a,b,c."),
+        typer.Option(envvar=API_KEY_VARIABLE, show_envvar=True, help="What clients must show; several: a,b,c."),
     ] = None,
     api_keys_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="One key a line; read again when it changes.")
@@ -302,75 +280,6 @@ def demo(
 
     options = DemoOptions(model=model, device=device, num_prompts=num_prompts, request_rate=request_rate)
     raise typer.Exit(run_demo(options))
-
-
-@bench.command("serve")
-def bench_serve(
-    base_url: Annotated[str, typer.Option("--base-url", "--url", help="The server.")] = "http://127.0.0.1:8000",
-    endpoint: Annotated[
-        str, typer.Option(help="/v1/chat/completions or /v1/completions; random tokens go to the latter.")
-    ] = "/v1/chat/completions",
-    model: Annotated[str | None, typer.Option(help="Default: the first that is served.")] = None,
-    dataset_name: Annotated[str, typer.Option(help="prompts, random or trace.")] = "prompts",
-    dataset_path: Annotated[
-        str | None, typer.Option(help=".jsonl or .jsonl.gz of prompts. Default: a dozen that ship with tandem.")
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Requests to send.")] = 100,
-    output_len: Annotated[int, typer.Option(help="max_tokens of real prompts.")] = 64,
-    random_input_len: Annotated[int, typer.Option(help="Tokens of a random prompt.")] = 1024,
-    random_output_len: Annotated[int, typer.Option(help="Tokens of its answer.")] = 128,
-    request_rate: Annotated[float, typer.Option(help="Requests per second; inf: all at once.")] = float("inf"),
-    burstiness: Annotated[float, typer.Option(help="Shape of the gamma arrivals; 1: Poisson.")] = 1.0,
-    max_concurrency: Annotated[int | None, typer.Option(help="Requests under way at most; closes the loop.")] = None,
-    goodput: Annotated[
-        list[str] | None, typer.Option(metavar="METRIC:MS...", help="Promises: ttft:MS tpot:MS e2el:MS.")
-    ] = None,
-    metric_percentiles: Annotated[str, typer.Option(help="Comma-separated.")] = "99",
-    num_warmups: Annotated[int, typer.Option(help="Requests beforehand, not counted.")] = 1,
-    temperature: Annotated[float | None, typer.Option(help="Default: the server's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
-    save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
-    slo_class: Annotated[str | None, typer.Option(help="SLO class of the requests. Default: interactive.")] = None,
-    header: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Sent with every request, e.g. x-slo-ttft-ms=500.")
-    ] = None,
-    api_key: Key = None,
-    ca: Ca = None,
-) -> None:
-    """Send an open-loop load and report TTFT, TPOT, attainment and goodput."""
-    from .bench.report import parse_goodput
-    from .bench.run import BenchOptions, parse_headers
-    from .cli_bench import bench_serve as run_bench_serve
-    from .cli_status import first_key
-    from .tls import ClientTLS
-
-    try:
-        percentiles = tuple(float(text) for text in metric_percentiles.split(","))
-    except ValueError:
-        raise ValueError(f"metric_percentiles: {metric_percentiles!r} is not allowed; allowed: e.g. 50,99") from None
-    options = BenchOptions(
-        base_url=base_url,
-        model=model,
-        endpoint=endpoint,
-        dataset_name=dataset_name,
-        dataset_path=dataset_path,
-        num_prompts=num_prompts,
-        output_len=output_len,
-        random_input_len=random_input_len,
-        random_output_len=random_output_len,
-        request_rate=request_rate,
-        burstiness=burstiness,
-        max_concurrency=max_concurrency,
-        goodput_ms=parse_goodput(goodput or ()),
-        percentiles=percentiles,
-        num_warmups=num_warmups,
-        temperature=temperature,
-        seed=seed,
-        api_key=first_key(api_key),
-        tls=ClientTLS.from_environment(ca),
-        headers=parse_headers(header or (), slo_class),
-    )
-    raise typer.Exit(run_bench_serve(options, save_result))
 
 
 if __name__ == "__main__":

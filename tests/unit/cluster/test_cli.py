@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tandem.cluster import cli, cli_restart, cli_serve, cli_status
+from tandem.cluster.cli_bench_serve import join_goodput
 from tandem.cluster.cli_display import Display
 from tandem.cluster.config import ClusterConfig
 from tandem.cluster.config_file import build_config
@@ -103,7 +104,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_goodput_takes_several_values_as_vllm_has_it() -> None:
     argv = ["bench", "serve", "--goodput", "ttft:200", "tpot:50", "--seed", "1"]
-    assert cli._join_goodput(argv) == ["bench", "serve", "--goodput", "ttft:200", "--goodput", "tpot:50", "--seed", "1"]
+    assert join_goodput(argv) == ["bench", "serve", "--goodput", "ttft:200", "--goodput", "tpot:50", "--seed", "1"]
 
 
 def test_welcome_lines_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
