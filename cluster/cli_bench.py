@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from .cli_bench_router import router
 from .cli_bench_serve import serve
 
 bench = typer.Typer(help="Measure a running server, an engine, a handoff, a router.", rich_markup_mode=None)
 bench.command("serve")(serve)
+bench.command("router")(router)

@@ -85,5 +85,10 @@ class Outbox:
         for stream in list(self._streams.values()):
             stream.close()
 
+    @property
+    def most_unread(self) -> int:
+        """Frames that the router which is furthest behind has not taken yet."""
+        return max((stream.frames.qsize() for stream in self._streams.values()), default=0)
+
     def __len__(self) -> int:
         return len(self._streams)
