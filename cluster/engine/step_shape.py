@@ -1,4 +1,4 @@
-"""What a step's time depends on, read off its plan: the inputs of `cluster.latency`'s model. Pure."""
+"""What a step's time depends on, read off its plan: what `cluster.latency` and `cluster.step_profile` take. Pure."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ class StepShape:
     decode_rows: int
     context_tokens: int
     """Context of the decode rows, each with the token it computes."""
+    prefill_squares: int = 0
+    """Sum of `end² - start²` over the prompt chunks: what their attention costs, and what adds up to the square of a
+    prompt over its chunks."""
 
 
 def is_decode(row: StepRow) -> bool:
@@ -24,11 +27,13 @@ def is_decode(row: StepRow) -> bool:
 
 def step_shape(plan: StepPlan) -> StepShape:
     """The shape of one step, from all of its rows."""
-    prefill_tokens = decode_rows = context_tokens = 0
+    prefill_tokens = prefill_squares = decode_rows = context_tokens = 0
     for row in plan.rows:
         if is_decode(row):
             decode_rows += 1
             context_tokens += row.start + 1
         else:
+            end = row.start + len(row.token_ids)
             prefill_tokens += len(row.token_ids)
-    return StepShape(prefill_tokens, decode_rows, context_tokens)
+            prefill_squares += end * end - row.start * row.start
+    return StepShape(prefill_tokens, decode_rows, context_tokens, prefill_squares)

@@ -29,8 +29,8 @@ from ....kvtransfer.mapped.segment import KVSegment
 from ....kvtransfer.store import KVStore
 from ...clock import Clock, MonotonicClock, VirtualClock
 from ...config import EngineConfig
-from ...latency import StepTimeModel
 from ...models.config import ModelConfig
+from ...step_profile import StepProfile, read_profile
 from ...types import SampledToken, StepTimeCoefficients
 from ..plan import RowOutput, StepOutput, StepPlan, StepRow
 from ..step_shape import step_shape
@@ -41,6 +41,8 @@ __all__ = ["KVCorruption", "PacedDevice", "PacedKVStore", "expected_tokens"]
 
 MAX_OUTSTANDING_STEPS = 16
 MAX_KNOWN_SEQUENCES = 4096
+LATE_S, LATE_SHARE = 1e-3, 0.05
+"""A step is late that ends later than this after its time, in seconds and as a share of it: sleeping is not exact."""
 
 
 class KVCorruption(RuntimeError):
@@ -127,7 +129,7 @@ class PacedDevice(Device):
         *,
         block_size: int = 16,
         num_blocks: int,
-        coefficients: StepTimeCoefficients,
+        coefficients: StepTimeCoefficients | StepProfile,
         clock: Clock | None = None,
         sleep: Callable[[float], object] | None = None,
         eos_token_ids: tuple[int, ...] = (),
@@ -164,8 +166,9 @@ class PacedDevice(Device):
         self.fingerprint = hashlib.sha256(f"paced {self._language}".encode()).hexdigest()
         self.corruptions_total = 0
         self.late_steps_total = 0
-        """Steps whose time was over before `collect` began to wait: the machine was too slow for the model."""
-        self._model = StepTimeModel(coefficients)
+        """Steps that ended later than the model says (`LATE_S`, `LATE_SHARE`): the machine was too slow for it."""
+        linear = isinstance(coefficients, StepTimeCoefficients)
+        self._profile = StepProfile.linear(coefficients) if linear else coefficients
         self._clock = MonotonicClock() if clock is None else clock
         if sleep is None:
             sleep = self._clock.advance if isinstance(self._clock, VirtualClock) else time.sleep
@@ -191,11 +194,12 @@ class PacedDevice(Device):
             decode_row_s=engine.paced_decode_row_s,
             context_token_s=engine.paced_context_token_s,
         )
+        profile = None if engine.paced_profile is None else read_profile(engine.paced_profile)
         return cls(
             model.vocab_size,
             block_size=engine.block_size,
             num_blocks=num_blocks,
-            coefficients=coefficients,
+            coefficients=profile or coefficients,
             clock=clock,
             eos_token_ids=model.eos_token_ids,
         )
@@ -208,7 +212,9 @@ class PacedDevice(Device):
             self._check_row(row)
         values, slots, ends, previous = self._flatten(plan)
         shape = step_shape(plan)
-        duration_s = self._model.step_time_s(shape.prefill_tokens, shape.decode_rows, shape.context_tokens)
+        duration_s = self._profile.step_time_s(
+            shape.prefill_tokens, shape.prefill_squares, shape.decode_rows, shape.context_tokens
+        )
         start_s = max(self._clock.now_s(), self._free_at_s)
         self._free_at_s = start_s + duration_s
         self._steps.append(_Step(plan, values, slots, ends, previous, start_s, self._free_at_s))
@@ -222,9 +228,10 @@ class PacedDevice(Device):
         remaining_s = step.end_s - self._clock.now_s()
         if remaining_s > 0:
             self._sleep(remaining_s)
-        elif remaining_s < 0:
+        now_s = self._clock.now_s()
+        if now_s - step.end_s > max(LATE_S, LATE_SHARE * (step.end_s - step.start_s)):
             self.late_steps_total += 1
-        duration_s = max(self._clock.now_s() - step.start_s, 0.0)
+        duration_s = max(now_s - step.start_s, 0.0)
         return StepOutput(step.plan.plan_id, rows, duration_s)
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ def test_shape_of_a_plan() -> None:
             StepRow("later chunk", 16, [1, 2, 3], [3, 4]),
         ),
     )
-    assert step_shape(plan) == StepShape(prefill_tokens=4, decode_rows=2, context_tokens=11 + 100)
+    assert step_shape(plan) == StepShape(4, 2, context_tokens=11 + 100, prefill_squares=1 + 19**2 - 16**2)
 
 
 def feed(

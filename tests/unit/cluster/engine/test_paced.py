@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from tandem.cluster.config import EngineConfig
 from tandem.cluster.engine.devices.paced import KVCorruption, PacedDevice, PacedKVStore, expected_tokens
 from tandem.cluster.engine.plan import StepPlan, StepRow
 from tandem.cluster.models.config import Architecture, ModelConfig
+from tandem.cluster.models.registry import CONFIGS
+from tandem.cluster.step_profile import DecodeTerms, StepProfile
 from tandem.cluster.types import SampledToken, SamplingParams, StepTimeCoefficients
 
 PROMPT = [7, 3, 999, 0, 0, 12, 5, 8, 1]
@@ -240,6 +243,36 @@ def test_work_between_launch_and_collect_is_not_waited_for_twice() -> None:
     clock.advance(3.0)
     assert paced.collect().duration_s == 3.0
     assert paced.late_steps_total == 1
+
+
+def test_a_profile_paces_and_chunks_add_up_to_their_prompt(tmp_path: Path) -> None:
+    decode = DecodeTerms(step_s=0.0, row_s=1.0, context_token_s=0.0)
+    profile = StepProfile(
+        prefill_step_s=0.0,
+        prefill_token_s=0.0,
+        prefill_square_s=0.25,
+        decode=decode,
+        large_decode=decode,
+        large_batch_rows=8,
+    )
+    profile.save(tmp_path / "profile.json")
+    engine = EngineConfig(device="paced", paced_profile=str(tmp_path / "profile.json"), kv_cache_bytes=2**20)
+    clock = VirtualClock()
+    driver = Driver(PacedDevice.for_model(engine, CONFIGS["tiny-llama"], clock=clock), [1] * 6, range(4))
+    driver.step(0, 2)
+    driver.step(2, 6)
+    assert clock.now_s() == 0.25 * 6**2
+    driver.step(6, 7)
+    assert clock.now_s() == 0.25 * 6**2 + 1.0
+
+
+def test_sleeping_a_little_long_is_not_late_but_much_is() -> None:
+    for overrun_s, late in ((0.04, 0), (0.06, 1)):
+        clock = VirtualClock()
+        paced = device(clock=clock, sleep=lambda left_s, more_s=overrun_s, to=clock: to.advance(left_s + more_s))
+        paced.launch(StepPlan(1, (Driver(paced, [1, 2], range(2)).row(0, 2),)))  # takes 1 s
+        paced.collect()
+        assert paced.late_steps_total == late
 
 
 def test_outstanding_steps_run_one_after_another() -> None:
