@@ -118,6 +118,9 @@ def serve(
     http_port: Annotated[int | None, typer.Option(help="0: any free one. Default: 8000.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0: any free one. Default: 8001.")] = None,
     registry_port: Annotated[int | None, typer.Option(help="Where workers report. Default: 8002.")] = None,
+    router_processes: Annotated[
+        int | None, typer.Option(help="Router processes behind the two public ports (Linux). Default: 1.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or paced (computes nothing, takes a model's time).")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. Default: bfloat16.")] = None,
     kv_cache: Annotated[str | None, typer.Option(help="KV memory of a worker, e.g. 512MiB.")] = None,
@@ -161,6 +164,7 @@ def serve(
         router__http_port=http_port,
         router__grpc_port=grpc_port,
         router__registry_port=registry_port,
+        router__processes=router_processes,
         engine__device=device,
         engine__dtype=dtype,
         engine__kv_cache_bytes=kv_cache,

@@ -216,9 +216,9 @@ def _ports(url: str) -> tuple[Port, ...]:
     """Those of this user's cluster at `url`; without one the router's default ports, with the one that `url` names."""
     running = runtime_file.find(url)
     if running is not None:
-        mine = {"http-port": running.http, "grpc-port": running.grpc, "registry-port": running.registry}
-        ports = {name: int(address.rpartition(":")[2]) for name, address in mine.items()}
-        return tuple(Port(name=name, number=number, holder="ours") for name, number in ports.items())
+        registries = [("registry-port", address) for address in running.registries or (running.registry,)]
+        mine = [("http-port", running.http), ("grpc-port", running.grpc), *registries]
+        return tuple(Port(name=name, number=int(address.rpartition(":")[2]), holder="ours") for name, address in mine)
     defaults = RouterConfig()
     try:
         http = urlsplit(url).port or defaults.http_port
@@ -228,7 +228,7 @@ def _ports(url: str) -> tuple[Port, ...]:
     ours = {
         address.rpartition(":")[2]
         for cluster in runtime_file.running()
-        for address in (cluster.http, cluster.grpc, cluster.registry)
+        for address in (cluster.http, cluster.grpc, cluster.registry, *cluster.registries)
     }
     found = []
     for name, number in numbers.items():

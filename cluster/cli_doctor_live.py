@@ -63,6 +63,7 @@ def check_live(live: Live) -> list[Finding]:
         return [Finding(Level.WARN, "cluster", "it tells nothing without a key", "--api-key, or TANDEM_API_KEY")]
     return [
         _ready(live),
+        *_routers(live),
         _lives(live.workers),
         _versions(live),
         _fingerprints(live.workers),
@@ -92,6 +93,18 @@ def _ready(live: Live) -> Finding:
     if away:
         return Finding(Level.WARN, "cluster", f"{text} ready; not: {', '.join(away)}", "wait, or tandem restart them")
     return Finding(Level.OK, "cluster", f"{text} ready")
+
+
+def _routers(live: Live) -> list[Finding]:
+    """Of several processes behind one port; a connection reaches any of them."""
+    accounts: Sequence[Mapping[str, Any]] = live.answer.get("routers") or ()
+    if not accounts:
+        return []
+    away = [f"{account['process']} ({account.get('reason')})" for account in accounts if not account.get("ready")]
+    if away:
+        do = "serve restarts those that ended; serve --verbose shows their output"
+        return [Finding(Level.WARN, "routers", f"of {len(accounts)} processes, not ready: {', '.join(away)}", do)]
+    return [Finding(Level.OK, "routers", f"{len(accounts)} processes behind one port, all ready")]
 
 
 def _lives(workers: Sequence[Worker]) -> Finding:

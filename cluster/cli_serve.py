@@ -64,6 +64,8 @@ def watched_cluster(
 def headline(config: ClusterConfig) -> str:
     """The first line of every run: model, device and pools; a device that computes nothing is named as such."""
     pools = [f"{count} {name}" for name, count in _pools(config) if count]
+    if config.router.processes > 1:
+        pools.append(f"{config.router.processes} router processes")
     where = "a local Ray" if config.address is None else f"Ray at {config.address}"
     paced = " (computes nothing, takes a model's time)" if config.engine.device == "paced" else ""
     device = f"{config.engine.device}{paced}"

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -138,7 +139,7 @@ def render(url: str, answer: Mapping[str, Any], samples: Samples | None = None) 
         head += f", contexts of up to {longest} tokens"
     if "workers" not in answer:
         return f"{head}\nit tells more to those who show a key: --api-key, TANDEM_API_KEY"
-    inside = _inside(samples or {})
+    inside = [*_inside(samples or {}), *(_router(account) for account in answer.get("routers") or ())]
     return "\n".join([head, *inside, "", lines]) if workers else f"{head}\nno workers"
 
 
@@ -146,11 +147,19 @@ def _inside(samples: Samples) -> list[str]:
     """Requests in the router, and those that wait there for a worker, by class."""
     if not (flying := samples.get("tandem:requests_in_flight")):
         return []
-    queued = {
-        labels.get("slo_class", ""): value for labels, value in samples.get("tandem:router_queue_requests", ()) if value
-    }
-    waiting = ", ".join(f"{name} {count:g}" for name, count in sorted(queued.items()))
-    return [f"{flying[0][1]:g} requests inside" + (f"; waiting for a worker: {waiting}" if waiting else "")]
+    queued: Counter[str] = Counter()
+    for labels, value in samples.get("tandem:router_queue_requests", ()):
+        queued[labels.get("slo_class", "")] += int(value)
+    waiting = ", ".join(f"{name} {count}" for name, count in sorted(queued.items()) if count)
+    inside = sum(value for _, value in flying)
+    return [f"{inside:g} requests inside" + (f"; waiting for a worker: {waiting}" if waiting else "")]
+
+
+def _router(account: Mapping[str, Any]) -> str:
+    """One of several router processes."""
+    state = "ready" if account.get("ready") else f"not ready: {account.get('reason') or 'it does not say why'}"
+    inside = f", {account['requests_inside']} requests inside, pid {account['pid']}" if "pid" in account else ""
+    return f"router {account.get('process')} ({account.get('registry')}): {state}{inside}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

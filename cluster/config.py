@@ -64,8 +64,8 @@ class EngineConfig:
     quantization: Annotated[str | None, OneOf(("w8a8",))] = None
     """`w8a8`: int8 weights by output channel, int8 activations by token, scales drawn from the data; None: none."""
     kernels: Annotated[str, OneOf(("auto", "compiled", "torch", "reference"))] = "auto"
-    """Who computes on `cpu`: kernels compiled for this processor, torch's own operations, or the plain formulas; `auto`:
-    the first of them that this machine has (`kernels.dispatch`)."""
+    """Who computes on `cpu`: kernels compiled for this processor, torch's own operations, or the plain formulas;
+    `auto`: the first of them that this machine has (`kernels.dispatch`)."""
     batching: Annotated[str, OneOf(("iteration", "request"))] = "iteration"
     """`iteration`: sequences join and leave between any two steps (Orca §3.1); `request`: a batch runs until its last
     sequence has ended, as systems before Orca did. For comparison."""
@@ -200,7 +200,10 @@ class RouterConfig:
     max_attempts: Annotated[int, Within(1, 100)] = 3
     """Tries at one choice before it fails with 503."""
     processes: Annotated[int, Within(1, 64)] = 1
-    """Router processes behind the one HTTP and the one gRPC port; the kernel spreads connections over them."""
+    """Router processes behind the one HTTP and the one gRPC port; the kernel spreads connections over them. Every bound
+    of this section is each process's own, and so is the registry port: they count up from `registry_port`."""
+    process: Annotated[int, Within(0, 63)] = 0
+    """Which of them this is; filled in for each."""
     unready_wait_s: Seconds = 10.0
     """How long a request waits at the door while no worker could serve it."""
     events_path: Annotated[str | None, Text()] = None
@@ -231,6 +234,7 @@ class RouterConfig:
             raise error.under("slo") from None
         _check_class_names(self.slo_classes)
         _distinct_ports(self, ("http_port", "grpc_port", "registry_port"))
+        self._check_processes()
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("api_key", HIDDEN, "printable ASCII without spaces, several separated by commas")
@@ -239,6 +243,30 @@ class RouterConfig:
             raise ConfigError(missing, None, f"a PEM file, as {given} is given")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("tls_cert", None, "a PEM file, as tls_client_ca is given")
+
+    def _check_processes(self) -> None:
+        if self.process >= self.processes:
+            raise ConfigError("process", self.process, f"0 to {self.processes - 1}, as processes is {self.processes}")
+        if self.registry_port + self.processes - 1 > 65535:
+            allowed = f"at most {65536 - self.processes}: each of {self.processes} processes has one"
+            raise ConfigError("registry_port", self.registry_port, allowed)
+        for name in ("http_port", "grpc_port"):
+            port = getattr(self, name)
+            if port and port in self.registry_ports:
+                allowed = (
+                    f"a port that is not a router process's registry port, {', '.join(map(str, self.registry_ports))}"
+                )
+                raise ConfigError(name, port, allowed)
+
+    @property
+    def registry_ports(self) -> tuple[int, ...]:
+        """Where each of the processes hears its workers; 0: any free one."""
+        first = self.registry_port
+        return tuple(first + index if first else 0 for index in range(self.processes))
+
+    def each_process(self) -> tuple[RouterConfig, ...]:
+        """The configuration of each of the processes."""
+        return tuple(replace(self, process=index) for index in range(self.processes))
 
     @property
     def api_keys(self) -> tuple[str, ...]:
@@ -270,6 +298,7 @@ class ClusterConfig:
     worker_cpus: Annotated[float, Within(0, 1024, above=True)] = 0.9
     """Logical processors that Ray books for a worker, so that a router and two workers schedule on two cores."""
     router_cpus: Annotated[float, Within(0, 1024, above=True)] = 0.2
+    """The same for each router process."""
     object_store_bytes: Annotated[int, Bytes(), Within(80 * 2**20, 2**50)] = 80 * 2**20
     """Ray's shared memory where a local Ray is started. Tandem puts nothing there; Ray's minimum is about 75 MiB."""
     drain_timeout_s: Annotated[float, Within(0, 86400)] = 30.0
@@ -294,8 +323,8 @@ class ClusterConfig:
         own = {Role.PREFILL: self.prefill_engine, Role.DECODE: self.decode_engine, Role.MIXED: self.mixed_engine}[role]
         return self.engine if own is None else own
 
-    def workers(self, registry_address: str) -> tuple[WorkerConfig, ...]:
-        """One WorkerConfig for each worker, heartbeating to the router at `registry_address` (host:port)."""
+    def workers(self, *registry_addresses: str) -> tuple[WorkerConfig, ...]:
+        """One WorkerConfig for each worker, heartbeating to the routers at `registry_addresses` (host:port)."""
         pools = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
         members = [(role, index) for role, count in pools for index in range(count)]
         first_port = self.worker.metrics_port or None
@@ -305,7 +334,7 @@ class ClusterConfig:
                 worker_id=f"{role.value}-{index}",
                 role=role,
                 engine=self.engine_of(role),
-                routers=(registry_address,),
+                routers=registry_addresses,
                 metrics_port=self.worker.metrics_port if first_port is None else first_port + position,
             )
             for position, (role, index) in enumerate(members)

@@ -65,7 +65,8 @@ class RouterMetrics:
         self._make_phases()
         self._make_handoff()
         self._make_counters()
-        self.registry.register(_WorkerCollector(lambda: self._workers()))
+        self._of_workers = CollectorRegistry()
+        self._of_workers.register(_WorkerCollector(lambda: self._workers()))
         self.registry.register(_QueueCollector(model_name, lambda: self._queue_of()))
         ProcessCollector(registry=self.registry)
 
@@ -233,13 +234,31 @@ class RouterMetrics:
         """Says how many requests wait at the router, by SLO class; called at every scrape, must not block."""
         self._queue_of = waiting
 
+    @property
+    def requests_inside(self) -> int:
+        """Requests inside the router now."""
+        return self._inside
+
+    @property
+    def requests_waiting(self) -> dict[str, int]:
+        """Those of them that wait for a worker, by SLO class."""
+        return dict(sorted(self._queue_of().items()))
+
     def load(self) -> dict[str, object]:
         """What is inside the router now, for `/ready`: requests, and those that wait for a worker by SLO class."""
-        return {"requests_inside": self._inside, "requests_waiting": dict(sorted(self._queue_of().items()))}
+        return {"requests_inside": self.requests_inside, "requests_waiting": self.requests_waiting}
 
     def render(self) -> bytes:
         """The exposition text of `/metrics`, of content type `CONTENT_TYPE`."""
+        return self.render_own() + self.render_workers()
+
+    def render_own(self) -> bytes:
+        """The part of it that is this process's alone."""
         return generate_latest(self.registry)
+
+    def render_workers(self) -> bytes:
+        """The part of it that is of the workers, which every router process knows alike."""
+        return generate_latest(self._of_workers)
 
 
 def kv_usage(status: WorkerStatus) -> float:

@@ -21,6 +21,7 @@ from .chat_template import render_chat
 from .errors import InvalidRequest, ModelNotFound, ServiceError, Unauthenticated, Unavailable
 from .params import Limits, show
 from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness
+from .siblings import Siblings
 from .tokenizer_base import Tokenizer
 
 MERGED_DELTAS = 64
@@ -48,6 +49,7 @@ class Door:
         *,
         keys: ApiKeys | None = None,
         clock: Clock | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self.service = service
         self.tokenizer = tokenizer
@@ -56,6 +58,8 @@ class Door:
         self.draining = False
         self.closing = False
         self.bodies = BodyBudget(max(MAX_HELD_BYTES, 2 * config.max_body_bytes))
+        self.siblings = siblings or Siblings(config, metrics)
+        self.siblings.watch(self.readiness)
         self._keys = keys or ApiKeys()
         self._clock = clock or MonotonicClock()
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -31,6 +31,7 @@ from .grpc_api import build_grpc_server
 from .http_app import build_http_app
 from .http_protocol import BoundedProtocol, HttpLimits, connection_limit, sweep
 from .service import GenerationService
+from .siblings import Siblings
 from .tokenizer_base import Tokenizer
 
 BACKLOG_CONNECTIONS = 2048
@@ -85,13 +86,14 @@ class Frontend:
         metrics: RouterMetrics,
         *,
         limits: HttpLimits | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self._limits = limits or HttpLimits()
         keys = ApiKeys.from_config(config)
         check_clients(config)
         self._identity, self._client_ca = _load_tls(config)
         self._config = config
-        self._door = Door(service, tokenizer, config, metrics, keys=keys)
+        self._door = Door(service, tokenizer, config, metrics, keys=keys, siblings=siblings)
         self._http: _Server | None = None
         self._http_task: asyncio.Task[None] | None = None
         self._grpc: aio.Server | None = None
@@ -133,7 +135,7 @@ class Frontend:
             await task
 
     async def _start_http(self) -> str:
-        listener = bind(self._config.host, self._config.http_port)
+        listener = bind(self._config.host, self._config.http_port, shared=self._config.processes > 1)
         max_connections = connection_limit(self._limits)
         self._http = _Server(
             uvicorn.Config(
@@ -188,12 +190,16 @@ def _expanded(path: str | None) -> str | None:
     return None if path is None else os.path.expanduser(path)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes any free one. Raises OSError naming the address."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening TCP socket; port 0 takes any free one. `shared`: other processes of this user may listen there too,
+    and the kernel gives each connection to one of them (Linux: SO_REUSEPORT). Raises OSError naming the address.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG_CONNECTIONS)
         listener.setblocking(False)

@@ -291,6 +291,7 @@ def build_grpc_server(door: Door) -> tuple[aio.Server, ReadinessHealth]:
         "grpc.max_connection_idle_ms": 600_000,
         # Pings more often than SERVER_OPTIONS allows end the connection after so many.
         "grpc.http2.max_ping_strikes": 3,
+        "grpc.so_reuseport": int(door.config.processes > 1),
     }
     options = [*(option for option in SERVER_OPTIONS if option[0] not in limits), *limits.items()]
     takes = {f"/{SERVICE_NAME}/{method.name}": method.input_type.full_name for method in _SERVICE.methods}

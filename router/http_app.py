@@ -187,10 +187,12 @@ class _PlainEndpoints:
         if self._door.knows(exchange.header("authorization")):
             router = {"pid": os.getpid(), **self._door.metrics.load(), "client_keys": self._door.key_counts}
             value |= {"reason": readiness.reason, "workers": list(readiness.workers), "router": router}
+            if self._door.siblings.several:
+                value["routers"] = [account.describe() for account in await self._door.siblings.accounts()]
         await exchange.send_json(value, status=200 if readiness.ready else 503)
 
     async def metrics(self, exchange: Exchange) -> None:
-        await exchange.send_bytes(self._door.metrics.render(), CONTENT_TYPE)
+        await exchange.send_bytes(await self._door.siblings.render_metrics(), CONTENT_TYPE)
 
     async def models(self, exchange: Exchange) -> None:
         cards = [_card_json(card) for card in self._door.service.models()]

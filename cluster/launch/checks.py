@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..events import check_path
 from ..models.config import ModelConfig
 from ..models.fetch import WHEEL_MODELS
 from ..models.reference import DUMMY_PREFIX, ModelError, ModelFiles, resolve_model
+from ..ports import bind, pin_ports
 from ..types import Role
 from .state import LaunchError
 
@@ -25,31 +27,40 @@ _PORTS = ("http_port", "grpc_port", "registry_port")
 
 def check_ports(config: RouterConfig) -> None:
     """Raises LaunchError if one of the router's fixed ports is taken on this machine."""
-    for name in _PORTS:
-        port = getattr(config, name)
+    registries = [("registry_port", port) for port in config.registry_ports]
+    for name, port in (("http_port", config.http_port), ("grpc_port", config.grpc_port), *registries):
         if port == 0:
             continue
         try:
-            _bind(config.host, port).close()
+            bind(config.host, port).close()
         except OSError as error:
             raise LaunchError(
                 f"router.{name}: {config.host}:{port} cannot be used ({error.strerror or error})"
             ) from None
 
 
+def check_shared_ports(config: RouterConfig) -> None:
+    """ConfigError for several router processes where their ports cannot be shared, or are not named."""
+    if config.processes == 1:
+        return
+    if sys.platform != "linux" or not hasattr(socket, "SO_REUSEPORT"):
+        allowed = f"1 on {sys.platform}, whose kernel does not spread the connections of one port over processes"
+        raise ConfigError("processes", config.processes, allowed)
+    for name in _PORTS:
+        if getattr(config, name) == 0:
+            raise ConfigError(name, 0, f"a port that all {config.processes} router processes know")
+
+
 def pin_config(config: ClusterConfig) -> ClusterConfig:
     """Fixes what must be the same after a restart and in every process: ports that are 0, and relative paths."""
-    router = config.router
-    taken = [_bind(router.host, 0) for name in _PORTS if getattr(router, name) == 0]
-    free = iter([sock.getsockname()[1] for sock in taken])
-    ports = {name: getattr(router, name) or next(free) for name in _PORTS}
-    for sock in taken:
-        sock.close()
+    try:
+        router = pin_ports(config.router)
+    except OSError as error:
+        raise LaunchError(f"router: no port for it on {config.router.host} ({error.strerror or error})") from None
     model = _absolute(router.model)
     events = router.events_path
     router = replace(
         router,
-        **ports,
         model=model,
         served_model_name=router.served_model_name or router.model,
         events_path=None if events is None else str(Path(events).expanduser().absolute()),
@@ -122,18 +133,6 @@ def _is_actor(pid: int) -> bool:
         return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
     except OSError:
         return False
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _absolute(model: str) -> str:

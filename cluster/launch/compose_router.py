@@ -13,6 +13,7 @@ from ...router.core import RouterCore
 from ...router.frontend import Frontend
 from ...router.members import Membership
 from ...router.service import ModelCard
+from ...router.siblings import Siblings
 from ...router.tokenizer import load_tokenizer
 from ..auth import MemberCredentials
 from ..clock import MonotonicClock
@@ -20,8 +21,9 @@ from ..config import RouterConfig
 from ..events import WaterfallLog
 from ..metrics import RouterMetrics
 from ..models.reference import resolve_model
-from ..proto.tandem_internal_v1_pb2_grpc import add_RegistryServicer_to_server
+from ..proto.tandem_internal_v1_pb2_grpc import add_RegistryServicer_to_server, add_SiblingServicer_to_server
 from ..rpc import make_server
+from .checks import check_shared_ports
 from .compose import Progress
 
 logger = logging.getLogger(__name__)
@@ -38,11 +40,13 @@ class RouterRuntime:
         self.http_address = ""
         self.grpc_address = ""
         self.registry_address = ""
+        self._siblings: Siblings | None = None
         self._registry: aio.Server | None = None
 
     async def start(self, progress: Progress | None = None) -> None:
         """Reads the tokenizer and serves. Raises ModelError, ValueError, OSError (a port in use)."""
         config, clock = self._config, MonotonicClock()
+        check_shared_ports(config)
         credentials = await asyncio.to_thread(MemberCredentials.load, config.security)
         credentials.check_exposure(config.host, insecure=config.insecure)
         files = await asyncio.to_thread(resolve_model, config.model, progress=progress)
@@ -69,17 +73,21 @@ class RouterRuntime:
             clock=clock,
             card=card,
         )
-        await self._start_registry(credentials)
-        self.frontend = await asyncio.to_thread(Frontend, self.core, tokenizer, config, metrics)
+        self._siblings = Siblings(config, metrics, credentials=credentials)
+        await self._start_registry(credentials, self._siblings)
+        self.frontend = await asyncio.to_thread(
+            Frontend, self.core, tokenizer, config, metrics, siblings=self._siblings
+        )
         addresses = await self.frontend.start()
         self.http_address, self.grpc_address = addresses.http, addresses.grpc
         logger.info("router serves HTTP on %s, gRPC on %s", addresses.http, addresses.grpc)
 
-    async def _start_registry(self, credentials: MemberCredentials) -> None:
+    async def _start_registry(self, credentials: MemberCredentials, siblings: Siblings) -> None:
         assert self.members is not None
         self._registry = make_server(credentials)
         add_RegistryServicer_to_server(self.members, self._registry)
-        address = f"{self._config.host}:{self._config.registry_port}"
+        add_SiblingServicer_to_server(siblings, self._registry)
+        address = f"{self._config.host}:{self._config.registry_ports[self._config.process]}"
         try:
             port = credentials.listen(self._registry, address)
         except RuntimeError as error:
@@ -109,6 +117,8 @@ class RouterRuntime:
             await self.frontend.stop()
         if self.core is not None:
             await self.core.close()
+        if self._siblings is not None:
+            await self._siblings.close()
         if self.members is not None:
             await self.members.close()
         if self._registry is not None:

@@ -1,9 +1,10 @@
 """The whole cluster on Ray: places members, starts them, watches them, drains them, and leaves nothing behind.
 
 1. `start`: checks what can be checked here (model, ports), then brings up Ray or joins it, books a placement group with
-   one bundle for the router and one for each worker, makes the actors and waits until the router says it is ready.
+   one bundle for the router's processes and one for each worker, makes the actors and waits until every router says
+   that it is ready.
 2. While it runs, `cluster.launch.manager` watches.
-3. `drain`: the router admits nothing more and finishes what runs; then the workers. Ray is not needed for that: when
+3. `drain`: the routers admit nothing more and finish what runs; then the workers. Ray is not needed for that: when
    its head or its raylet dies, the members live on for a while.
 4. `stop`: members end, actors and placement group go, Ray goes, its folder goes; processes that are left are ended.
 """
@@ -19,9 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import ClusterConfig, is_loopback, to_dict
+from ..config import ClusterConfig, ConfigError, is_loopback, to_dict
 from . import runtime_file
-from .checks import check_engines, check_events, check_ports, fetch_model, pin_config, wait_gone
+from .checks import check_engines, check_events, check_ports, check_shared_ports, fetch_model, pin_config, wait_gone
 from .local_ray import LocalRay, join_ray
 from .security import secured
 from .state import Endpoints, LaunchError, MemberView, Phase
@@ -69,7 +70,8 @@ class RayCluster:
         self._local: LocalRay | None = None
         self._joined = False
         self._group: Any = None
-        self._handles: list[Any] = []
+        self._routers: list[Any] = []
+        self._workers: list[Any] = []
         self._manager: Any = None
         self._endpoints: Endpoints | None = None
         self._operator_key: str | None = None
@@ -80,6 +82,10 @@ class RayCluster:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def _handles(self) -> list[Any]:
+        return [*self._routers, *self._workers]
 
     @property
     def endpoints(self) -> Endpoints:
@@ -124,21 +130,21 @@ class RayCluster:
         """Finishes what runs, at most `timeout_s` (None: the config's). True if all of it ended by itself in time."""
         deadline_s = time.monotonic() + (self._config.drain_timeout_s if timeout_s is None else timeout_s)
         self._end_watch()
-        if not self._handles or not self._drain_router(deadline_s):
-            return not self._handles
+        if not self._routers or not self._drain_routers(deadline_s):
+            return not self._routers
         left_s = max(1.0, deadline_s - time.monotonic())
-        done = self._wait_for([handle.begin("drain", left_s) for handle in self._handles[1:]], left_s + 2.0)
+        done = self._wait_for([handle.begin("drain", left_s) for handle in self._workers], left_s + 2.0)
         return done and time.monotonic() <= deadline_s + 2.0
 
-    def _drain_router(self, deadline_s: float) -> bool:
+    def _drain_routers(self, deadline_s: float) -> bool:
         """Calls need neither Ray's head nor, for some seconds, its raylet: they go from process to process."""
         from .handles import answer
 
         left_s = max(1.0, deadline_s - time.monotonic())
-        reference = self._handles[0].begin("drain", left_s)
-        if not self._wait_for([reference], left_s + 2.0):
+        references = [handle.begin("drain", left_s) for handle in self._routers]
+        if not self._wait_for(references, left_s + 2.0):
             return False
-        return bool(answer(reference))
+        return all(bool(answer(reference)) for reference in references)
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ends everything; idempotent. `at_once` kills members instead of asking them to stop."""
@@ -149,7 +155,7 @@ class RayCluster:
         pids = [handle.state.pid for handle in self._handles if handle.state.pid]
         died = bool(self.ray_lost)
         self._end_members(at_once=died or at_once or self._hurry.is_set())
-        self._handles = []
+        self._routers, self._workers = [], []
         self._endpoints = None
         self._leave_ray()
         if self._config.address is None:
@@ -157,8 +163,8 @@ class RayCluster:
 
     def _end_members(self, *, at_once: bool) -> None:
         if at_once:
-            router = [handle for handle in self._handles[:1] if handle.state.phase in (Phase.READY, Phase.DRAINING)]
-            self._wait_for([handle.begin("stop", 0.0) for handle in router], _LAST_WORDS_S, heed_hurry=False)
+            serving = [handle for handle in self._routers if handle.state.phase in (Phase.READY, Phase.DRAINING)]
+            self._wait_for([handle.begin("stop", 0.0) for handle in serving], _LAST_WORDS_S, heed_hurry=False)
         else:
             self._wait_for([handle.begin("stop", _STOP_S) for handle in self._handles], _STOP_S)
         for handle in self._handles:
@@ -176,15 +182,19 @@ class RayCluster:
             files = fetch_model(self._config.engine.model, lambda stage, share: self._progress("model", stage, share))
             check_engines(self._config, files.config)
         self._give_up_if_interrupted()
-        return pin_config(secure)
+        pinned = pin_config(secure)
+        try:
+            check_shared_ports(pinned.router)
+        except ConfigError as error:
+            raise error.under("router") from None
+        return pinned
 
     def _start_ray(self, config: ClusterConfig) -> None:
         try:
             if config.address is None:
                 self._progress("ray", "starting", None)
-                total = config.router_cpus + config.worker_cpus * (config.prefill + config.decode + config.mixed)
                 self._local = LocalRay(
-                    math.ceil(total),
+                    math.ceil(sum(bundle["CPU"] for bundle in _bundles(config))),
                     config.object_store_bytes,
                     outlive_s=config.drain_timeout_s + _OUTLIVE_S,
                     verbose=self._verbose,
@@ -201,11 +211,12 @@ class RayCluster:
         self._give_up_if_interrupted()
 
     def _place(self, config: ClusterConfig) -> None:
-        """One bundle for the router, one for each worker; on one node while the members listen on loopback only."""
+        """One bundle for the router's processes, which share ports and so a node, and one for each worker; all on one
+        node while the members listen on loopback only.
+        """
         import ray
 
-        workers = config.prefill + config.decode + config.mixed
-        bundles = [{"CPU": config.router_cpus}] + [{"CPU": config.worker_cpus}] * workers
+        bundles = _bundles(config)
         loopback = is_loopback(config.router.host) or is_loopback(config.worker.host)
         needed = sum(bundle["CPU"] for bundle in bundles)
         total = ray.cluster_resources().get("CPU", 0.0)
@@ -223,14 +234,18 @@ class RayCluster:
                 )
 
     def _make_members(self, config: ClusterConfig) -> None:
-        router = self._make("router", "router", 0, config.router_cpus, to_dict(config.router), config)
-        host = config.router.host
-        if host in _WILDCARDS:  # workers need an address to call, which only the router's node knows
-            for _ in self._polling([router], config, until=lambda: bool(router.state.host)):
+        for router in config.router.each_process():
+            name = "router" if config.router.processes == 1 else f"router-{router.process}"
+            self._routers.append(self._make(name, "router", 0, config.router_cpus, to_dict(router), config))
+        host, first = config.router.host, self._routers[0]
+        if host in _WILDCARDS:  # workers need an address to call, which only the routers' node knows
+            for _ in self._polling([first], config, until=lambda: bool(first.state.host)):
                 pass
-            host = router.state.host
-        for index, worker in enumerate(config.workers(f"{host}:{config.router.registry_port}"), start=1):
-            self._make(worker.worker_id, worker.role.value, index, config.worker_cpus, to_dict(worker), config)
+            host = first.state.host
+        registries = [f"{host}:{port}" for port in config.router.registry_ports]
+        for index, worker in enumerate(config.workers(*registries), start=1):
+            made = self._make(worker.worker_id, worker.role.value, index, config.worker_cpus, to_dict(worker), config)
+            self._workers.append(made)
 
     def _make(
         self, name: str, role: str, bundle: int, cpus: float, member: dict[str, Any], config: ClusterConfig
@@ -249,16 +264,14 @@ class RayCluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
         )
         kind = "router" if role == "router" else "worker"
-        handle = MemberHandle(name, role, actor.remote(kind, member, config.start_timeout_s))
-        self._handles.append(handle)
-        return handle
+        return MemberHandle(name, role, actor.remote(kind, member, config.start_timeout_s))
 
     def _wait_ready(self, config: ClusterConfig) -> Endpoints:
         shown: dict[str, tuple[str, float | None]] = {}
         handles = self._handles
 
         def ready() -> bool:
-            return all(h.state.phase is Phase.READY for h in handles) and not handles[0].state.not_serving
+            return all(h.state.phase is Phase.READY and not h.state.not_serving for h in handles)
 
         for _ in self._polling(handles, config, until=ready):
             for handle in handles:
@@ -266,19 +279,19 @@ class RayCluster:
                 if shown.get(handle.name) != now:
                     shown[handle.name] = now
                     self._progress(handle.name, *now)
-        addresses = handles[0].state.addresses
-        endpoints = Endpoints(
-            http=_reachable(addresses["http"], handles[0].state.host),
-            grpc=_reachable(addresses["grpc"], handles[0].state.host),
-            registry=_reachable(addresses["registry"], handles[0].state.host),
+        host, addresses = self._routers[0].state.host, self._routers[0].state.addresses
+        return Endpoints(
+            http=_reachable(addresses["http"], host),
+            grpc=_reachable(addresses["grpc"], host),
+            registries=tuple(_reachable(router.state.addresses["registry"], host) for router in self._routers),
         )
-        return endpoints
 
     def _tell_operator(self, config: ClusterConfig, endpoints: Endpoints) -> None:
         cluster = runtime_file.RunningCluster(
             http=endpoints.http,
             grpc=endpoints.grpc,
             registry=endpoints.registry,
+            registries=endpoints.registries,
             host=config.router.host,
             tls=config.router.tls_cert is not None,
             api_key=self._operator_key,
@@ -350,6 +363,11 @@ class RayCluster:
         elif self._joined:
             ray.shutdown()
             self._joined = False
+
+
+def _bundles(config: ClusterConfig) -> list[dict[str, float]]:
+    workers = config.prefill + config.decode + config.mixed
+    return [{"CPU": config.router_cpus * config.router.processes}] + [{"CPU": config.worker_cpus}] * workers
 
 
 def _reachable(address: str, node_ip: str) -> str:

@@ -31,6 +31,8 @@ class RunningCluster:
     http: str
     grpc: str
     registry: str
+    registries: tuple[str, ...] = ()
+    """Of all router processes, where there are several."""
     host: str = ""
     """What the router's ports are bound to, which may be more than the address under which they are dialed."""
     tls: bool = False

@@ -59,7 +59,7 @@ class MemberView:
     """A member as the driver sees it."""
 
     name: str
-    """`router`, or the worker's id."""
+    """`router`, or where there are several `router-0` and so on, or the worker's id."""
     role: str
     """`router`, `prefill`, `decode` or `mixed`."""
     state: MemberState
@@ -72,4 +72,10 @@ class Endpoints:
 
     http: str
     grpc: str
-    registry: str
+    registries: tuple[str, ...]
+    """Of each router process."""
+
+    @property
+    def registry(self) -> str:
+        """The first of them."""
+        return self.registries[0]

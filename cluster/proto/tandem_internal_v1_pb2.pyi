@@ -16,6 +16,37 @@ SIDE_UNSPECIFIED: Side
 SIDE_PREFILL: Side
 SIDE_DECODE: Side
 
+class ReportRequest(_message.Message):
+    __slots__ = ("metrics",)
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    metrics: bool
+    def __init__(self, metrics: bool = ...) -> None: ...
+
+class RouterReport(_message.Message):
+    __slots__ = ("process", "pid", "ready", "reason", "requests_inside", "requests_waiting", "metrics")
+    class RequestsWaitingEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_INSIDE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    process: int
+    pid: int
+    ready: bool
+    reason: str
+    requests_inside: int
+    requests_waiting: _containers.ScalarMap[str, int]
+    metrics: bytes
+    def __init__(self, process: _Optional[int] = ..., pid: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., requests_inside: _Optional[int] = ..., requests_waiting: _Optional[_Mapping[str, int]] = ..., metrics: _Optional[bytes] = ...) -> None: ...
+
 class AttachRequest(_message.Message):
     __slots__ = ("router_id", "protocol_version", "epoch")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -312,7 +343,7 @@ class StepTime(_message.Message):
     def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., decode_row_s: _Optional[float] = ..., context_token_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "role_version", "address", "kv_address", "protocol_version", "model", "fingerprint", "kv_layout", "max_model_len", "draining", "device", "pid", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks", "credit_limit_blocks", "waiting", "running", "held", "queued_prefill_tokens", "context_tokens", "max_waiting", "max_running", "step_time", "leases", "pulls", "streams", "integrity_ok", "preemptions_total", "prefix_queries_tokens_total", "prefix_hits_tokens_total", "steps_total", "computed_tokens_total", "holder_states", "puller_states", "pulls_total", "handoff_failures_total", "late_steps_total", "integrity_age_s", "threads", "cpus", "version", "kv_bytes")
+    __slots__ = ("worker_id", "epoch", "role", "role_version", "address", "kv_address", "protocol_version", "model", "fingerprint", "kv_layout", "max_model_len", "draining", "device", "pid", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks", "credit_limit_blocks", "waiting", "running", "held", "queued_prefill_tokens", "context_tokens", "max_waiting", "max_running", "step_time", "leases", "pulls", "streams", "integrity_ok", "preemptions_total", "prefix_queries_tokens_total", "prefix_hits_tokens_total", "steps_total", "computed_tokens_total", "holder_states", "puller_states", "pulls_total", "handoff_failures_total", "late_steps_total", "integrity_age_s", "threads", "cpus", "version", "kv_bytes", "patient_prefill_tokens")
     class HolderStatesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -388,6 +419,7 @@ class WorkerStatus(_message.Message):
     CPUS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PATIENT_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: str
@@ -435,4 +467,5 @@ class WorkerStatus(_message.Message):
     cpus: _containers.RepeatedScalarFieldContainer[int]
     version: str
     kv_bytes: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., role_version: _Optional[int] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv_layout: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., credited_blocks: _Optional[int] = ..., credit_limit_blocks: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., held: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ..., leases: _Optional[int] = ..., pulls: _Optional[int] = ..., streams: _Optional[int] = ..., integrity_ok: bool = ..., preemptions_total: _Optional[int] = ..., prefix_queries_tokens_total: _Optional[int] = ..., prefix_hits_tokens_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., computed_tokens_total: _Optional[int] = ..., holder_states: _Optional[_Mapping[str, int]] = ..., puller_states: _Optional[_Mapping[str, int]] = ..., pulls_total: _Optional[_Mapping[str, int]] = ..., handoff_failures_total: _Optional[_Mapping[str, int]] = ..., late_steps_total: _Optional[int] = ..., integrity_age_s: _Optional[float] = ..., threads: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., version: _Optional[str] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
+    patient_prefill_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., role_version: _Optional[int] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv_layout: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., credited_blocks: _Optional[int] = ..., credit_limit_blocks: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., held: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ..., leases: _Optional[int] = ..., pulls: _Optional[int] = ..., streams: _Optional[int] = ..., integrity_ok: bool = ..., preemptions_total: _Optional[int] = ..., prefix_queries_tokens_total: _Optional[int] = ..., prefix_hits_tokens_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., computed_tokens_total: _Optional[int] = ..., holder_states: _Optional[_Mapping[str, int]] = ..., puller_states: _Optional[_Mapping[str, int]] = ..., pulls_total: _Optional[_Mapping[str, int]] = ..., handoff_failures_total: _Optional[_Mapping[str, int]] = ..., late_steps_total: _Optional[int] = ..., integrity_age_s: _Optional[float] = ..., threads: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., version: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., patient_prefill_tokens: _Optional[int] = ...) -> None: ...

@@ -439,3 +439,78 @@ class Registry(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class SiblingStub(object):
+    """Served by every router process, called by the others that share its public ports: who is asked there answers for all.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Report = channel.unary_unary(
+                '/tandem.internal.v1.Sibling/Report',
+                request_serializer=tandem__internal__v1__pb2.ReportRequest.SerializeToString,
+                response_deserializer=tandem__internal__v1__pb2.RouterReport.FromString,
+                _registered_method=True)
+
+
+class SiblingServicer(object):
+    """Served by every router process, called by the others that share its public ports: who is asked there answers for all.
+    """
+
+    def Report(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_SiblingServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=tandem__internal__v1__pb2.ReportRequest.FromString,
+                    response_serializer=tandem__internal__v1__pb2.RouterReport.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tandem.internal.v1.Sibling', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tandem.internal.v1.Sibling', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Sibling(object):
+    """Served by every router process, called by the others that share its public ports: who is asked there answers for all.
+    """
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.internal.v1.Sibling/Report',
+            tandem__internal__v1__pb2.ReportRequest.SerializeToString,
+            tandem__internal__v1__pb2.RouterReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -112,7 +112,7 @@ def test_welcome_lines_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", python)
     monkeypatch.setattr(sys, "argv", [command, "serve"])
     config = build_config(None, {"model": "m", "router.api_key": "k"})
-    endpoints = Endpoints(http="127.0.0.1:1", grpc="127.0.0.1:2", registry="127.0.0.1:3")
+    endpoints = Endpoints(http="127.0.0.1:1", grpc="127.0.0.1:2", registries=("127.0.0.1:3",))
     lines = [line.strip() for line in cli_serve.welcome(config, endpoints).splitlines()]
     by_start = {line.split()[0] + line.split()[1][:2]: shlex.split(line) for line in lines if len(line.split()) > 3}
     curl = by_start["curl-N"]

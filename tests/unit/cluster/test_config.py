@@ -81,6 +81,7 @@ BAD_WORKER = [
 
 BAD_ROUTER = [
     ("processes", 0),
+    ("process", 64),
     ("host", "two\nlines"),
     ("http_port", 65536),
     ("grpc_port", 8000),

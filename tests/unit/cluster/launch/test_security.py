@@ -20,7 +20,7 @@ from tandem.cluster.types import Role
 from tandem.router.api_keys import ApiKeys
 
 KEY = "a-key-of-some-length"
-ENDPOINTS = Endpoints(http="127.0.0.1:1", grpc="127.0.0.1:2", registry="127.0.0.1:3")
+ENDPOINTS = Endpoints(http="127.0.0.1:1", grpc="127.0.0.1:2", registries=("127.0.0.1:3",))
 
 
 @pytest.fixture(autouse=True)
