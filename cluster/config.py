@@ -66,9 +66,10 @@ class EngineConfig:
     kernels: Annotated[str, OneOf(("auto", "compiled", "torch", "reference"))] = "auto"
     """Who computes on `cpu`: kernels compiled for this processor, torch's own operations, or the plain formulas;
     `auto`: the first of them that this machine has (`kernels.dispatch`)."""
-    batching: Annotated[str, OneOf(("iteration", "request"))] = "iteration"
-    """`iteration`: sequences join and leave between any two steps (Orca §3.1); `request`: a batch runs until its last
-    sequence has ended, as systems before Orca did. For comparison."""
+    batching: Annotated[str, OneOf(("iteration", "request", "prompts_alone"))] = "iteration"
+    """`iteration`: sequences join and leave between any two steps (Orca §3.1). For comparison: `request`: a batch runs
+    until its last sequence has ended, as systems before Orca did; `prompts_alone`: no step mixes prompts and decode
+    rows, prompts go first, as in vLLM before chunked prefill."""
     block_size: Annotated[int, Within(1, 1024)] = 16
     kv_cache_bytes: Annotated[int, Bytes(), Within(1, 2**50)] = 512 * 2**20
     """Memory for KV; the number of blocks follows."""

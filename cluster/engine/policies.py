@@ -26,7 +26,7 @@ class StepView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShares:
-    """Upper bounds of one step; together at most the budget."""
+    """Upper bounds of one step; together at most the budget (`PromptsAlone`: each)."""
 
     decode_rows: int
     prefill_tokens: int
@@ -38,6 +38,10 @@ class BatchPolicy(ABC):
     """
 
     role: Role
+    whole_batches: bool = False
+    """Sequences are taken in together, when none is resident, and nobody joins before the last of them has ended."""
+    prompts_alone: bool = False
+    """A step computes prompts or decode rows, never both, and prompts where there are any that have room."""
 
     @abstractmethod
     def shares(self, view: StepView) -> StepShares:
@@ -108,12 +112,54 @@ class MixedPolicy(BatchPolicy):
         return growing
 
 
-def policy_for(role: Role) -> BatchPolicy:
-    """The policy that makes an engine play `role`."""
-    match role:
-        case Role.PREFILL:
-            return PrefillPolicy()
-        case Role.DECODE:
-            return DecodePolicy()
-        case Role.MIXED:
-            return MixedPolicy()
+class RequestLevel(BatchPolicy):
+    """Another policy at request level: systems before Orca (OSDI '22, §2, challenge C1), for comparison. The place of a
+    sequence that ends early stays empty until the batch has ended. Better than such systems in two points: prompts and
+    ended sequences are not padded, and tokens leave as they are drawn.
+    """
+
+    whole_batches = True
+
+    def __init__(self, inner: BatchPolicy) -> None:
+        self.role = inner.role
+        self._inner = inner
+
+    def shares(self, view: StepView) -> StepShares:
+        return self._inner.shares(view)
+
+    def headroom_blocks(self, growing: int) -> int:
+        """The inner policy's, beside what the batch itself may yet grow by: it is never preempted."""
+        return self._inner.headroom_blocks(growing)
+
+
+class PromptsAlone(BatchPolicy):
+    """Another policy without mixed steps: iterations of whole prompts go before iterations of decode rows, which wait
+    meanwhile, as in vLLM before chunked prefill (SOSP '23, §4.5; the colocated baseline of DistServe, OSDI '24, §2.3).
+    """
+
+    prompts_alone = True
+
+    def __init__(self, inner: BatchPolicy) -> None:
+        self.role = inner.role
+        self._inner = inner
+
+    def shares(self, view: StepView) -> StepShares:
+        """Each kind may have the whole step: only one of them will."""
+        return StepShares(decode_rows=view.decode_rows, prefill_tokens=view.budget_tokens)
+
+    def headroom_blocks(self, growing: int) -> int:
+        """The inner policy's."""
+        return self._inner.headroom_blocks(growing)
+
+
+def policy_for(role: Role, batching: str = "iteration") -> BatchPolicy:
+    """The policy that makes an engine play `role`; `batching` as `EngineConfig.batching` has it."""
+    policies = {Role.PREFILL: PrefillPolicy, Role.DECODE: DecodePolicy, Role.MIXED: MixedPolicy}
+    policy: BatchPolicy = policies[role]()
+    match batching:
+        case "request":
+            return RequestLevel(policy)
+        case "prompts_alone":
+            return PromptsAlone(policy)
+        case _:
+            return policy

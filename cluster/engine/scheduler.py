@@ -187,14 +187,20 @@ class Scheduler:
                 prefill_tokens=self._queue.prefill_tokens,
             )
         )
+        prompts: list[tuple[Sequence, int]] = []
+        if self._policy.prompts_alone:
+            prompts = self._serve_queue(shares.prefill_tokens, may_admit=True)
+        work = [(seq, count) for seq, count in prompts if count]
         preemptions = self._preemptions
-        work = [(seq, 1) for seq in self._with_slots(decoding[: shares.decode_rows], by_age)]
-        # What a preemption has just freed is for those that run.
-        prompts = self._serve_queue(shares.prefill_tokens, may_admit=self._preemptions == preemptions)
-        work += [(seq, count) for seq, count in prompts if count]
+        if not work:
+            work = [(seq, 1) for seq in self._with_slots(decoding[: shares.decode_rows], by_age)]
+        if not self._policy.prompts_alone:
+            # What a preemption has just freed is for those that run.
+            prompts = self._serve_queue(shares.prefill_tokens, may_admit=self._preemptions == preemptions)
+            work += [(seq, count) for seq, count in prompts if count]
         plan = StepPlan(self._next_plan_id, tuple(self._row(seq, count) for seq, count in work))
         for seq, count in prompts:
-            self._queue.served(seq, count or seq.spec.context_tokens)
+            self._queue.served(seq, count if count or seq.remaining_prefill else seq.spec.context_tokens)
         if not work:
             return None
         self._next_plan_id += 1
@@ -300,34 +306,39 @@ class Scheduler:
         to compute at once, 0 for a context that is pulled.
 
         Who lacks blocks or a place in the batch stops everybody behind it that waits for one, so that nobody overtakes
-        it for ever. Who only lacks budget does not stop sequences that need blocks but no computing.
+        it for ever. Who only lacks budget does not stop sequences that need blocks but no computing. Where the policy
+        takes whole batches, sequences are let in only when none is resident, then as many as have room until their
+        end, budget or not.
         """
+        whole, reserved = self._policy.whole_batches, 0
         served: list[tuple[Sequence, int]] = []
         places = self._max_running - len(self._running) - len(self._pulling)
         may_admit = may_admit and places > 0 and self._queue.waiting > 0
+        may_admit = may_admit and not (whole and (self._running or self._pulling))
         growing = 0
         if may_admit:
             resident = chain(self._running.values(), self._pulling.values())
             growing = sum(seq.spec.handoff is not Handoff.OUT for seq in resident)
         unseen = len(self._queue) - self._queue.waiting  # of those that have their blocks
         for seq in self._queue:
-            may_admit = may_admit and places > 0 and (budget > 0 or self._queue.pulls > 0)
+            may_admit = may_admit and places > 0 and (budget > 0 or self._queue.pulls > 0 or whole)
             if not may_admit and (unseen == 0 or budget == 0):
                 break
-            count = 0
+            count, granted = 0, False
             if seq.state is State.RUNNING:
                 unseen -= 1
                 if seq.can_prefill:
                     count = min(seq.remaining_prefill, budget)
-            elif may_admit and budget == 0 and not seq.needs_pull:
+            elif may_admit and budget == 0 and not (seq.needs_pull or whole):
                 places -= 1  # which is kept for it
             elif may_admit:
-                may_admit = self._grant(seq, self._policy.headroom_blocks(growing))
-                if may_admit:
+                reserved += self._kv.growth_blocks(seq, self._max_model_len) if whole else 0
+                granted = may_admit = self._grant(seq, max(reserved, self._policy.headroom_blocks(growing)))
+                if granted:
                     places -= 1
                     growing += seq.spec.handoff is not Handoff.OUT
                     count = min(seq.remaining_prefill, budget)
-            if count or seq.state is State.PULLING:
+            if count or granted:
                 served.append((seq, count))
                 budget -= count
         return served

@@ -152,6 +152,14 @@ class Sequence:
         self.doomed = False
 
 
+def longest_context(spec: SequenceSpec, max_model_len: int) -> int:
+    """Tokens whose KV `spec` may come to hold on this engine."""
+    if spec.handoff is Handoff.OUT:
+        return spec.context_tokens
+    # The last token's KV is never written.
+    return min(len(spec.prompt_token_ids) + spec.sampling.max_tokens, max_model_len) - 1
+
+
 def check_spec(spec: SequenceSpec, *, num_blocks: int, block_size: int, max_model_len: int) -> None:
     """ValueError, naming the field and the numbers, if `spec` could never run to its end on such an engine."""
     context, params = spec.context_tokens, spec.sampling
@@ -168,11 +176,7 @@ def check_spec(spec: SequenceSpec, *, num_blocks: int, block_size: int, max_mode
             f"prompt_token_ids: a context of {context + first} tokens leaves no room for another one; "
             f"max_model_len is {max_model_len}"
         )
-    longest = (
-        min(len(spec.prompt_token_ids) + params.max_tokens, max_model_len) - 1
-    )  # the last token's KV is never written
-    if spec.handoff is Handoff.OUT:
-        longest = context
+    longest = longest_context(spec, max_model_len)
     if -(-longest // block_size) > num_blocks:
         raise ValueError(
             f"max_tokens: prompt and output may need KV of {longest} tokens, "

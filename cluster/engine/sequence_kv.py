@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ..types import BlockRef
 from .block_pool import BlockPool, IntegrityError
 from .prefix_cache import PrefixCache
-from .sequence import Sequence
+from .sequence import Sequence, longest_context
 
 WRITER = "writer:"
 """Holder prefix of a transport that writes into an IN sequence's blocks; sequence ids do not begin with it."""
@@ -60,6 +60,11 @@ class SequenceKV:
             return False
         self.pool.allocate(1, seq.seq_id)
         return True
+
+    def growth_blocks(self, seq: Sequence, max_model_len: int) -> int:
+        """Blocks that `seq` may yet need beside those of its context, to its end here."""
+        longest = longest_context(seq.spec, max_model_len)
+        return max(0, self.pool.blocks_for(longest) - self.pool.blocks_for(len(seq.tokens)))
 
     def written(self, seq: Sequence) -> None:
         """KV of positions < `seq.computed` is written: its full blocks may be found by others from now on."""

@@ -202,7 +202,7 @@ def _assemble(
     scheduler = Scheduler(
         block_pool=pool,
         prefix_cache=PrefixCache(pool, enabled=engine_config.prefix_cache),
-        policy=policy_for(config.role),
+        policy=policy_for(config.role, engine_config.batching),
         clock=clock,
         max_batched_tokens=engine_config.max_batched_tokens,
         max_running=engine_config.max_running,

@@ -27,6 +27,7 @@ from tandem.cluster.engine.scheduler_events import BlocksGranted, Preempted, Pre
 from tandem.cluster.types import FinishReason, Handoff, Role, SampledToken, SamplingParams, SequenceSpec, Urgency
 
 VOCAB, EOS, MAX_LEN = 11, 0, 40
+BATCHING = st.sampled_from(["iteration", "iteration", "request", "prompts_alone"])
 TEXTS = ([3, 1, 4, 1, 5, 9, 2, 6] * 6, [2, 7, 1, 8, 2, 8, 1, 8] * 6)
 
 
@@ -123,15 +124,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         plans=st.sampled_from([1, 2, 2, 3]),
         cache=st.booleans(),
         role=st.sampled_from(Role),
+        batching=BATCHING,
     )
-    def start(self, blocks: int, size: int, running: int, slack: int, plans: int, cache: bool, role: Role) -> None:
+    def start(
+        self, blocks: int, size: int, running: int, slack: int, plans: int, cache: bool, role: Role, batching: str
+    ) -> None:
         self.size, self.budget, self.running = size, running + slack, running
         self.pool = BlockPool(blocks, size)
         self.kv: list[list[int | None]] = [[None] * size for _ in range(blocks)]
         self.scheduler = Scheduler(
             block_pool=self.pool,
             prefix_cache=PrefixCache(self.pool, cache),
-            policy=policy_for(role),
+            policy=policy_for(role, batching),
             clock=VirtualClock(),
             max_batched_tokens=self.budget,
             max_running=running,
@@ -260,9 +264,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         self.read_and_release(data.draw(st.sampled_from([run for run in self.runs.values() if run.held]), "run"))
 
-    @rule(role=st.sampled_from(Role))
-    def flip(self, role: Role) -> None:
-        self.scheduler.set_policy(policy_for(role))
+    @rule(role=st.sampled_from(Role), batching=BATCHING)
+    def flip(self, role: Role, batching: str) -> None:
+        self.scheduler.set_policy(policy_for(role, batching))
 
     @invariant()
     def integrity(self) -> None:

@@ -56,8 +56,22 @@ def test_shares_stay_within_the_budget_and_starve_nobody(role: Role, budget: int
     assert rows > 0 or decode == 0
 
 
-def test_policies_know_their_role() -> None:
-    assert [policy_for(role).role for role in Role] == list(Role)
+@pytest.mark.parametrize("batching", ["iteration", "request", "prompts_alone"])
+def test_policies_know_their_role(batching: str) -> None:
+    assert [policy_for(role, batching).role for role in Role] == list(Role)
+
+
+@given(role=st.sampled_from(Role), budget=st.integers(2, 600), data=st.data())
+def test_batching_changes_who_is_let_in_or_what_shares_a_step(role: Role, budget: int, data: st.DataObject) -> None:
+    decode = data.draw(st.integers(0, budget - 1))
+    prefill = data.draw(st.integers(1, 10_000))
+    by_request, alone = policy_for(role, "request"), policy_for(role, "prompts_alone")
+    assert (by_request.whole_batches, by_request.prompts_alone) == (True, False)
+    assert shares(by_request, budget, decode, prefill) == shares(policy_for(role), budget, decode, prefill)
+    assert (alone.whole_batches, alone.prompts_alone) == (False, True)
+    assert shares(alone, budget, decode, prefill) == (decode, budget)
+    for policy in (by_request, alone):
+        assert policy.headroom_blocks(7) == policy_for(role).headroom_blocks(7)
 
 
 def test_divisors_are_checked() -> None:

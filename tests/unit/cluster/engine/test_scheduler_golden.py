@@ -3,7 +3,7 @@
 A line that begins with `> ` is a command, the indented lines under it are what it printed; everything else is comment.
 `UPDATE_GOLDEN=1 pytest …` rewrites the indented lines. After every command `check_integrity` must hold.
 
-    > engine policy=mixed blocks=8 size=4 budget=8 running=4 waiting=4 len=64 plans=1   (first in each file)
+    > engine policy=mixed blocks=8 size=4 budget=8 running=4 waiting=4 len=64 plans=1 [batching=request]   (first)
     > submit a prompt=1..10 max=3 [handoff=out|in] [output=5,6] [draws=7,0] [stop=9] [salt=x] [slo=x] [share=2] [due=1]
     > launch / > finish        schedule a plan / complete the oldest one;   > step [n] does both, n times
     > finish a                 … and the device fails on row a
@@ -64,13 +64,22 @@ class Transcript:
         return [*printed, self.show_ledger()]
 
     def do_engine(
-        self, policy: str, blocks: str, size: str, budget: str, running: str, waiting: str, len: str, plans: str = "1"
+        self,
+        policy: str,
+        blocks: str,
+        size: str,
+        budget: str,
+        running: str,
+        waiting: str,
+        len: str,
+        plans: str = "1",
+        batching: str = "iteration",
     ) -> list[str]:
         self.pool = BlockPool(int(blocks), int(size))
         self.scheduler = Scheduler(
             block_pool=self.pool,
             prefix_cache=PrefixCache(self.pool, True),
-            policy=policy_for(Role(policy)),
+            policy=policy_for(Role(policy), batching),
             clock=VirtualClock(),
             max_batched_tokens=int(budget),
             max_running=int(running),
