@@ -6,7 +6,8 @@ durations in seconds (`cluster.types.Timings`). `{"event": "request", "unix_s", 
 every request that came past the checks at the door ends in exactly one of `RequestOutcome`.
 
 The event loop only appends to a bounded buffer; a thread of its own writes and flushes. When the disk cannot keep up,
-lines are dropped and counted, and the file says so: `{"event": "dropped", "lines": n}`.
+lines are dropped and counted, and the file says so: `{"event": "dropped", "lines": n}`. Several router processes may
+write one file: a batch is appended in one call, so that no line is torn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from .config_schema import ConfigError
 from .types import Timings
@@ -62,11 +63,11 @@ class WaterfallLog:
         self._writing = False
         self._closed = path is None
         self._changed = threading.Condition()
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         self._thread: threading.Thread | None = None
         if path is not None:
             check_path(path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by the writer thread)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by the writer thread)
             self._thread = threading.Thread(target=self._write_until_closed, name="waterfall-log", daemon=True)
             self._thread.start()
 
@@ -163,8 +164,9 @@ class WaterfallLog:
     def _write(self, batch: list[dict[str, Any]]) -> None:
         assert self._file is not None
         try:
-            self._file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in batch))
-            self._file.flush()
+            text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in batch).encode()
+            while written := self._file.write(text):
+                text = text[written:]
         except OSError as error:
             _log.warning("waterfall log: lost %d lines: %s", len(batch), error)
             with self._changed:

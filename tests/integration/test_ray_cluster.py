@@ -1,4 +1,6 @@
-"""One cluster on a Ray of its own: served requests, killed processes, a drain, and nothing left behind."""
+"""One cluster on a Ray of its own, with two router processes: served requests, killed processes, a drain, and nothing
+left behind.
+"""
 
 import asyncio
 import contextlib
@@ -18,6 +20,7 @@ import grpc
 import pytest
 from tandem.cluster import cli_restart
 from tandem.cluster.auth import OPEN, MemberCredentials
+from tandem.cluster.cli_status import fetch, render, scrape
 from tandem.cluster.config import SecurityConfig
 from tandem.cluster.config_file import build_config
 from tandem.cluster.launch import runtime_file
@@ -37,6 +40,7 @@ SETTINGS = {
     "router.http_port": 0,
     "router.grpc_port": 0,
     "router.registry_port": 0,
+    "router.processes": 2,
     "router.api_key": KEY,
     "drain_timeout_s": 60,
 }
@@ -116,7 +120,7 @@ def test_a_request_is_split_over_the_two_workers(running: Running) -> None:
     assert answer.timings.path == "split"
     assert (answer.timings.prefill_worker, answer.timings.decode_worker) == ("prefill-0", "decode-0")
     roles = {view.name: view.role for view in running.cluster.members()}
-    assert roles == {"router": "router", "prefill-0": "prefill", "decode-0": "decode"}
+    assert roles == {"router-0": "router", "router-1": "router", "prefill-0": "prefill", "decode-0": "decode"}
 
 
 def listening() -> dict[int, str]:
@@ -152,7 +156,7 @@ def stranger_hears(port: int, method: str) -> grpc.StatusCode:
 def test_nothing_listens_beyond_loopback(running: Running) -> None:
     loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
     ports = listening()
-    ours = {int(address.rpartition(":")[2]) for address in (running.endpoints.http, running.endpoints.registry)}
+    ours = {int(address.rpartition(":")[2]) for address in (running.endpoints.http, *running.endpoints.registries)}
     assert ours < set(ports), "the router's own ports are among those seen"
     assert {port: host for port, host in ports.items() if host not in loopback} == {}
 
@@ -171,7 +175,7 @@ def test_a_stranger_without_rays_token_is_refused_at_rays_ports(running: Running
         ):
             if stranger_hears(port, method) is grpc.StatusCode.UNAUTHENTICATED:
                 refused[method] = refused.get(method, 0) + 1
-    members_and_driver = 4
+    members_and_driver = 5
     assert refused["/ray.rpc.InternalKVGcsService/InternalKVKeys"] >= 1
     assert refused["/ray.rpc.NodeManagerService/GetNodeStats"] >= 1
     assert refused["/ray.rpc.CoreWorkerService/PushTask"] >= members_and_driver
@@ -208,7 +212,7 @@ def test_the_members_share_a_secret_that_the_operator_finds(running: Running) ->
     assert asyncio.run(knock(right)) == [refused, ok, ok]
 
 
-@pytest.mark.parametrize("name", ["prefill-0", "decode-0", "router"])
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0", "router-1"])
 def test_a_killed_process_comes_back(running: Running, name: str) -> None:
     before = complete(running.endpoints, "the same question")
     old = member(running.cluster, name)
@@ -221,7 +225,7 @@ def test_a_killed_process_comes_back(running: Running, name: str) -> None:
     wait_for(f"{name} is back", back)
     new = member(running.cluster, name)
     assert new.state.pid != old.state.pid
-    if name == "router":
+    if name == "router-1":
         assert new.state.addresses == old.state.addresses  # clients and workers find it where it was
     else:
         assert new.state.epoch != old.state.epoch
@@ -265,6 +269,19 @@ def test_a_worker_that_is_asked_to_restart_fails_no_request(running: Running, na
     print(said, running.reports[-1])
 
 
+def test_the_operators_commands_know_both_router_processes(running: Running) -> None:
+    url = f"http://{running.endpoints.http}"
+    known = runtime_file.find(url)
+    assert known is not None
+    assert known.registries == running.endpoints.registries
+    answer = fetch(url)
+    pids = [member(running.cluster, name).state.pid for name in ("router-0", "router-1")]
+    assert [account["pid"] for account in answer["routers"]] == pids
+    assert [account["registry"] for account in answer["routers"]] == list(known.registries)
+    shown = render(url, answer, scrape(url))
+    assert all(f"router {index} ({known.registries[index]}): ready" in shown for index in range(2))
+
+
 def test_the_key_reaches_the_router(running: Running) -> None:
     with (
         pytest.raises(urllib.error.HTTPError) as caught,
@@ -296,8 +313,7 @@ def test_drain_finishes_what_runs_and_stop_leaves_nothing(running: Running) -> N
     request = threading.Thread(target=long_request)
     request.start()
     assert began.wait(60)
-    ports = [running.endpoints.http, running.endpoints.grpc, running.endpoints.registry]
-    ports += [address for view in running.cluster.members()[1:] for address in view.state.addresses.values()]
+    ports = [address for view in running.cluster.members() for address in view.state.addresses.values()]
     ours = descendants()
     assert {view.state.pid for view in running.cluster.members()} <= ours.keys()
     folders = set(Path("/tmp").glob(f"tandem-{os.getpid()}-*"))  # other clusters may run on this machine

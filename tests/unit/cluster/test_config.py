@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tandem.cluster.config import (
@@ -201,6 +202,29 @@ def test_workers_are_spelled_out() -> None:
     assert [worker.metrics_port for worker in workers] == [9100, 9101, 9102, 9103]
     assert {worker.routers for worker in workers} == {("127.0.0.1:8002",)}
     assert {worker.lease_s for worker in workers} == {5}
+
+
+def test_router_processes_are_spelled_out() -> None:
+    router = RouterConfig(processes=3, registry_port=9000)
+    assert router.registry_ports == (9000, 9001, 9002)
+    assert [each.process for each in router.each_process()] == [0, 1, 2]
+    assert {each.registry_ports for each in router.each_process()} == {router.registry_ports}
+    workers = ClusterConfig(router=router).workers("a:9000", "a:9001", "a:9002")
+    assert {worker.routers for worker in workers} == {("a:9000", "a:9001", "a:9002")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"process": 1}, r"process: 1 .* 0 to 0, as processes is 1"),
+        ({"processes": 2, "registry_port": 65535}, r"registry_port: 65535 .* at most 65534"),
+        ({"processes": 3, "registry_port": 9000, "http_port": 9002}, r"http_port: 9002 .* 9000, 9001, 9002"),
+        ({"processes": 2, "registry_port": 9000, "grpc_port": 9001}, r"grpc_port: 9001 .* 9000, 9001"),
+    ],
+)
+def test_ports_of_several_router_processes(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RouterConfig(**fields)
 
 
 def test_yaml_file(tmp_path: Path) -> None:

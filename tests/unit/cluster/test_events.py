@@ -107,3 +107,14 @@ def test_a_disk_that_cannot_keep_up_costs_lines_not_memory(tmp_path: Path) -> No
     dropped = sum(line["lines"] for line in found if line["event"] == "dropped")
     assert dropped == log.dropped_lines
     assert sum(line["event"] == "choice" for line in found) + dropped == 5000
+
+
+def test_several_processes_may_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    logs = [WaterfallLog(path) for _ in range(2)]
+    for number in range(400):
+        for log in logs:
+            record(log, f"{'long' * 200}-{number}")  # batches beyond any buffer
+    for log in logs:
+        log.close()
+    assert len(lines(path)) == 800

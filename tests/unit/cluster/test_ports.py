@@ -1,0 +1,66 @@
+"""Ports that several processes are told before they start."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+from tandem.cluster.config import ConfigError, RouterConfig
+from tandem.cluster.launch.checks import check_ports, check_shared_ports
+from tandem.cluster.launch.state import LaunchError
+from tandem.cluster.ports import bind, pin_ports
+from tandem.router.frontend import bind as listen
+
+FREE = RouterConfig(processes=3, http_port=0, grpc_port=0, registry_port=0)
+
+
+def test_ports_that_are_zero_become_free_ones_and_the_rest_stays() -> None:
+    pinned = pin_ports(FREE)
+    first = pinned.registry_port
+    assert pinned.registry_ports == (first, first + 1, first + 2)
+    assert len({pinned.http_port, pinned.grpc_port, *pinned.registry_ports}) == 5
+    for port in (pinned.http_port, pinned.grpc_port, *pinned.registry_ports):
+        bind("127.0.0.1", port).close()  # free again
+    assert pin_ports(pinned) == pinned
+    check_ports(pinned)
+    check_shared_ports(pinned)
+
+
+def test_a_taken_registry_port_of_any_process_is_named() -> None:
+    pinned = pin_ports(FREE)
+    taken = pinned.registry_ports[2]
+    with bind("127.0.0.1", taken) as holder:
+        holder.listen()
+        with pytest.raises(LaunchError, match=rf"^router\.registry_port: 127\.0\.0\.1:{taken} cannot be used"):
+            check_ports(pinned)
+
+
+def test_a_shared_port_is_not_free_for_another_cluster() -> None:
+    with listen("127.0.0.1", 0, shared=True) as first:
+        port = first.getsockname()[1]
+        listen("127.0.0.1", port, shared=True).close()
+        with pytest.raises(LaunchError, match="cannot be used"):
+            check_ports(RouterConfig(processes=2, http_port=port, grpc_port=0, registry_port=0))
+        with pytest.raises(OSError, match="cannot listen on"):
+            listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("name", ["http_port", "grpc_port", "registry_port"])
+def test_processes_that_share_ports_must_know_them(name: str) -> None:
+    ports = {"http_port": 8000, "grpc_port": 8001, "registry_port": 8002, name: 0}
+    check_shared_ports(RouterConfig(**ports))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"^{name}: 0 is not allowed; allowed: a port that all 2 router processes"):
+        check_shared_ports(RouterConfig(processes=2, **ports))  # type: ignore[arg-type]
+
+
+def test_where_the_kernel_does_not_spread_connections_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = RouterConfig(processes=2)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match=r"^processes: 2 is not allowed; allowed: 1 on darwin"):
+        check_shared_ports(two)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delattr(socket, "SO_REUSEPORT")
+    with pytest.raises(ConfigError, match=r"^processes: 2"):
+        check_shared_ports(two)
+    check_shared_ports(RouterConfig())
