@@ -258,6 +258,13 @@ def load_bf16_float(b, address):
     return b.bitcast(b.shl(b.zext(load_as(b, address, I16, 2), I32), I32(16)), FLOAT)
 
 
+@operation(types.void, ADDRESS, types.float32)
+def store_bf16_float(b, address, value):  # type: ignore[no-untyped-def]
+    """Write one bfloat16, rounded as `store_bf16`."""
+    lane = b.extract_element(round_to_bf16(b, spread(b, value, W)), I32(0))
+    store_as(b, address, b.trunc(b.lshr(lane, I32(16)), I16), 2)
+
+
 @operation(f32, ADDRESS)
 def broadcast_bf16(b, address):
     """One bfloat16 in memory -> all lanes, as float32."""
@@ -443,6 +450,26 @@ def sum_lanes(b, x):
 def max_lanes(b, x):
     """The largest lane."""
     return _tree(b, x, lambda left, right: b.select(b.fcmp_ordered(">", left, right), left, right))
+
+
+# Both ends of a row whose length is no multiple of W.
+
+
+@kernel(inline=True)
+def load_part(address, count):  # type: ignore[no-untyped-def]
+    """`load` of W lanes, `load_first` of fewer."""
+    if count == W:
+        return load(address)
+    return load_first(address, count)
+
+
+@kernel(inline=True)
+def store_part(address, value, count):  # type: ignore[no-untyped-def]
+    """`store` of W lanes, `store_first` of fewer."""
+    if count == W:
+        store(address, value)
+    else:
+        store_first(address, value, count)
 
 
 # Functions, from the above.
