@@ -1,24 +1,58 @@
-"""The single place that picks the implementation of each operation.
+"""The single place that picks the implementation of each operation. Importing it loads no torch.
 
-`operations("cpu")` are the fast CPU paths, `operations("reference")` the plain formulas that tests hold them against;
-`make_linear` picks the weight form for a precision and a machine.
+`pick` decides who computes a model on a CPU: the kernels of `kernels.compiled`, torch's operations, or the plain
+formulas that tests hold both against. `operations` and `make_linear` are what the latter two are made of.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from .activation import activation_cpu, activation_reference
-from .kv_write import kv_write_cpu, kv_write_reference
-from .layer_norm import layer_norm_cpu, layer_norm_reference
-from .linear import Linear, PackedHalfLinear, PlainLinear, fits_half
-from .paged_attention import paged_attention_cpu, paged_attention_reference
-from .rms_norm import rms_norm_cpu, rms_norm_reference
-from .rotary import rotary_cpu, rotary_reference
+    from .linear import Linear
+
+KERNELS = ("auto", "compiled", "torch", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Who computes, and why."""
+
+    kernels: str
+    """`compiled`, `torch` or `reference`."""
+    reason: str
+    """One line for people."""
+
+
+def pick(kernels: str, quantization: str | None = None, unsupported: str | None = None) -> Picked:
+    """The implementation for a CPU. `kernels`: one of KERNELS; `unsupported`: why the compiled kernels cannot run the
+    model, None: they can.
+
+    Raises ValueError naming the field where what is asked for cannot be had.
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels: {kernels!r} is not allowed; allowed: one of {', '.join(KERNELS)}")
+    obstacle = unsupported
+    if importlib.util.find_spec("numba") is None:
+        obstacle = "numba is not installed (pip install 'tandem-serve[engine]')"
+    if kernels == "compiled" and obstacle is not None:
+        raise ValueError(f"kernels: 'compiled' is not allowed: {obstacle}; allowed: auto, torch, reference")
+    if kernels in ("auto", "compiled") and obstacle is None:
+        from .compiled.target import TARGET
+
+        return Picked("compiled", TARGET.reason)
+    if quantization is not None:
+        why = obstacle or f"kernels is {kernels!r}"
+        raise ValueError(f"quantization: {quantization!r} is not allowed: it needs compiled kernels, and {why}")
+    if kernels == "reference":
+        return Picked("reference", "asked for")
+    return Picked("torch", "asked for" if kernels == "torch" else f"compiled kernels cannot run here: {obstacle}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +67,37 @@ class Operations:
     paged_attention: Callable[..., torch.Tensor]
 
 
-_OPERATIONS = {
-    "cpu": Operations(rms_norm_cpu, layer_norm_cpu, rotary_cpu, activation_cpu, kv_write_cpu, paged_attention_cpu),
-    "reference": Operations(
-        rms_norm_reference,
-        layer_norm_reference,
-        rotary_reference,
-        activation_reference,
-        kv_write_reference,
-        paged_attention_reference,
-    ),
-}
+@functools.cache
+def operations(kernels: str) -> Operations:
+    """The operations as torch computes them: `torch` the fast ones, `reference` the formulas. ValueError for others."""
+    from . import activation, kv_write, layer_norm, paged_attention, rms_norm, rotary
 
-
-def operations(kind: str) -> Operations:
-    """The operations of a device kind. ValueError if there are none for it."""
-    if kind not in _OPERATIONS:
-        raise ValueError(f"device: {kind!r} is not one of {sorted(_OPERATIONS)}")
-    return _OPERATIONS[kind]
+    if kernels == "torch":
+        return Operations(
+            rms_norm.rms_norm_cpu,
+            layer_norm.layer_norm_cpu,
+            rotary.rotary_cpu,
+            activation.activation_cpu,
+            kv_write.kv_write_cpu,
+            paged_attention.paged_attention_cpu,
+        )
+    if kernels == "reference":
+        return Operations(
+            rms_norm.rms_norm_reference,
+            layer_norm.layer_norm_reference,
+            rotary.rotary_reference,
+            activation.activation_reference,
+            kv_write.kv_write_reference,
+            paged_attention.paged_attention_reference,
+        )
+    raise ValueError(f"kernels: {kernels!r} is not one of ['reference', 'torch']")
 
 
 @functools.cache
 def packs_half() -> bool:
     """Whether this torch and this processor have FBGEMM's packed half-precision product (x86 with AVX2)."""
+    import torch
+
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
     if not hasattr(torch.ops.quantized, "linear_prepack_fp16"):
@@ -67,6 +109,10 @@ def half_dtype(weight: torch.Tensor) -> torch.dtype:
     """How a 16-bit table is stored: IEEE half beside packed weights (more exact), bfloat16 where that is the product's
     own form or half would overflow.
     """
+    import torch
+
+    from .linear import fits_half
+
     return torch.float16 if packs_half() and fits_half(weight) else torch.bfloat16
 
 
@@ -75,6 +121,10 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dt
 
     Keeps no reference to `weight` where the form differs from it.
     """
+    import torch
+
+    from .linear import PackedHalfLinear, PlainLinear, fits_half
+
     if dtype == torch.float32:
         return PlainLinear(weight.float().contiguous(), bias)
     if dtype != torch.bfloat16:

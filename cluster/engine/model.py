@@ -88,7 +88,7 @@ class Model:
     final_norm: Norm | None
     project_out: Linear | None
     head: Linear
-    ops: Operations = field(default_factory=lambda: operations("cpu"))
+    ops: Operations = field(default_factory=lambda: operations("torch"))
     workspace: Workspace = field(default_factory=Workspace)
 
     def attention_shape(self, block_size: int) -> AttentionShape:

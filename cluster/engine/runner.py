@@ -1,17 +1,24 @@
-"""From a `StepPlan` to logits: flattens the plan's rows, checks them, and runs the model over the paged KV memory.
+"""From a `StepPlan` to logits: flattens the rows of a checked plan and runs the model over the paged KV memory.
 
 The KV memory is one tensor, block-major: kv[block, layer, 2, kv_head, slot, head_dim] (`kvtransfer.layout`).
 """
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-import torch
+import threading
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...kernels.dispatch import operations
 from ...kernels.paged_attention import AttentionRow, plan_attention
+from ..models.reference import ModelFiles
+from .forward import Forward, Progress
 from .model import Model, StepBatch
-from .plan import StepPlan, StepRow
+from .plan import StepPlan
+from .plan_check import used_blocks
+from .weights import load_model
 
 
 class Runner:
@@ -23,30 +30,6 @@ class Runner:
         self.num_blocks = kv.shape[0]
         self.block_size = kv.shape[4]
         self._shape = model.attention_shape(self.block_size)
-
-    def check(self, plan: StepPlan) -> None:
-        """ValueError if a row of `plan` is malformed; nothing has been written then."""
-        c = self.model.config
-        for row in plan.rows:
-            end = row.start + len(row.token_ids)
-            if not row.token_ids or row.start < 0 or end > c.max_model_len:
-                raise ValueError(
-                    f"row {row.seq_id!r}: positions {row.start}…{end - 1} are empty or not in 0…{c.max_model_len - 1}"
-                )
-            if len(row.block_ids) * self.block_size < end:
-                raise ValueError(
-                    f"row {row.seq_id!r}: {len(row.block_ids)} blocks of {self.block_size} do not hold {end} tokens"
-                )
-            if min(row.token_ids) < 0 or max(row.token_ids) >= c.vocab_size:
-                raise ValueError(f"row {row.seq_id!r}: token_ids are not all in 0…{c.vocab_size - 1}")
-            blocks = self._table(row)
-            if blocks.min() < 0 or blocks.max() >= self.num_blocks:
-                raise ValueError(f"row {row.seq_id!r}: block_ids are not all in 0…{self.num_blocks - 1}")
-
-    def _table(self, row: StepRow) -> npt.NDArray[np.int64]:
-        """The blocks that the row's context lies in, its own stretch included."""
-        used = -(-(row.start + len(row.token_ids)) // self.block_size)
-        return np.asarray(row.block_ids[:used], dtype=np.int64)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> torch.Tensor:
@@ -72,7 +55,7 @@ class Runner:
             length, offset = len(row.token_ids), len(tokens)
             end = row.start + length
             where = np.arange(row.start, end)
-            table = self._table(row)
+            table = used_blocks(row, self.block_size)
             tokens.extend(row.token_ids)
             positions.append(where)
             blocks.append(table[where // self.block_size])
@@ -96,3 +79,44 @@ class Runner:
             sampled_attention=attention if everything else plan_attention(last_rows, self._shape),
         )
         return batch, fresh
+
+
+def torch_view(kv: NDArray[np.generic]) -> torch.Tensor:
+    """KV memory as a tensor, without a copy; uint16 is bfloat16."""
+    tensor = torch.from_numpy(kv)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+class TorchForward(Forward):
+    """A model computed by torch's operations."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        dtype: str,
+        kernels: str,
+        kv: NDArray[np.generic],
+        *,
+        threads: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
+        """`kernels`: `torch` or `reference`; `kv`: [N, L, 2, K, S, D], bfloat16 as uint16. ModelError for the files."""
+        torch.set_num_threads(threads)
+        model = load_model(files, dtype, progress)
+        model.ops = operations(kernels)
+        self.resident_bytes = model.resident_bytes()
+        self._runner: Runner | None = Runner(model, torch_view(kv))
+        self._threads = threads
+        self._bound_thread: int | None = None
+
+    def run(self, plan: StepPlan) -> NDArray[np.float32]:
+        assert self._runner is not None
+        current = threading.get_ident()
+        if current != self._bound_thread:
+            torch.set_num_threads(self._threads)  # torch counts them by thread
+            self._bound_thread = current
+        logits: NDArray[np.float32] = self._runner.run(plan).numpy()
+        return logits
+
+    def close(self) -> None:
+        self._runner = None

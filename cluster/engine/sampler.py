@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ...kernels.philox import Purpose, uniform_batch
@@ -46,29 +45,28 @@ class SampleFailure:
 class Sampler:
     """Draws the next token of every row. Stateless: one instance serves any batch."""
 
-    def sample(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[SampledToken | SampleFailure]:
+    def sample(self, logits: NDArray[np.float32], specs: Sequence[SampleSpec]) -> list[SampledToken | SampleFailure]:
         """One token, or one failure, per row.
 
         Args:
-            logits: [R, V], of the last position of each row; any float dtype, drawn from in float32. Not changed.
+            logits: [R, V] float32, of the last position of each row. Not changed.
             specs: R specs, in row order.
 
         Raises:
             ValueError: `logits` is not [R, V] with R = len(specs) and V > 0.
         """
-        if logits.dim() != 2 or logits.shape[0] != len(specs) or logits.shape[1] == 0:
-            raise ValueError(f"logits: shape {tuple(logits.shape)} is not [{len(specs)}, vocabulary]")
+        if logits.ndim != 2 or logits.shape[0] != len(specs) or logits.shape[1] == 0:
+            raise ValueError(f"logits: shape {logits.shape} is not [{len(specs)}, vocabulary]")
         if not specs:
             return []
-        rows = logits.detach().to(device="cpu", dtype=torch.float32).numpy()
         greedy = [r for r, spec in enumerate(specs) if is_greedy(spec.params) and is_plain(spec)]
         drawn: list[int | SampleFailure] = [SampleFailure("not sampled")] * len(specs)
-        for r, token in zip(greedy, _argmax(rows, greedy), strict=True):
+        for r, token in zip(greedy, _argmax(logits, greedy), strict=True):
             drawn[r] = token
         others = sorted(set(range(len(specs))).difference(greedy))
         for r, u in zip(others, _uniforms([specs[r] for r in others]), strict=True):
-            drawn[r] = _sample_row(rows[r], specs[r], u)
-        return [_finish(row, spec, token) for row, spec, token in zip(rows, specs, drawn, strict=True)]
+            drawn[r] = _sample_row(logits[r], specs[r], u)
+        return [_finish(row, spec, token) for row, spec, token in zip(logits, specs, drawn, strict=True)]
 
 
 def is_greedy(params: SamplingParams) -> bool:

@@ -1,4 +1,4 @@
-"""How a `Model` is built from a source of weights (`weight_source`), and the fingerprint that names its KV.
+"""How a `Model` is built from a source of weights (`weight_source`).
 
 Memory rule: one resident copy, in the form that computes, and at most one layer in passing. So sources hand out one
 tensor (or a stretch of rows) at a time, every linear is packed as soon as its own tensors are read, and `release` after
@@ -8,32 +8,23 @@ each layer lets go of mapped file pages. All shapes are checked against the file
 from __future__ import annotations
 
 import ctypes
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import xxhash
 
 from ...kernels.dispatch import half_dtype, make_linear
 from ...kernels.linear import EmbeddingTable, Linear, StackedLinear, TiedHead, fits_half
 from ..models.config import ModelConfig
 from ..models.errors import ModelError
 from ..models.reference import ModelFiles
+from .forward import Progress
 from .gguf_weights import GgufWeights
 from .hf_weights import DummyWeights, HfWeights
 from .model import DecoderLayer, Model, Norm
 from .weight_source import WeightSource, check_shapes, expected_shapes
 
-Progress = Callable[[float], None]
-"""Called with the share of the model that is loaded, 0 to 1."""
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STRETCH_ELEMENTS = 2**20
 """Tables and output heads are read this many elements at a time."""
-_FULL_HASH_BYTES = 2**30
-_SAMPLE_BYTES = 2**20
-_SAMPLES = 64
 
 
 def open_weights(files: ModelFiles) -> WeightSource:
@@ -178,34 +169,3 @@ def _return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def fingerprint(files: ModelFiles, dtype: str) -> str:
-    """Hex digest of everything that decides a token's KV: weights, architecture with its rope facts, precision.
-
-    Files below 1 GiB are hashed whole; of larger ones the size, the first MiB (safetensors and GGUF keep their headers
-    there) and 64 stretches of 1 MiB spread evenly. It names files that are the same, not files that an adversary made.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr(("tandem-kv-1", files.kind, files.config, dtype)).encode())
-    if files.kind == "dummy":
-        return digest.hexdigest()
-    assert files.path is not None
-    paths = sorted(files.path.glob("*.safetensors")) if files.path.is_dir() else [files.path]
-    for path in paths:
-        digest.update(_content_hash(path))
-    return digest.hexdigest()
-
-
-def _content_hash(path: Path) -> bytes:
-    size_bytes = path.stat().st_size
-    hashed = xxhash.xxh3_128(size_bytes.to_bytes(8, "little"))
-    with path.open("rb") as file:
-        if size_bytes <= _FULL_HASH_BYTES:
-            while piece := file.read(_SAMPLE_BYTES):
-                hashed.update(piece)
-        else:
-            for sample in range(_SAMPLES + 1):
-                file.seek((size_bytes - _SAMPLE_BYTES) * sample // _SAMPLES)
-                hashed.update(file.read(_SAMPLE_BYTES))
-    return hashed.digest()

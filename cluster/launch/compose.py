@@ -44,7 +44,8 @@ Progress = Callable[[str, float | None], None]
 
 
 def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | None) -> Device:
-    """The device that the config names; loads the weights, so it takes a while. Imports torch only for `cpu`.
+    """The device that the config names; loads the weights, so it takes a while. Imports torch only for `cpu`, and there
+    only where weights must be packed first or torch computes.
 
     Raises ConfigError where torch is not installed, ModelError.
     """
@@ -60,6 +61,8 @@ def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
     return CpuDevice(
         files,
         dtype=config.dtype,
+        quantization=config.quantization,
+        kernels=config.kernels,
         block_size=config.block_size,
         kv_cache_bytes=config.kv_cache_bytes,
         threads=config.threads,

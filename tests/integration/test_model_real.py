@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from tandem.cluster.bench.prompts import PROMPTS
-from tandem.cluster.engine.devices.cpu import TensorKVStore, kv_layout
+from tandem.cluster.engine.devices.kv_memory import HostKVStore, kv_layout
 from tandem.cluster.engine.model import Model
 from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
-from tandem.cluster.engine.runner import Runner
+from tandem.cluster.engine.runner import Runner, torch_view
 from tandem.cluster.engine.weights import load_model
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.types import SamplingParams
@@ -71,8 +71,8 @@ def decode(model: Model, dtype: str, prompts: list[list[int]], forced: torch.Ten
     The next token is the likeliest one, or what `forced` [COUNT, NEW_TOKENS] says.
     """
     needed = [-(-(len(p) + NEW_TOKENS) // BLOCK_SIZE) for p in prompts]
-    store = TensorKVStore(kv_layout(model.config, dtype, BLOCK_SIZE), sum(needed))
-    runner = Runner(model, store.tensor)
+    store = HostKVStore(kv_layout(model.config, dtype, BLOCK_SIZE), sum(needed))
+    runner = Runner(model, torch_view(store.array))
     shuffled = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).tolist()
     tables = [[shuffled.pop() for _ in range(count)] for count in needed]
     logits = torch.empty(len(prompts), NEW_TOKENS, model.config.vocab_size)

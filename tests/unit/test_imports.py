@@ -20,12 +20,12 @@ MAY_LOAD_HEAVY = (
     "cluster.worker",
     "prefill_worker",
     "decode_worker",
+    "cluster.engine.compiled",
     "cluster.engine.devices.cpu",
     "cluster.engine.gguf_weights",
     "cluster.engine.hf_weights",
     "cluster.engine.model",
     "cluster.engine.runner",
-    "cluster.engine.sampler",
     "cluster.engine.weight_source",
     "cluster.engine.weights",
 )

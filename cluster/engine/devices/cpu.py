@@ -1,7 +1,8 @@
-"""The CPU device: a model replica computed by torch in the engine thread.
+"""The CPU device: a model replica computed in the engine thread.
 
-1. The constructor loads the weights, then sizes the KV memory: `kv_cache_bytes` divided by the bytes of a block.
-2. The first `launch` binds the thread that computes: processor affinity and torch's thread count are per thread.
+1. The constructor sizes the KV memory, `kv_cache_bytes` divided by the bytes of a block, and loads the weights into
+   whatever `kernels.dispatch` picked: compiled kernels, or torch. Only the latter imports torch.
+2. The first `launch` pins the thread that computes.
 3. `launch` checks a plan, computes it and samples; `collect` hands the output over. A row whose logits are no numbers
    comes back with an error and without a token; the others are not affected.
 """
@@ -14,62 +15,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from ....kvtransfer.layout import KVGroup, KVLayout
-from ....kvtransfer.mapped.segment import KVSegment
+from ....kernels.dispatch import Picked, pick
 from ....kvtransfer.store import KVStore
-from ...models.config import ModelConfig
 from ...models.reference import ModelFiles
 from ...types import SampledToken
+from ..compiled import unsupported
+from ..fingerprint import fingerprint
+from ..forward import Forward, Progress
 from ..plan import RowOutput, StepOutput, StepPlan
-from ..runner import Runner
+from ..plan_check import check_plan
 from ..sampler import Sampler
-from ..weights import DTYPES, Progress, fingerprint, load_model
 from .base import Device
-
-
-class TensorKVStore(KVStore):
-    """KV memory that other processes may map, seen without a copy as one torch tensor, [block, layer, 2, kv_head, slot,
-    head_dim], and as bytes.
-    """
-
-    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
-        """Zeroed memory for `num_blocks` blocks of a layout with one group."""
-        (group,) = layout.groups
-        self.layout = layout
-        self.num_blocks = num_blocks
-        shape = (num_blocks, group.num_layers, 2, group.num_kv_heads, layout.block_size, group.head_dim)
-        self.segment: KVSegment = KVSegment(layout, num_blocks)
-        self._bytes = self.segment.blocks
-        self.tensor = torch.frombuffer(self._bytes, dtype=DTYPES[group.dtype]).view(shape)
-
-    def read_block(self, block_id: int) -> memoryview:
-        return self._stretch(block_id).toreadonly()
-
-    def write_block(self, block_id: int, payload: memoryview | bytes) -> None:
-        view = memoryview(payload).cast("B")
-        if len(view) != self.layout.block_bytes:
-            raise ValueError(f"payload: {len(view)} bytes are not one block ({self.layout.block_bytes} bytes)")
-        self._stretch(block_id)[:] = view
-
-    def _stretch(self, block_id: int) -> memoryview:
-        if not 0 <= block_id < self.num_blocks:
-            raise ValueError(f"block_id: {block_id} is not in 0…{self.num_blocks - 1}")
-        size = self.layout.block_bytes
-        return self._bytes[block_id * size : (block_id + 1) * size]
-
-
-def kv_layout(config: ModelConfig, dtype: str, block_size: int) -> KVLayout:
-    """The KV layout of a model: all layers in one group."""
-    group = KVGroup(
-        name="layers",
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
-    )
-    return KVLayout(block_size=block_size, groups=(group,))
+from .kv_memory import HostKVStore, kv_layout
 
 
 def _check_processors(cpus: Sequence[int]) -> None:
@@ -92,12 +52,15 @@ class CpuDevice(Device):
         dtype: str,
         block_size: int,
         kv_cache_bytes: int,
+        quantization: str | None = None,
+        kernels: str = "auto",
         threads: int = 1,
         cpus: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> None:
-        """Loads `files`. `dtype`: `bfloat16` or `float32`, of weights and KV; `cpus`: processors that the computing
-        thread and its helpers are pinned to, empty: not pinned; `progress`: share loaded, 0 to 1.
+        """Loads `files`. `dtype`: `bfloat16` or `float32`, of weights and KV; `quantization`: `w8a8` or None;
+        `kernels`: as `kernels.dispatch.pick` takes it; `cpus`: processors that the computing threads are pinned to,
+        empty: not pinned; `progress`: share loaded, 0 to 1.
 
         Raises ValueError naming the field (ModelError for the model's files).
         """
@@ -105,32 +68,56 @@ class CpuDevice(Device):
             raise ValueError(f"threads: {threads} is not 1 or more")
         if cpus:
             _check_processors(cpus)
+        self._config = files.config
         layout = kv_layout(files.config, dtype, block_size)
         num_blocks = kv_cache_bytes // layout.block_bytes
         if num_blocks < 1:
             raise ValueError(f"kv_cache_bytes: {kv_cache_bytes} do not hold one block ({layout.block_bytes} bytes)")
-        self._threads = threads
         self._cpus = frozenset(cpus)
         self._bound_thread: int | None = None
-        torch.set_num_threads(threads)
-        self.model = load_model(files, dtype, progress)
-        self.fingerprint = fingerprint(files, dtype)
+        self.picked: Picked = pick(kernels, quantization, unsupported(files.config, block_size))
+        self.fingerprint = fingerprint(files, dtype, quantization)
         self.vocab_size = files.config.vocab_size
         self.num_blocks = num_blocks
-        store = TensorKVStore(layout, num_blocks)
+        store = HostKVStore(layout, num_blocks)
         self.kv: KVStore = store
         self._segment = store.segment
-        self._runner: Runner | None = Runner(self.model, store.tensor)
+        self._forward: Forward | None = self._load(files, dtype, quantization, store, threads, progress)
         self._sampler = Sampler()
         self._outputs: deque[StepOutput] = deque()
 
+    def _load(
+        self,
+        files: ModelFiles,
+        dtype: str,
+        quantization: str | None,
+        store: HostKVStore,
+        threads: int,
+        progress: Progress | None,
+    ) -> Forward:
+        if self.picked.kernels == "compiled":
+            from ..compiled import CompiledForward
+
+            return CompiledForward(
+                files,
+                quantization or dtype,
+                store.array,
+                fingerprint=self.fingerprint,
+                threads=threads,
+                cpus=tuple(sorted(self._cpus)),
+                progress=progress,
+            )
+        from ..runner import TorchForward
+
+        return TorchForward(files, dtype, self.picked.kernels, store.array, threads=threads, progress=progress)
+
     def launch(self, plan: StepPlan) -> None:
-        if self._runner is None:
+        if self._forward is None:
             raise RuntimeError("the device is closed")
         self._bind_thread()
-        self._runner.check(plan)
+        check_plan(plan, self._config, self.num_blocks, self.kv.layout.block_size)
         start_s = time.monotonic()
-        logits = self._runner.run(plan)
+        logits = self._forward.run(plan)
         rows = self._sample(plan, logits)
         self._outputs.append(StepOutput(plan.plan_id, rows, time.monotonic() - start_s))
 
@@ -141,20 +128,21 @@ class CpuDevice(Device):
 
     def close(self) -> None:
         self._segment.close()
-        self._runner = None
+        if self._forward is not None:
+            self._forward.close()
+        self._forward = None
         self._outputs.clear()
 
     def _bind_thread(self) -> None:
-        """Pins the calling thread, once, before torch starts the helpers that inherit its affinity."""
+        """Pins the calling thread, once, before it starts helpers that inherit its affinity."""
         current = threading.get_ident()
         if current == self._bound_thread:
             return
         if self._cpus:
             os.sched_setaffinity(0, self._cpus)
-        torch.set_num_threads(self._threads)
         self._bound_thread = current
 
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> tuple[RowOutput, ...]:
+    def _sample(self, plan: StepPlan, logits: NDArray[np.float32]) -> tuple[RowOutput, ...]:
         specs = [row.sample for row in plan.rows if row.sample is not None]
         drawn = iter(self._sampler.sample(logits, specs) if specs else ())
         rows = []

@@ -97,7 +97,7 @@ def test_kv_write_touches_its_slots_only(dtype: torch.dtype) -> None:
 
 
 def test_dispatch_names_what_it_has() -> None:
-    assert operations("cpu").rms_norm is rms_norm_cpu
+    assert operations("torch").rms_norm is rms_norm_cpu
     assert operations("reference").rms_norm is rms_norm_reference
-    with pytest.raises(ValueError, match=r"device: 'tpu' is not one of \['cpu', 'reference'\]"):
+    with pytest.raises(ValueError, match=r"kernels: 'tpu' is not one of \['reference', 'torch'\]"):
         operations("tpu")

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 import torch
-from tandem.cluster.engine.devices.cpu import CpuDevice, kv_layout
+from tandem.cluster.engine.devices.cpu import CpuDevice
+from tandem.cluster.engine.devices.kv_memory import kv_layout
 from tandem.cluster.engine.plan import SampleSpec, StepOutput, StepPlan, StepRow
 from tandem.cluster.models.reference import ModelFiles, resolve_model
 from tandem.cluster.types import SamplingParams
@@ -199,7 +200,7 @@ def test_a_system_that_does_not_pin_serves_all_the_same(files: ModelFiles, monke
 def test_only_the_computing_thread_is_pinned(files: ModelFiles) -> None:
     allowed = os.sched_getaffinity(0)
     chosen = max(allowed)
-    device = make_device(files, cpus=(chosen,))
+    device = make_device(files, cpus=(chosen,), kernels="torch")
     seen: list[tuple[set[int], int]] = []
 
     def compute() -> None:
@@ -220,7 +221,9 @@ import torch
 from tandem.cluster.engine.devices.cpu import CpuDevice
 from tandem.cluster.engine.plan import StepPlan, StepRow
 from tandem.cluster.models.reference import resolve_model
-device = CpuDevice(resolve_model("dummy:tiny-llama"), dtype="bfloat16", block_size=4, kv_cache_bytes=2**20, threads=2)
+device = CpuDevice(
+    resolve_model("dummy:tiny-llama"), dtype="bfloat16", block_size=4, kv_cache_bytes=2**20, kernels="torch", threads=2
+)
 device.launch(StepPlan(0, (StepRow("s", 0, [1, 2], [0]),)))
 print(torch.get_num_threads())
 """

@@ -11,6 +11,7 @@ import torch
 import transformers
 from tandem.cluster.engine.model import Model
 from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
+from tandem.cluster.engine.plan_check import check_plan
 from tandem.cluster.engine.runner import Runner
 from tandem.cluster.engine.weights import load_model
 from tandem.cluster.models.hf_config import load_hf_config
@@ -108,7 +109,7 @@ class Steps:
         plan = StepPlan(
             0, tuple(StepRow(str(i), at, ids, table, spec if s else None) for i, (ids, at, table, s) in enumerate(rows))
         )
-        self.runner.check(plan)
+        check_plan(plan, self.runner.model.config, self.runner.num_blocks, BLOCK_SIZE)
         return self.runner.run(plan)
 
 

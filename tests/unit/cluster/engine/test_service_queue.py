@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from tandem.cluster.engine.block_pool import IntegrityError
 from tandem.cluster.engine.sequence import Sequence, State
@@ -9,13 +11,19 @@ from tandem.cluster.engine.service_queue import ServiceQueue
 from tandem.cluster.types import Handoff, SamplingParams, SequenceSpec, Urgency
 
 
-def sequence(order: int, prompt: int = 10, slo_class: str = "", handoff: Handoff = Handoff.NONE) -> Sequence:
+def sequence(
+    order: int,
+    prompt: int = 10,
+    slo_class: str = "",
+    handoff: Handoff = Handoff.NONE,
+    deadline_s: float = math.inf,
+) -> Sequence:
     spec = SequenceSpec(
         seq_id=f"{slo_class}{order}",
         prompt_token_ids=tuple(range(prompt)),
         sampling=SamplingParams(),
         handoff=handoff,
-        urgency=Urgency(slo_class=slo_class),
+        urgency=Urgency(slo_class=slo_class, deadline_s=deadline_s),
     )
     return Sequence(spec, order)
 
@@ -87,6 +95,21 @@ def test_a_pulled_context_pays_when_it_is_granted_and_leaves() -> None:
     queue.check_integrity()
     assert (queue.waiting, queue.pulls, queue.prefill_tokens) == (2, 0, 20)
     assert names(queue) == ["b1", "a2"]
+
+
+def test_tokens_that_are_due_at_no_time_are_counted_apart_until_they_come_first() -> None:
+    queue = ServiceQueue()
+    patient, urgent = sequence(0), sequence(1, deadline_s=5.0)
+    for seq in (patient, urgent):
+        queue.push(seq, 0.0)
+    assert (queue.prefill_tokens, queue.patient_tokens) == (20, 10)
+    compute(queue, patient, 4)
+    compute(queue, urgent, 10)
+    assert (queue.prefill_tokens, queue.patient_tokens) == (6, 6)
+    preempt(queue, patient)
+    assert (queue.prefill_tokens, queue.patient_tokens) == (10, 0), "nobody goes before it now"
+    queue.remove(patient)
+    assert (queue.prefill_tokens, queue.patient_tokens) == (0, 0)
 
 
 def test_a_miscount_is_noticed() -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tandem.cluster.engine.fingerprint import fingerprint
 from tandem.cluster.engine.gguf_weights import GgufWeights
 from tandem.cluster.engine.hf_weights import INDEX_NAME, DummyWeights, HfWeights
 from tandem.cluster.engine.weight_source import check_shapes, expected_shapes
-from tandem.cluster.engine.weights import build_model, fingerprint, load_model
+from tandem.cluster.engine.weights import build_model, load_model
 from tandem.cluster.models.config import Architecture, ModelConfig
 from tandem.cluster.models.reference import ModelError, ModelFiles
 from tandem.cluster.models.registry import CONFIGS
@@ -303,10 +304,10 @@ def test_fingerprint(tmp_path: Path) -> None:
 
 
 def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.cluster.engine import weights
+    from tandem.cluster.engine import fingerprint as sampled
 
-    monkeypatch.setattr(weights, "_FULL_HASH_BYTES", 1000)
-    monkeypatch.setattr(weights, "_SAMPLE_BYTES", 64)
+    monkeypatch.setattr(sampled, "_FULL_HASH_BYTES", 1000)
+    monkeypatch.setattr(sampled, "_SAMPLE_BYTES", 64)
     path = tmp_path / "m.gguf"
     files = ModelFiles(name="x", kind="gguf", path=path, config=TINY)
     data = bytearray(range(256)) * 64

@@ -1,0 +1,137 @@
+"""Packed weights on disk: what a model was packed into for one processor is kept, and mapped at the next start.
+
+A file is `magic | header length u64 | header (msgpack) | padding | array | padding | array …`, arrays on whole pages,
+so that kernels read them where they lie and workers of one machine share the memory. It is written under another name,
+synced and renamed; the header's digest covers all arrays and is checked at every opening, so that a damaged file is
+made anew, never computed with. The folder is bounded: the files that were not used for longest go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+MAGIC = b"TANDEMW1"
+MAX_FILES = 6
+_PREFIX = struct.Struct("<8sQ")
+_ALIGN = 4096
+_MAX_HEADER_BYTES = 2**24
+_SUFFIX = ".weights"
+
+logger = logging.getLogger(__name__)
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class WeightCache:
+    """One folder of packed weights. Several processes may use it at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, key: str) -> dict[str, NDArray[Any]] | None:
+        """The arrays kept under `key`, read-only views of a mapped file; None: there is no sound file of that name."""
+        path = self._path(key)
+        try:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            arrays = _parse(mapped)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("packed weights %s are not used: %s", path, error)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return arrays
+
+    def save(self, key: str, arrays: Arrays) -> bool:
+        """Keeps `arrays` under `key`; False, with a warning, where the folder takes no file: it costs time, no more."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False) as file:
+                try:
+                    for piece in _pieces(arrays):
+                        file.write(piece)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, self._path(key))
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
+        except OSError as error:
+            logger.warning("packed weights cannot be kept in %s: %s", self._folder, error.strerror or error)
+            return False
+        self._forget_oldest()
+        return True
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}{_SUFFIX}"
+
+    def _forget_oldest(self) -> None:
+        with contextlib.suppress(OSError):
+            files = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
+            for path in files[: max(0, len(files) - MAX_FILES)]:
+                path.unlink(missing_ok=True)
+
+
+def _pieces(arrays: Arrays) -> list[Any]:
+    """The file's content, in order."""
+    contents = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    entries, offset = [], 0
+    for name, array in contents.items():
+        entries.append([name, array.dtype.str, list(array.shape), offset])
+        offset += _padded(array.nbytes)
+    header = msgpack.packb({"arrays": entries, "bytes": offset, "digest": _digest(contents)})
+    start = _padded(_PREFIX.size + len(header))
+    pieces: list[Any] = [(_PREFIX.pack(MAGIC, len(header)) + header).ljust(start, b"\0")]
+    for array in contents.values():
+        pieces += [array.reshape(-1).view(np.uint8).data, bytes(_padded(array.nbytes) - array.nbytes)]
+    return pieces
+
+
+def _parse(mapped: mmap.mmap) -> dict[str, NDArray[Any]]:
+    """The arrays of a file. Raises ValueError where it is not what `_pieces` makes."""
+    whole = memoryview(mapped)
+    if len(whole) < _PREFIX.size:
+        raise ValueError("it is too short")
+    magic, header_bytes = _PREFIX.unpack(whole[: _PREFIX.size])
+    if magic != MAGIC or header_bytes > min(_MAX_HEADER_BYTES, len(whole) - _PREFIX.size):
+        raise ValueError("its head is not that of packed weights")
+    try:
+        header = msgpack.unpackb(whole[_PREFIX.size : _PREFIX.size + header_bytes])
+        start, arrays = _padded(_PREFIX.size + header_bytes), {}
+        if len(whole) != start + header["bytes"]:
+            raise ValueError("it is cut short")
+        for name, dtype, shape, offset in header["arrays"]:
+            count = int(np.prod(shape, dtype=np.int64))
+            arrays[name] = np.frombuffer(whole, np.dtype(dtype), count, start + offset).reshape(shape)
+        digest = header["digest"]
+    except (msgpack.UnpackException, KeyError, TypeError) as error:
+        raise ValueError(f"its header cannot be read ({error})") from None
+    if _digest(arrays) != digest:
+        raise ValueError("its content is damaged")
+    return arrays
+
+
+def _digest(arrays: Arrays) -> bytes:
+    hashed = xxhash.xxh3_128()
+    for name, array in arrays.items():
+        hashed.update(name.encode())
+        hashed.update(array.reshape(-1).view(np.uint8).data)
+    return hashed.digest()
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGN) * _ALIGN

@@ -1,0 +1,74 @@
+"""Packed weights on disk: what was kept comes back, a damaged file is never computed with, the folder is bounded."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tandem.cluster.engine.weight_cache import MAX_FILES, WeightCache
+
+ARRAYS = {
+    "layers.0.qkv": np.arange(100003, dtype=np.uint8),
+    "norm": np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4),
+    "shape": np.array(7, dtype=np.int64),
+}
+
+
+def file_of(folder: Path, key: str = "k") -> Path:
+    (path,) = folder.glob(f"{key}.*")
+    return path
+
+
+def test_arrays_come_back_mapped_and_aligned(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "packed")
+    assert cache.load("k") is None
+    assert cache.save("k", ARRAYS)
+    found = cache.load("k")
+    assert found is not None
+    assert list(found) == list(ARRAYS)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+        assert found[name].ctypes.data % 4096 == 0
+        assert not found[name].flags.writeable
+    assert [path.suffix for path in (tmp_path / "packed").iterdir()] == [".weights"]
+
+
+@pytest.mark.parametrize("where", [0, 9, 40, 5000, -1])
+def test_a_changed_byte_is_noticed(tmp_path: Path, where: int, caplog: pytest.LogCaptureFixture) -> None:
+    cache = WeightCache(tmp_path)
+    # The last array fills its page, so that the last byte is content, not padding.
+    cache.save("k", {**ARRAYS, "tail": np.ones(8192, dtype=np.uint8)})
+    content = bytearray(file_of(tmp_path).read_bytes())
+    content[where] ^= 0x55
+    file_of(tmp_path).write_bytes(content)
+    assert cache.load("k") is None
+    assert "are not used" in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, 3, 16, 100, 4096, 50000])
+def test_a_file_that_is_cut_short_is_not_used(tmp_path: Path, size: int) -> None:
+    cache = WeightCache(tmp_path)
+    cache.save("k", ARRAYS)
+    os.truncate(file_of(tmp_path), size)
+    assert cache.load("k") is None
+    assert cache.save("k", ARRAYS)
+    assert cache.load("k") is not None
+
+
+def test_the_files_that_were_not_used_for_longest_go(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path)
+    for index in range(MAX_FILES):
+        cache.save(f"k{index}", ARRAYS)
+        os.utime(file_of(tmp_path, f"k{index}"), (index, index))
+    assert cache.load("k0") is not None  # used just now
+    cache.save("new", ARRAYS)
+    assert len(list(tmp_path.iterdir())) == MAX_FILES
+    assert cache.load("k1") is None
+    assert cache.load("k0") is not None
+
+
+def test_a_folder_that_takes_no_file_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    assert not WeightCache(tmp_path / "file" / "packed").save("k", ARRAYS)
+    assert "cannot be kept" in caplog.text
