@@ -1,8 +1,8 @@
 """The router's connection to one life (epoch) of one worker.
 
-One stream brings everything that worker says to this router; `subscribe` names an inbox for one attempt. When the
-stream breaks, every subscriber is told at once (`LinkLost` in its inbox): the worker has ended, or is ending, what it
-ran for us.
+One stream brings everything that worker says to this router; `subscribe` names an inbox for one attempt. The
+same stream carries commands up and their answers down (`router.commands`). When it breaks, every subscriber is told at
+once (`LinkLost` in its inbox): the worker has ended, or is ending, what it ran for us.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import grpc
-from google.protobuf.message import Message
 from grpc import aio
 
 from ..cluster.auth import OPEN, MemberCredentials
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.proto.tandem_internal_v1_pb2_grpc import WorkerStub
-from ..cluster.rpc import CONTROL_TIMEOUT_S, PROTOCOL_VERSION, Refusal, open_channel
+from ..cluster.rpc import PROTOCOL_VERSION, Refusal, open_channel
 from ..cluster.types import Side
+from .commands import Commands
 
-Reply = TypeVar("Reply", bound=Message)
 logger = logging.getLogger(__name__)
 REATTACH_S = 0.2
 ABORT_TRIES = 3
@@ -94,7 +92,8 @@ class WorkerLink:
         self._channel = open_channel(address, credentials)
         self._stub = WorkerStub(self._channel)
         self._inboxes: dict[SubscriptionKey, Inbox] = {}
-        self._stream: aio.UnaryStreamCall | None = None
+        self._commands = Commands(worker_id, epoch)
+        self._stream: aio.StreamStreamCall | None = None
         self._task = asyncio.create_task(self._run())
 
     def subscribe(self, key: SubscriptionKey, inbox: Inbox) -> None:
@@ -116,15 +115,16 @@ class WorkerLink:
 
     async def reserve(self, request: pb.ReserveRequest) -> pb.ReserveReply:
         """Asks for a credit. `Refusal`."""
-        return await self._call(self._stub.Reserve, request)
+        answer = await self._ask(pb.Command(reserve=request))
+        return pb.ReserveReply(credit_id=answer.credit_id, epoch=answer.epoch)
 
-    async def prefill(self, request: pb.PrefillRequest) -> pb.SubmitReply:
+    async def prefill(self, request: pb.PrefillRequest) -> None:
         """Submits a prompt. `Refusal`."""
-        return await self._call(self._stub.Prefill, request)
+        await self._ask(pb.Command(prefill=request))
 
-    async def decode(self, request: pb.DecodeRequest) -> pb.SubmitReply:
+    async def decode(self, request: pb.DecodeRequest) -> None:
         """Redeems a credit. `Refusal`."""
-        return await self._call(self._stub.Decode, request)
+        await self._ask(pb.Command(decode=request))
 
     async def abort(self, request: pb.AbortRequest) -> None:
         """Tells the worker to drop an attempt; retried a few times. A worker that cannot be told has lost our stream,
@@ -134,7 +134,7 @@ class WorkerLink:
             if not self.attached:
                 return
             try:
-                await self._call(self._stub.Abort, request)
+                await self._ask(pb.Command(abort=request))
                 return
             except Refusal as refusal:
                 logger.debug("abort: %s", refusal.message)
@@ -157,28 +157,10 @@ class WorkerLink:
         self._lose("the worker was replaced or the router stops")
         await self._channel.close()
 
-    async def _call(self, method: Callable[..., Awaitable[Reply]], request: Message) -> Reply:
-        """One unary call with a deadline; every failure is a `Refusal` with its status."""
-        try:
-            reply = await method(request, timeout=CONTROL_TIMEOUT_S)
-        except aio.AioRpcError as error:
-            raise Refusal(error.code(), f"{self.worker_id}: {error.details()}") from error
-        except aio.UsageError as error:
-            raise self._gone() from error
-        except asyncio.CancelledError:
-            # A channel that is closed cancels its calls, and with them whoever awaits one: that is not the caller's
-            # own cancellation, and must not end it as if it were.
-            task = asyncio.current_task()
-            if not self._closed or (task is not None and task.cancelling()):
-                raise
-            raise self._gone() from None
-        epoch = getattr(reply, "epoch", self.epoch)
-        if epoch != self.epoch:
-            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"{self.worker_id}: another epoch answered")
-        return reply
-
-    def _gone(self) -> Refusal:
-        return Refusal(grpc.StatusCode.UNAVAILABLE, f"{self.worker_id}: this life of the worker is over")
+    async def _ask(self, command: pb.Command) -> pb.Answer:
+        if not self.attached:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"{self.worker_id}: its stream does not stand")
+        return await self._commands.ask(command)
 
     async def _run(self) -> None:
         while True:
@@ -199,17 +181,33 @@ class WorkerLink:
             await asyncio.sleep(REATTACH_S)
 
     async def _read(self) -> None:
-        request = pb.AttachRequest(router_id=self._router_id, protocol_version=PROTOCOL_VERSION, epoch=self.epoch)
-        self._stream = self._stub.Attach(request)
-        async for frame in self._stream:
-            if frame.epoch != self.epoch:
-                logger.warning("a frame of another epoch of %s is dropped", self.worker_id)
-                continue
-            if not self.attached:
-                self.attached = True
-                self._on_change()
-            for event in frame.events:
-                self._dispatch(event)
+        self._stream = self._stub.Attach()
+        await self._stream.write(
+            pb.RouterFrame(router_id=self._router_id, protocol_version=PROTOCOL_VERSION, epoch=self.epoch)
+        )
+        writing = asyncio.create_task(self._write(self._stream))
+        try:
+            while (frame := await self._stream.read()) is not aio.EOF:
+                self._take(frame)
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)  # a broken stream is told by what reads it
+
+    async def _write(self, stream: aio.StreamStreamCall) -> None:
+        while True:
+            await stream.write(await self._commands.next_frame())
+
+    def _take(self, frame: pb.StepFrame) -> None:
+        if frame.epoch != self.epoch:
+            logger.warning("a frame of another epoch of %s is dropped", self.worker_id)
+            return
+        if not self.attached:
+            self.attached = True
+            self._on_change()
+        for answer in frame.answers:
+            self._commands.answered(answer)
+        for event in frame.events:
+            self._dispatch(event)
 
     def _dispatch(self, event: pb.Event) -> None:
         side = Side.PREFILL if event.side == pb.SIDE_PREFILL else Side.DECODE
@@ -219,6 +217,7 @@ class WorkerLink:
 
     def _lose(self, message: str, *, silent: bool = False) -> None:
         self.attached = False
+        self._commands.fail(message)
         inboxes, self._inboxes = self._inboxes, {}
         for key, inbox in inboxes.items():
             inbox.put_nowait(LinkLost(self.worker_id, key.side, message, silent))

@@ -193,8 +193,8 @@ async def direct_ttfts_s(address: str, epoch: int, shape: Shape, count: int) -> 
     ttfts_s: list[float] = []
     async with open_channel(address) as channel:
         stub = WorkerStub(channel)
-        attach = internal.AttachRequest(router_id="bench", protocol_version=PROTOCOL_VERSION, epoch=epoch)
-        frames = stub.Attach(attach)
+        attach = internal.RouterFrame(router_id="bench", protocol_version=PROTOCOL_VERSION, epoch=epoch)
+        frames = stub.Attach(iter([attach]))
         await frames.read()
         for index in range(count):
             sequence = internal.Sequence(

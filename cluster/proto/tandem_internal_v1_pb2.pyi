@@ -47,15 +47,45 @@ class RouterReport(_message.Message):
     metrics: bytes
     def __init__(self, process: _Optional[int] = ..., pid: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., requests_inside: _Optional[int] = ..., requests_waiting: _Optional[_Mapping[str, int]] = ..., metrics: _Optional[bytes] = ...) -> None: ...
 
-class AttachRequest(_message.Message):
-    __slots__ = ("router_id", "protocol_version", "epoch")
+class RouterFrame(_message.Message):
+    __slots__ = ("router_id", "protocol_version", "epoch", "commands")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COMMANDS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     protocol_version: int
     epoch: int
-    def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    commands: _containers.RepeatedCompositeFieldContainer[Command]
+    def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., epoch: _Optional[int] = ..., commands: _Optional[_Iterable[_Union[Command, _Mapping]]] = ...) -> None: ...
+
+class Command(_message.Message):
+    __slots__ = ("id", "prefill", "reserve", "decode", "abort")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    prefill: PrefillRequest
+    reserve: ReserveRequest
+    decode: DecodeRequest
+    abort: AbortRequest
+    def __init__(self, id: _Optional[int] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequest, _Mapping]] = ...) -> None: ...
+
+class Answer(_message.Message):
+    __slots__ = ("id", "epoch", "credit_id", "code", "message")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_ID_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    epoch: int
+    credit_id: int
+    code: int
+    message: str
+    def __init__(self, id: _Optional[int] = ..., epoch: _Optional[int] = ..., credit_id: _Optional[int] = ..., code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "choice", "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "logit_bias", "top_logprobs")
@@ -323,12 +353,14 @@ class FailedEvent(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retryable: bool = ...) -> None: ...
 
 class StepFrame(_message.Message):
-    __slots__ = ("epoch", "events")
+    __slots__ = ("epoch", "events", "answers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     events: _containers.RepeatedCompositeFieldContainer[Event]
-    def __init__(self, epoch: _Optional[int] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
+    answers: _containers.RepeatedCompositeFieldContainer[Answer]
+    def __init__(self, epoch: _Optional[int] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ...) -> None: ...
 
 class StepTime(_message.Message):
     __slots__ = ("step_s", "prefill_token_s", "decode_row_s", "context_token_s")

@@ -35,9 +35,9 @@ class WorkerStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Attach = channel.unary_stream(
+        self.Attach = channel.stream_stream(
                 '/tandem.internal.v1.Worker/Attach',
-                request_serializer=tandem__internal__v1__pb2.AttachRequest.SerializeToString,
+                request_serializer=tandem__internal__v1__pb2.RouterFrame.SerializeToString,
                 response_deserializer=tandem__internal__v1__pb2.StepFrame.FromString,
                 _registered_method=True)
         self.Prefill = channel.unary_unary(
@@ -76,16 +76,18 @@ class WorkerServicer(object):
     """Served by every worker, called by routers.
     """
 
-    def Attach(self, request, context):
-        """Opens the one stream on which this router hears from this worker: one frame per engine step, not one message per
-        token. When it breaks, the worker aborts what it runs for that router.
+    def Attach(self, request_iterator, context):
+        """Opens the one stream between this router and this worker. Up: who the router is, then commands, several in a frame
+        where they come together. Down: answers to commands, and one frame per engine step, not one message per token. When
+        it breaks, the worker aborts what it runs for that router. A router that only listens may end its own half.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Prefill(self, request, context):
-        """Admits a prompt for prefill. Answers at once; results come on the attached stream.
+        """The commands one by one, outside of the stream, for tools and tests.
+        Admits a prompt for prefill. Answers at once; results come on the attached stream.
         RESOURCE_EXHAUSTED: queue full. FAILED_PRECONDITION: wrong role, draining, or the router is not attached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -129,9 +131,9 @@ class WorkerServicer(object):
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Attach': grpc.unary_stream_rpc_method_handler(
+            'Attach': grpc.stream_stream_rpc_method_handler(
                     servicer.Attach,
-                    request_deserializer=tandem__internal__v1__pb2.AttachRequest.FromString,
+                    request_deserializer=tandem__internal__v1__pb2.RouterFrame.FromString,
                     response_serializer=tandem__internal__v1__pb2.StepFrame.SerializeToString,
             ),
             'Prefill': grpc.unary_unary_rpc_method_handler(
@@ -177,7 +179,7 @@ class Worker(object):
     """
 
     @staticmethod
-    def Attach(request,
+    def Attach(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -187,11 +189,11 @@ class Worker(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/tandem.internal.v1.Worker/Attach',
-            tandem__internal__v1__pb2.AttachRequest.SerializeToString,
+            tandem__internal__v1__pb2.RouterFrame.SerializeToString,
             tandem__internal__v1__pb2.StepFrame.FromString,
             options,
             channel_credentials,

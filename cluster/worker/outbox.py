@@ -19,6 +19,8 @@ class RouterStream:
     def __init__(self, router_id: str) -> None:
         self.router_id = router_id
         self.frames: asyncio.Queue[pb.StepFrame | None] = asyncio.Queue(MAX_BUFFERED_FRAMES + 1)
+        self.answers: list[pb.Answer] = []
+        """To its commands; leave with the next frame."""
         self.open = True
 
     def push(self, frame: pb.StepFrame) -> bool:
@@ -43,6 +45,7 @@ class Outbox:
         self._epoch = epoch
         self._streams: dict[str, RouterStream] = {}
         self._pending: dict[str, list[pb.Event]] = {}
+        self._flushing = False
 
     def attach(self, router_id: str) -> RouterStream:
         """Opens a stream; an older one of the same router is ended."""
@@ -72,13 +75,22 @@ class Outbox:
         if router_id in self._streams:
             self._pending.setdefault(router_id, []).append(event)
 
+    def answer(self, stream: RouterStream, answer: pb.Answer) -> None:
+        """Answers a command; leaves in a frame with whatever else there is by the end of this turn of the loop."""
+        stream.answers.append(answer)
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self.flush)
+
     def flush(self) -> None:
-        """Sends what was posted: one frame per router."""
+        """Sends what was posted and answered: one frame per router."""
+        self._flushing = False
         pending, self._pending = self._pending, {}
-        for router_id, events in pending.items():
-            stream = self._streams.get(router_id)
-            if stream is not None and stream.open:
-                stream.push(pb.StepFrame(epoch=self._epoch, events=events))
+        for router_id, stream in self._streams.items():
+            events = pending.get(router_id, ())
+            if stream.open and (events or stream.answers):
+                answers, stream.answers = stream.answers, []
+                stream.push(pb.StepFrame(epoch=self._epoch, events=events, answers=answers))
 
     def close(self) -> None:
         """Ends every stream."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
 import grpc
@@ -12,6 +13,7 @@ from grpc import aio
 from ..proto import tandem_internal_v1_pb2 as pb
 from ..proto.tandem_internal_v1_pb2_grpc import WorkerServicer
 from ..rpc import PROTOCOL_VERSION, Refusal, abort_with
+from .commands import Commands
 from .services import DecodeHandler, PrefillHandler
 from .shell import WorkerShell
 
@@ -27,8 +29,11 @@ class Servicer(WorkerServicer):
         self._prefill = prefill
         self._decode = decode
 
-    async def Attach(self, request: pb.AttachRequest, context: aio.ServicerContext) -> AsyncIterator[pb.StepFrame]:
+    async def Attach(
+        self, request_iterator: AsyncIterator[pb.RouterFrame], context: aio.ServicerContext
+    ) -> AsyncIterator[pb.StepFrame]:
         """The router's one stream; when it ends, by whatever cause, its sequences end too."""
+        request = await anext(request_iterator, pb.RouterFrame())
         if request.protocol_version != PROTOCOL_VERSION:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -47,12 +52,16 @@ class Servicer(WorkerServicer):
         # may not have noticed yet.
         self._router_gone(request.router_id)
         stream = self._shell.outbox.attach(request.router_id)
+        commands = Commands(self, self._shell.outbox, stream, self._shell.facts.epoch)
+        reading = asyncio.create_task(commands.read(request_iterator))
         try:
             # An empty frame says that the worker knows this router now: the router waits for it before it submits.
             yield pb.StepFrame(epoch=self._shell.facts.epoch)
             while (frame := await stream.frames.get()) is not None:
                 yield frame
         finally:
+            reading.cancel()
+            commands.cancel()
             if self._shell.outbox.detach(stream):
                 self._router_gone(request.router_id)
 
@@ -60,42 +69,48 @@ class Servicer(WorkerServicer):
         self._shell.router_gone(router_id)
         self._decode.router_gone(router_id)
 
-    async def Prefill(self, request: pb.PrefillRequest, context: aio.ServicerContext) -> pb.SubmitReply:
-        """Admits a prompt."""
+    # --- commands: in a stream, or one by one -----------------------------------------------------------------------
 
-        async def answer() -> pb.SubmitReply:
-            self._shell.check_takes_work(self._prefill, request.sequence.router_id, request.epoch)
-            await self._prefill.prefill(request)
-            return pb.SubmitReply(epoch=self._shell.facts.epoch)
+    async def run_prefill(self, request: pb.PrefillRequest) -> None:
+        """See `CommandHandler`."""
+        self._shell.check_takes_work(self._prefill, request.sequence.router_id, request.epoch)
+        await self._prefill.prefill(request)
 
-        return await _or_refuse(answer, context)
+    async def run_reserve(self, request: pb.ReserveRequest) -> int:
+        """See `CommandHandler`."""
+        self._shell.check_takes_work(self._decode, request.router_id, request.epoch)
+        return await self._decode.reserve(request)
 
-    async def Reserve(self, request: pb.ReserveRequest, context: aio.ServicerContext) -> pb.ReserveReply:
-        """Grants a credit."""
+    async def run_decode(self, request: pb.DecodeRequest) -> None:
+        """See `CommandHandler`."""
+        self._shell.check_takes_work(self._decode, request.sequence.router_id, request.epoch)
+        await self._decode.decode(request)
 
-        async def answer() -> pb.ReserveReply:
-            self._shell.check_takes_work(self._decode, request.router_id, request.epoch)
-            credit_id = await self._decode.reserve(request)
-            return pb.ReserveReply(credit_id=credit_id, epoch=self._shell.facts.epoch)
-
-        return await _or_refuse(answer, context)
-
-    async def Decode(self, request: pb.DecodeRequest, context: aio.ServicerContext) -> pb.SubmitReply:
-        """Redeems a credit."""
-
-        async def answer() -> pb.SubmitReply:
-            self._shell.check_takes_work(self._decode, request.sequence.router_id, request.epoch)
-            await self._decode.decode(request)
-            return pb.SubmitReply(epoch=self._shell.facts.epoch)
-
-        return await _or_refuse(answer, context)
-
-    async def Abort(self, request: pb.AbortRequest, context: aio.ServicerContext) -> pb.AbortReply:
+    def run_abort(self, request: pb.AbortRequest) -> None:
         """The halves that are named: a mixed worker may run either. Attempts count from 1."""
         if request.prefill_attempt:
             self._prefill.abort(request)
         if request.decode_attempt:
             self._decode.abort(request)
+
+    async def Prefill(self, request: pb.PrefillRequest, context: aio.ServicerContext) -> pb.SubmitReply:
+        """Admits a prompt."""
+        await _or_refuse(self.run_prefill(request), context)
+        return pb.SubmitReply(epoch=self._shell.facts.epoch)
+
+    async def Reserve(self, request: pb.ReserveRequest, context: aio.ServicerContext) -> pb.ReserveReply:
+        """Grants a credit."""
+        credit_id = await _or_refuse(self.run_reserve(request), context)
+        return pb.ReserveReply(credit_id=credit_id, epoch=self._shell.facts.epoch)
+
+    async def Decode(self, request: pb.DecodeRequest, context: aio.ServicerContext) -> pb.SubmitReply:
+        """Redeems a credit."""
+        await _or_refuse(self.run_decode(request), context)
+        return pb.SubmitReply(epoch=self._shell.facts.epoch)
+
+    async def Abort(self, request: pb.AbortRequest, context: aio.ServicerContext) -> pb.AbortReply:
+        """Ends what is named."""
+        self.run_abort(request)
         return pb.AbortReply()
 
     async def Status(self, request: pb.StatusRequest, context: aio.ServicerContext) -> pb.WorkerStatus:
@@ -118,9 +133,9 @@ class Servicer(WorkerServicer):
         return pb.DrainReply()
 
 
-async def _or_refuse(answer: Callable[[], Awaitable[Reply]], context: aio.ServicerContext) -> Reply:
+async def _or_refuse(answer: Awaitable[Reply], context: aio.ServicerContext) -> Reply:
     try:
-        return await answer()
+        return await answer
     except Refusal as refusal:
         await abort_with(context, refusal)
     except ValueError as error:

@@ -318,6 +318,7 @@ class WorkerShell:
             running=load.running,
             held=load.held,
             queued_prefill_tokens=load.queued_prefill_tokens,
+            patient_prefill_tokens=load.patient_prefill_tokens,
             context_tokens=load.context_tokens,
             max_waiting=engine_config.max_waiting,
             max_running=engine_config.max_running,

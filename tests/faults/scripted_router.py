@@ -48,13 +48,13 @@ class ScriptedRouter:
 
     async def attach(self, member: Member) -> None:
         """Opens the stream; returns when the worker knows this router."""
-        request = pb.AttachRequest(router_id=self.router_id, protocol_version=PROTOCOL_VERSION, epoch=member.epoch)
+        request = pb.RouterFrame(router_id=self.router_id, protocol_version=PROTOCOL_VERSION, epoch=member.epoch)
         attached = asyncio.Event()
         self.lost.discard(member.worker_id)
 
         async def read() -> None:
             try:
-                async for frame in member.stub.Attach(request):
+                async for frame in member.stub.Attach(iter([request])):
                     attached.set()
                     self.events += [(member.worker_id, event) for event in frame.events]
             except aio.AioRpcError:

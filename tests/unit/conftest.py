@@ -99,12 +99,12 @@ class Bench:
 
     async def attach(self) -> None:
         """Opens the router's stream, beside an older one if there is one."""
-        request = pb.AttachRequest(router_id="r", protocol_version=PROTOCOL_VERSION, epoch=self.shell.facts.epoch)
+        request = pb.RouterFrame(router_id="r", protocol_version=PROTOCOL_VERSION, epoch=self.shell.facts.epoch)
         attached = asyncio.Event()
         self.stream_ended = False
 
         async def read() -> None:
-            async for frame in self.stub.Attach(request):
+            async for frame in self.stub.Attach(iter([request])):
                 attached.set()
                 self.events.extend(frame.events)
             self.stream_ended = True

@@ -104,7 +104,7 @@ async def test_credits_end_with_the_stream_of_the_router_that_has_not_redeemed_t
     async with bench(Role.DECODE, credit_ttl_s=600.0) as worker:
         mine, theirs = worker.sequence(), worker.sequence(request_id="theirs", router_id="s")
         other = worker.stub.Attach(
-            pb.AttachRequest(router_id="s", protocol_version=PROTOCOL_VERSION, epoch=worker.shell.facts.epoch)
+            iter([pb.RouterFrame(router_id="s", protocol_version=PROTOCOL_VERSION, epoch=worker.shell.facts.epoch)])
         )
         await other.read()
         credit = await worker.reserve(mine)

@@ -106,18 +106,49 @@ class ScriptedWorker(WorkerServicer):
     def requests(self, kind: type[Any]) -> list[Any]:
         return [call for call in self.calls if isinstance(call, kind)]
 
-    async def Attach(self, request: pb.AttachRequest, context: Any) -> AsyncIterator[pb.StepFrame]:
+    async def Attach(self, frames: AsyncIterator[pb.RouterFrame], context: Any) -> AsyncIterator[pb.StepFrame]:
+        request = await anext(frames)
         if request.epoch != self.epoch:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "epoch")
         stream: asyncio.Queue[pb.StepFrame | None] = asyncio.Queue()
         self._streams.append(stream)
         self.attached_routers.append(request.router_id)
+        running: set[asyncio.Task[None]] = set()
+        reading = asyncio.create_task(self._read_commands(frames, stream, running))
         try:
             yield pb.StepFrame(epoch=self.epoch)
             while (frame := await stream.get()) is not None:
                 yield frame
         finally:
+            for task in (reading, *running):
+                task.cancel()
             self._streams.remove(stream)
+
+    async def _read_commands(
+        self,
+        frames: AsyncIterator[pb.RouterFrame],
+        stream: asyncio.Queue[pb.StepFrame | None],
+        running: set[asyncio.Task[None]],
+    ) -> None:
+        async for frame in frames:
+            for command in frame.commands:
+                task = asyncio.create_task(self._answer(command, stream))
+                running.add(task)
+                task.add_done_callback(running.discard)
+
+    async def _answer(self, command: pb.Command, stream: asyncio.Queue[pb.StepFrame | None]) -> None:
+        """By the method of the same name, whose reply or refusal becomes the answer."""
+        kind = command.WhichOneof("kind")
+        method = {"prefill": self.Prefill, "reserve": self.Reserve, "decode": self.Decode, "abort": self.Abort}[kind]
+        answer = pb.Answer(id=command.id, epoch=self.epoch)
+        try:
+            reply = await method(getattr(command, kind), RefusingContext())
+        except Refusal as refusal:
+            answer.code, answer.message = refusal.code.value[0], refusal.message
+        else:
+            answer.epoch = getattr(reply, "epoch", self.epoch)
+            answer.credit_id = getattr(reply, "credit_id", 0)
+        stream.put_nowait(pb.StepFrame(epoch=self.epoch, answers=[answer]))
 
     async def _take(self, method: str, request: Any, context: Any) -> int:
         self.calls.append(request)

@@ -36,7 +36,7 @@ async def test_a_router_that_means_another_worker_is_refused(
 ) -> None:
     async with bench(Role.PREFILL) as worker:
         fields = {"router_id": "r2", "protocol_version": PROTOCOL_VERSION, "epoch": worker.shell.facts.epoch}
-        stream = worker.stub.Attach(pb.AttachRequest(**{**fields, **changes}))
+        stream = worker.stub.Attach(iter([pb.RouterFrame(**{**fields, **changes})]))
         got, details = await refusal(stream.read())
         assert got is code
         assert message in details
@@ -185,7 +185,7 @@ async def test_an_engine_that_fails_is_the_end_of_the_worker(bench: Any) -> None
         code, details = await refusal(worker.reserve(worker.sequence(request_id="q2")))
         assert (code, "on fire" in details) == (Code.UNAVAILABLE, True)
         stream = worker.stub.Attach(
-            pb.AttachRequest(router_id="r", protocol_version=PROTOCOL_VERSION, epoch=worker.shell.facts.epoch)
+            iter([pb.RouterFrame(router_id="r", protocol_version=PROTOCOL_VERSION, epoch=worker.shell.facts.epoch)])
         )
         assert (await refusal(stream.read()))[0] is Code.UNAVAILABLE
         status = await worker.stub.Status(pb.StatusRequest())
