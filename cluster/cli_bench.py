@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from .cli_bench_handoff import handoff
 from .cli_bench_router import router
 from .cli_bench_serve import serve
 
 bench = typer.Typer(help="Measure a running server, an engine, a handoff, a router.", rich_markup_mode=None)
 bench.command("serve")(serve)
 bench.command("router")(router)
+bench.command("handoff")(handoff)

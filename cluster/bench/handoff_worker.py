@@ -1,0 +1,271 @@
+"""A worker process for `tandem bench handoff`: the real services, servers and transports, and a record of when what
+happened. `python -m tandem.cluster.bench.handoff_worker` reads one JSON line, a `WorkerSpec`, from stdin, prints one
+JSON line with its addresses when it serves, and answers every further line, `marks`, with what it recorded since the
+last one. It ends with its stdin.
+
+All times are the machine's monotonic clock, which the processes of one machine share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...decode_worker.service import DecodeService
+from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
+from ...kvtransfer.mapped.fd_passing import share
+from ...kvtransfer.mapped.transport import MappedKVTransport
+from ...kvtransfer.ticket import Hello, Peer, Ticket
+from ...kvtransfer.transport import EndFrame, KVFrame, KVTransport, PullRequest
+from ...prefill_worker.service import PrefillService
+from ..clock import MonotonicClock
+from ..config import EngineConfig, WorkerConfig
+from ..engine.block_pool import BlockPool
+from ..engine.devices.base import Device
+from ..engine.devices.paced import PacedDevice
+from ..engine.plan import StepOutput, StepPlan
+from ..engine.policies import policy_for
+from ..engine.prefix_cache import PrefixCache
+from ..engine.scheduler import Scheduler
+from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
+from ..rpc import make_server, new_epoch
+from ..types import Role, StepTimeCoefficients
+from ..worker.engine_thread import EngineThread
+from ..worker.servicer import Servicer
+from ..worker.shell import WorkerFacts, WorkerShell
+
+MAX_MARKS = 1 << 16
+MAX_MODEL_LEN = 1 << 20
+VOCAB_SIZE = 32000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What the worker shall be."""
+
+    worker_id: str
+    role: str
+    transport: str
+    """`grpc` or `mapped`."""
+    checksum: bool
+    token_bytes: int
+    """KV of one token."""
+    num_blocks: int
+    block_size: int = 16
+    step_s: float = 0.0
+    """What every step takes at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepMark:
+    """One sequence's row in one step."""
+
+    seq_id: str
+    launched_s: float
+    done_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PullMark:
+    """One pull as the reader's transport saw it."""
+
+    seq_id: str
+    opened_s: float
+    first_s: float
+    """When the first block was there to be written."""
+    last_s: float
+    """When the last one was written."""
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmMark:
+    """One confirmation, from its sending to its answer."""
+
+    seq_id: str
+    sent_s: float
+    answered_s: float
+
+
+class Marks:
+    """What happened since somebody asked; bounded, the oldest go first. Appended to by several threads."""
+
+    def __init__(self) -> None:
+        self.steps: deque[StepMark] = deque(maxlen=MAX_MARKS)
+        self.pulls: deque[PullMark] = deque(maxlen=MAX_MARKS)
+        self.confirms: deque[ConfirmMark] = deque(maxlen=MAX_MARKS)
+
+    def take(self) -> dict[str, list[dict[str, Any]]]:
+        """All of them, as JSON objects; they are forgotten."""
+        taken = {}
+        for name in ("steps", "pulls", "confirms"):
+            marks = getattr(self, name)
+            taken[name] = [asdict(marks.popleft()) for _ in range(len(marks))]
+        return taken
+
+
+class MarkedDevice(Device):
+    """Another device, whose steps are recorded."""
+
+    def __init__(self, device: Device, marks: Marks) -> None:
+        self._device = device
+        self._marks = marks
+        self._launched: deque[tuple[StepPlan, float]] = deque()
+        self.name, self.kv = device.name, device.kv
+        self.vocab_size, self.fingerprint = device.vocab_size, device.fingerprint
+
+    def launch(self, plan: StepPlan) -> None:
+        self._launched.append((plan, time.monotonic()))
+        self._device.launch(plan)
+
+    def collect(self) -> StepOutput:
+        output = self._device.collect()
+        plan, launched_s = self._launched.popleft()
+        done_s = time.monotonic()
+        for row in plan.rows:
+            self._marks.steps.append(StepMark(row.seq_id, launched_s, done_s))
+        return output
+
+    def close(self) -> None:
+        self._device.close()
+
+
+class MarkedTransport(KVTransport):
+    """Another transport, whose pulls and confirmations are recorded."""
+
+    def __init__(self, transport: KVTransport, marks: Marks) -> None:
+        self._transport = transport
+        self._marks = marks
+
+    async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
+        return await self._transport.hello(peer, mine, timeout_s=timeout_s)
+
+    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
+        opened_s, first_s, last_s, total_bytes = time.monotonic(), 0.0, 0.0, 0
+        async with aclosing(self._transport.pull(peer, request, timeout_s=timeout_s)) as frames:
+            async for frame in frames:
+                if isinstance(frame, EndFrame):
+                    key = request.ticket.decode_key
+                    self._marks.pulls.append(PullMark(key, opened_s, first_s, last_s, total_bytes))
+                    yield frame
+                    return
+                first_s = first_s or time.monotonic()
+                yield frame
+                last_s = time.monotonic()
+                total_bytes += len(frame.payload)
+
+    async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
+        sent_s = time.monotonic()
+        await self._transport.confirm(peer, ticket, timeout_s=timeout_s)
+        self._marks.confirms.append(ConfirmMark(ticket.decode_key, sent_s, time.monotonic()))
+
+    async def abort(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
+        await self._transport.abort(peer, ticket, timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+
+def _paced(spec: WorkerSpec) -> PacedDevice:
+    return PacedDevice(
+        VOCAB_SIZE,
+        block_size=spec.block_size,
+        num_blocks=spec.num_blocks,
+        coefficients=StepTimeCoefficients(
+            step_s=spec.step_s, prefill_token_s=0.0, decode_row_s=0.0, context_token_s=0.0
+        ),
+        pad_bytes_per_token=spec.token_bytes - 16,
+    )
+
+
+async def serve(spec: WorkerSpec) -> None:
+    """Serves until stdin ends."""
+    marks = Marks()
+    device = MarkedDevice(_paced(spec), marks)
+    engine_config = EngineConfig(
+        device="paced", block_size=spec.block_size, max_batched_tokens=MAX_MODEL_LEN, prefix_cache=False
+    )
+    config = WorkerConfig(
+        worker_id=spec.worker_id,
+        role=Role(spec.role),
+        engine=engine_config,
+        transport=spec.transport,
+        checksum=spec.checksum,
+    )
+    segment = device.kv.segment
+    assert segment is not None
+    pool = BlockPool(device.kv.num_blocks, spec.block_size, segment.generations)
+    clock = MonotonicClock()
+    scheduler = Scheduler(
+        block_pool=pool,
+        prefix_cache=PrefixCache(pool, enabled=False),
+        policy=policy_for(config.role),
+        clock=clock,
+        max_batched_tokens=engine_config.max_batched_tokens,
+        max_running=engine_config.max_running,
+        max_waiting=engine_config.max_waiting,
+        max_model_len=min(MAX_MODEL_LEN, device.kv.num_blocks * spec.block_size),
+        eos_token_ids=(),
+    )
+    facts = WorkerFacts(
+        worker_id=spec.worker_id,
+        epoch=new_epoch(),
+        model="paced",
+        fingerprint=device.fingerprint,
+        kv_layout=device.kv.layout.to_bytes(),
+        block_size=spec.block_size,
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=device.vocab_size,
+        device=device.name,
+    )
+    segment.publish(facts.epoch)
+    segments = await share(segment)
+    shell = WorkerShell(config, facts, clock)
+    engine = EngineThread(scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine)
+    layout = device.kv.layout
+    transport: KVTransport = GrpcKVTransport(block_bytes=layout.block_bytes)
+    if spec.transport == "mapped":
+        transport = MappedKVTransport(GrpcKVTransport(block_bytes=layout.block_bytes), layout, required=True)
+    offer = None if segments is None else segments.offer
+    prefill = PrefillService(shell, engine, device.kv, pool.generation, offer)
+    decode = DecodeService(shell, engine, device.kv, MarkedTransport(transport, marks))
+    shell.assemble(engine, (prefill, decode))
+    kv_server = GrpcKVServer(prefill.source, block_bytes=layout.block_bytes)
+    kv_port = await kv_server.start()
+    server = make_server()
+    add_WorkerServicer_to_server(Servicer(shell, prefill, decode), server)
+    port = shell.credentials.listen(server, "127.0.0.1:0")
+    await server.start()
+    shell.address, shell.kv_address = f"127.0.0.1:{port}", f"127.0.0.1:{kv_port}"
+    shell.start(_die)
+    gc.freeze()
+    _say({"address": shell.address, "kv_address": shell.kv_address, "epoch": facts.epoch})
+    while await asyncio.to_thread(sys.stdin.readline):
+        _say(marks.take())
+    await shell.stop()
+    await server.stop(0.2)
+    await kv_server.stop()
+    if segments is not None:
+        await segments.stop()
+    device.close()
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def _die(error: BaseException) -> None:
+    print(f"the engine failed: {error}", file=sys.stderr, flush=True)
+    sys.stdin.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(WorkerSpec(**json.loads(sys.stdin.readline()))))
