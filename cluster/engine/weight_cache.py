@@ -24,7 +24,8 @@ import xxhash
 from numpy.typing import NDArray
 
 MAGIC = b"TANDEMW1"
-MAX_FILES = 6
+MAX_BYTES = 16 * 2**30
+"""Of all files together; a model that is larger is packed anew at every start."""
 _PREFIX = struct.Struct("<8sQ")
 _ALIGN = 4096
 _MAX_HEADER_BYTES = 2**24
@@ -37,8 +38,9 @@ Arrays = Mapping[str, NDArray[Any]]
 class WeightCache:
     """One folder of packed weights. Several processes may use it at once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         self._folder = folder
+        self._max_bytes = max_bytes
 
     def load(self, key: str) -> dict[str, NDArray[Any]] | None:
         """The arrays kept under `key`, read-only views of a mapped file; None: there is no sound file of that name."""
@@ -58,6 +60,10 @@ class WeightCache:
 
     def save(self, key: str, arrays: Arrays) -> bool:
         """Keeps `arrays` under `key`; False, with a warning, where the folder takes no file: it costs time, no more."""
+        size_bytes = sum(array.nbytes for array in arrays.values())
+        if size_bytes > self._max_bytes:
+            logger.warning("packed weights of %d bytes are not kept: more than %d", size_bytes, self._max_bytes)
+            return False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False) as file:
@@ -80,10 +86,14 @@ class WeightCache:
         return self._folder / f"{key}{_SUFFIX}"
 
     def _forget_oldest(self) -> None:
-        with contextlib.suppress(OSError):
-            files = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
-            for path in files[: max(0, len(files) - MAX_FILES)]:
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process may be at it as well
+            found = [(path.stat(), path) for path in self._folder.glob(f"*{_SUFFIX}")]
+            found.sort(key=lambda pair: pair[0].st_mtime, reverse=True)
+            total_bytes = 0
+            for index, (facts, path) in enumerate(found):
+                total_bytes += facts.st_size
+                if index and total_bytes > self._max_bytes:
+                    path.unlink(missing_ok=True)
 
 
 def _pieces(arrays: Arrays) -> list[Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tandem.cluster.engine.weight_cache import MAX_FILES, WeightCache
+from tandem.cluster.engine.weight_cache import WeightCache
 
 ARRAYS = {
     "layers.0.qkv": np.arange(100003, dtype=np.uint8),
@@ -57,15 +57,22 @@ def test_a_file_that_is_cut_short_is_not_used(tmp_path: Path, size: int) -> None
 
 
 def test_the_files_that_were_not_used_for_longest_go(tmp_path: Path) -> None:
-    cache = WeightCache(tmp_path)
-    for index in range(MAX_FILES):
-        cache.save(f"k{index}", ARRAYS)
-        os.utime(file_of(tmp_path, f"k{index}"), (index, index))
+    WeightCache(tmp_path).save("k0", ARRAYS)
+    cache = WeightCache(tmp_path, max_bytes=int(2.5 * file_of(tmp_path, "k0").stat().st_size))
+    cache.save("k1", ARRAYS)
+    os.utime(file_of(tmp_path, "k0"), (0, 0))
+    os.utime(file_of(tmp_path, "k1"), (1, 1))
     assert cache.load("k0") is not None  # used just now
     cache.save("new", ARRAYS)
-    assert len(list(tmp_path.iterdir())) == MAX_FILES
+    assert len(list(tmp_path.iterdir())) == 2
     assert cache.load("k1") is None
     assert cache.load("k0") is not None
+
+
+def test_a_model_larger_than_the_folder_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert not WeightCache(tmp_path, max_bytes=1000).save("k", ARRAYS)
+    assert "not kept" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_takes_no_file_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
