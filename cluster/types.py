@@ -158,6 +158,8 @@ class EngineLoad:
     """Prefilled sequences whose blocks wait for a decode worker."""
     queued_prefill_tokens: int = 0
     """Prompt tokens admitted but not yet computed."""
+    patient_prefill_tokens: int = 0
+    """Those of them that are due at no time."""
     context_tokens: int = 0
     """Sum of context over running sequences."""
     num_blocks: int = 0

@@ -68,8 +68,16 @@ class Member:
     """Time without a heartbeat while the router itself was running."""
     own_prefill_tokens: int = 0
     """Of the queued tokens in the status, those that this router had sent when it came."""
+    own_patient_tokens: int = 0
+    """Of those, the ones that are due at no time."""
     own_rows: int = 0
     """Of the sequences in the status, those that this router decoded there when it came."""
+    identity: str = ""
+    """`kv_identity` of the status."""
+    view: WorkerView | None = None
+    """As of this status and `seen_load`."""
+    seen_load: int = -1
+    """The link's `load_version` that `view` was made of."""
 
 
 class Membership(RegistryServicer):
@@ -114,9 +122,12 @@ class Membership(RegistryServicer):
         if member is None or member.status.epoch != status.epoch:
             self._join(status)
         else:
-            member.status = status
+            if status.kv_layout != member.status.kv_layout or status.fingerprint != member.status.fingerprint:
+                member.identity = kv_identity(status)
+            member.status, member.view = status, None
             member.heard_s, member.silent_s = self._clock.now_s(), 0.0
             member.own_prefill_tokens = member.link.queued_prefill_tokens
+            member.own_patient_tokens = member.link.patient_prefill_tokens
             member.own_rows = member.link.decode_rows
         self._changed()
         return pb.HeartbeatReply(router_id=self._router_id)
@@ -149,7 +160,8 @@ class Membership(RegistryServicer):
             on_change=self._changed,
             credentials=self._credentials,
         )
-        self._members[status.worker_id] = Member(status=status, heard_s=self._clock.now_s(), link=link)
+        member = Member(status=status, heard_s=self._clock.now_s(), link=link, identity=kv_identity(status))
+        self._members[status.worker_id] = member
         logger.info("worker %s (%s) joined from %s", status.worker_id, status.role, status.address)
 
     def _outlive(self, epoch: int) -> None:
@@ -202,17 +214,21 @@ class Membership(RegistryServicer):
 
     def routable(self, *roles: Role) -> tuple[WorkerView, ...]:
         """Workers of these roles that can take work now."""
+        now_s = self._clock.now_s()
         return tuple(
-            self._view(member)
+            self._view_of(member)
             for member in self._members.values()
-            if member.status.role in roles and self.why_not_routable(member) == ""
+            if member.status.role in roles and self._why_not_routable(member, now_s) == ""
         )
 
     def why_not_routable(self, member: Member) -> str:
         """Empty if it is."""
+        return self._why_not_routable(member, self._clock.now_s())
+
+    def _why_not_routable(self, member: Member, now_s: float) -> str:
         if member.status.draining:
             return "draining"
-        if self._clock.now_s() - member.heard_s > self._timeout_s:
+        if now_s - member.heard_s > self._timeout_s:
             return "no heartbeat"
         if not member.link.attached:
             return "not attached"
@@ -252,17 +268,24 @@ class Membership(RegistryServicer):
     def _changed(self) -> None:
         self._on_change()
 
+    def _view_of(self, member: Member) -> WorkerView:
+        """Made anew only where something has changed: a request asks for it many times."""
+        if member.view is None or member.seen_load != member.link.load_version:
+            member.view, member.seen_load = self._view(member), member.link.load_version
+        return member.view
+
     @staticmethod
     def _view(member: Member) -> WorkerView:
         status, link = member.status, member.link
         # The worker's own count is as old as its heartbeat: what was ours of it is replaced by what is ours now.
         others_tokens = max(0, status.queued_prefill_tokens - member.own_prefill_tokens)
+        others_patient = max(0, status.patient_prefill_tokens - member.own_patient_tokens)
         others_rows = max(0, status.running + status.waiting - member.own_rows)
         in_batch = max(link.decode_rows + others_rows - status.waiting, 0)
         return WorkerView(
             worker_id=status.worker_id,
             role=Role(status.role),
-            fingerprint=kv_identity(status),
+            fingerprint=member.identity,
             block_size=max(1, status.block_size),
             num_blocks=status.num_blocks,
             available_blocks=status.free_blocks + status.cached_blocks,
@@ -276,6 +299,6 @@ class Membership(RegistryServicer):
             context_tokens=status.context_tokens,
             step_time=step_time_from_proto(status.step_time),
             steps_total=status.steps_total,
-            patient_prefill_tokens=link.patient_prefill_tokens,
+            patient_prefill_tokens=link.patient_prefill_tokens + min(others_patient, others_tokens),
             tightest_tpot_s=link.tightest_tpot_s,
         )

@@ -39,7 +39,7 @@ class WorkerView:
     steps_total: int = 0
     """Steps that it has run: its coefficients are a guess until it has run some."""
     patient_prefill_tokens: int = 0
-    """Of `queued_prefill_tokens`: those that this router sent and that are due at no time."""
+    """Of `queued_prefill_tokens`: those that are due at no time."""
     tightest_tpot_s: float = math.inf
     """The tightest promise among the choices that this router decodes there; inf: none."""
 

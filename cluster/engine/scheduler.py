@@ -246,6 +246,7 @@ class Scheduler:
             running=len(self._running) + len(self._pulling),
             held=len(self._held),
             queued_prefill_tokens=self._queue.prefill_tokens,
+            patient_prefill_tokens=self._queue.patient_tokens,
             context_tokens=sum(len(seq.tokens) for seq in self._running.values()),
             num_blocks=self._kv.pool.num_blocks,
             free_blocks=self._kv.pool.num_free,

@@ -9,6 +9,7 @@ oldest first, and nobody pays for them twice.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class _Counted:
     """What one sequence adds to the queue's counts."""
 
     prefill_tokens: int
+    patient_tokens: int
     waits: bool
     pulls: bool
 
@@ -42,6 +44,8 @@ class ServiceQueue:
         self._counted: dict[Sequence, _Counted] = {}
         self.prefill_tokens = 0
         """Context tokens to be computed here and not scheduled yet, over all."""
+        self.patient_tokens = 0
+        """Those of them that let others go first: of prompts that are due at no time, unless they were preempted."""
         self.waiting = 0
         """Sequences that have no blocks yet."""
         self.pulls = 0
@@ -90,26 +94,34 @@ class ServiceQueue:
         """Proves that the counts are the sums. Raises IntegrityError. O(sequences)."""
         want = {seq: self._counts_of(seq) for seq in self}
         prefill_tokens = sum(counted.prefill_tokens for counted in want.values())
+        patient_tokens = sum(counted.patient_tokens for counted in want.values())
         waiting = sum(counted.waits for counted in want.values())
         pulls = sum(counted.pulls for counted in want.values())
-        sums = (prefill_tokens, waiting, pulls)
-        if want != self._counted or (self.prefill_tokens, self.waiting, self.pulls) != sums:
+        sums = (prefill_tokens, patient_tokens, waiting, pulls)
+        if want != self._counted or (self.prefill_tokens, self.patient_tokens, self.waiting, self.pulls) != sums:
             raise IntegrityError("scheduler: the queue miscounts its sequences or tokens")
 
-    @staticmethod
-    def _counts_of(seq: Sequence) -> _Counted:
+    def _counts_of(self, seq: Sequence) -> _Counted:
         waits = seq.state is State.WAITING
-        return _Counted(seq.remaining_prefill, waits, waits and seq.needs_pull)
+        patient = math.isinf(seq.spec.urgency.deadline_s) and seq in self._fair
+        return _Counted(
+            prefill_tokens=seq.remaining_prefill,
+            patient_tokens=seq.remaining_prefill if patient else 0,
+            waits=waits,
+            pulls=waits and seq.needs_pull,
+        )
 
     def _count(self, seq: Sequence) -> None:
         counted = self._counted[seq] = self._counts_of(seq)
         self.prefill_tokens += counted.prefill_tokens
+        self.patient_tokens += counted.patient_tokens
         self.waiting += counted.waits
         self.pulls += counted.pulls
 
     def _uncount(self, seq: Sequence) -> None:
         counted = self._counted.pop(seq)
         self.prefill_tokens -= counted.prefill_tokens
+        self.patient_tokens -= counted.patient_tokens
         self.waiting -= counted.waits
         self.pulls -= counted.pulls
 

@@ -11,7 +11,7 @@ from scenario import scenario
 from tandem.cluster.clock import VirtualClock
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
-from tandem.cluster.types import Role, Side
+from tandem.cluster.types import Role, Side, Urgency
 from tandem.router.link import SubscriptionKey
 
 
@@ -108,6 +108,22 @@ async def test_views_are_heartbeats_corrected_by_what_was_sent_since(rig: Any) -
         [view] = r.members.routable(Role.DECODE)
         assert (view.running, view.queued_prefill_tokens) == (2, 10), "what of it was ours is as we know it now"
         r.link("d0").decode_rows = r.link("d0").queued_prefill_tokens = 0
+
+
+@scenario
+async def test_what_other_routers_sent_without_a_deadline_is_patient_too(rig: Any) -> None:
+    async with rig() as r:
+        worker = await r.worker("p0", Role.PREFILL, queued_prefill_tokens=500, patient_prefill_tokens=400)
+        soon, whenever = Urgency(deadline_s=1.0), Urgency()
+        [view] = r.members.routable(Role.PREFILL)
+        assert (view.tokens_before(soon), view.tokens_before(whenever)) == (100, 500)
+        r.link("p0").queued_prefill_tokens, r.link("p0").patient_prefill_tokens = 300, 200
+        await r.heartbeat(worker, queued_prefill_tokens=800, patient_prefill_tokens=600)
+        [view] = r.members.routable(Role.PREFILL)
+        assert (view.tokens_before(soon), view.tokens_before(whenever)) == (200, 800)
+        r.link("p0").queued_prefill_tokens = r.link("p0").patient_prefill_tokens = 0
+        [view] = r.members.routable(Role.PREFILL)
+        assert (view.tokens_before(soon), view.tokens_before(whenever)) == (100, 500), "ours is as we know it now"
 
 
 @scenario
