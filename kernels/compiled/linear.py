@@ -370,3 +370,27 @@ def linear(desc, x, ldx, rows, y, ldy, accumulate, rank, ranks, scratch):
             _block(desc, staged, row_bytes, scales, count, y_block, ldy, accumulate, first, last)
         else:
             _block(desc, x_block, 4 * ldx, scales, count, y_block, ldy, accumulate, first, last)
+
+
+@kernel
+def unpack_output(desc, output, to):
+    """[I] float32 to `to`: the weights of one output, as they are stored. The row of a tied embedding."""
+    form, inputs = simd.load_int64(desc + 8 * D_FORM), simd.load_int64(desc + 8 * D_IN)
+    panel, j = output // NR, output % NR
+    data = simd.load_int64(desc + 8 * D_DATA) + panel * simd.load_int64(desc + 8 * D_PANEL_BYTES)
+    if form == FLOAT32:
+        for k in range(inputs):
+            simd.store_float(to + 4 * k, simd.load_float(data + 4 * (k * NR + j)))
+    elif form == BF16:
+        place = 2 * (j % simd.W) + j // simd.W
+        for k in range(inputs):
+            simd.store_float(to + 4 * k, simd.load_bf16_float(data + 2 * (k * NR + place)))
+    elif form == BF16_DOT:
+        for k in range(inputs):
+            simd.store_float(to + 4 * k, simd.load_bf16_float(data + 2 * ((k // 2 * NR + j) * 2 + k % 2)))
+    else:
+        group = 4 if form == INT8_DOT else 2
+        scale = simd.load_float(simd.load_int64(desc + 8 * D_SCALE) + 4 * output)
+        for k in range(inputs):
+            value = simd.load_int8_scalar(data + (k // group * NR + j) * group + k % group)
+            simd.store_float(to + 4 * k, np.float32(value) * scale)

@@ -212,6 +212,12 @@ def load_int32(b, address):
     return load_as(b, address, I32, 4)
 
 
+@operation(types.int32, ADDRESS)
+def load_int8_scalar(b, address):
+    """One int8."""
+    return b.sext(load_as(b, address, I8, 1), I32)
+
+
 @operation(i32, ADDRESS)
 def load_i32(b, address):
     """address -> W int32."""
@@ -259,7 +265,7 @@ def load_bf16_float(b, address):
 
 
 @operation(types.void, ADDRESS, types.float32)
-def store_bf16_float(b, address, value):  # type: ignore[no-untyped-def]
+def store_bf16_float(b, address, value):
     """Write one bfloat16, rounded as `store_bf16`."""
     lane = b.extract_element(round_to_bf16(b, spread(b, value, W)), I32(0))
     store_as(b, address, b.trunc(b.lshr(lane, I32(16)), I16), 2)
@@ -278,7 +284,7 @@ def load_int8(b, address):
 
 
 @operation(types.float32, ADDRESS)
-def load_int8_float(b, address):  # type: ignore[no-untyped-def]
+def load_int8_float(b, address):
     """One int8 -> float32."""
     return b.sitofp(load_as(b, address, I8, 1), FLOAT)
 
@@ -462,7 +468,7 @@ def max_lanes(b, x):
 
 
 @kernel(inline=True)
-def load_part(address, count):  # type: ignore[no-untyped-def]
+def load_part(address, count):
     """`load` of W lanes, `load_first` of fewer."""
     if count == W:
         return load(address)
@@ -470,7 +476,7 @@ def load_part(address, count):  # type: ignore[no-untyped-def]
 
 
 @kernel(inline=True)
-def store_part(address, value, count):  # type: ignore[no-untyped-def]
+def store_part(address, value, count):
     """`store` of W lanes, `store_first` of fewer."""
     if count == W:
         store(address, value)

@@ -126,3 +126,19 @@ def test_what_cannot_be_packed_is_refused() -> None:
         op.pack_weight(random(2, 2), "int3")
     with pytest.raises(ValueError, match="bias"):
         op.pack_weight(random(2, 2), "float32", random(3))
+
+
+@pytest.mark.parametrize("kind", op.KINDS)
+def test_weights_of_one_output_come_back_as_they_are_stored(kind: str) -> None:
+    weight = random(NR + 3, 33)
+    packed = op.pack_weight(weight, kind)
+    words, row = op.describe(packed), np.zeros(34, F32)
+    for output in (0, NR // 2, NR + 2):
+        op.unpack_output(words.ctypes.data, output, row.ctypes.data)
+        if kind == "w8a8":
+            integers, scale = quantized(weight[output : output + 1])
+            assert row[:33].tolist() == (integers[0].astype(F32) * F32(scale[0, 0])).tolist()
+        else:
+            want = weight[output] if kind == "float32" else round_bf16(weight[output])
+            assert row[:33].tobytes() == want.tobytes()
+    assert row[33] == 0
