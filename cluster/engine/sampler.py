@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +43,19 @@ class SampleFailure:
     reason: str
 
 
+class RowDraw(Protocol):
+    """A faster `kernels.sampling.draw` for rows that nothing is cut from."""
+
+    def __call__(self, z: NDArray[np.float32], temperature: float, u: float) -> int:
+        """The index drawn from the logits of one row; -1: it cannot be drawn from."""
+        ...
+
+
 class Sampler:
-    """Draws the next token of every row. Stateless: one instance serves any batch."""
+    """Draws the next token of every row. One thread; no draw depends on an earlier one."""
+
+    def __init__(self, draw_row: RowDraw | None = None) -> None:
+        self._draw_row = draw_row
 
     def sample(self, logits: NDArray[np.float32], specs: Sequence[SampleSpec]) -> list[SampledToken | SampleFailure]:
         """One token, or one failure, per row.
@@ -65,7 +77,7 @@ class Sampler:
             drawn[r] = token
         others = sorted(set(range(len(specs))).difference(greedy))
         for r, u in zip(others, _uniforms([specs[r] for r in others]), strict=True):
-            drawn[r] = _sample_row(logits[r], specs[r], u)
+            drawn[r] = _sample_row(logits[r], specs[r], u, self._draw_row)
         return [_finish(row, spec, token) for row, spec, token in zip(logits, specs, drawn, strict=True)]
 
 
@@ -95,7 +107,9 @@ def _uniforms(specs: Sequence[SampleSpec]) -> list[float]:
     return uniforms
 
 
-def _sample_row(logits: NDArray[np.float32], spec: SampleSpec, u: float) -> int | SampleFailure:
+def _sample_row(
+    logits: NDArray[np.float32], spec: SampleSpec, u: float, draw_row: RowDraw | None
+) -> int | SampleFailure:
     """Steps 2 to 8 on one row, [V], which is not changed."""
     params, z = spec.params, logits
     if not is_plain(spec):
@@ -104,6 +118,10 @@ def _sample_row(logits: NDArray[np.float32], spec: SampleSpec, u: float) -> int 
             apply_processors(z, spec)
         except ValueError as error:
             return SampleFailure(str(error))
+    if draw_row is not None and not is_greedy(params) and _draws_whole(params):
+        index = draw_row(z, params.temperature, u)
+        if index >= 0:
+            return index
     best = int(z.argmax())
     peak = float(z[best])
     if not math.isfinite(peak):
@@ -116,6 +134,11 @@ def _sample_row(logits: NDArray[np.float32], spec: SampleSpec, u: float) -> int 
     ids, left = truncate(z, top_k=params.top_k, min_p=params.min_p, top_p=params.top_p)
     index = draw(left, u)
     return index if ids is None else int(ids[index])
+
+
+def _draws_whole(params: SamplingParams) -> bool:
+    """Whether no token is cut off before the draw."""
+    return params.top_k <= 0 and params.min_p <= 0.0 and params.top_p >= 1.0
 
 
 def _bad_peak(peak: float) -> SampleFailure:

@@ -281,3 +281,15 @@ def test_wrong_shapes_are_refused_and_an_empty_batch_is_empty() -> None:
     for bad in (torch.zeros(V), torch.zeros((2, V)), torch.zeros((1, 0))):
         with pytest.raises(ValueError, match="logits: shape"):
             sample(bad, [spec()])
+
+
+def test_rows_drawn_by_compiled_code_are_the_same() -> None:
+    """Whole rows go to it, also behind penalties; what it refuses is named, what is cut off stays numpy's."""
+    from tandem.kernels.compiled.sampling import RowSampler
+
+    rows = logits(120).numpy()
+    fields = [{}, {"temperature": 0.7}, {"repetition_penalty": 1.3}, {"top_p": 0.8}, {"top_k": 9}, {"min_p": 0.1}]
+    specs = [spec(i, seed=i, **fields[i % len(fields)]) for i in range(120)]
+    assert Sampler(RowSampler(V)).sample(rows, specs) == Sampler().sample(rows, specs)
+    rows[5], rows[6], rows[7, 9] = np.nan, -np.inf, np.inf
+    assert Sampler(RowSampler(V)).sample(rows, specs) == Sampler().sample(rows, specs)
