@@ -104,16 +104,13 @@ class _QueuedPrompt:
         self._link, self._tokens = link, tokens
         self._patient_tokens = 0 if math.isfinite(urgency.deadline_s) else tokens
         self.waiting = True
-        link.queued_prefill_tokens += tokens
-        link.patient_prefill_tokens += self._patient_tokens
+        link.prompt_sent(tokens, self._patient_tokens)
 
     def done(self) -> None:
         """Its first token is here, or nobody waits for it; idempotent."""
         if self.waiting:
             self.waiting = False
-            self._link.queued_prefill_tokens -= self._tokens
-            self._link.patient_prefill_tokens -= self._patient_tokens
-            self._link.load_changed()
+            self._link.prompt_done(self._tokens, self._patient_tokens)
 
 
 class PrefillHalf:
@@ -255,8 +252,7 @@ class Attempt:
         own = _QueuedPrompt(self.first_worker, uncached_tokens, work.urgency) if half is None else half.prompt
         self._prompt = own
         if decode is not None:
-            decode.decode_rows += 1
-            decode.tpot_promises_s[work.tpot_s] += 1
+            decode.row_begun(work.tpot_s)
 
     @property
     def prefill(self) -> WorkerLink | None:
@@ -314,9 +310,7 @@ class Attempt:
             self._prompt.done()
         kept = self.half if keep_prefill and self.half is not None and self.half.serves else None
         if self.decode is not None:
-            self.decode.decode_rows -= 1
-            self.decode.tpot_promises_s[self.work.tpot_s] -= 1
-            self.decode.load_changed()
+            self.decode.row_ended(self.work.tpot_s)
             self.decode.unsubscribe(self._decode_key())
             if self._decode_open:
                 # Named, the prefill attempt ends on its holder too: the decode worker tells it.

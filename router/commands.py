@@ -49,7 +49,7 @@ class Commands:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
         try:
-            answer = await answered
+            answer: pb.Answer = await answered
         finally:
             self._waiting.pop(number, None)
         if answer.code:

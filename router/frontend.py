@@ -146,6 +146,7 @@ class Frontend:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,  # nobody asks for a client's address
                 server_header=False,
                 backlog=BACKLOG_CONNECTIONS,
                 timeout_graceful_shutdown=STOP_TIMEOUT_S,

@@ -42,6 +42,26 @@ class ClientGone(Exception):
     """The client closed its connection; nobody reads an answer."""
 
 
+class Gone:
+    """Whether the client has left, told by its connection: a task that waits for ASGI's message costs every request."""
+
+    __slots__ = ("seen", "tell")
+
+    def __init__(self) -> None:
+        self.seen = False
+        self.tell: Callable[[], object] | None = None
+
+    def leave(self) -> None:
+        """The connection is lost. Once."""
+        self.seen = True
+        if self.tell is not None:
+            self.tell()
+
+
+GONE = "tandem.gone"
+"""Where in an ASGI scope the connection puts it."""
+
+
 class PayloadTooLarge(ServiceError):
     """The body is over `RouterConfig.max_body_bytes`."""
 
@@ -92,7 +112,7 @@ def error_headers(error: ServiceError) -> dict[str, str]:
 
 
 class Exchange:
-    """One request being answered. Methods raise ClientGone once the client has closed its connection.
+    """One request being answered, on a connection that puts `GONE` into the scope.
 
     Whoever made it calls `close` in the end: it gives back what the body takes of `budget`.
     """
@@ -102,6 +122,7 @@ class Exchange:
     ) -> None:
         self._receive = receive
         self._send = send
+        self._gone: Gone = scope[GONE]
         self._max_body_bytes = max_body_bytes
         self._budget = budget or BodyBudget(MAX_HELD_BYTES)
         self._held_bytes = 0
@@ -134,8 +155,7 @@ class Exchange:
             shown = "is missing" if content_type is None else f"{content_type[:MAX_ECHOED_CHARS]!r} is no JSON"
             raise WrongContentType(f"content-type: {shown}; allowed: {JSON_CONTENT_TYPE}", param="content-type")
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                body = await self._read_body()
+            body = await self._read_body(asyncio.get_running_loop().time() + BODY_TIMEOUT_S)
         except TimeoutError:
             raise BodyTimeout(
                 f"the request's body did not arrive in time; allowed: {BODY_PART_TIMEOUT_S:g} s for its next part, "
@@ -143,7 +163,9 @@ class Exchange:
             ) from None
         return parse_json_object(body)
 
-    async def _read_body(self) -> bytes:
+    async def _read_body(self, deadline_s: float) -> bytes:
+        """`deadline_s`: on the loop's clock. TimeoutError."""
+        loop = asyncio.get_running_loop()
         declared = self.header("content-length")
         announced_bytes = int(declared) if declared is not None and declared.isdigit() else 0
         discard_limit_bytes = DISCARD_FACTOR * self._max_body_bytes
@@ -152,7 +174,7 @@ class Exchange:
         parts: list[bytes] = []
         size_bytes = 0
         while True:
-            async with asyncio.timeout(BODY_PART_TIMEOUT_S):
+            async with asyncio.timeout_at(min(deadline_s, loop.time() + BODY_PART_TIMEOUT_S)):
                 message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
@@ -181,25 +203,19 @@ class Exchange:
         """
         task = asyncio.current_task()
         assert task is not None
-        gone = False
-
-        async def watch() -> None:
-            nonlocal gone
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            gone = True
-            task.cancel()
-
-        watcher = asyncio.create_task(watch())
+        gone = self._gone
+        if gone.seen:
+            raise ClientGone
+        gone.tell = task.cancel
         try:
             return await work()
         except asyncio.CancelledError:
-            if gone:
+            if gone.seen:
                 task.uncancel()
                 raise ClientGone from None
             raise
         finally:
-            watcher.cancel()
+            gone.tell = None
 
     # -- the answer -------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from .errors import InvalidRequest, ServiceError, Unavailable
-from .http_exchange import error_headers, error_json
+from .http_exchange import GONE, Gone, error_headers, error_json
 
 _log = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
+        cycle.scope[GONE] = Gone()  # type: ignore[typeddict-unknown-key]
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -157,6 +158,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._answering is not None and not self._answering.response_complete:
             self._answering.disconnected = True
             self._answering.message_event.set()
+            self._answering.scope[GONE].leave()  # type: ignore[typeddict-item]
         super().connection_lost(exc)
 
     def on_body(self, body: bytes) -> None:

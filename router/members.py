@@ -75,9 +75,9 @@ class Member:
     identity: str = ""
     """`kv_identity` of the status."""
     view: WorkerView | None = None
-    """As of this status and `seen_load`."""
-    seen_load: int = -1
-    """The link's `load_version` that `view` was made of."""
+    """As of this status and `viewed_load`."""
+    viewed_load: tuple[int, int, int, float] | None = None
+    """The link's."""
 
 
 class Membership(RegistryServicer):
@@ -270,8 +270,9 @@ class Membership(RegistryServicer):
 
     def _view_of(self, member: Member) -> WorkerView:
         """Made anew only where something has changed: a request asks for it many times."""
-        if member.view is None or member.seen_load != member.link.load_version:
-            member.view, member.seen_load = self._view(member), member.link.load_version
+        load = member.link.load
+        if member.view is None or member.viewed_load != load:
+            member.view, member.viewed_load = self._view(member), load
         return member.view
 
     @staticmethod

@@ -67,6 +67,10 @@ class Fields:
         """The value as it came; None if absent."""
         return self._values.get(name)
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there, null or not."""
+        return name in self._values
+
     def refuse(self, name: str, problem: str, allowed: str) -> InvalidRequest:
         """The error to raise about a field."""
         param = self.prefix + name
@@ -75,9 +79,9 @@ class Fields:
     def integer(self, name: str, low: int, high: int) -> int | None:
         """An integer in [low, high]; a boolean or a float is none."""
         value = self.raw(name)
-        allowed = f"an integer from {low} to {high}"
         if value is None:
             return None
+        allowed = f"an integer from {low} to {high}"
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refuse(name, f"{show(value)} is not an integer", allowed)
         if not low <= value <= high:
@@ -87,9 +91,9 @@ class Fields:
     def number(self, name: str, low: float, high: float, *, above_low: bool = False) -> float | None:
         """A finite number in [low, high], or in (low, high]."""
         value = self.raw(name)
-        allowed = f"a number {'above' if above_low else 'from'} {low:g} {'up ' if above_low else ''}to {high:g}"
         if value is None:
             return None
+        allowed = f"a number {'above' if above_low else 'from'} {low:g} {'up ' if above_low else ''}to {high:g}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.refuse(name, f"{show(value)} is not a number", allowed)
         if not low <= value <= high or (above_low and value == low) or math.isnan(value):
@@ -264,8 +268,10 @@ def parse_stop(fields: Fields, max_stop: int) -> tuple[str, ...]:
 
 def parse_token_ids(fields: Fields, name: str, ids: Sequence[Any], vocab_size: int) -> tuple[int, ...]:
     """Token ids below `vocab_size`; the sequence was read from the field `name`."""
+    # At once, because it may be a whole context; booleans are integers, but not of that type.
+    if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) < vocab_size)):
+        return tuple(ids)
     for token_id in ids:
-        # `type() is int` also turns away booleans; the loop may run over a whole context.
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise fields.refuse(
                 name, f"{show(token_id)} is not a token id of this model", f"integers from 0 to {vocab_size - 1}"
