@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from .cli_display import Display
 from .config import ClusterConfig, is_loopback
 from .launch.interrupts import Interrupts
 from .launch.ray_cluster import Interrupted, RayCluster
-from .launch.state import Endpoints
+from .launch.stages import describe
+from .launch.state import Endpoints, MemberView
 
 _QUESTION = "Why is the sky blue?"
 _JSON = "'Content-Type: application/json'"
@@ -39,6 +41,7 @@ def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
             display.line("stopped before it was ready")
             return 130
         ready = True
+        display.line(started(cluster.started_s, cluster.members()))
         display.line(welcome(config, endpoints))
         while not interrupts.first.wait(_LOOK_S) and not cluster.ray_lost:
             pass
@@ -70,6 +73,12 @@ def headline(config: ClusterConfig) -> str:
     paced = " (computes nothing, takes a model's time)" if config.engine.device == "paced" else ""
     device = f"{config.engine.device}{paced}"
     return f"Tandem: {config.router.model} on {device}, {config.engine.dtype}, {' + '.join(pools)} on {where}"
+
+
+def started(cluster_s: Mapping[str, float], members: Sequence[MemberView]) -> str:
+    """How long it all took, and each member from the birth of its process: that is what a restart takes. Pure."""
+    each = (f"  {view.name:<10} {describe(view.state.started_s)}" for view in members if view.state.started_s)
+    return "\n".join([f"up after {describe(cluster_s)}", *each])
 
 
 def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import RouterConfig, WorkerConfig, from_dict
+from .stages import Stages
 from .state import MemberState, Phase
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ class MemberActor:
         self._kind = kind
         self._config = config
         self._start_timeout_s = start_timeout_s
+        self._stages = Stages()
+        self._stages.enter("imports")
         self._lock = threading.Lock()
-        self._state = MemberState(phase=Phase.STARTING, stage="importing", pid=os.getpid(), host=_node_ip())
+        self._state = MemberState(phase=Phase.STARTING, stage="imports", pid=os.getpid(), host=_node_ip())
         self._member: RouterMember | WorkerMember | None = None
         self._stopping = False
         self._told = False
@@ -101,13 +104,14 @@ class MemberActor:
             addresses=addresses,
             epoch=epoch,
             healthy=True,
+            started_s=self._stages.end(),
         )
 
     def _start_member(self) -> tuple[dict[str, str], int]:
         from .members import RouterMember, WorkerMember
 
         if self._kind == "router":
-            router = RouterMember(from_dict(RouterConfig, self._config))
+            router = RouterMember(from_dict(RouterConfig, self._config), progress=self._progress)
             self._adopt(router)
             router.start(self._start_timeout_s)
             addresses = {
@@ -154,6 +158,8 @@ class MemberActor:
             self._member = member
 
     def _progress(self, stage: str, fraction: float | None) -> None:
+        with self._lock:
+            self._stages.enter(stage)
         self._set(stage=stage, fraction=fraction)
 
     def _set(self, **changes: Any) -> None:

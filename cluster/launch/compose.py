@@ -86,6 +86,10 @@ def advertised_host(host: str, routers: tuple[str, ...]) -> str:
         return str(probe.getsockname()[0])
 
 
+def _unheard(stage: str, share: float | None) -> None:
+    """Nobody follows this start."""
+
+
 class WorkerRuntime:
     """A worker on the running event loop: `start`, serve, `drain`, `stop`."""
 
@@ -109,12 +113,15 @@ class WorkerRuntime:
 
     async def start(self, progress: Progress | None = None) -> None:
         """Loads the model and serves. Raises ModelError, ConfigError, OSError (a port in use)."""
-        config = self._config
+        config, say = self._config, progress or _unheard
+        say("model files", None)
         credentials = await asyncio.to_thread(MemberCredentials.load, config.security)
         credentials.check_exposure(config.host, insecure=config.insecure)
         files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
         check_engine(config.engine, files.config)
+        say("device", None)
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
+        say("services", None)
         self._device = device
         if config.transport != "grpc":
             self._segments = await share(device.kv.segment)

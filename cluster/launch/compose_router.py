@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Callable
 
 from grpc import aio
 
@@ -24,9 +25,9 @@ from ..models.reference import resolve_model
 from ..proto.tandem_internal_v1_pb2_grpc import add_RegistryServicer_to_server, add_SiblingServicer_to_server
 from ..rpc import make_server
 from .checks import check_shared_ports
-from .compose import Progress
 
 logger = logging.getLogger(__name__)
+Progress = Callable[[str, float | None], None]
 
 
 class RouterRuntime:
@@ -47,10 +48,14 @@ class RouterRuntime:
         """Reads the tokenizer and serves. Raises ModelError, ValueError, OSError (a port in use)."""
         config, clock = self._config, MonotonicClock()
         check_shared_ports(config)
+        if progress is not None:
+            progress("tokenizer", None)
         credentials = await asyncio.to_thread(MemberCredentials.load, config.security)
         credentials.check_exposure(config.host, insecure=config.insecure)
         files = await asyncio.to_thread(resolve_model, config.model, progress=progress)
         tokenizer = await asyncio.to_thread(load_tokenizer, files)
+        if progress is not None:
+            progress("services", None)
         router_id = f"router-{secrets.token_hex(6)}"
         name = config.served_model_name or config.model
         self.members = Membership(

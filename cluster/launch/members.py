@@ -1,5 +1,6 @@
 """A worker or a router inside this process, behind plain blocking calls: for Ray actors, plain processes and tests.
 
+What a worker is made of is imported with the first worker, a router's with the first router.
 Each member has an event loop in a thread of its own; `start` returns when it serves, `stop` when nothing of it is left.
 """
 
@@ -10,15 +11,19 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvloop
 
 from ..config import RouterConfig, WorkerConfig
-from .compose import Progress, WorkerRuntime
-from .compose_router import RouterRuntime
+
+if TYPE_CHECKING:
+    from .compose import WorkerRuntime
+    from .compose_router import RouterRuntime
 
 T = TypeVar("T")
+Progress = Callable[[str, float | None], None]
+"""(stage, share of it done or None)."""
 logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 30.0
 _ANSWER_S = 1.0
@@ -123,6 +128,8 @@ class WorkerMember(_Member):
         on_failure: Callable[[BaseException], None] | None = None,
         on_leave: Callable[[float], None] | None = None,
     ) -> None:
+        from .compose import WorkerRuntime
+
         super().__init__(f"worker-{config.worker_id}", progress, asyncio.new_event_loop())
         self._failure: BaseException | None = None
         self._report = on_failure
@@ -169,6 +176,8 @@ class RouterMember(_Member):
     """One router, on uvloop: every request's tokens pass through its loop."""
 
     def __init__(self, config: RouterConfig, progress: Progress | None = None) -> None:
+        from .compose_router import RouterRuntime
+
         super().__init__("router", progress, uvloop.new_event_loop())
         self._runtime: RouterRuntime = RouterRuntime(config)
         self._warning = ""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..config import RouterConfig, WorkerConfig, from_dict
 from .members import RouterMember, WorkerMember
+from .stages import Stages
 
 PR_SET_PDEATHSIG = 1
 EXIT_ENGINE_FAILED = 70
@@ -36,18 +37,23 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _worker(config: WorkerConfig, start_timeout_s: float, on_leave: Callable[[float], None]) -> WorkerMember:
+def _worker(
+    config: WorkerConfig, start_timeout_s: float, on_leave: Callable[[float], None], stages: Stages
+) -> WorkerMember:
     def on_failure(error: BaseException) -> None:
         print(f"worker {config.worker_id}: the engine failed: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_ENGINE_FAILED)
 
-    member = WorkerMember(config, on_failure=on_failure, on_leave=on_leave)
+    member = WorkerMember(
+        config, progress=lambda stage, _: stages.enter(stage), on_failure=on_failure, on_leave=on_leave
+    )
     member.start(start_timeout_s)
     return member
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one member until a signal; returns the exit status."""
+    stages = Stages("process and imports")
     parser = argparse.ArgumentParser(prog="tandem.cluster.launch.process", description=__doc__)
     parser.add_argument("kind", choices=("worker", "router"))
     parser.add_argument("--config", type=Path, required=True, help="JSON of a WorkerConfig or RouterConfig")
@@ -74,10 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
     member: WorkerMember | RouterMember
     try:
         if options.kind == "worker":
-            member = _worker(from_dict(WorkerConfig, values), options.start_timeout_s, leave)
+            member = _worker(from_dict(WorkerConfig, values), options.start_timeout_s, leave, stages)
             addresses = {"address": member.address, "kv_address": member.kv_address, "epoch": member.epoch}
         else:
-            member = RouterMember(from_dict(RouterConfig, values))
+            member = RouterMember(from_dict(RouterConfig, values), progress=lambda stage, _: stages.enter(stage))
             member.start(options.start_timeout_s)
             addresses = {
                 "http": member.http_address,
@@ -87,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{options.kind}: {error}", file=sys.stderr, flush=True)
         return 1
-    print(json.dumps({"pid": os.getpid(), **addresses}), flush=True)
+    print(json.dumps({"pid": os.getpid(), **addresses, "started_s": stages.end()}), flush=True)
     stop.wait()
     member.drain(drain_timeout_s)
     member.stop()

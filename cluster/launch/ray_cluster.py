@@ -16,7 +16,7 @@ import importlib.util
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from . import runtime_file
 from .checks import check_engines, check_events, check_ports, check_shared_ports, fetch_model, pin_config, wait_gone
 from .local_ray import LocalRay, join_ray
 from .security import secured
+from .stages import Stages
 from .state import Endpoints, LaunchError, MemberView, Phase
 
 Progress = Callable[[str, str, float | None], None]
 """(member, stage, share done or None), whenever one of them changes."""
 
-_POLL_S = 0.2
+_POLL_S = 0.1
 _STOP_S = 10.0
 _GONE_S = 5.0
 _LAST_WORDS_S = 2.0
@@ -76,6 +77,8 @@ class RayCluster:
         self._endpoints: Endpoints | None = None
         self._operator_key: str | None = None
         self._runtime_file: Path | None = None
+        self.started_s: Mapping[str, float] = {}
+        """What `start` took, stage by stage; that of each member is in its state."""
 
     def __enter__(self) -> RayCluster:
         return self
@@ -110,9 +113,12 @@ class RayCluster:
         the model cannot fulfill, one line; then nothing is left running.
         """
         self._progress = progress or self._progress
+        stages = Stages("checks", age_s=0.0)
         try:
             config = self._prepare()
+            stages.enter("Ray")
             self._start_ray(config)
+            stages.enter("members")
             self._place(config)
             self._make_members(config)
             self._endpoints = self._wait_ready(config)
@@ -124,6 +130,7 @@ class RayCluster:
 
         self._manager = Manager(self._handles, self._report)
         self._manager.start()
+        self.started_s = stages.end()
         return self._endpoints
 
     def drain(self, timeout_s: float | None = None) -> bool:

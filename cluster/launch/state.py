@@ -45,6 +45,8 @@ class MemberState:
     """The router's: why a request could not be served now; empty where one could."""
     warning: str = ""
     """One line for the operator about a member that serves; empty: nothing."""
+    started_s: Mapping[str, float] = field(default_factory=dict)
+    """Of a member that is ready: what its start took, stage by stage."""
     pid: int = 0
     host: str = ""
     """IP address of its node."""
