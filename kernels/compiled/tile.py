@@ -167,13 +167,15 @@ def _step(b: ir.IRBuilder, form: int, xs: list[Any], ws: list[Any], totals: list
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _finish(b: ir.IRBuilder, form: int, rows: int, totals: list[list[Any]], args: Any) -> None:
+def _finish(b: ir.IRBuilder, form: int, rows: int, totals: list[list[Any]], args: _Arguments) -> None:
     """Scale what is integer, add the bias, add what y holds if asked to, write y."""
+    # Without a bias, or without a sum to add to, y is read in its place and masked to 0: neither branch nor variant.
     has_bias = b.icmp_unsigned("!=", args.bias, I64(0))
-    adds = b.icmp_unsigned("!=", args.accumulate, I64(0))
-    nothing = splat(F32_VECTOR, 0.0)
+    bias_mask = spread(b, b.sext(has_bias, I32), W)
+    old_mask = spread(b, b.sext(b.icmp_unsigned("!=", args.accumulate, I64(0)), I32), W)
     for r in range(rows):
         y = b.add(args.y, b.mul(args.ldy, I64(r)))
+        bias_row = b.select(has_bias, args.bias, y)
         if form in (INT8, INT8_DOT):
             x_scale = spread(b, load_as(b, b.add(args.x_scale, I64(4 * r)), FLOAT, 4), W)
         for j, total in enumerate(totals[r]):
@@ -181,11 +183,10 @@ def _finish(b: ir.IRBuilder, form: int, rows: int, totals: list[list[Any]], args
             if form in (INT8, INT8_DOT):
                 scale = b.fmul(x_scale, load_as(b, b.add(args.w_scale, there), F32_VECTOR, 4))
                 total = b.fmul(b.sitofp(total, F32_VECTOR), scale)
-            # Without a bias, or without a sum to add to, y is read in its place and not used: no branch.
-            bias = load_as(b, b.add(b.select(has_bias, args.bias, y), there), F32_VECTOR, 4)
-            total = b.fadd(total, b.select(has_bias, bias, nothing))
-            old = load_as(b, b.add(y, there), F32_VECTOR, 4)
-            store_as(b, b.add(y, there), b.fadd(total, b.select(adds, old, nothing)), 4)
+            for address, mask in ((bias_row, bias_mask), (y, old_mask)):
+                bits = b.and_(load_as(b, b.add(address, there), I32_VECTOR, 4), mask)
+                total = b.fadd(total, b.bitcast(bits, F32_VECTOR))
+            store_as(b, b.add(y, there), total, 4)
 
 
 class _Arguments:
