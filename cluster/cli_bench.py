@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .cli_bench_engine import engine
 from .cli_bench_handoff import handoff
 from .cli_bench_router import router
 from .cli_bench_serve import serve
@@ -12,3 +13,4 @@ bench = typer.Typer(help="Measure a running server, an engine, a handoff, a rout
 bench.command("serve")(serve)
 bench.command("router")(router)
 bench.command("handoff")(handoff)
+bench.command("engine")(engine)

@@ -1,0 +1,73 @@
+"""`bench engine`'s header and table, for people."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from ..config import EngineConfig
+from .engine import CellResult
+from .engine_bounds import Bounds
+
+HEAD = (
+    f"{'':<8}{'batch':>6}{'context':>9}{'prompt':>8}{'chunk':>7}  {'ms':>9} {'min … max':>19}"
+    f"{'tokens/s':>10}{'memory':>8}{'arith.':>8}"
+)
+
+
+def machine_facts() -> dict[str, Any]:
+    """What timings depend on, for the header and the saved result."""
+    import torch
+
+    from ... import __version__
+
+    return {
+        "machine": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "tandem": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def header(config: EngineConfig, picked: tuple[str, str], machine: dict[str, Any]) -> str:
+    """One line: model, precision, threads, kernels picked and why, machine."""
+    precision = config.dtype if config.quantization is None else f"{config.quantization} ({config.dtype} KV)"
+    threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}"
+    kernels, reason = picked
+    place = f"{machine['machine']}, {machine['cores']} cores, {machine['instructions']}"
+    return f"{config.model}, {precision}, {threads}, {kernels} kernels ({reason}); {place}"
+
+
+def bounds_line(bounds: Bounds, threads: int) -> str:
+    """What the machine reached beside the engine."""
+    int8 = f"{bounds.int8_ops / 1e9:.0f} GOP/s" if bounds.int8_ops else "no product here"
+    floats = f"float32 {bounds.float32_flops / 1e9:.0f} GFLOP/s, bfloat16 {bounds.bfloat16_flops / 1e9:.0f} GFLOP/s"
+    return (
+        f"bounds with {threads} thread{'s' if threads > 1 else ''}: reading {bounds.read_bytes / 1e9:.1f} GB/s; "
+        f"products {floats}, int8 {int8}"
+    )
+
+
+def row_line(row: CellResult) -> str:
+    """One line of the table under `HEAD`. A prefill's time is that of the whole prompt."""
+    cell = row.cell
+    numbers = (cell.batch, cell.context if cell.batch else 0, cell.prompt, cell.chunk)
+    shown = [str(number) if number else "-" for number in numbers]
+    spread = f"{min(row.times_s) * 1e3:.1f} … {max(row.times_s) * 1e3:.1f}"
+    return (
+        f"{cell.kind:<8}{shown[0]:>6}{shown[1]:>9}{shown[2]:>8}{shown[3]:>7}  {row.median_s * 1e3:>9.1f} {spread:>19}"
+        f"{row.tokens_per_s:>10.0f}{row.memory_share:>8.0%}{row.arithmetic_share:>8.0%}"
+    )
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    line = next((line for line in text.splitlines() if line.startswith("model name")), "")
+    return line.partition(":")[2].strip() or platform.machine()

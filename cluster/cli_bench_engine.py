@@ -1,0 +1,108 @@
+"""`tandem bench engine`: step times of one engine, without network, beside what the machine could do."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def engine(
+    model: Annotated[str, typer.Option(help="Alias, folder, .gguf, Hugging Face id or dummy:<config>.")] = (
+        "smollm2-135m"
+    ),
+    device: Annotated[str, typer.Option(help="cpu; the paced device computes nothing and is refused.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    quantization: Annotated[str | None, typer.Option(help="w8a8: int8 weights and activations.")] = None,
+    kernels: Annotated[str, typer.Option(help="auto, compiled, torch or reference.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
+    cpus: Annotated[str, typer.Option(help="Processors to pin them to, e.g. 0,1. Default: not pinned.")] = "",
+    block_size: Annotated[int, typer.Option(help="Token slots of a KV block.")] = 16,
+    batch_sizes: Annotated[str, typer.Option(help="Sequences in a decode step.")] = "1,8,32",
+    context: Annotated[str, typer.Option(help="Tokens of KV that each of them has.")] = "64,1024",
+    prompt_lens: Annotated[str, typer.Option(help="Prompts to prefill, one at a time.")] = "64,256,1024",
+    chunk_sizes: Annotated[str, typer.Option(help="Tokens of a prefill step at most.")] = "512",
+    mixed: Annotated[bool, typer.Option("--mixed", help="Also a chunk beside each decode batch.")] = False,
+    warmups: Annotated[int, typer.Option(help="Measurements of a row that do not count.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Measurements that do.")] = 10,
+    row_seconds: Annotated[float, typer.Option(help="A row stops after this, with three measurements.")] = 20.0,
+    seed: Annotated[int, typer.Option(help="Of token ids and KV.")] = 0,
+    save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+    save_trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write the steps as a Chrome trace.")] = None,
+) -> None:
+    """Measure one engine without network: step times over grids, with the share of the machine's bounds they reach."""
+    import datetime
+    import json
+    from dataclasses import asdict, replace
+    from pathlib import Path
+
+    from .bench.chrome_trace import save_trace as write_trace
+    from .bench.engine import EngineBenchOptions, blocks_needed, cells, check_device, run_engine_bench
+    from .bench.engine_show import HEAD, bounds_line, header, machine_facts, row_line
+    from .cli_display import Display
+    from .config import EngineConfig
+    from .engine.devices.kv_memory import kv_layout
+    from .launch.compose import build_device
+    from .models.reference import resolve_model
+
+    options = EngineBenchOptions(
+        batch_sizes=_numbers("batch_sizes", batch_sizes),
+        contexts=_numbers("context", context),
+        prompt_lens=_numbers("prompt_lens", prompt_lens),
+        chunk_sizes=_numbers("chunk_sizes", chunk_sizes),
+        mixed=mixed,
+        warmups=warmups,
+        repeats=repeats,
+        row_seconds=row_seconds,
+        seed=seed,
+    )
+    config = EngineConfig(
+        model=model,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        kernels=kernels,
+        threads=threads,
+        cpus=_numbers("cpus", cpus),
+        block_size=block_size,
+    )
+    files = resolve_model(model)
+    found = cells(options)
+    check_device(config, files.config, found)
+    block_bytes = kv_layout(files.config, dtype, block_size).block_bytes
+    config = replace(config, kv_cache_bytes=blocks_needed(found, block_size) * block_bytes)
+    display = Display()
+    built = build_device(config, files, None)
+    try:
+        picked = built.picked  # type: ignore[attr-defined]  # a CpuDevice: check_device lets no other pass
+        machine = machine_facts()
+        line = header(config, (picked.kernels, picked.reason), machine)
+        display.line(line)
+        display.line(HEAD)
+        facts = {
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "header": line,
+            **machine,
+            "kernels": picked.kernels,
+            "engine": asdict(config),
+            "options": asdict(options),
+        }
+        result = run_engine_bench(config, files.config, options, built, lambda row: display.line(row_line(row)), facts)
+    finally:
+        built.close()
+    display.line(bounds_line(result.bounds, threads))
+    if save_result is not None:
+        Path(save_result).write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+        display.line(f"saved       {save_result}")
+    if save_trace is not None:
+        write_trace(save_trace, result.events)
+        display.line(f"saved       {save_trace}")
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(
+            f"{name}: {text!r} is not allowed; allowed: numbers separated by commas, e.g. 1,8,32"
+        ) from None
