@@ -283,12 +283,6 @@ def load_int8(b, address):
     return b.sext(load_as(b, address, ir.VectorType(I8, W), 1), I32_VECTOR)
 
 
-@operation(types.float32, ADDRESS)
-def load_int8_float(b, address):
-    """One int8 -> float32."""
-    return b.sitofp(load_as(b, address, I8, 1), FLOAT)
-
-
 @operation(types.void, ADDRESS, i32)
 def store_int8(b, address, value):
     """Write the low 8 bits of each lane."""

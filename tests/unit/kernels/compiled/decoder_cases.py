@@ -1,0 +1,71 @@
+"""Compiled decoders of tiny models beside the torch model with the same weights, and steps over their own KV memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tandem.cluster.engine.model import OPT_POSITION_OFFSET, inverse_frequencies
+from tandem.cluster.engine.weight_source import WeightSource
+from tandem.cluster.models.config import ModelConfig
+from tandem.kernels.compiled.decoder import CompiledModel, StepArrays
+from tandem.kernels.compiled.decoder_weights import DecoderShape
+
+BLOCK_SIZE = 4
+
+
+def shape_of(c: ModelConfig) -> DecoderShape:
+    return DecoderShape(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        num_layers=c.num_layers,
+        num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        intermediate_size=c.intermediate_size,
+        norm=c.norm,
+        norm_eps=c.norm_eps,
+        norm_before=c.norm_before,
+        activation=c.activation,
+        gated_mlp=c.gated_mlp,
+        rotary_frequencies=None if c.learned_positions else tuple(inverse_frequencies(c).tolist()),
+        position_offset=OPT_POSITION_OFFSET if c.learned_positions else 0,
+        qkv_bias=c.qkv_bias,
+        attention_out_bias=c.attention_out_bias,
+        mlp_bias=c.mlp_bias,
+        qk_norm=c.qk_norm,
+        tie_word_embeddings=c.tie_word_embeddings,
+        sliding_window=c.sliding_window,
+        embed_dim=c.embed_dim,
+    )
+
+
+def compiled(config: ModelConfig, source: WeightSource, kind: str, threads: int = 1) -> CompiledModel:
+    return CompiledModel.build(shape_of(config), kind, lambda name: source.read(name).float().numpy(), threads=threads)
+
+
+class CompiledSteps:
+    """Drives a `CompiledModel` over KV memory full of NaN; sequences get shuffled, disjoint block tables."""
+
+    def __init__(self, model: CompiledModel, dtype: type = np.float32, num_blocks: int = 120) -> None:
+        s = model.shape
+        shape = (num_blocks, s.num_layers, 2, s.num_kv_heads, BLOCK_SIZE, s.head_dim)
+        nan = np.nan if dtype == np.float32 else 0x7FC0
+        self.model = model
+        self.kv = np.full(shape, nan, dtype)
+        self._free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
+
+    def table(self, tokens: int) -> list[int]:
+        return [self._free.pop() for _ in range(-(-tokens // BLOCK_SIZE))]
+
+    def run(self, *rows: tuple[list[int], int, list[int], bool]) -> torch.Tensor:
+        """Rows of (tokens, start, table, sample) -> logits [R, V]."""
+        tokens: list[int] = []
+        tables: list[int] = []
+        words, sampled = [], []
+        for ids, start, table, sample in rows:
+            words.append((len(tokens), start, len(ids), len(tables)))
+            tokens += ids
+            tables += table
+            sampled += [len(tokens) - 1] if sample else []
+        arrays = (np.array(values, np.int64) for values in (tokens, words, tables, sampled))
+        return torch.from_numpy(self.model.step(StepArrays(*arrays), self.kv))
