@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Most tests wait for timers and other processes: more of them at a time than there are cores.
+TEST_PROCESSES ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -17,7 +19,8 @@ TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 help:
 	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
 	@echo "make serve   the same cluster, staying up"
-	@echo "make test    install with test tools, run the whole suite    make lint   ruff, import-linter, mypy"
+	@echo "make test    install with test tools, run the whole suite in TEST_PROCESSES=3 (ARGS=\"-k word tests/unit\")"
+	@echo "make lint    ruff, import-linter, mypy"
 	@echo "make soak    many requests while workers are killed: minutes"
 	@echo "make faults  every fault at every state of the handoff, longer than in the suite: minutes"
 	@echo "make fuzz    every parser against made-up input, FUZZ_SECONDS=60 each (ARGS=\"--seconds 10 gguf yaml\")"
@@ -33,7 +36,7 @@ serve: venv
 	$(BIN)/tandem serve $(ARGS)
 
 test: dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # Long: 20,000 requests on the paced device, 1,000 on the real model, with cancellations and kills all the while.
 soak: dev

@@ -1,10 +1,14 @@
-"""What all tests share: few compute threads, the demo model fetched once, the data that lies beside the repository."""
+"""What all tests share: few compute threads, the demo model fetched once, the data that lies beside the repository; and
+which of them go to one process where several run them side by side (pytest-xdist, `--dist loadgroup`).
+"""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,44 @@ from tandem.cluster.models.fetch import default_cache_dir  # noqa: E402
 from tandem.cluster.models.reference import ModelError, ModelFiles, resolve_model  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
+
+APART = ("test_endings.py", "test_broken_model.py")
+"""Files whose tests are long, each with processes of its own."""
+LONG_FIRST = ("soak", "integration", "faults", "property")
+"""Folders whose tests wait for timers: begun first, so that no process is left with one of them in the end."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests: the tests of a file go to one, with its module's fixtures; so do those
+    that want the same large model in memory.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=_turn)
+
+
+def _group(item: pytest.Item) -> str:
+    if item.path.name in APART:
+        return item.name.translate(str.maketrans("@[]", "___"))
+    if "oracle" in getattr(item, "fixturenames", ()):
+        return "oracle"
+    return str(item.path.relative_to(REPOSITORY / "tests"))
+
+
+def _turn(item: pytest.Item) -> tuple[bool, int]:
+    folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
+    turn = LONG_FIRST.index(folder) if folder in LONG_FIRST else len(LONG_FIRST)
+    return item.path.name not in APART, turn
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Clusters of these tests are found by these tests only, and those of whoever runs them are not."""
+    folder = tempfile.mkdtemp(prefix="tests-of-tandem-")
+    os.environ["XDG_RUNTIME_DIR"] = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 class Authority:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -41,7 +40,8 @@ class Traces:
     """What a running cluster has on the machine."""
 
     processes: dict[int, psutil.Process] = field(default_factory=dict)
-    ports: set[int] = field(default_factory=set)
+    sockets: dict[str, int] = field(default_factory=dict)
+    """That listen, by inode, which no later socket of somebody else on the same port has; with their ports."""
     shared: set[str] = field(default_factory=set)
 
 
@@ -92,11 +92,10 @@ class Serve:
         for process in parts:
             self.traces.processes[process.pid] = process
             try:
-                ports = {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
                 files = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
-            except (psutil.Error, OSError):
+            except OSError:
                 continue
-            self.traces.ports |= ports
+            self.traces.sockets |= {name: port for name, port in listening().items() if name in files}
             self.traces.shared |= {path for path in files if path.startswith("/dev/shm/")}
 
     def folders(self) -> list[Path]:
@@ -108,7 +107,7 @@ class Serve:
         found = {
             "processes": [(process.pid, process.name()) for process in alive],
             "strays": inside_of(self.folders()),
-            "ports": sorted(port for port in self.traces.ports if _listens(port)),
+            "ports": sorted(listening()[name] for name in self.traces.sockets.keys() & listening().keys()),
             "shared memory": [path for path in self.traces.shared if Path(path.removesuffix(" (deleted)")).exists()],
             "folders": self.folders(),
         }
@@ -141,9 +140,15 @@ def inside_of(folders: list[Path]) -> list[int]:
     return found
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def listening() -> dict[str, int]:
+    """Every socket of this machine that accepts TCP connections, as links in /proc name it, with its port."""
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                found[f"socket:[{fields[9]}]"] = int(fields[1].rpartition(":")[2], 16)
+    return found
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -318,6 +318,8 @@ def test_drain_finishes_what_runs_and_stop_leaves_nothing(running: Running) -> N
     assert {view.state.pid for view in running.cluster.members()} <= ours.keys()
     folders = set(Path("/tmp").glob(f"tandem-{os.getpid()}-*"))  # other clusters may run on this machine
     assert any(_ours(folder) for folder in folders)
+    shared = shared_memory(ours)
+    assert any("plasma" in path for path in shared)
 
     drained = running.cluster.drain()
     request.join(60)
@@ -331,9 +333,18 @@ def test_drain_finishes_what_runs_and_stop_leaves_nothing(running: Running) -> N
         with socket.socket() as probe:
             assert probe.connect_ex((host, int(port))) != 0, address
     assert not any(folder.exists() and _ours(folder) for folder in folders)
-    assert not list(Path("/dev/shm").glob("plasma*"))
+    assert [path for path in shared if Path(path).exists()] == []
     assert running.cluster.members() == ()
     running.cluster.stop()  # idempotent
+
+
+def shared_memory(pids: Iterable[int]) -> set[str]:
+    """Files in /dev/shm that these processes have open, or had before somebody removed them."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    return {path.removesuffix(" (deleted)") for path in found if path.startswith("/dev/shm/")}
 
 
 def descendants_or_orphans(pids: dict[int, str]) -> dict[int, str]:
