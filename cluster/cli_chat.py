@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from .bench.no_answer import NoAnswer
-from .bench.run import served_model
+from .bench.server import served_model
 from .tls import ClientTLS
 
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)

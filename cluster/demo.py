@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import uvloop
 
 from ..router.client import ClientDelta, TandemClient
-from .bench.run import BenchOptions, BenchResult, run_bench
+from .bench.options import BenchOptions
+from .bench.run import BenchResult, run_bench
 from .bench.show import table
 from .bench.waterfall import draw, spans
 from .cli_display import Display

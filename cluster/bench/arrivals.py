@@ -1,7 +1,7 @@
 """When requests arrive: an open loop, that is times drawn beforehand, which no slow answer can push back. Pure.
 
 Intervals are gamma distributed with mean 1/rate, as `vllm bench serve` has it: `burstiness` is the shape; 1 is a
-Poisson process, below 1 is burstier, above 1 more even.
+Poisson process, below 1 is burstier, above 1 more even. A ramp changes the rate from request to request, as there.
 """
 
 from __future__ import annotations
@@ -26,3 +26,16 @@ def arrival_times(count: int, rate: float, burstiness: float, seed: int) -> tupl
         return (0.0,) * count
     gaps = np.random.default_rng(seed).gamma(burstiness, 1.0 / (rate * burstiness), count - 1)
     return (0.0, *(float(due) for due in np.cumsum(gaps)))
+
+
+def ramp_times(
+    count: int, strategy: str, start_rps: float, end_rps: float, burstiness: float, seed: int
+) -> tuple[float, ...]:
+    """As `arrival_times`, while the rate goes from `start_rps` to `end_rps`, `linear` or `exponential` by request."""
+    even = np.diff(arrival_times(count, 1.0, burstiness, seed))
+    progress = np.arange(1, count) / max(count - 1, 1)
+    if strategy == "linear":
+        rates = start_rps + (end_rps - start_rps) * progress
+    else:
+        rates = start_rps * (end_rps / start_rps) ** progress
+    return (0.0, *(float(due) for due in np.cumsum(even / rates)))

@@ -1,34 +1,41 @@
-"""The load generator: sends requests when they are due, whatever the answers do, and notes when every piece came.
+"""The client of OpenAI-style HTTP: sends a request and notes when every piece of its answer came.
 
-It shares the machine with what it measures, so it is thin: one asyncio protocol over httptools per request, which
-stamps pieces of the stream as they arrive and reads them as JSON only after the end.
+It shares the machine with what it measures, so it is thin: one asyncio protocol over httptools, whose connections are
+used again, and which only stamps what arrives; the events are read as JSON when the answer has ended (`sse`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
+import orjson
 
 from ..tls import ClientTLS
 from .datasets import BenchRequest
 from .report import RequestRecord
+from .sse import read_events, split_events
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-_LEAD_S = 0.05  # between drawing up the run and its first request
+_CLOSE_S = 1.0
+MAX_IDLE = 1024
+"""Connections kept for later requests."""
+
+Send = Callable[[BenchRequest, float, str], Awaitable[RequestRecord]]
+"""Sends one request now, that was due at a time, under an id; returns when its answer has ended, whatever it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where and how to send. `endpoint` is CHAT or COMPLETIONS; token ids can only go to the latter."""
+    """Where and how to send. `endpoint` ends in /completions or /chat/completions; token ids only go to the former."""
 
     base_url: str
     model: str
@@ -42,39 +49,68 @@ class Target:
     """Read from `tls` once, not for each of thousands of requests."""
     headers: tuple[tuple[str, str], ...] = ()
     """More of them, for every request."""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """More fields of the body; they win."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url: {self.base_url!r} is not allowed; allowed: http://host:port")
-        if self.endpoint not in (CHAT, COMPLETIONS):
+        if not (self.endpoint.startswith("/") and self.endpoint.endswith("/completions") and self.endpoint.isascii()):
             raise ValueError(f"endpoint: {self.endpoint!r} is not allowed; allowed: {COMPLETIONS}, {CHAT}")
         object.__setattr__(self, "secure", self.tls.context_for(self.base_url))
         for name, value in self.headers:
             if not (name and (name + value).isascii() and (name + value).isprintable() and not set(name) & set(": ")):
                 raise ValueError(f"header: {name!r}: {value!r} cannot be sent; allowed: a token, and printable ASCII")
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are messages."""
+        return self.endpoint.endswith("/chat/completions")
+
 
 class StreamFailed(Exception):
     """The request did not come to its proper end."""
 
 
-class _Exchange(asyncio.Protocol):
-    """One request and its streamed answer: events with the time at which their last byte came."""
+class _Connection(asyncio.Protocol):
+    """One connection: a request at a time, and the pieces of its answer's body with the time at which they came."""
 
-    def __init__(self, request: bytes, done: asyncio.Future[None]) -> None:
-        self.events: list[tuple[float, bytes]] = []
+    def __init__(self, open_ones: set[_Connection]) -> None:
+        self.pieces: list[tuple[float, bytes]] = []
         self.status = 0
-        self._request = request
-        self._done = done
-        self._buffer = b""
+        self.reusable = False
+        self.closed = asyncio.Event()
+        self._open_ones = open_ones
+        self._done: asyncio.Future[None] | None = None
         self._now_s = 0.0
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
 
+    async def ask(self, request: bytes) -> None:
+        """Sends a request and waits for the end of its answer. Raises StreamFailed."""
+        assert self._transport is not None
+        self.pieces, self.status, self.reusable = [], 0, False
+        self._done = asyncio.get_running_loop().create_future()
+        if self._transport.is_closing():
+            raise StreamFailed("the connection ended early")
+        self._transport.write(request)
+        try:
+            await self._done
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        finally:
+            self._done = None
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._transport is not None:
+            self._transport.close()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one without being a subclass
-        self._transport.write(self._request)
+        self._open_ones.add(self)
 
     def data_received(self, data: bytes) -> None:
         self._now_s = time.monotonic()
@@ -82,8 +118,12 @@ class _Exchange(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._end(StreamFailed(f"the answer is not HTTP ({error})"))
+            self.close()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.reusable = False
+        self.closed.set()
+        self._open_ones.discard(self)
         self._end(StreamFailed(f"the connection ended early ({error})" if error else "the connection ended early"))
 
     def on_headers_complete(self) -> None:
@@ -92,198 +132,135 @@ class _Exchange(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser with every piece of the body."""
-        *events, self._buffer = (self._buffer + body).split(b"\n\n")
-        self.events.extend((self._now_s, event) for event in events)
+        self.pieces.append((self._now_s, body))
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        if self._buffer.strip():
-            self.events.append((self._now_s, self._buffer))
+        self.reusable = self._parser.should_keep_alive()
         self._end(None)
 
     def _end(self, error: StreamFailed | None) -> None:
-        if self._done.done():
+        if self._done is None or self._done.done():
             return
         if error is None:
             self._done.set_result(None)
         else:
             self._done.set_exception(error)
-        if self._transport is not None:
-            self._transport.close()
+
+
+class HttpSender:
+    """Sends requests to one target. `send` is a `Send`; close it at the end."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        parts = urlsplit(target.base_url)
+        self._host = parts.hostname or ""
+        self._port = parts.port or (443 if target.secure else 80)
+        head = [
+            f"POST {parts.path.rstrip('/')}{target.endpoint} HTTP/1.1",
+            f"Host: {parts.netloc}",
+            "Content-Type: application/json",
+            "Accept: text/event-stream",
+        ]
+        if target.api_key:
+            head.append(f"Authorization: Bearer {target.api_key}")
+        head += [f"{name}: {value}" for name, value in target.headers]
+        self._head = "\r\n".join([*head, ""]).encode()
+        self._fixed: dict[str, Any] = {
+            "model": target.model,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if target.temperature is not None:
+            self._fixed["temperature"] = target.temperature
+        self._idle: list[_Connection] = []
+        self._open: set[_Connection] = set()
+
+    async def send(self, request: BenchRequest, due_s: float, request_id: str = "") -> RequestRecord:
+        """Sends one request now and follows its answer to the end; what the server does wrong is in `error`.
+
+        Raises ValueError where the endpoint cannot take such a prompt.
+        """
+        wire = self._wire(request, request_id)
+        sent_s = time.monotonic()
+        error = ""
+        connection: _Connection | None = None
+        try:
+            async with asyncio.timeout(self._target.timeout_s):
+                connection = self._reuse()
+                if connection is not None:
+                    try:
+                        await connection.ask(wire)
+                    except StreamFailed:
+                        if connection.status:
+                            raise
+                        connection = None  # it was closed while it lay idle
+                if connection is None:
+                    connection = await self._connect()
+                    await connection.ask(wire)
+        except TimeoutError:
+            error = f"no end within {self._target.timeout_s:g} s"
+        except (OSError, StreamFailed) as failure:
+            error = str(failure) or type(failure).__name__
+        if connection is not None:
+            if connection.reusable and len(self._idle) < MAX_IDLE:
+                self._idle.append(connection)
+            else:
+                connection.close()
+        return read_events(
+            connection.status if connection else 0,
+            split_events(connection.pieces) if connection else (),
+            error,
+            due_s=due_s,
+            sent_s=sent_s,
+            prompt_tokens=0 if isinstance(request.prompt, str) else len(request.prompt),
+        )
+
+    async def close(self) -> None:
+        """Closes all connections, and waits a little for the other side to agree."""
+        closing = list(self._open)
+        for connection in closing:
+            connection.close()
+        if closing:
+            waits = [asyncio.ensure_future(connection.closed.wait()) for connection in closing]
+            _, late = await asyncio.wait(waits, timeout=_CLOSE_S)
+            for wait in late:
+                wait.cancel()
+
+    def _reuse(self) -> _Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable:
+                return connection
+        return None
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(
+            partial(_Connection, self._open), self._host, self._port, ssl=self._target.secure
+        )
+        return connection
+
+    def _wire(self, request: BenchRequest, request_id: str) -> bytes:
+        """The HTTP request as bytes."""
+        body = self._fixed | {"max_tokens": request.max_tokens}
+        if self._target.is_chat:
+            if not isinstance(request.prompt, str):
+                raise ValueError(f"endpoint: {self._target.endpoint} takes text, not token ids; use {COMPLETIONS}")
+            body["messages"] = [{"role": "user", "content": request.prompt}]
+        else:
+            body["prompt"] = request.prompt
+        if request.ignore_eos:
+            body["ignore_eos"] = True
+        data = orjson.dumps(body | dict(self._target.extra_body))
+        named = b"X-Request-Id: %b\r\n" % request_id.encode() if request_id else b""
+        return b"%b%bContent-Length: %d\r\n\r\n%b" % (self._head, named, len(data), data)
 
 
 async def send(target: Target, request: BenchRequest, due_s: float) -> RequestRecord:
-    """Sends one request now and follows its answer to the end. Never raises for what the server does: see `error`."""
-    wire = _wire(target, request)
-    parts = urlsplit(target.base_url)
-    secure = target.secure
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-    exchange = _Exchange(wire, done)
-    sent_s = time.monotonic()
-    error = ""
-    transport: asyncio.BaseTransport | None = None
+    """Sends one request on a connection of its own; see `HttpSender.send`."""
+    sender = HttpSender(target)
     try:
-        async with asyncio.timeout(target.timeout_s):
-            port = parts.port or (443 if secure else 80)
-            transport, _ = await loop.create_connection(lambda: exchange, parts.hostname or "", port, ssl=secure)
-            await done
-    except TimeoutError:
-        error = f"no end within {target.timeout_s:g} s"
-    except (OSError, StreamFailed) as failure:
-        error = str(failure) or type(failure).__name__
+        return await sender.send(request, due_s)
     finally:
-        if transport is not None:
-            transport.close()
-        if done.done() and not done.cancelled():
-            done.exception()  # seen: an answer that broke off after the timeout is no surprise
-    return read_events(exchange.status, exchange.events, error, due_s=due_s, sent_s=sent_s)
-
-
-def read_events(
-    status: int, events: Sequence[tuple[float, bytes]], error: str, *, due_s: float, sent_s: float
-) -> RequestRecord:
-    """Makes a record from the events of a stream, each with its time. Pure.
-
-    A piece of output is an event with a choice that carries text or an end; the chat stream's opening event, which only
-    names the role, is none. Output tokens are those of the usage event, or the pieces where the server sends none.
-    """
-    times: list[float] = []
-    texts: list[str] = []
-    usage: dict[str, Any] = {}
-    finished = False
-    if status and status != 200:
-        body = b"\n\n".join(event for _, event in events)
-        error = error or f"HTTP {status}: {_error_message(body)}"
-        events = ()
-    for when_s, event in events:
-        data = event.strip().removeprefix(b"data:").strip()
-        if not data or data.startswith(b":"):
-            continue
-        if data == b"[DONE]":
-            finished = True
-            continue
-        message = _event(data)
-        if message is None:
-            error = error or "an event is not what such a stream is made of"
-            break
-        if message.get("error"):
-            error = error or _error_message(data)
-            continue
-        usage = message.get("usage") or usage
-        for choice in message.get("choices") or ():
-            delta = choice.get("delta")
-            text = choice.get("text") if delta is None else delta.get("content")
-            opening = delta is not None and "role" in delta and not text and not choice.get("finish_reason")
-            if not opening:
-                times.append(when_s)
-                texts.append(text or "")
-    if not error and not finished:
-        error = "the stream had no end"
-    return RequestRecord(
-        due_s=due_s,
-        sent_s=sent_s,
-        first_token_s=times[0] if times else None,
-        last_token_s=times[-1] if times else None,
-        chunk_times_s=tuple(times),
-        prompt_tokens=usage.get("prompt_tokens", 0),
-        output_tokens=usage.get("completion_tokens", len(times)),
-        text="".join(texts),
-        error=error,
-    )
-
-
-def _event(data: bytes) -> dict[str, Any] | None:
-    """An event as an object, whose choices and usage have the types that such streams have; None: it is none."""
-    try:
-        message = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(message, dict):
-        return None
-    choices, usage = message.get("choices") or [], message.get("usage") or {}
-    if not isinstance(choices, list) or not all(isinstance(part, dict) for part in [usage, *choices]):
-        return None
-    deltas = [choice if choice.get("delta") is None else choice["delta"] for choice in choices]
-    if not all(isinstance(delta, dict) for delta in deltas):
-        return None
-    texts = [delta.get(name) for delta in deltas for name in ("text", "content")]
-    counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
-    well_typed = all(isinstance(text, str | None) for text in texts) and all(type(count) is int for count in counts)
-    return message if well_typed else None
-
-
-async def run_load(
-    target: Target,
-    requests: Sequence[BenchRequest],
-    arrivals_s: Sequence[float],
-    *,
-    max_concurrency: int | None = None,
-    on_done: Callable[[RequestRecord], None] | None = None,
-) -> list[RequestRecord]:
-    """Sends every request at its arrival time and returns the records in that order.
-
-    The loop is open unless `max_concurrency` holds requests back; what it holds back shows as lateness.
-    """
-    room = asyncio.Semaphore(max_concurrency or len(requests))
-    begin_s = time.monotonic() + _LEAD_S
-
-    async def one(request: BenchRequest, due_s: float) -> RequestRecord:
-        async with room:
-            record = await send(target, request, due_s)
-        if on_done is not None:
-            on_done(record)
-        return record
-
-    async with asyncio.TaskGroup() as group:
-        tasks = []
-        for request, arrival_s in zip(requests, arrivals_s, strict=True):
-            due_s = begin_s + arrival_s
-            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            while time.monotonic() < due_s:  # noqa: ASYNC110  (uvloop rounds to milliseconds, downwards too)
-                await asyncio.sleep(0)
-            tasks.append(group.create_task(one(request, due_s)))
-    return [task.result() for task in tasks]
-
-
-def _wire(target: Target, request: BenchRequest) -> bytes:
-    """The HTTP request as bytes."""
-    body: dict[str, Any] = {
-        "model": target.model,
-        "max_tokens": request.max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if target.endpoint == CHAT:
-        if not isinstance(request.prompt, str):
-            raise ValueError(f"endpoint: {CHAT} takes text, not token ids; use {COMPLETIONS}")
-        body["messages"] = [{"role": "user", "content": request.prompt}]
-    else:
-        body["prompt"] = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
-    if request.ignore_eos:
-        body["ignore_eos"] = True
-    if target.temperature is not None:
-        body["temperature"] = target.temperature
-    data = json.dumps(body).encode()
-    parts = urlsplit(target.base_url)
-    head = [
-        f"POST {parts.path.rstrip('/')}{target.endpoint} HTTP/1.1",
-        f"Host: {parts.netloc}",
-        "Content-Type: application/json",
-        "Accept: text/event-stream",
-        f"Content-Length: {len(data)}",
-        "Connection: close",
-    ]
-    if target.api_key:
-        head.append(f"Authorization: Bearer {target.api_key}")
-    head += [f"{name}: {value}" for name, value in target.headers]
-    return "\r\n".join([*head, "", ""]).encode() + data
-
-
-def _error_message(body: bytes) -> str:
-    try:
-        error = json.loads(body.strip().removeprefix(b"data:")).get("error")
-    except (ValueError, AttributeError):
-        return body[:200].decode("utf-8", "replace")
-    message = error.get("message") if isinstance(error, dict) else error
-    return " ".join(str(message).split())
+        await sender.close()

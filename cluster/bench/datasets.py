@@ -5,6 +5,7 @@ A prompt is text, or token ids where its exact length matters.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,23 +27,45 @@ class BenchRequest:
     ignore_eos: bool = False
 
 
-def prompt_requests(count: int, max_tokens: int, path: str | Path | None, seed: int) -> tuple[BenchRequest, ...]:
+def prompt_requests(
+    count: int, max_tokens: int, path: str | Path | None, seed: int, *, ignore_eos: bool = False
+) -> tuple[BenchRequest, ...]:
     """`count` real prompts in an order drawn by `seed`, repeated where the file (None: the package) has fewer."""
     prompts = list(PROMPTS if path is None else read_prompts(path))
     random.Random(seed).shuffle(prompts)
-    return tuple(BenchRequest(prompt=prompts[index % len(prompts)], max_tokens=max_tokens) for index in range(count))
+    return tuple(
+        BenchRequest(prompt=prompts[index % len(prompts)], max_tokens=max_tokens, ignore_eos=ignore_eos)
+        for index in range(count)
+    )
 
 
 def random_requests(
-    count: int, input_tokens: int, output_tokens: int, vocabulary: Sequence[int], seed: int
+    count: int,
+    input_tokens: int,
+    output_tokens: int,
+    vocabulary: Sequence[int],
+    seed: int,
+    range_ratio: float = 0.0,
 ) -> tuple[BenchRequest, ...]:
-    """`count` prompts of exactly `input_tokens` ids drawn from `vocabulary`, to be answered with `output_tokens`."""
+    """`count` prompts of `input_tokens` ids drawn from `vocabulary`, to be answered with `output_tokens`.
+
+    Both lengths are drawn evenly from what is within `range_ratio` of them, as `vllm bench serve` has it.
+    """
     for name, value in (("random_input_len", input_tokens), ("random_output_len", output_tokens)):
         if value < 1:
             raise ValueError(f"{name}: {value} is not allowed; allowed: at least 1")
     draw = random.Random(seed)
+
+    def length(middle: int) -> int:
+        low, high = math.floor(middle * (1 - range_ratio)), math.ceil(middle * (1 + range_ratio))
+        return max(1, draw.randint(low, high))
+
     return tuple(
-        BenchRequest(prompt=tuple(draw.choices(vocabulary, k=input_tokens)), max_tokens=output_tokens, ignore_eos=True)
+        BenchRequest(
+            prompt=tuple(draw.choices(vocabulary, k=length(input_tokens))),
+            max_tokens=length(output_tokens),
+            ignore_eos=True,
+        )
         for _ in range(count)
     )
 

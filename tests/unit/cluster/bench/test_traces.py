@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tandem.cluster.bench import run as bench_run
-from tandem.cluster.bench.run import BenchOptions, run_bench
+from tandem.cluster.bench.options import BenchOptions
 from tandem.cluster.bench.text_file import numbered_lines
 from tandem.cluster.bench.traces import (
     BLOCK_TOKENS,
     TraceRequest,
     arrival_times_of,
+    block_tokens_of,
+    draw_rows,
+    fit_trace,
     read_trace,
     trace_requests,
 )
+from tandem.cluster.bench.workload import Workload, make_workload
 
 ROW = {"timestamp": 27500, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, 48]}
 HEAD = "arrival_s,input_tokens,output_tokens,prefix_hashes\n"
@@ -99,35 +101,83 @@ def test_a_file_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path) -> None
         list(numbered_lines(path))
 
 
-def test_prompts_share_the_blocks_that_the_trace_shares() -> None:
-    def row(tokens: int, *blocks: int) -> TraceRequest:
-        return TraceRequest(arrival_s=0.0, input_tokens=tokens, output_tokens=5, block_ids=blocks)
+def row(tokens: int, *blocks: int, output: int = 5) -> TraceRequest:
+    return TraceRequest(arrival_s=0.0, input_tokens=tokens, output_tokens=output, block_ids=blocks)
 
-    trace = (row(1000, 1, 2), row(1100, 1, 2, 3), row(700, 1, 9), row(600), row(5000))
-    pairs = trace_requests(trace, range(500), 0, 2000)
-    prompts = [request.prompt for _, request in pairs]
+
+def test_prompts_share_the_blocks_that_the_trace_shares() -> None:
+    trace = (row(1000, 1, 2), row(1100, 1, 2, 3), row(700, 1, 9), row(600))
+    requests = trace_requests(trace, range(500), 0)
+    prompts = [request.prompt for request in requests]
     assert [len(prompt) for prompt in prompts] == [1000, 1100, 700, 600]
     assert prompts[0] == prompts[1][:1000]
     assert prompts[0][:BLOCK_TOKENS] == prompts[2][:BLOCK_TOKENS]
     assert prompts[0][BLOCK_TOKENS:700] != prompts[2][BLOCK_TOKENS:]
-    assert all(request.max_tokens == 5 and request.ignore_eos for _, request in pairs)
+    assert all(request.max_tokens == 5 and request.ignore_eos for request in requests)
 
 
-def test_a_run_replays_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_as_long_as_the_lengths_say() -> None:
+    assert block_tokens_of([row(6758, *range(14)), row(7322, *range(14)), row(100)]) == 512
+    assert block_tokens_of([row(2358, *range(36)), row(1034, *range(16))]) == 64
+    assert block_tokens_of([row(100)]) == BLOCK_TOKENS
+    prompts = [r.prompt for r in trace_requests((row(150, 1, 2), row(200, 1, 2, 3)), range(500), 0, 64)]
+    assert prompts[0][:128] == prompts[1][:128]
+    assert prompts[0][128:] != prompts[1][128:150]
+
+
+def test_caps_clip_or_drop_and_the_context_always_drops() -> None:
+    trace = (row(100, output=10), row(300, output=10), row(100, output=90), row(900, output=10))
+    clipped = fit_trace(trace, max_model_len=1000, max_input_tokens=200, max_output_tokens=50)
+    assert [(r.input_tokens, r.output_tokens) for r in clipped.rows] == [(100, 10), (200, 10), (100, 50), (200, 10)]
+    assert (clipped.clipped, clipped.dropped) == (3, 0)
+    dropped = fit_trace(trace, max_model_len=1000, max_input_tokens=200, max_output_tokens=50, clip=False)
+    assert (dropped.rows, dropped.clipped, dropped.dropped) == (trace[:1], 0, 3)
+    assert fit_trace(trace, max_model_len=310).rows == trace[:3]
+
+
+def test_lengths_without_times_are_drawn_each_once_before_any_twice() -> None:
+    rows = tuple(row(size) for size in range(1, 6))
+    drawn = draw_rows(rows, 12, seed=1)
+    assert len(drawn) == 12
+    assert sorted(r.input_tokens for r in drawn[:5]) == sorted(r.input_tokens for r in drawn[5:10]) == [1, 2, 3, 4, 5]
+    assert draw_rows(rows, 5, seed=1) != draw_rows(rows, 5, seed=2)
+
+
+def test_recorded_times_scale() -> None:
+    rows = [TraceRequest(arrival_s=at_s, input_tokens=1, output_tokens=1) for at_s in (2.0, 5.0)]
+    assert arrival_times_of(rows, 2.0) == (0.0, 1.5)
+
+
+def workload(path: Path, longest: int | None = None, **changes: Any) -> Workload:
+    options = BenchOptions(dataset_name="trace", dataset_path=str(path), num_warmups=1, **changes)
+    return make_workload(options, range(500), longest)
+
+
+def test_a_trace_is_replayed_or_drawn_from(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("arrival_s,input_tokens,output_tokens\n0,10,2\n1.5,9000,3\n2.5,20,3\n")
-    answers = {"/v1/models": {"data": [{"id": "m", "max_model_len": 512}]}, "/tokenize": {"tokens": [1, 2, 3]}}
-    monkeypatch.setattr(bench_run, "ask", lambda base, path, *a, **k: answers[path])
-    seen: list[Any] = []
+    replayed = workload(path, 512)
+    assert [len(request.prompt) for request in replayed.requests] == [10, 20]
+    assert replayed.arrivals_s == (0.0, 2.5)
+    assert len(replayed.warmups) == 1
+    assert replayed.warmups[0].prompt not in [request.prompt for request in replayed.requests]
+    assert replayed.notes[0] == "1 of the trace's 3 requests were dropped: over the caps or the context"
+    assert workload(path, 512, rate_scale=2.0).arrivals_s == (0.0, 1.25)
+    assert workload(path, max_input_len=15).notes[0] == "2 of the trace's 3 requests were clipped to the caps"
 
-    async def load(target: Any, requests: Any, arrivals: Any, **_: Any) -> list[Any]:
-        seen.extend([len(requests), arrivals])
-        return []
+    drawn = workload(path, 512, request_rate=3.0, num_prompts=7)
+    assert len(drawn.requests) == len(drawn.arrivals_s) == 7
+    assert drawn.notes[-1] == "the trace's 2 lengths were used more than once"
+    with pytest.raises(ValueError, match="rate_scale: 2 is not allowed"):
+        workload(path, 512, rate_scale=2.0, request_rate=3.0)
+    with pytest.raises(ValueError, match="no request fits into the caps and the model's context of 5 tokens"):
+        workload(path, 5)
 
-    monkeypatch.setattr(bench_run, "run_load", load)
-    options = BenchOptions(dataset_name="trace", dataset_path=str(path), num_warmups=0)
-    result = asyncio.run(run_bench(options))
-    assert seen == [2, (0.0, 2.5)]
-    assert result.facts["num_prompts"] == 2
-    with pytest.raises(ValueError, match="dataset_path: is missing"):
-        BenchOptions(dataset_name="trace")
+
+def test_a_pool_of_lengths_comes_at_the_rate_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "pool.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n,10,2\n,20,3\n")
+    drawn = workload(path, request_rate=10.0, num_prompts=200)
+    assert len(drawn.arrivals_s) == 200
+    assert drawn.arrivals_s[-1] == pytest.approx(19.9, rel=0.3)
+    assert {len(request.prompt) for request in drawn.requests} == {10, 20}
