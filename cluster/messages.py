@@ -135,12 +135,14 @@ def token_to_proto(token: SampledToken) -> pb.SampledToken:
 def tokens_from_proto(messages: Iterable[pb.SampledToken]) -> tuple[SampledToken, ...]:
     """The drawn tokens of one event, in order."""
     return tuple(
-        SampledToken(
-            token_id=message.token_id,
-            logprob=message.logprob if message.HasField("logprob") else None,
-            top=tuple((top.token_id, top.logprob) for top in message.top),
-        )
-        for message in messages
+        [
+            SampledToken(
+                message.token_id,
+                message.logprob if message.HasField("logprob") else None,
+                tuple([(top.token_id, top.logprob) for top in message.top]) if message.top else (),
+            )
+            for message in messages
+        ]
     )
 
 

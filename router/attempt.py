@@ -8,10 +8,9 @@ their tickets differ in the decode attempt alone and the holder serves the newes
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,8 @@ from ..cluster.clock import Clock
 from ..cluster.messages import sampling_to_proto, urgency_to_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.types import SamplingParams, Side, Urgency
-from .link import Inbox, LinkLost, SubscriptionKey, WorkerEvent, WorkerLink
+from .link import Inbox, LinkLost, Refused, SubscriptionKey, WorkerEvent, WorkerLink
+from .mailbox import Mailbox
 
 FINISHED = "finished"
 """The decode worker's reason when prefill's first token was also the last (`kvtransfer.ticket.RefusalReason`)."""
@@ -134,7 +134,7 @@ class PrefillHalf:
         self._handed_over = False
         self._unreachable = 0
         """Decode workers that could not reach it."""
-        self._inbox: Inbox = asyncio.Queue()
+        self._inbox: Inbox = Mailbox()
 
     @property
     def attempt(self) -> int:
@@ -160,6 +160,7 @@ class PrefillHalf:
         """Its next tokens, while no decode worker is found. `AttemptLost` as soon as it has nothing to serve."""
         while True:
             item = await self._inbox.get()
+            assert not isinstance(item, Refused), "only decode workers refuse so, and nobody listens for those here"
             if (tokens := self.take(item)) is not None:
                 return tokens
             if not self.serves:
@@ -245,7 +246,7 @@ class Attempt:
         self._router_id = router_id
         self._clock = clock
         self._credit = credit
-        self._inbox: Inbox = asyncio.Queue()  # bounded by the request's max_tokens: a worker sends no more
+        self._inbox: Inbox = Mailbox()  # bounded by the request's max_tokens: a worker sends no more
         self.asked = ""
         """The worker that was asked last; the one that refused if `submit` raises `Refusal`."""
         self._decode_open = decode is not None  # a credit binds the decode side from the start
@@ -268,7 +269,8 @@ class Attempt:
 
     async def submit(self, timeout_s: float) -> None:
         """Dispatches prefill, if it is a new one, then decode, which starts to pull while prefill computes. `Refusal`
-        or `AttemptLost`.
+        or `AttemptLost`. The decode worker's answer is not waited for, the first token may come before it: its refusal
+        is `next_event`'s.
         """
         sequence = self._sequence(timeout_s)
         if self.decode is not None:
@@ -286,18 +288,28 @@ class Attempt:
             request.peer.epoch = self.half.link.epoch
             request.peer.kv_address = self.half.kv_address
         self.asked = self.decode.worker_id
-        await self.decode.decode(request)
+        self.decode.decode(request, self._inbox)
 
     async def next_event(self) -> pb.TokensEvent:
-        """The next tokens. `AttemptLost` when the side that they must come from has failed."""
+        """The next tokens. `AttemptLost` when the side that they must come from has failed; the decode worker's
+        `Refusal`.
+        """
         while True:
-            item = await self._inbox.get()
-            if item.side is Side.PREFILL and self.half is not None:
-                tokens = self.half.take(item)
-            else:
-                tokens = self._take_decode(item)
-            if tokens is not None:
+            if (tokens := self._heard(await self._inbox.get())) is not None:
                 return tokens
+
+    def events_here(self) -> Iterator[pb.TokensEvent]:
+        """Those that need not be waited for. Raises what `next_event` raises."""
+        while not self._inbox.empty():
+            if (tokens := self._heard(self._inbox.get_nowait())) is not None:
+                yield tokens
+
+    def _heard(self, item: WorkerEvent | LinkLost | Refused) -> pb.TokensEvent | None:
+        if isinstance(item, Refused):
+            raise item.refusal
+        if item.side is Side.PREFILL and self.half is not None:
+            return self.half.take(item)
+        return self._take_decode(item)
 
     def close(
         self, spawn: Callable[[Coroutine[Any, Any, None]], None], *, keep_prefill: bool = False
@@ -319,7 +331,7 @@ class Attempt:
                 spawn(self.decode.abort(abort))
             self._decode_open = False
         if kept is not None:
-            kept.listen(asyncio.Queue())
+            kept.listen(Mailbox())
         elif self.half is not None:
             self.half.close(spawn)
         return kept

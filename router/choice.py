@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..cluster.types import FinishReason, Timings
 from .attempt import Attempt, AttemptLost, Path, PrefillHalf, Work
 from .dispatch import Dispatcher, Standing
 from .errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
-from .output import OutputGap, OutputStream
+from .output import OutputChunk, OutputGap, OutputStream
 from .placer import NoWorkers
 from .service import Delta, GenerateRequest
 
@@ -83,6 +83,7 @@ class ChoiceRun:
         self._arrival_s = arrival_s
         self._deadline_s = arrival_s + request.timeout_s
         self._sent: list[int] = []
+        self._unsent: list[OutputChunk] = []
         self._times = _Times()
         self._number = 0
         self._lost = 0
@@ -133,7 +134,7 @@ class ChoiceRun:
             self._times.dispatched(self._tools.clock.now_s())
             await attempt.submit(self._remaining_s())
             while not self._output.finished:
-                self._take(await attempt.next_event())
+                self._take_all(await attempt.next_event(), attempt.events_here())
             return self._timings()
         except (Refusal, AttemptLost) as error:
             failed = True
@@ -178,7 +179,7 @@ class ChoiceRun:
                     await asyncio.gather(hearing, return_exceptions=True)
                 if hearing.cancelled():
                     continue
-                self._take(hearing.result())
+                self._take_all(hearing.result())
                 if self._output.finished:
                     return None
             attempt = placing.result()
@@ -198,8 +199,16 @@ class ChoiceRun:
             self._half.close(self._tools.spawn)
             self._half = None
 
+    def _take_all(self, event: pb.TokensEvent, more: Iterable[pb.TokensEvent] = ()) -> None:
+        """Tokens arrived, maybe more than one step's: to text, to the client, to the waterfall."""
+        try:
+            self._take(event)
+            for event in more:
+                self._take(event)
+        finally:
+            self._send()
+
     def _take(self, event: pb.TokensEvent) -> None:
-        """Tokens arrived: to text, to the client, to the waterfall."""
         now_s = self._tools.clock.now_s()
         self._times.heard(event)
         tokens = tokens_from_proto(event.tokens)
@@ -214,16 +223,25 @@ class ChoiceRun:
         if not self._sent:
             self._times.first_token_s = now_s
             self._on_first_token()
-        self._sent.extend(token.token_id for token in chunk.tokens)
+        self._sent += [token.token_id for token in chunk.tokens]
         self._times.last_token_s = now_s
+        self._unsent.append(chunk)
+
+    def _send(self) -> None:
+        """To the client, in one delta: a router that falls behind sends together what has come together."""
+        if not self._unsent:
+            return
+        chunks, self._unsent = self._unsent, []
+        last = chunks[-1]
+        alone = len(chunks) == 1
         self._emit(
             Delta(
                 choice=self._sampling.choice,
-                text=chunk.text,
-                tokens=chunk.tokens,
-                finish_reason=chunk.finish_reason,
-                stop_reason=chunk.stop_reason,
-                timings=self._timings() if chunk.finish_reason is not None else None,
+                text=last.text if alone else "".join([chunk.text for chunk in chunks]),
+                tokens=last.tokens if alone else tuple(token for chunk in chunks for token in chunk.tokens),
+                finish_reason=last.finish_reason,
+                stop_reason=last.stop_reason,
+                timings=self._timings() if last.finish_reason is not None else None,
             )
         )
 

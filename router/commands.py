@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 import grpc
 
@@ -15,14 +16,17 @@ from ..cluster.rpc import CONTROL_TIMEOUT_S, MAX_CONCURRENT_CALLS, Refusal
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
 
+OnAnswer = Callable[["pb.Answer | Refusal"], None]
+
+
 class Commands:
-    """Those of one life of one worker. `ask` from any task; the link's own tasks carry frames up and answers down."""
+    """Those of one life of one worker. Any task sends; the link's own tasks carry frames up and answers down."""
 
     def __init__(self, worker_id: str, epoch: int) -> None:
         self._worker_id = worker_id
         self._epoch = epoch
         self._last_id = 0
-        self._waiting: dict[int, asyncio.Future[pb.Answer]] = {}
+        self._waiting: dict[int, OnAnswer] = {}
         self._outgoing: list[pb.Command] = []
         self._news: asyncio.Future[None] | None = None
         """What the writer waits for."""
@@ -33,29 +37,34 @@ class Commands:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def ask(self, command: pb.Command) -> pb.Answer:
-        """Sends it and waits for its answer. `Refusal`: the worker's, or DEADLINE_EXCEEDED, or UNAVAILABLE where the
-        stream breaks, RESOURCE_EXHAUSTED where too many wait already.
+    def send(self, command: pb.Command, on_answer: OnAnswer) -> int:
+        """Sends it and returns its id. `on_answer` is called once, maybe at once: with the answer, or with a `Refusal`:
+        the worker's, DEADLINE_EXCEEDED, UNAVAILABLE where the stream breaks, RESOURCE_EXHAUSTED where too many wait
+        already. It must neither block nor raise.
         """
-        if len(self._waiting) >= MAX_CONCURRENT_CALLS:
-            text = f"{self._worker_id}: {len(self._waiting)} commands wait for an answer"
-            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        loop = asyncio.get_running_loop()
         self._last_id += 1
         command.id = number = self._last_id
-        answered = self._waiting[number] = loop.create_future()
-        self._keep_time(loop, number)
+        if len(self._waiting) >= MAX_CONCURRENT_CALLS:
+            text = f"{self._worker_id}: {len(self._waiting)} commands wait for an answer"
+            on_answer(Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
+            return number
+        self._waiting[number] = on_answer
+        self._keep_time(number)
         self._outgoing.append(command)
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
+        return number
+
+    async def ask(self, command: pb.Command) -> pb.Answer:
+        """Sends it and waits for its answer. `Refusal` as above."""
+        answered: asyncio.Future[pb.Answer | Refusal] = asyncio.get_running_loop().create_future()
+        number = self.send(command, lambda answer: None if answered.done() else answered.set_result(answer))
         try:
-            answer: pb.Answer = await answered
+            answer = await answered
         finally:
             self._waiting.pop(number, None)
-        if answer.code:
-            raise Refusal(_STATUS.get(answer.code, grpc.StatusCode.UNKNOWN), f"{self._worker_id}: {answer.message}")
-        if answer.epoch != self._epoch:
-            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, f"{self._worker_id}: another epoch answered")
+        if isinstance(answer, Refusal):
+            raise answer
         return answer
 
     async def next_frame(self) -> pb.RouterFrame:
@@ -68,23 +77,31 @@ class Commands:
 
     def answered(self, answer: pb.Answer) -> None:
         """An answer came; dropped where nobody waits for it any more."""
-        waiting = self._waiting.get(answer.id)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(answer)
+        on_answer = self._waiting.pop(answer.id, None)
+        if on_answer is None:
+            return
+        if answer.code:
+            status = _STATUS.get(answer.code, grpc.StatusCode.UNKNOWN)
+            on_answer(Refusal(status, f"{self._worker_id}: {answer.message}"))
+        elif answer.epoch != self._epoch:
+            text = f"{self._worker_id}: another epoch answered"
+            on_answer(Refusal(grpc.StatusCode.FAILED_PRECONDITION, text))
+        else:
+            on_answer(answer)
 
     def fail(self, message: str) -> None:
         """The stream is broken: nothing that was asked is answered, and nothing that has not left yet leaves."""
         self._outgoing.clear()
         self._due.clear()
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(Refusal(grpc.StatusCode.UNAVAILABLE, f"{self._worker_id}: {message}"))
+        waiting, self._waiting = self._waiting, {}
+        for on_answer in waiting.values():
+            on_answer(Refusal(grpc.StatusCode.UNAVAILABLE, f"{self._worker_id}: {message}"))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _keep_time(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
-        due = self._due
+    def _keep_time(self, number: int) -> None:
+        due, loop = self._due, asyncio.get_running_loop()
         while due and due[0][1] not in self._waiting:
             due.popleft()
         due.append((loop.time() + CONTROL_TIMEOUT_S, number))
@@ -95,10 +112,9 @@ class Commands:
         loop = asyncio.get_running_loop()
         self._timer, now_s = None, loop.time()
         while self._due and (self._due[0][0] <= now_s or self._due[0][1] not in self._waiting):
-            _, number = self._due.popleft()
-            waiting = self._waiting.get(number)
-            if waiting is not None and not waiting.done():
+            on_answer = self._waiting.pop(self._due.popleft()[1], None)
+            if on_answer is not None:
                 text = f"{self._worker_id}: no answer within {CONTROL_TIMEOUT_S:g} s"
-                waiting.set_exception(Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text))
-        if self._due:
+                on_answer(Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+        if self._due and self._timer is None:
             self._timer = loop.call_at(self._due[0][0], self._expire)

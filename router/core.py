@@ -26,6 +26,7 @@ from .choice import ChoiceRun, ChoiceTools
 from .describe import describe
 from .dispatch import Dispatcher, Standing
 from .errors import DeadlineExceeded, Overloaded, ServiceError
+from .mailbox import Mailbox
 from .members import Membership
 from .output import OutputStream
 from .placement import missing, pair
@@ -90,7 +91,7 @@ class RouterCore(GenerationService):
         promise = request.promise or self._default_promise
         standing = self._admit(request, promise, key, arrival_s)
         self._count_in_flight(+1)
-        deltas: asyncio.Queue[Delta | None] = asyncio.Queue()  # bounded by n x max_tokens
+        deltas: Mailbox[Delta | None] = Mailbox()  # bounded by n x max_tokens
         task = asyncio.create_task(self._run_choices(request, promise, standing, key, arrival_s, deltas))
         task.add_done_callback(lambda _: self._ended(standing, deltas))
         unfinished = request.n
@@ -115,7 +116,7 @@ class RouterCore(GenerationService):
             self._record_end(request, outcome, reason)
             await asyncio.gather(task, return_exceptions=True)
 
-    def _ended(self, standing: Standing, deltas: asyncio.Queue[Delta | None]) -> None:
+    def _ended(self, standing: Standing, deltas: Mailbox[Delta | None]) -> None:
         """The request's task is over, whoever still waits for that: its place is free, and its reader hears the end."""
         if standing.spot is not None:
             self._dispatcher.leave(standing.spot)
@@ -203,7 +204,7 @@ class RouterCore(GenerationService):
         standing: Standing,
         key: str,
         arrival_s: float,
-        deltas: asyncio.Queue[Delta | None],
+        deltas: Mailbox[Delta | None],
     ) -> None:
         """All choices of a request, under its deadline; the first failure ends the others."""
         first_token = asyncio.Event()
@@ -237,7 +238,7 @@ class RouterCore(GenerationService):
         promise: Promise,
         standing: Standing,
         arrival_s: float,
-        deltas: asyncio.Queue[Delta | None],
+        deltas: Mailbox[Delta | None],
         on_first: Callable[[], None],
     ) -> None:
         output = OutputStream(

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from .body_budget import MAX_HELD_BYTES, BodyBudget
@@ -34,8 +35,6 @@ MAX_ECHOED_CHARS = 128
 MAX_JSON_DEPTH = 64
 """Lists and objects inside each other; the deepest of a legitimate request (a tool's schema) stays well below."""
 JSON_CONTENT_TYPE = "application/json"
-
-_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class ClientGone(Exception):
@@ -84,6 +83,17 @@ class BodyTimeout(ServiceError):
     http_status = 408
     type = "timeout"
     code = "body_timeout"
+
+
+def encode_json(value: object) -> bytes:
+    """Compact JSON in UTF-8. What a client sent may be in it: integers beyond 64 bits and lone surrogates, which orjson
+    refuses, go the long way.
+    """
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
 
 
 def error_json(error: ServiceError) -> dict[str, Any]:
@@ -221,9 +231,7 @@ class Exchange:
 
     async def send_json(self, value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """A whole answer."""
-        await self.send_bytes(
-            _encode_json(value).encode("utf-8", "replace"), "application/json", status=status, headers=headers
-        )
+        await self.send_bytes(encode_json(value), "application/json", status=status, headers=headers)
 
     async def send_bytes(
         self, body: bytes, content_type: str, *, status: int = 200, headers: Mapping[str, str] | None = None
@@ -236,11 +244,10 @@ class Exchange:
         """Begins a stream of server-sent events."""
         await self._start(200, {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
 
-    async def send_events(self, values: list[dict[str, Any]]) -> None:
-        """One event an object, in one write."""
-        if values:
-            body = "".join(f"data: {_encode_json(value)}\n\n" for value in values).encode()
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+    async def send_events(self, events: bytes) -> None:
+        """In one write."""
+        if events:
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end_events(self, *, done: bool) -> None:
         """Ends the stream; with OpenAI's `[DONE]` where it was complete."""
@@ -250,7 +257,7 @@ class Exchange:
         """Answers with an error: a status where nothing was sent yet, else a last event."""
         async with asyncio.timeout(ERROR_SEND_TIMEOUT_S):
             if self.started:
-                await self.send_events([error_json(error)])
+                await self.send_events(b"data: " + encode_json(error_json(error)) + b"\n\n")
                 await self.end_events(done=False)
                 return
             headers = error_headers(error)

@@ -25,7 +25,7 @@ from .door import DEADLINE_GRACE_S, Door
 from .errors import DeadlineExceeded, ServiceError
 from .http_exchange import Exchange
 from .openai_requests import OpenAICall, parse_chat, parse_completion
-from .openai_responses import ChatResponder, CompletionResponder, Responder, Usage
+from .openai_responses import ChatResponder, CompletionResponder, Responder, Usage, server_sent
 from .params import Fields, Limits
 from .service import Delta, GenerateRequest
 from .slo_classes import HEADERS, Promise, SLOClasses, number_of, parse_promise
@@ -146,13 +146,14 @@ class GenerationEndpoint(ABC):
         async for prompt, delta in deltas:
             if not exchange.started:
                 await exchange.start_events()
-                await exchange.send_events(responder.opening_chunks(len(prepared.requests) * prepared.n))
+                opening = responder.opening_chunks(len(prepared.requests) * prepared.n)
+                await exchange.send_events(server_sent(opening))
             usage.add(delta)
-            await exchange.send_events(responder.chunks(prompt * prepared.n + delta.choice, delta))
+            await exchange.send_events(responder.events(prompt * prepared.n + delta.choice, delta))
         if not exchange.started:
             raise ServiceError("the service ended without an answer")
         if prepared.include_usage:
-            await exchange.send_events([responder.usage_chunk(usage)])
+            await exchange.send_events(server_sent([responder.usage_chunk(usage)]))
         await exchange.end_events(done=True)
 
 

@@ -16,7 +16,7 @@ import resource
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -149,7 +149,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
-        cycle.scope[GONE] = Gone()  # type: ignore[typeddict-unknown-key]
+        cast("dict[str, Any]", cycle.scope)[GONE] = Gone()
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -158,7 +158,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._answering is not None and not self._answering.response_complete:
             self._answering.disconnected = True
             self._answering.message_event.set()
-            self._answering.scope[GONE].leave()  # type: ignore[typeddict-item]
+            cast("dict[str, Any]", self._answering.scope)[GONE].leave()
         super().connection_lost(exc)
 
     def on_body(self, body: bytes) -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 from grpc import aio
@@ -22,14 +23,14 @@ from ..cluster.proto.tandem_internal_v1_pb2_grpc import WorkerStub
 from ..cluster.rpc import PROTOCOL_VERSION, Refusal, open_channel
 from ..cluster.types import Side
 from .commands import Commands
+from .mailbox import Mailbox
 
 logger = logging.getLogger(__name__)
 REATTACH_S = 0.2
 ABORT_TRIES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class SubscriptionKey:
+class SubscriptionKey(NamedTuple):
     """Names one attempt at one half of one choice."""
 
     request_id: str
@@ -49,15 +50,21 @@ class LinkLost:
     """The stream was given up because the worker had said nothing for long: others may wait for it as well."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerEvent:
+class WorkerEvent(NamedTuple):
     """An event with the side that it came from."""
 
     side: Side
     event: pb.Event
 
 
-Inbox = asyncio.Queue["WorkerEvent | LinkLost"]
+class Refused(NamedTuple):
+    """Instead of an event: the worker refuses what nobody waited for."""
+
+    side: Side
+    refusal: Refusal
+
+
+Inbox = Mailbox["WorkerEvent | LinkLost | Refused"]
 
 
 class WorkerLink:
@@ -146,9 +153,17 @@ class WorkerLink:
         """Submits a prompt. `Refusal`."""
         await self._ask(pb.Command(prefill=request))
 
-    async def decode(self, request: pb.DecodeRequest) -> None:
-        """Redeems a credit. `Refusal`."""
-        await self._ask(pb.Command(decode=request))
+    def decode(self, request: pb.DecodeRequest, inbox: Inbox) -> None:
+        """Redeems a credit; nobody waits for the answer, and a refusal comes into `inbox`."""
+
+        def on_answer(answer: pb.Answer | Refusal) -> None:
+            if isinstance(answer, Refusal):
+                inbox.put_nowait(Refused(Side.DECODE, answer))
+
+        if self.attached:
+            self._commands.send(pb.Command(decode=request), on_answer)
+        else:
+            on_answer(self._not_attached())
 
     async def abort(self, request: pb.AbortRequest) -> None:
         """Tells the worker to drop an attempt; retried a few times. A worker that cannot be told has lost our stream,
@@ -183,8 +198,11 @@ class WorkerLink:
 
     async def _ask(self, command: pb.Command) -> pb.Answer:
         if not self.attached:
-            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"{self.worker_id}: its stream does not stand")
+            raise self._not_attached()
         return await self._commands.ask(command)
+
+    def _not_attached(self) -> Refusal:
+        return Refusal(grpc.StatusCode.UNAVAILABLE, f"{self.worker_id}: its stream does not stand")
 
     async def _run(self) -> None:
         while True:
@@ -235,7 +253,7 @@ class WorkerLink:
 
     def _dispatch(self, event: pb.Event) -> None:
         side = Side.PREFILL if event.side == pb.SIDE_PREFILL else Side.DECODE
-        inbox = self._inboxes.get(SubscriptionKey(event.request_id, event.choice, side, event.attempt))
+        inbox = self._inboxes.get((event.request_id, event.choice, side, event.attempt))  # type: ignore[call-overload]
         if inbox is not None:
             inbox.put_nowait(WorkerEvent(side, event))
 

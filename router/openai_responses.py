@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+import orjson
 
 from ..cluster.types import FinishReason, SampledToken
 from .service import Delta
@@ -20,6 +23,13 @@ MIN_LOGPROB = -9999.0
 """JSON has no infinity; what vLLM and OpenAI write for a token of probability 0."""
 
 Json = dict[str, Any]
+_MARK = "\x00 the text \x00"
+"""No other value of a chunk: a response's id and its model's name have no control characters."""
+
+
+def server_sent(values: Iterable[Json]) -> bytes:
+    """One event (`data:`) an object."""
+    return b"".join([b"data: " + orjson.dumps(value) + b"\n\n" for value in values])
 
 
 @dataclass(slots=True)
@@ -89,6 +99,8 @@ class Responder(ABC):
         self._tokenizer = tokenizer
         self._wants_logprobs = logprobs
         self._choices: dict[int, _Choice] = {}
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+        """What stands before and behind the text in a choice's events."""
         self._include_usage = include_usage
 
     def _chunk(self, choice: Json) -> Json:
@@ -108,6 +120,21 @@ class Responder(ABC):
     @abstractmethod
     def chunks(self, choice: int, delta: Delta) -> list[Json]:
         """The stream's chunks for one delta; none for a delta that shows nothing yet."""
+
+    def events(self, choice: int, delta: Delta) -> bytes:
+        """The same as server-sent events. A delta of nothing but text, as most are, is its JSON between two constant
+        pieces.
+        """
+        if self._wants_logprobs or delta.finish_reason is not None:
+            return server_sent(self.chunks(choice, delta))
+        if not delta.text:
+            return b""
+        frame = self._frames.get(choice)
+        if frame is None:
+            chunk = self.chunks(choice, Delta(choice=delta.choice, text=_MARK))
+            before, _, after = server_sent(chunk).partition(orjson.dumps(_MARK))
+            frame = self._frames[choice] = (before, after)
+        return frame[0] + orjson.dumps(delta.text) + frame[1]
 
     @abstractmethod
     def _logprob_entries(self, choice: int, tokens: tuple[SampledToken, ...]) -> list[Json]:

@@ -46,6 +46,15 @@ def counts(r: Any) -> tuple[int, int, int, int]:
     return p.queued_prefill_tokens, p.decode_rows, d.queued_prefill_tokens, d.decode_rows
 
 
+async def submit(r: Any, attempt: Attempt) -> None:
+    """Submits and waits for the decode worker to hear of it, as the attempt itself does not."""
+    assert attempt.decode is not None
+    worker = next(worker for worker in r.workers if worker.worker_id == attempt.decode.worker_id)
+    before = len(worker.requests(pb.DecodeRequest))
+    await attempt.submit(60.0)
+    await r.until(lambda: len(worker.requests(pb.DecodeRequest)) > before, "the decode worker to be asked")
+
+
 async def close(r: Any, attempt: Attempt) -> None:
     """Closes and waits for the aborts."""
     aborts: list[asyncio.Task[None]] = []
@@ -60,7 +69,7 @@ async def test_counts_follow_the_attempt(rig: Any) -> None:
     async with rig() as r:
         attempt, prefill, decode = await split(r)
         assert counts(r) == (6, 0, 0, 1)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         [asked], [redeemed] = prefill.requests(pb.PrefillRequest), decode.requests(pb.DecodeRequest)
         assert (asked.handoff, asked.epoch) == (True, prefill.epoch)
         assert asked.sequence == redeemed.sequence
@@ -90,7 +99,7 @@ async def test_never_submitted_gives_the_credit_back(rig: Any) -> None:
 async def test_an_early_end_aborts_both_sides(rig: Any) -> None:
     async with rig() as r:
         attempt, prefill, decode = await split(r)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         await close(r, attempt)
         assert len(prefill.requests(pb.AbortRequest)) == len(decode.requests(pb.AbortRequest)) == 1
 
@@ -99,7 +108,7 @@ async def test_an_early_end_aborts_both_sides(rig: Any) -> None:
 async def test_after_decodes_first_tokens_prefill_frees_itself(rig: Any) -> None:
     async with rig() as r:
         attempt, prefill, decode = await split(r)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         [asked] = decode.requests(pb.DecodeRequest)
         decode.send(r.event(asked.sequence, D, tokens=(1, [7, 8], "")))
         await attempt.next_event()
@@ -114,7 +123,7 @@ async def test_after_decodes_first_tokens_prefill_frees_itself(rig: Any) -> None
 async def test_which_lost_stream_ends_it(rig: Any, side: Side, after_first: bool, lost: bool) -> None:
     async with rig() as r:
         attempt, prefill, decode = await split(r)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         [asked] = decode.requests(pb.DecodeRequest)
         if after_first:
             prefill.send(r.event(asked.sequence, P, tokens=(1, [7], "")))
@@ -141,14 +150,14 @@ async def test_a_submit_accepted_on_the_next_stream_is_aborted(rig: Any) -> None
     async with rig() as r:
         attempt, prefill, decode = await split(r)
         prefill.hold["Prefill"] = asyncio.Event()
-        submit = asyncio.create_task(attempt.submit(60.0))
+        submitting = asyncio.create_task(attempt.submit(60.0))
         await r.until(lambda: prefill.requests(pb.PrefillRequest), "prefill to be asked")
         decode.break_streams()
         await r.until(lambda: not r.link("d0").attached, "the break")
         await r.until(lambda: r.link("d0").attached, "the stream to be back")
         prefill.hold["Prefill"].set()
-        await submit
-        assert decode.requests(pb.DecodeRequest)
+        await submitting
+        await r.until(lambda: decode.requests(pb.DecodeRequest), "decode to be asked")
         with pytest.raises(AttemptLost):
             await attempt.next_event()
         await close(r, attempt)
@@ -164,7 +173,7 @@ async def test_a_submit_accepted_on_the_next_stream_is_aborted(rig: Any) -> None
 async def test_failures_carry_their_reason(rig: Any, side: Side, reason: str, retryable: bool, lost: bool) -> None:
     async with rig() as r:
         attempt, prefill, decode = await split(r)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         [asked] = decode.requests(pb.DecodeRequest)
         failing, other = (prefill, decode) if side is P else (decode, prefill)
         failing.send(r.event(asked.sequence, side, failed=(reason, retryable)))
@@ -224,7 +233,7 @@ ABORTS: set[asyncio.Task[None]] = set()
 async def test_what_is_left_of_the_prefill(rig: Any, how: str, kept: bool) -> None:
     async with rig() as r:
         attempt, prefill, decode = await split(r)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         half = await lose_decode(r, attempt, how, decode)
         assert (half is not None) == kept
         await r.until(lambda: not ABORTS, "the aborts")
@@ -250,14 +259,14 @@ async def test_the_next_decode_attempt_names_the_same_prefill_and_hears_what_it_
     async with rig() as r:
         attempt, prefill, decode = await split(r)
         spare = await r.worker("d1", Role.DECODE)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         [asked] = prefill.requests(pb.PrefillRequest)
         half = await lose_decode(r, attempt, "corrupt", decode)
         assert half is not None
         prefill.send(r.event(asked.sequence, P, tokens=(1, [7], "")))
         await r.until(lambda: not half._inbox.empty(), "the first token")
         second = on(r, replace(WORK, number=4, half=half), half, spare)
-        await second.submit(60.0)
+        await submit(r, second)
         assert len(prefill.requests(pb.PrefillRequest)) == 1
         [redeemed] = spare.requests(pb.DecodeRequest)
         sequence = redeemed.sequence
@@ -276,11 +285,11 @@ async def test_a_second_decode_worker_that_cannot_reach_the_prefill_worker_is_be
     async with rig() as r:
         attempt, prefill, decode = await split(r)
         spare = await r.worker("d1", Role.DECODE)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         half = await lose_decode(r, attempt, "peer_lost", decode)
         assert half is not None
         second = on(r, replace(WORK, number=4, half=half), half, spare)
-        await second.submit(60.0)
+        await submit(r, second)
         [redeemed] = spare.requests(pb.DecodeRequest)
         spare.send(r.event(redeemed.sequence, D, failed=("peer_lost", True)))
         with pytest.raises(AttemptLost, match="by the script"):
@@ -295,7 +304,7 @@ async def test_a_prefill_worker_that_fell_silent_is_not_waited_for(rig: Any, sil
     """After the first token: a broken connection the decode worker sees for itself, silence it does not."""
     async with rig() as r:
         attempt, prefill, decode = await split(r)
-        await attempt.submit(60.0)
+        await submit(r, attempt)
         [asked] = decode.requests(pb.DecodeRequest)
         prefill.send(r.event(asked.sequence, P, tokens=(1, [7], "")))
         await attempt.next_event()

@@ -12,6 +12,7 @@ from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import Role, Side
 from tandem.router.link import Inbox, LinkLost, SubscriptionKey, WorkerEvent
+from tandem.router.mailbox import Mailbox
 
 KEY = SubscriptionKey("q", 0, Side.PREFILL, 1)
 SEQUENCE = pb.Sequence(request_id="q", prefill_attempt=1, decode_attempt=1)
@@ -23,7 +24,7 @@ RESERVE = pb.ReserveRequest(request_id="q", decode_attempt=1, context_tokens=5, 
 async def test_events_go_to_the_attempt_they_name_and_to_nobody_else(rig: Any) -> None:
     async with rig() as r:
         worker = await r.worker("p0", Role.PREFILL)
-        inbox: Inbox = asyncio.Queue()
+        inbox: Inbox = Mailbox()
         r.link("p0").subscribe(KEY, inbox)
         other = pb.Sequence(request_id="q", prefill_attempt=2, decode_attempt=1)
         worker.send(
@@ -38,7 +39,7 @@ async def test_events_go_to_the_attempt_they_name_and_to_nobody_else(rig: Any) -
         r.link("p0").unsubscribe(KEY)
         r.link("p0").unsubscribe(KEY)
         worker.send(r.event(SEQUENCE, Side.PREFILL, tokens=(1, [4], "")))
-        marker: Inbox = asyncio.Queue()
+        marker: Inbox = Mailbox()
         r.link("p0").subscribe(SubscriptionKey("m", 0, Side.PREFILL, 1), marker)
         worker.send(r.event(pb.Sequence(request_id="m", prefill_attempt=1), Side.PREFILL, failed=("x", True)))
         await marker.get()
@@ -49,7 +50,7 @@ async def test_events_go_to_the_attempt_they_name_and_to_nobody_else(rig: Any) -
 async def test_a_broken_stream_is_told_to_everybody_once_and_opened_again(rig: Any) -> None:
     async with rig() as r:
         worker = await r.worker("p0", Role.PREFILL)
-        link, inboxes = r.link("p0"), [asyncio.Queue(), asyncio.Queue()]
+        link, inboxes = r.link("p0"), [Mailbox(), Mailbox()]
         for attempt, inbox in enumerate(inboxes):
             link.subscribe(SubscriptionKey("q", 0, Side.PREFILL, attempt), inbox)
         worker.break_streams()

@@ -13,6 +13,7 @@ from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import Role, Side, Urgency
 from tandem.router.link import SubscriptionKey
+from tandem.router.mailbox import Mailbox
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ async def test_a_silent_worker_is_given_up_once_and_welcome_when_it_goes_on(rig:
         clock = VirtualClock()
         r.members._clock, r.members._lost_after_s, r.members._timeout_s = clock, 0.2, 0.1
         worker = await r.worker("p0", Role.PREFILL)
-        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        inbox: Mailbox[Any] = Mailbox()
         key = SubscriptionKey("q", 0, Side.PREFILL, 1)
         r.link("p0").subscribe(key, inbox)
         for _ in range(40):  # silence is counted only as far as the router itself was running
