@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -21,7 +22,7 @@ import grpc.aio
 from ..cluster.auth import OPEN, MemberCredentials
 from . import wire
 from .ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
-from .transport import MESSAGE_BYTES, EndFrame, KVFrame, KVSource, KVTransport, PullRequest, RefFrame
+from .transport import MESSAGE_BYTES, BlockFrame, EndFrame, KVFrames, KVSource, KVTransport, PullRequest, RefFrame
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ SERVICE = "tandem.kv.v1.KV"
 MAX_PULL_S = 3600.0
 """Server's own bound on a pull, for clients that send no deadline."""
 MAX_CALL_S = 60.0
+FRAME_BYTES = 2**20
+LOOKAHEAD_BYTES = 8 * 2**20
+"""What a pull may have on its way beyond what its reader has taken."""
 
 
 def _options(block_bytes: int, message_bytes: int) -> list[tuple[str, int]]:
@@ -40,6 +44,10 @@ def _options(block_bytes: int, message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
         ("grpc.http2.max_pings_without_data", 0),
+        # HTTP/2 frames as big as messages, and room for a few messages of each stream while the reader writes: with
+        # the defaults (16 KiB, 64 KiB) the processors are busy with framing and the sender with waiting.
+        ("grpc.http2.max_frame_size", FRAME_BYTES),
+        ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
     ]
 
 
@@ -185,32 +193,45 @@ class GrpcKVTransport(KVTransport):
     async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
         return wire.decode_hello_reply(await self._call(peer, "Hello", wire.encode_hello(mine), timeout_s))
 
-    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
-        async with aclosing(self.frames(peer, request, timeout_s=timeout_s)) as frames:
-            async for frame in frames:
-                if isinstance(frame, RefFrame):
+    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrames, None]:
+        async with aclosing(self.messages(peer, request, timeout_s=timeout_s)) as messages:
+            async for message in messages:
+                frames = wire.decode_frames(message)
+                if isinstance(frames[0], RefFrame):
                     raise HandoffRefused(RefusalReason.CORRUPT, "references came where bytes were due")
-                yield frame
+                if isinstance(frames[0], EndFrame):
+                    yield replace(frames[0], transport="grpc")
+                    return
+                yield cast("tuple[BlockFrame, ...]", frames)
+        raise _cut_short(peer)
 
-    async def frames(
+    async def references(
         self, peer: Peer, request: PullRequest, *, timeout_s: float
-    ) -> AsyncGenerator[KVFrame | RefFrame, None]:
-        """Like `pull`; with `PullRequest.mapped` the blocks come as references."""
+    ) -> AsyncGenerator[tuple[RefFrame, ...] | EndFrame, None]:
+        """Like `pull`, where the blocks come as references: `request.mapped` is set."""
+        async with aclosing(self.messages(peer, request, timeout_s=timeout_s)) as messages:
+            async for message in messages:
+                frames = wire.decode_frames(message)
+                if isinstance(frames[0], BlockFrame):
+                    raise HandoffRefused(RefusalReason.CORRUPT, "bytes came where references were due")
+                if isinstance(frames[0], EndFrame):
+                    yield frames[0]
+                    return
+                yield cast("tuple[RefFrame, ...]", frames)
+        raise _cut_short(peer)
+
+    async def messages(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[bytes, None]:
+        """The messages of a pull as they come."""
         with self._channel(peer) as channel:
             method = channel.unary_stream(f"/{SERVICE}/Pull")
             call = method(wire.encode_pull(request), timeout=max(0.0, timeout_s))
             try:
                 async for message in call:
-                    for frame in wire.decode_frames(message):
-                        if isinstance(frame, EndFrame):
-                            yield replace(frame, transport="grpc")
-                            return
-                        yield frame
+                    yield message
             except grpc.aio.AioRpcError as error:
                 raise _refusal_of(error, peer) from error
             finally:
                 call.cancel()
-        raise HandoffRefused(RefusalReason.PEER_LOST, f"{peer.worker_id} ended the stream before the end frame")
 
     async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
         wire.decode_ack(await self._call(peer, "Confirm", wire.encode_ticket(ticket), timeout_s))
@@ -261,6 +282,10 @@ class GrpcKVTransport(KVTransport):
             task = asyncio.ensure_future(self._channels.pop(address).channel.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+
+def _cut_short(peer: Peer) -> HandoffRefused:
+    return HandoffRefused(RefusalReason.PEER_LOST, f"{peer.worker_id} ended the stream before the end frame")
 
 
 def _refusal_of(error: grpc.aio.AioRpcError, peer: Peer) -> HandoffRefused:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from . import wire
 from .ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
-from .transport import BlockFrame, EndFrame, KVFrame, KVSource, KVTransport, PullRequest, RefFrame
+from .transport import BlockFrame, EndFrame, KVFrames, KVSource, KVTransport, PullRequest
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class MemoryKVTransport(KVTransport):
         theirs = await self._source(peer).hello(wire.decode_hello(wire.encode_hello(mine)))
         return wire.decode_hello_reply(wire.encode_hello(theirs))
 
-    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
+    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrames, None]:
         self.pulls += 1
         left, self.faults.break_after_blocks = self.faults.break_after_blocks, None
         request = wire.decode_pull(wire.encode_pull(request))
@@ -62,13 +62,17 @@ class MemoryKVTransport(KVTransport):
                 else:
                     message = wire.encode_blocks(item.frames)
                     item.verify()
-                for frame in wire.decode_frames(message):
-                    if left is not None and isinstance(frame, BlockFrame):
-                        if left == 0:
-                            raise HandoffRefused(RefusalReason.PEER_LOST, "the connection broke")
-                        left -= 1
-                    assert not isinstance(frame, RefFrame)
-                    yield self._spoil(frame)
+                frames = wire.decode_frames(message)
+                if isinstance(frames[0], EndFrame):
+                    yield replace(frames[0], transport="memory")
+                    return
+                blocks = tuple(self._spoil(frame) for frame in frames if isinstance(frame, BlockFrame))
+                if left is not None and left < len(blocks):
+                    if left:
+                        yield blocks[:left]
+                    raise HandoffRefused(RefusalReason.PEER_LOST, "the connection broke")
+                left = None if left is None else left - len(blocks)
+                yield blocks
 
     async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
         if self.faults.lost_confirms > 0:
@@ -91,9 +95,7 @@ class MemoryKVTransport(KVTransport):
             raise HandoffRefused(RefusalReason.PEER_LOST, f"nobody at {peer.kv_address}")
         return source
 
-    def _spoil(self, frame: KVFrame) -> KVFrame:
-        if isinstance(frame, EndFrame):
-            return replace(frame, transport="memory")
+    def _spoil(self, frame: BlockFrame) -> BlockFrame:
         if frame.block_index not in self.faults.corrupt_blocks:
             return frame
         self.faults.corrupt_blocks.discard(frame.block_index)

@@ -34,7 +34,7 @@ from .protocol.actions import (
     Refuse,
     SendAbort,
     StartPull,
-    WriteBlock,
+    WriteBlocks,
     WriterDone,
 )
 from .protocol.credits import NO_PROMISE, CreditLedger
@@ -42,7 +42,7 @@ from .protocol.puller import HandoffPuller
 from .protocol.puller_state import PullerCounts
 from .store import KVStore
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
-from .transport import BlockFrame, EndFrame, KVFrame, KVTransport, PullRequest
+from .transport import BlockFrame, EndFrame, KVTransport, PullRequest
 from .wire import check_block
 
 log = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ class SinkDriver:
                     self._spawn(self._confirm(ticket, self._sequences[ticket.decode_key].peer))
                 case SendAbort(ticket):
                     self._spawn(self._send_abort(ticket, self._sequences[ticket.decode_key].peer))
-                case WriteBlock():
+                case WriteBlocks():
                     raise AssertionError("only a pull's frame leads to a write")
         return credit
 
@@ -293,36 +293,43 @@ class SinkDriver:
                 )
                 frames = self._transport.pull(sequence.peer, request, timeout_s=timeout_s)
                 async with aclosing(frames):
-                    async for frame in frames:
-                        self._accept(action, sequence, frame)
-                        if isinstance(frame, EndFrame):
+                    async for came in frames:
+                        if isinstance(came, EndFrame):
+                            self._accept_end(action, sequence, came)
                             return
+                        self._accept_blocks(action, sequence, came)
         except TimeoutError as error:
             raise HandoffRefused(RefusalReason.DEADLINE, f"no KV within {timeout_s:.3f} s") from error
         raise HandoffRefused(RefusalReason.PEER_LOST, "the stream of blocks ended before its end frame")
 
-    def _accept(self, action: StartPull, sequence: _Sequence, frame: KVFrame) -> None:
-        """Checks one frame and writes it; raises `HandoffRefused` if it is not the one that was due."""
+    def _accept_blocks(self, action: StartPull, sequence: _Sequence, frames: tuple[BlockFrame, ...]) -> None:
+        """Checks blocks that came together and writes them; `HandoffRefused` if they are not those that were due."""
         now_s = self._clock.now_s()
-        if isinstance(frame, BlockFrame):
+        for frame in frames:
             if self._checksum and frame.checksum is None and frame.verify is None:
                 raise HandoffRefused(RefusalReason.CORRUPT, f"block {frame.block_index} came without its checksum")
             check_block(frame, self._block_bytes)
-            for step in self._puller.block_arrived(action.key, action.pull_index, frame.ticket, frame.block_index):
-                if isinstance(step, WriteBlock):
-                    self._store.write_block(step.block_id, frame.payload)
-                else:
-                    self._run([step])
-            if frame.verify is not None:
-                frame.verify()
-            self._run(self._puller.block_written(action.key, action.pull_index, frame.block_index))
-            if sequence.first_byte_s is None:
-                sequence.first_byte_s = now_s
-            sequence.last_byte_s = self._clock.now_s()
-            sequence.received_bytes += len(frame.payload)
-            sequence.received_blocks += 1
-            return
-        sequence.end, sequence.end_s = frame, now_s
+        indices = [frame.block_index for frame in frames]
+        tickets = (frame.ticket for frame in frames)
+        for step in self._puller.blocks_arrived(action.key, action.pull_index, tickets, indices):
+            if isinstance(step, WriteBlocks):
+                for block_id, frame in zip(step.block_ids, frames, strict=True):
+                    self._store.write_block(block_id, frame.payload)
+            else:
+                self._run([step])
+        for verify in dict.fromkeys(frame.verify for frame in frames):
+            if verify is not None:
+                verify()
+        self._run(self._puller.blocks_written(action.key, action.pull_index, indices))
+        if sequence.first_byte_s is None:
+            sequence.first_byte_s = now_s
+        sequence.last_byte_s = self._clock.now_s()
+        sequence.received_bytes += self._block_bytes * len(frames)
+        sequence.received_blocks += len(frames)
+
+    def _accept_end(self, action: StartPull, sequence: _Sequence, frame: EndFrame) -> None:
+        """Takes the end of a pull; `HandoffRefused` if something is missing."""
+        sequence.end, sequence.end_s = frame, self._clock.now_s()
         end = (action.key, action.pull_index, frame.ticket, frame.num_tokens, frame.first_token)
         self._run(self._puller.end_arrived(*end))
 

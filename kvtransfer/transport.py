@@ -46,8 +46,8 @@ class BlockFrame:
     """`wire.block_checksum` over identity and payload; None: switched off."""
     verify: Callable[[], None] | None = None
     """Set where the payload is memory that the holder may use anew: copy it, then call this before the next `await`. It
-    raises `HandoffRefused` (WRONG_GENERATION) if what was copied is not what the frame names. None: the payload is the
-    frame's own."""
+    raises `HandoffRefused` (WRONG_GENERATION) if what was copied is not what the frame names. Frames that came together
+    may share one, which then speaks for all of them. None: the payload is the frame's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,8 @@ class EndFrame:
 
 
 KVFrame = BlockFrame | EndFrame
-"""What a `KVTransport` yields."""
+KVFrames = tuple[BlockFrame, ...] | EndFrame
+"""What a `KVTransport` yields: blocks that came together, in order; at last the end frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +106,9 @@ class KVTransport(ABC):
         """
 
     @abstractmethod
-    def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
-        """Streams the blocks as they become readable, then one `EndFrame`. Once per pull; `aclose` cancels it on both
-        sides. A stream that ends without an `EndFrame` raises PEER_LOST.
+    def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrames, None]:
+        """Streams the blocks as they become readable, some at a time, then one `EndFrame`. Once per pull; `aclose`
+        cancels it on both sides. A stream that ends without an `EndFrame` raises PEER_LOST.
         """
 
     @abstractmethod

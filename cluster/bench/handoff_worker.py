@@ -24,7 +24,7 @@ from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...kvtransfer.mapped.fd_passing import share
 from ...kvtransfer.mapped.transport import MappedKVTransport
 from ...kvtransfer.ticket import Hello, Peer, Ticket
-from ...kvtransfer.transport import EndFrame, KVFrame, KVTransport, PullRequest
+from ...kvtransfer.transport import EndFrame, KVFrames, KVTransport, PullRequest
 from ...prefill_worker.service import PrefillService
 from ..clock import MonotonicClock
 from ..config import EngineConfig, WorkerConfig
@@ -148,19 +148,19 @@ class MarkedTransport(KVTransport):
     async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
         return await self._transport.hello(peer, mine, timeout_s=timeout_s)
 
-    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
+    async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrames, None]:
         opened_s, first_s, last_s, total_bytes = time.monotonic(), 0.0, 0.0, 0
         async with aclosing(self._transport.pull(peer, request, timeout_s=timeout_s)) as frames:
-            async for frame in frames:
-                if isinstance(frame, EndFrame):
+            async for came in frames:
+                if isinstance(came, EndFrame):
                     key = request.ticket.decode_key
                     self._marks.pulls.append(PullMark(key, opened_s, first_s, last_s, total_bytes))
-                    yield frame
+                    yield came
                     return
                 first_s = first_s or time.monotonic()
-                yield frame
+                yield came
                 last_s = time.monotonic()
-                total_bytes += len(frame.payload)
+                total_bytes += sum(len(frame.payload) for frame in came)
 
     async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
         sent_s = time.monotonic()

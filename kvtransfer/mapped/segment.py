@@ -10,7 +10,7 @@ that its size never changes (a reader cannot meet SIGBUS) and nobody but the own
 into it again; content under one generation never changes once a holder has named it. A reader compares the generation
 after it has copied: equal means that no write had begun when its copy was done. That needs the two stores, and the two
 loads, to be seen in order: x86-64 does so, and elsewhere the locks do that both sides pass through between the two
-(`MappedSegment.generation` takes one; on the owner's side the engine's queue lies between a grant and its first step).
+(`MappedSegment.generations` takes one; on the owner's side the engine's queue lies between a grant and its first step).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import threading
 import uuid
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..layout import KVLayout
@@ -32,6 +33,7 @@ VERSION = 1
 NONCE_BYTES = 16
 PAGE_BYTES = max(4096, mmap.PAGESIZE)
 _HEADER = struct.Struct("<8sIIQ16s16sQQQQQ")
+_MADV_POPULATE_READ = 22  # linux/mman.h; kernels from 5.14 on
 _LINUX = sys.platform == "linux"
 if _LINUX:
     import fcntl
@@ -159,6 +161,9 @@ class MappedSegment:
         self.nonce = nonce
         self.num_blocks = shape.num_blocks
         self.block_bytes = shape.block_bytes
+        self._memory = memory
+        self._blocks_offset = shape.blocks_offset
+        self._populated = bytearray(shape.num_blocks)
         self._generations = view[shape.generations_offset :][: 8 * shape.num_blocks].cast("Q")
         self._blocks = view[shape.blocks_offset :][: shape.num_blocks * shape.block_bytes]
         self._fence = threading.Lock()
@@ -169,12 +174,35 @@ class MappedSegment:
             raise SegmentError(f"block_id: {block_id} is not in 0…{self.num_blocks - 1}")
         return self._blocks[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
 
-    def generation(self, block_id: int) -> int:
-        """The block's generation now; loads before and after this call stay before and after it (module docstring)."""
+    def generations(self, block_ids: Sequence[int]) -> list[int]:
+        """The blocks' generations now; loads before and after this call stay before and after it (module docstring)."""
+        generations = self._generations
         with self._fence:
-            value: int = self._generations[block_id]
+            values: list[int] = [generations[block_id] for block_id in block_ids]
         with self._fence:
-            return value
+            return values
+
+    def populate(self, block_ids: Sequence[int]) -> None:
+        """Puts the pages of blocks that are about to be read into this mapping, a call for each stretch of them in
+        place of a fault for each page. Once for each block; blocks that exist.
+        """
+        missing = [block_id for block_id in block_ids if not self._populated[block_id]]
+        for first, last in _stretches(missing):
+            begin = self._blocks_offset + first * self.block_bytes
+            begin -= begin % PAGE_BYTES
+            end = self._blocks_offset + (last + 1) * self.block_bytes
+            with contextlib.suppress(OSError):  # an older kernel: pages come one by one
+                self._memory.madvise(_MADV_POPULATE_READ, begin, end - begin)
+            self._populated[first : last + 1] = b"\1" * (last + 1 - first)
+
+
+def _stretches(block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) of each run of neighbors, in the order in which they stand."""
+    start = 0
+    for index in range(1, len(block_ids) + 1):
+        if index == len(block_ids) or block_ids[index] != block_ids[index - 1] + 1:
+            yield block_ids[start], block_ids[index - 1]
+            start = index
 
 
 def take(fd: int, *, nonce: bytes, epoch: int, layout: KVLayout) -> MappedSegment:

@@ -105,11 +105,11 @@ class CancelPull:
 
 
 @dataclass(frozen=True, slots=True)
-class WriteBlock:
-    """The block is the one that was wanted: write it there."""
+class WriteBlocks:
+    """The blocks are the ones that were wanted: write them there, in this order."""
 
     key: str
-    block_id: int
+    block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,5 +151,5 @@ class SendAbort:
 
 
 PullerAction = (
-    Refuse | Credit | StartPull | CancelPull | WriteBlock | KvReady | WriterDone | Failed | Confirm | SendAbort
+    Refuse | Credit | StartPull | CancelPull | WriteBlocks | KvReady | WriterDone | Failed | Confirm | SendAbort
 )

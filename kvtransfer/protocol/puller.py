@@ -6,8 +6,8 @@ Life of one sequence here:
    moment (`wants`), so that who asks again is not overtaken for ever.
 2. `submit` redeems it: WAITING_BLOCKS. No free block, no pull: the KV waits in the prefill worker's memory.
 3. `blocks_granted`: PULLING, from the first block that the own prefix cache lacks. Every frame is checked
-   (`block_arrived`: this ticket, this pull, the next index) before it may be written, and counts when it is written
-   whole (`block_written`): a block whose memory changed while it was copied is still wanted.
+   (`blocks_arrived`: this ticket, this pull, the next index) before it may be written, and counts when it is written
+   whole (`blocks_written`): a block whose memory changed while it was copied is still wanted.
 4. A pull that breaks is started again from the first missing block, a bounded number of times; a late frame of the
    older pull is refused.
 5. `end_arrived`: READY (`KvReady`). `first_step`: RUNNING (`Confirm`). `confirm_ended`: over, a bounded tombstone
@@ -17,6 +17,8 @@ Life of one sequence here:
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 from ...cluster.types import BlockRef, SampledToken, Side, Urgency, seq_id
 from ..ticket import RefusalReason, Ticket
@@ -31,7 +33,7 @@ from .actions import (
     Refuse,
     SendAbort,
     StartPull,
-    WriteBlock,
+    WriteBlocks,
     WriterDone,
 )
 from .credits import NO_PROMISE, CreditLedger
@@ -165,22 +167,26 @@ class HandoffPuller:
 
     # The writer's events
 
-    def block_arrived(self, key: str, pull_index: int, ticket: Ticket, block_index: int) -> list[PullerAction]:
-        """A frame whose checksum holds: `WriteBlock`, or `Refuse` (STALE_ATTEMPT; CORRUPT if it is not the next
-        one).
+    def blocks_arrived(
+        self, key: str, pull_index: int, tickets: Iterable[Ticket], block_indices: Sequence[int]
+    ) -> list[PullerAction]:
+        """Frames whose checksums hold, in the order in which they came: `WriteBlocks`, or `Refuse` (STALE_ATTEMPT;
+        CORRUPT if they are not the next ones).
         """
         record = self._writing(key, pull_index)
         if record is None:
             return [Refuse(key, RefusalReason.STALE_ATTEMPT)]
-        if ticket != record.ticket or block_index != record.next_block or block_index >= len(record.blocks):
+        due = range(record.next_block, record.next_block + len(block_indices))
+        wrong = any(ticket != record.ticket for ticket in tickets)
+        if wrong or list(block_indices) != list(due) or due.stop > len(record.blocks):
             return [Refuse(key, RefusalReason.CORRUPT)]
-        return [WriteBlock(key, record.blocks[block_index].block_id)]
+        return [WriteBlocks(key, tuple(ref.block_id for ref in record.blocks[due.start : due.stop]))]
 
-    def block_written(self, key: str, pull_index: int, block_index: int) -> list[PullerAction]:
-        """The block that arrived is written, and what was written is the block: the next one is due."""
+    def blocks_written(self, key: str, pull_index: int, block_indices: Sequence[int]) -> list[PullerAction]:
+        """Blocks that arrived are written, and what was written are the blocks: the next ones are due."""
         record = self._writing(key, pull_index)
-        if record is not None and block_index == record.next_block < len(record.blocks):
-            record.next_block += 1
+        if record is not None and block_indices and block_indices[0] == record.next_block:
+            record.next_block = min(record.next_block + len(block_indices), len(record.blocks))
         return []
 
     def end_arrived(

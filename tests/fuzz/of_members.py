@@ -132,7 +132,7 @@ def segment(data: bytes) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     there = take(fd, nonce=offered()[0], epoch=TICKET.epoch, layout=LAYOUT)
     for block_id in (0, there.num_blocks - 1):
-        assert there.generation(block_id) >= 0
+        assert there.generations([block_id])[0] >= 0
         assert len(bytes(there.block(block_id))) == LAYOUT.block_bytes
 
 

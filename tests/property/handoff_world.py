@@ -141,24 +141,26 @@ class World(RuleBasedStateMachine):
         d = self.writer_of(to, key, pull_index)
         if d is None:
             if (late := self.d[to[0]]).epoch == to[1]:
-                assert isinstance(late.puller.block_arrived(key, pull_index, ticket, index)[0], act.Refuse)
+                (late_action,) = late.puller.blocks_arrived(key, pull_index, [ticket], [index])
+                assert isinstance(late_action, act.Refuse)
             return
-        for action in d.puller.block_arrived(key, pull_index, ticket, index):
+        for action in d.puller.blocks_arrived(key, pull_index, [ticket], [index]):
             if isinstance(action, act.Refuse):
                 self.end_writer(d, key, action.reason)
                 return
-            assert isinstance(action, act.WriteBlock)
+            assert isinstance(action, act.WriteBlocks)
             assert ticket.decode_key == key
             sequence = d.sequences[key]
             assert not sequence.writer_done, "a write after the engine was told that none would come"
-            assert action.block_id == sequence.blocks[index].block_id
+            (block_id,) = action.block_ids
+            assert block_id == sequence.blocks[index].block_id
             assert content == (ticket.request_id, index), "another request's KV"
             if torn:
-                d.memory.content[action.block_id] = ("torn", index)
+                d.memory.content[block_id] = ("torn", index)
                 self.end_writer(d, key, RefusalReason.WRONG_GENERATION)
                 return
-            d.memory.content[action.block_id] = content
-            d.puller.block_written(key, pull_index, index)
+            d.memory.content[block_id] = content
+            d.puller.blocks_written(key, pull_index, [index])
 
     def on_end(self, to: tuple[str, int], key: str, pull_index: int, ticket: Ticket) -> None:
         d = self.writer_of(to, key, pull_index)

@@ -77,8 +77,8 @@ def show(action: object) -> str:
             return f"start pull {index} of {key} from block {first}" + (f" in {delay:g} s" if delay else "")
         case act.CancelPull(key):
             return f"cancel the pull of {key}"
-        case act.WriteBlock(_, block):
-            return f"write block {block}"
+        case act.WriteBlocks(_, blocks):
+            return f"write block {', '.join(map(str, blocks))}"
         case act.KvReady(key, token):
             return f"KV READY {key}, first token {token.token_id}"
         case act.WriterDone(key):
@@ -218,16 +218,16 @@ class Transcript:
 
     def d_block(self, name: str, index: str, n: str = "0", **options: str) -> list[object]:
         """The frame, and where it may be written, that it is."""
-        actions = list(self.puller.block_arrived(f"r/0/{name}", int(n), ticket_of(name, **options), int(index)))
-        written = self.d_written(name, index, n) if any(isinstance(a, act.WriteBlock) for a in actions) else []
+        actions = list(self.puller.blocks_arrived(f"r/0/{name}", int(n), [ticket_of(name, **options)], [int(index)]))
+        written = self.d_written(name, index, n) if any(isinstance(a, act.WriteBlocks) for a in actions) else []
         return [*actions, *written]
 
     def d_torn(self, name: str, index: str, n: str = "0", **options: str) -> list[object]:
         """A frame whose memory changed while it was copied."""
-        return list(self.puller.block_arrived(f"r/0/{name}", int(n), ticket_of(name, **options), int(index)))
+        return list(self.puller.blocks_arrived(f"r/0/{name}", int(n), [ticket_of(name, **options)], [int(index)]))
 
     def d_written(self, name: str, index: str, n: str = "0") -> list[object]:
-        return list(self.puller.block_written(f"r/0/{name}", int(n), int(index)))
+        return list(self.puller.blocks_written(f"r/0/{name}", int(n), [int(index)]))
 
     def d_end(self, name: str, n: str = "0", sent: str = "10", **options: str) -> list[object]:
         return list(self.puller.end_arrived(f"r/0/{name}", int(n), ticket_of(name, **options), int(sent), TOKEN))
@@ -318,8 +318,8 @@ PULLER_EVENTS = {
     PullerEvent.SUBMIT: "d submit d0",
     PullerEvent.SUBMIT_LOCAL: "d local d0",
     PullerEvent.BLOCKS_GRANTED: "d blocks d0",
-    PullerEvent.BLOCK_ARRIVED: "d torn d0 2",
-    PullerEvent.BLOCK_WRITTEN: "d written d0 2",
+    PullerEvent.BLOCKS_ARRIVED: "d torn d0 2",
+    PullerEvent.BLOCKS_WRITTEN: "d written d0 2",
     PullerEvent.END_ARRIVED: "d end d0",
     PullerEvent.PULL_ENDED: "d ended d0 wrong_epoch",
     PullerEvent.FIRST_STEP: "d step d0",

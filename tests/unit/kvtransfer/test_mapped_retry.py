@@ -15,7 +15,7 @@ from tandem.kvtransfer.mapped.fd_passing import SegmentServer
 from tandem.kvtransfer.mapped.segment import KVSegment
 from tandem.kvtransfer.mapped.transport import MappedKVTransport
 from tandem.kvtransfer.ticket import HandoffRefused, Hello, Peer, RefusalReason, SegmentOffer, Ticket
-from tandem.kvtransfer.transport import EndFrame, KVFrame, PullRequest
+from tandem.kvtransfer.transport import EndFrame, KVFrames, PullRequest
 
 GROUP = KVGroup(name="all", num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32")
 LAYOUT = KVLayout(block_size=4, groups=(GROUP,))
@@ -58,10 +58,10 @@ class Control:
             offer=self.offer,
         )
 
-    async def frames(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrame, None]:
+    async def references(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrames, None]:
         yield END
 
-    pull = frames
+    pull = references
 
     async def close(self) -> None:
         """Nothing is open."""
