@@ -125,6 +125,13 @@ def emit_fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     return call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
 
 
+def emit_prefetch(b: ir.IRBuilder, address: Any) -> None:
+    """Ask for the cache line of an address."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(function, [pointer(b, address, I8), I32(0), I32(3), I32(1)])
+
+
 def widen_bf16_pairs(b: ir.IRBuilder, pairs: Any) -> tuple[Any, Any]:
     """[W] i32, each two bfloat16 -> those in the low halves, those in the high halves, as float32."""
     low = b.bitcast(b.shl(pairs, splat(I32_VECTOR, 16)), F32_VECTOR)
@@ -298,9 +305,7 @@ def store_int16(b, address, value):
 @operation(types.void, ADDRESS)
 def prefetch(b, address):
     """Ask for the cache line of an address, to be read once soon. Any address is allowed."""
-    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-    b.call(function, [pointer(b, address, I8), I32(0), I32(3), I32(1)])
+    emit_prefetch(b, address)
 
 
 # Values.

@@ -34,6 +34,7 @@ from .simd import (
     W,
     call,
     emit_fma,
+    emit_prefetch,
     load_as,
     operation,
     shuffle,
@@ -136,7 +137,7 @@ def _operand(b: ir.IRBuilder, form: int, address: Any) -> Any:
     return b.bitcast(pairs, ir.VectorType(I16, 2 * W)) if form == INT8 else pairs
 
 
-def _accumulate(b: ir.IRBuilder, form: int, total: Any, x: Any, w: Any) -> Any:
+def accumulate(b: ir.IRBuilder, form: int, total: Any, x: Any, w: Any) -> Any:
     """total + x w."""
     if form in (FLOAT32, BF16):
         return emit_fma(b, x, w, total)
@@ -155,14 +156,14 @@ def _step(b: ir.IRBuilder, form: int, xs: list[Any], ws: list[Any], totals: list
         moved = []
         for address, row in zip(xs, totals, strict=True):
             x = _operand(b, form, address)
-            moved.append([_accumulate(b, form, total, x, w) for total, w in zip(row, weights, strict=True)])
+            moved.append([accumulate(b, form, total, x, w) for total, w in zip(row, weights, strict=True)])
         return moved
     rows = [_operand(b, form, address) for address in xs]
     columns = []
     for panel, address in enumerate(ws):
         for half, w in enumerate(_weights(b, form, address)):
             columns.append(
-                [_accumulate(b, form, row[2 * panel + half], x, w) for x, row in zip(rows, totals, strict=True)]
+                [accumulate(b, form, row[2 * panel + half], x, w) for x, row in zip(rows, totals, strict=True)]
             )
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -192,7 +193,7 @@ def _finish(b: ir.IRBuilder, form: int, rows: int, totals: list[list[Any]], args
 class _Arguments:
     """The arguments of a tile, all int64, strides in bytes."""
 
-    COUNT = 13
+    COUNT = 15
 
     def __init__(self, *values: Any) -> None:
         (
@@ -209,6 +210,8 @@ class _Arguments:
             self.x_scale,  # integers: of the first row
             self.w_scale,  # integers: of the first column
             self.compensation,  # INT8_DOT: 128 times the sum of each column's weights
+            self.ahead,  # weights to be needed later: fetched meanwhile
+            self.ahead_step,  # from step to step
         ) = values
 
 
@@ -222,11 +225,18 @@ def _emit_tile(b: ir.IRBuilder, form: int, rows: int, panels: int, args: _Argume
     before, loop, done = b.block, b.append_basic_block("steps"), b.append_basic_block("done")
     b.branch(loop)
     b.position_at_end(loop)
-    moving = [(I64(0), I64(1)), (args.x, args.x_step), (args.w, I64(STEP_BYTES[form]))]
+    moving = [
+        (I64(0), I64(1)),
+        (args.x, args.x_step),
+        (args.w, I64(STEP_BYTES[form])),
+        (args.ahead, args.ahead_step),
+    ]
     counters = [b.phi(I64) for _ in moving]
     totals = [[b.phi(vector) for _ in start] for _ in range(rows)]
     xs = [b.add(counters[1], b.mul(args.x_row, I64(r))) for r in range(rows)]
     ws = [b.add(counters[2], b.mul(args.w_panel, I64(p))) for p in range(panels)]
+    for p in range(panels):
+        emit_prefetch(b, b.add(counters[3], b.mul(args.w_panel, I64(p))))
     moved = _step(b, form, xs, ws, totals)
     for phi, (first, stride) in zip(counters, moving, strict=True):
         phi.add_incoming(first, before)
@@ -287,6 +297,8 @@ def run_tile(
     x_scale,
     w_scale,
     compensation,
+    ahead,
+    ahead_step,
 ):
     """y[rows, panels * NR] = (or +=) x W^T + b: the tile of a form and shape; the arguments are `_Arguments`.
 
@@ -294,5 +306,5 @@ def run_tile(
     """
     _run_tile(
         b, form, rows, panels, steps, x, x_row, x_step, w, w_panel, y, ldy, accumulate, bias, x_scale, w_scale,
-        compensation,
+        compensation, ahead, ahead_step,
     )  # fmt: skip
