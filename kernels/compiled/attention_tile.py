@@ -48,8 +48,8 @@ def _pair(b: ir.IRBuilder, address: Any, half: bool) -> tuple[Any, Any]:
 
 
 def _sums(b: ir.IRBuilder, vectors: Sequence[Any]) -> Any:
-    """Four vectors -> [4] float32, each one's sum over its lanes, in the tree (0+2)+(1+3) of every four lanes, then upper
-    half onto lower half.
+    """Four vectors -> [4] float32, each one's sum over its lanes, in the tree (0+2)+(1+3) of every four lanes, then
+    upper half onto lower half.
     """
     groups = [4 * g for g in range(W // 4)]
 

@@ -18,7 +18,8 @@ from . import attention, decoder_plan, embedding
 from . import decoder_step as words
 from .activation import ACTIVATIONS
 from .decoder_weights import Array, DecoderShape, DecoderWeights, Read, build_weights, unsupported, weights_from_arrays
-from .linear import KINDS, aligned_empty, describe, padded, scratch_bytes
+from .entry import entry
+from .linear import KINDS, aligned_empty, describe, linear, padded, scratch_bytes
 from .team import Team
 from .tile import NR
 
@@ -237,6 +238,8 @@ class CompiledModel:
             words.M_FINAL_WEIGHT: vectors.get("final_norm.weight", 0),
             words.M_FINAL_BIAS: vectors.get("final_norm.bias", 0),
             words.M_HEAD: linears["head"],
+            words.M_LINEAR: entry(linear).address,
+            words.M_ATTEND: entry(attention.attend).address,
         }
         if s.rotary_frequencies is None:
             values[words.M_POSITIONS] = self._table("positions.weight", 0)

@@ -14,17 +14,17 @@ buffers are padded with zeros to whole panels.
 from __future__ import annotations
 
 from .activation import activate
-from .attention import ITEM, attend
+from .attention import ITEM
 from .embedding import embed
+from .entry import entry_call
 from .kv_write import kv_write
-from .linear import linear
 from .norm import head_norm, layer_norm, rms_norm
 from .rotary import rotary_table, rotate
 from .simd import VECTOR_BYTES, atomic_add, load, load_float, load_int64, store
 from .target import kernel
 from .team import barrier
 
-MODEL = 20
+MODEL = 22
 (
     M_LAYERS,  # L
     M_LAYER_TABLE,  # address of L x LAYER words
@@ -46,6 +46,8 @@ MODEL = 20
     M_FINAL_WEIGHT,  # address of float32 [C, padded]; 0: no final norm
     M_FINAL_BIAS,  # 0: RMS norm
     M_HEAD,
+    M_LINEAR,  # addresses of entries (`entry`): `linear.linear`, `attention.attend`
+    M_ATTEND,
 ) = range(MODEL)
 
 LAYER = 10
@@ -96,13 +98,28 @@ STEP = 37
 ) = range(STEP)
 
 
+_call_linear, _call_attend = entry_call(10), entry_call(5)
+
+
 @kernel
 def _multiply(
-    step: int, weights: int, x: int, x_stride: int, rows: int, y: int, y_stride: int, add: int, rank: int, ranks: int
+    model: int,
+    step: int,
+    weights: int,
+    x: int,
+    x_stride: int,
+    rows: int,
+    y: int,
+    y_stride: int,
+    add: int,
+    rank: int,
+    ranks: int,
 ) -> None:
     """y = or += x W^T + b, and a barrier."""
     scratch = load_int64(step + 8 * S_SCRATCH) + rank * load_int64(step + 8 * S_SCRATCH_BYTES)
-    linear(weights, x, x_stride // 4, rows, y, y_stride // 4, add, rank, ranks, scratch)
+    _call_linear(
+        load_int64(model + 8 * M_LINEAR), weights, x, x_stride // 4, rows, y, y_stride // 4, add, rank, ranks, scratch
+    )
     barrier(load_int64(step + 8 * S_BARRIER), ranks)
 
 
@@ -131,7 +148,7 @@ def _begin(model: int, step: int, rank: int, ranks: int) -> None:
         embedded, stride = load_int64(step + 8 * S_EMBEDDED), load_int64(step + 8 * S_EMBEDDED_STRIDE)
         embed(table, ids, 0, first, last, embedded, stride, 0)
         barrier(load_int64(step + 8 * S_BARRIER), ranks)
-        _multiply(step, project, embedded, stride, tokens, x, x_stride, 0, rank, ranks)
+        _multiply(model, step, project, embedded, stride, tokens, x, x_stride, 0, rank, ranks)
     else:
         embed(table, ids, 0, first, last, x, x_stride, 0)
     learned, frequencies = load_int64(model + 8 * M_POSITIONS), load_int64(model + 8 * M_FREQUENCIES)
@@ -175,7 +192,14 @@ def _attend(model: int, step: int, index: int, items: int, count: int, rank: int
     taken = load_int64(step + 8 * S_COUNTERS) + 8 * index
     work = atomic_add(taken, 1)
     while work < count * kv_heads:
-        attend(geometry, memory, items + 8 * ITEM * (work // kv_heads), work % kv_heads, scratch)
+        _call_attend(
+            load_int64(model + 8 * M_ATTEND),
+            geometry,
+            memory,
+            items + 8 * ITEM * (work // kv_heads),
+            work % kv_heads,
+            scratch,
+        )
         work = atomic_add(taken, 1)
     barrier(load_int64(step + 8 * S_BARRIER), ranks)
 
@@ -208,13 +232,13 @@ def _mlp(model: int, step: int, layer: int, x: int, rows: int, rank: int, ranks:
     if before:
         _normalize(model, step, x, normed, rows, weight, bias, rank, ranks)
     source = normed if before else x
-    _multiply(step, load_int64(layer + 8 * L_UP), source, stride, rows, up, up_stride, 0, rank, ranks)
+    _multiply(model, step, load_int64(layer + 8 * L_UP), source, stride, rows, up, up_stride, 0, rank, ranks)
     panels = load_int64(model + 8 * M_MLP_PANELS)
     first, last = panels * rank // ranks, panels * (rank + 1) // ranks
     kind, gated = load_int64(model + 8 * M_ACTIVATION), load_int64(model + 8 * M_GATED)
     activate(kind, gated, up, up_stride, hidden, hidden_stride, rows, first, last)
     barrier(load_int64(step + 8 * S_BARRIER), ranks)
-    _multiply(step, load_int64(layer + 8 * L_DOWN), hidden, hidden_stride, rows, x, stride, 1, rank, ranks)
+    _multiply(model, step, load_int64(layer + 8 * L_DOWN), hidden, hidden_stride, rows, x, stride, 1, rank, ranks)
     if not before:
         _normalize(model, step, x, x, rows, weight, bias, rank, ranks)
 
@@ -231,7 +255,7 @@ def _layer(model: int, step: int, index: int, rank: int, ranks: int) -> None:
     if before:
         _normalize(model, step, x, normed, rows, weight, bias, rank, ranks)
     source = normed if before else x
-    _multiply(step, load_int64(layer + 8 * L_QKV), source, stride, rows, qkv, qkv_stride, 0, rank, ranks)
+    _multiply(model, step, load_int64(layer + 8 * L_QKV), source, stride, rows, qkv, qkv_stride, 0, rank, ranks)
     _place_heads(model, step, layer, index, rank, ranks)
     items, count = load_int64(step + 8 * S_ITEMS), load_int64(step + 8 * S_ITEM_COUNT)
     if load_int64(step + 8 * S_NARROW) and index == load_int64(model + 8 * M_LAYERS) - 1:
@@ -241,7 +265,7 @@ def _layer(model: int, step: int, index: int, rank: int, ranks: int) -> None:
             return
         x = _narrow(step, rank, ranks)
     _attend(model, step, index, items, count, rank, ranks)
-    _multiply(step, load_int64(layer + 8 * L_OUT), attended, attended_stride, rows, x, stride, 1, rank, ranks)
+    _multiply(model, step, load_int64(layer + 8 * L_OUT), attended, attended_stride, rows, x, stride, 1, rank, ranks)
     if not before:
         _normalize(model, step, x, x, rows, weight, bias, rank, ranks)
     _mlp(model, step, layer, x, rows, rank, ranks)
@@ -267,7 +291,7 @@ def decoder_step(model: int, step: int, rank: int, ranks: int) -> None:
     project = load_int64(model + 8 * M_PROJECT_OUT)
     if project:
         embedded, embedded_stride = load_int64(step + 8 * S_EMBEDDED), load_int64(step + 8 * S_EMBEDDED_STRIDE)
-        _multiply(step, project, x, stride, rows, embedded, embedded_stride, 0, rank, ranks)
+        _multiply(model, step, project, x, stride, rows, embedded, embedded_stride, 0, rank, ranks)
         x, stride = embedded, embedded_stride
     logits, logits_stride = load_int64(step + 8 * S_LOGITS), load_int64(step + 8 * S_LOGITS_STRIDE)
-    _multiply(step, load_int64(model + 8 * M_HEAD), x, stride, rows, logits, logits_stride, 0, rank, ranks)
+    _multiply(model, step, load_int64(model + 8 * M_HEAD), x, stride, rows, logits, logits_stride, 0, rank, ranks)
