@@ -8,6 +8,7 @@ import datetime
 import ipaddress
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from tandem.cluster.models.fetch import default_cache_dir  # noqa: E402
 from tandem.cluster.models.reference import ModelError, ModelFiles, resolve_model  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests" / "common"))  # modules that tests of several folders share
 
 APART = ("test_endings.py", "test_broken_model.py")
 """Files whose tests are long, each with processes of its own."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from asked import Asked, expected
 from kv_proxy import What
 from members import WAIT_S
 from recipes import puller_pulling
@@ -21,7 +22,7 @@ from scripted_router import Refused, Request, ScriptedRouter
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import Role
 from tandem.router.client import TandemError
-from whole_cluster import Asked, Cluster, expected, prompts, wait_until
+from whole_cluster import Cluster, prompts, wait_until
 
 PROMPT = list(range(40, 140))
 
@@ -147,7 +148,7 @@ def test_trouble_3_when_one_leg_fails_the_other_ends_and_the_client_hears_of_it(
     prefill = cluster.add(Role.PREFILL, "p0", paced_prefill_token_s=0.02)
     decode = cluster.add(Role.DECODE, "d0", worker={"pull_wait_s": 600.0, "lease_s": 600.0, "credit_ttl_s": 600.0})
     cluster.wait_ready()
-    asked = Asked(cluster, PROMPT, 4, timeout_s=6.0)
+    asked = Asked(cluster.grpc, PROMPT, 4, timeout_s=6.0)
     wait_until(lambda: cluster.run(decode.status()).puller_states.get("pulling") == 1, "the pull")
     prefill.signal(signal.SIGKILL)
     cluster.run(decode.wait_clean())
@@ -167,7 +168,7 @@ def test_trouble_3_more_than_fits_into_memory_waits_and_is_answered(start: Calla
     cluster.add(Role.PREFILL, "p0", kv_cache_bytes=24 * 4096)
     cluster.add(Role.DECODE, "d0", kv_cache_bytes=24 * 4096)
     cluster.wait_ready()
-    asked = [Asked(cluster, prompt, 24) for prompt in prompts(20, 100)]
+    asked = [Asked(cluster.grpc, prompt, 24) for prompt in prompts(20, 100)]
     for one in asked:
         one.check()
     cluster.wait_clean()
@@ -217,7 +218,7 @@ def test_trouble_5_where_ttft_went_is_said(start: Callable[..., Cluster]) -> Non
     cluster.add(Role.PREFILL, "p0", paced_prefill_token_s=0.004)
     cluster.add(Role.DECODE, "d0")
     cluster.wait_ready()
-    asked = [Asked(cluster, prompt, 6) for prompt in prompts(3, 100)]
+    asked = [Asked(cluster.grpc, prompt, 6) for prompt in prompts(3, 100)]
     timings = []
     for one in asked:
         one.check()

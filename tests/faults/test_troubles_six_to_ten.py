@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import grpc
 import pytest
+from asked import MODEL, Asked, expected
 from kv_proxy import What
 from members import WAIT_S
 from scenes import Rig, opened
@@ -15,7 +16,7 @@ from tandem.cluster.bench.client import Target, send
 from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.types import Role
 from tandem.router.client import TandemError
-from whole_cluster import MODEL, Asked, Cluster, expected, prompts, wait_until
+from whole_cluster import Cluster, prompts, wait_until
 
 PROMPT = list(range(40, 140))
 
@@ -80,7 +81,7 @@ def test_trouble_7_kv_waits_where_it_is_and_the_second_queue_pushes_back_on_the_
     prefill = cluster.add(Role.PREFILL, "p0")
     decode = cluster.add(Role.DECODE, "d0", kv_cache_bytes=28 * 4096)
     cluster.wait_ready()
-    asked = [Asked(cluster, prompt, 30) for prompt in prompts(24, 100)]
+    asked = [Asked(cluster.grpc, prompt, 30) for prompt in prompts(24, 100)]
     blocks = -(-101 // 16)
     seen_waiting = 0
     while any(one.tokens < 30 and one.error is None for one in asked):
@@ -108,7 +109,9 @@ def test_trouble_8_the_door_refuses_where_the_promise_cannot_be_kept(start: Call
     cluster.wait_ready()
     for prompt in prompts(9, 40):  # the router learns how long a prompt takes
         cluster.ask(prompt, 2)
-    asked = [Asked(cluster, prompt, 2, slo_ttft_ms=3000.0) for prompt in prompts(14, 200)]  # a second of prefill each
+    asked = [
+        Asked(cluster.grpc, prompt, 2, slo_ttft_ms=3000.0) for prompt in prompts(14, 200)
+    ]  # a second of prefill each
     for one in asked:
         one.join()
     refused = [one.error for one in asked if one.error is not None]
@@ -131,10 +134,10 @@ def test_trouble_8_a_worker_that_leaves_takes_no_request_with_it(start: Callable
     for name, role in {"p0": Role.PREFILL, "p1": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE}.items():
         cluster.add(role, name, paced_step_s=0.01)
     cluster.wait_ready()
-    asked = [Asked(cluster, prompt, 40) for prompt in prompts(12, 60)]
+    asked = [Asked(cluster.grpc, prompt, 40) for prompt in prompts(12, 60)]
     wait_until(lambda: all(one.tokens >= 2 for one in asked[:4]), "the first tokens")
     cluster.workers[leaves].signal(signal.SIGTERM)
-    asked += [Asked(cluster, prompt, 10) for prompt in prompts(6, 50)]
+    asked += [Asked(cluster.grpc, prompt, 10) for prompt in prompts(6, 50)]
     for one in asked:
         one.check()
     assert cluster.run(asyncio.wait_for(cluster.workers[leaves].process.wait(), WAIT_S)) == 0

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from asked import MODEL
 from members import START_S, WAIT_S, Member, start_member
 from tandem.cluster.config import EngineConfig, RouterConfig, to_dict
-from tandem.cluster.engine.devices.paced_language import expected_tokens
-from tandem.cluster.models.reference import resolve_model
-from tandem.cluster.types import Role, SamplingParams
-from tandem.router.client import Answer, TandemClient, TandemError
+from tandem.cluster.types import Role
+from tandem.router.client import Answer, TandemClient
 
-MODEL = "dummy:tiny-llama"
 ENGINE = EngineConfig(
     model=MODEL,
     device="paced",
@@ -31,13 +28,6 @@ ENGINE = EngineConfig(
     paced_prefill_token_s=0.0002,
     paced_decode_row_s=0.0,
 )
-
-
-def expected(prompt: list[int], n: int, **sampling: Any) -> list[int]:
-    """What a correct cluster of paced devices answers."""
-    config = resolve_model(MODEL).config
-    params = SamplingParams(max_tokens=n, **({"temperature": 0.0} | sampling))
-    return list(expected_tokens(prompt, n, params, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids))
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -121,40 +111,6 @@ class Cluster:
     async def _end_router(self) -> None:
         self._router.kill()
         await self._router.wait()
-
-
-class Asked:
-    """A request in a thread of its own."""
-
-    def __init__(self, cluster: Cluster, prompt: list[int], max_tokens: int, **arguments: Any) -> None:
-        self.prompt, self.max_tokens = prompt, max_tokens
-        self.answer = Answer(0)
-        self.error: TandemError | None = None
-        values: dict[str, Any] = {"temperature": 0, "timeout_s": 60.0, **arguments}
-        self._generation = cluster.grpc.generate(token_ids=prompt, max_tokens=max_tokens, **values)
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-
-    @property
-    def tokens(self) -> int:
-        return len(self.answer.token_ids)
-
-    def _read(self) -> None:
-        try:
-            for delta in self._generation:
-                self.answer.add(delta)
-        except TandemError as error:
-            self.error = error
-
-    def join(self) -> None:
-        self._thread.join(70)
-        assert not self._thread.is_alive(), f"no end after {self.tokens} tokens"
-
-    def check(self) -> None:
-        """The whole answer came, and is right."""
-        self.join()
-        assert self.error is None, self.error
-        assert self.answer.token_ids == expected(self.prompt, self.max_tokens)
 
 
 def prompts(count: int, tokens: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from owned import owned
 from tandem.cluster.bench.prompts import PROMPTS
 from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig, to_dict
 from tandem.cluster.launch.members import RouterMember, WorkerMember
@@ -91,18 +92,7 @@ class LocalCluster:
 
     def leftovers(self, worker_id: str) -> dict[str, int]:
         """Blocks, leases, credits, pulls, sequences and streams that somebody still owns."""
-        status = self.status(worker_id)
-        counts = {
-            "held_blocks": status.num_blocks - status.free_blocks - status.cached_blocks,
-            "leases": status.leases,
-            "credited_blocks": status.credited_blocks,
-            "pulls": status.pulls,
-            "sequences": status.streams,
-            "waiting": status.waiting,
-            "running": status.running,
-            "held": status.held,
-        }
-        return {name: count for name, count in counts.items() if count}
+        return owned(self.status(worker_id))
 
     def check_integrity(self, worker_id: str) -> None:
         """Proves the ledger on the engine's own thread."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from owned import owned
 from tandem.cluster.config import EngineConfig, WorkerConfig
 from tandem.cluster.engine.plan import StepOutput, StepPlan
 from tandem.cluster.launch.compose import WorkerRuntime
@@ -178,18 +179,7 @@ class Bench:
 
     def leftovers(self) -> dict[str, int]:
         """What somebody still owns here."""
-        status = self.shell.status()
-        counts = {
-            "blocks": status.num_blocks - status.free_blocks - status.cached_blocks,
-            "leases": status.leases,
-            "credited": status.credited_blocks,
-            "pulls": status.pulls,
-            "sequences": status.streams,
-            "waiting": status.waiting,
-            "running": status.running,
-            "held": status.held,
-        }
-        return {name: count for name, count in counts.items() if count}
+        return owned(self.shell.status())
 
     async def clean(self) -> None:
         """Returns when nothing is left; proves the ledger on the engine's own thread."""

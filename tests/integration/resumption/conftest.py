@@ -6,7 +6,6 @@ The paced device's KV is a hash chain over all tokens, so an answer that is righ
 from __future__ import annotations
 
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,15 +13,14 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from asked import MODEL, Asked
+from owned import owned
 from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig
-from tandem.cluster.engine.devices.paced_language import expected_tokens
-from tandem.cluster.models.reference import resolve_model
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.proto.tandem_internal_v1_pb2_grpc import WorkerStub
 from tandem.cluster.types import Role
-from tandem.router.client import Answer, TandemClient, TandemError
+from tandem.router.client import TandemClient
 
-MODEL = "dummy:tiny-llama"
 ENGINE = EngineConfig(
     model=MODEL,
     device="paced",
@@ -32,11 +30,6 @@ ENGINE = EngineConfig(
     paced_decode_row_s=0.0,
 )
 Wait = Callable[..., None]
-
-
-def expected(prompt: list[int], n: int) -> list[int]:
-    config = resolve_model(MODEL).config
-    return list(expected_tokens(prompt, n, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids))
 
 
 class Member:
@@ -70,18 +63,7 @@ class Member:
 
     def leftovers(self) -> dict[str, int]:
         """What somebody still owns here."""
-        status = self.status()
-        counts = {
-            "blocks": status.num_blocks - status.free_blocks - status.cached_blocks,
-            "leases": status.leases,
-            "credited": status.credited_blocks,
-            "pulls": status.pulls,
-            "sequences": status.streams,
-            "waiting": status.waiting,
-            "running": status.running,
-            "held": status.held,
-        }
-        return {name: count for name, count in counts.items() if count}
+        return owned(self.status())
 
     def close(self) -> None:
         self._channel.close()
@@ -148,49 +130,11 @@ def start(processes: Any, wait: Wait) -> Iterator[Callable[..., Cluster]]:
         cluster.close()
 
 
-class Asked:
-    """A request in a thread of its own."""
-
-    def __init__(self, cluster: Cluster, prompt: list[int], max_tokens: int, **arguments: Any) -> None:
-        self.answer = Answer(0)
-        self.finishes = 0
-        self.error: TandemError | None = None
-        values = {"temperature": 0, "top_logprobs": 1, "timeout_s": 60.0, **arguments}
-        self._generation = cluster.client.generate(token_ids=prompt, max_tokens=max_tokens, **values)
-        self._prompt, self._max_tokens = prompt, max_tokens
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-
-    @property
-    def tokens(self) -> int:
-        return len(self.answer.token_ids)
-
-    def _read(self) -> None:
-        try:
-            for delta in self._generation:
-                self.answer.add(delta)
-                self.answer.usage = delta.usage or self.answer.usage
-                self.finishes += bool(delta.finish_reason)
-        except TandemError as error:
-            self.error = error
-
-    def join(self) -> None:
-        self._thread.join(60)
-        assert not self._thread.is_alive(), f"no end after {self.tokens} tokens"
-
-    def check(self) -> None:
-        """The whole answer is right, and is told once."""
-        self.join()
-        assert self.error is None, self.error
-        want = expected(self._prompt, self._max_tokens)
-        assert self.answer.token_ids == want
-        assert self.finishes == 1
-        assert [entry.token_id for entry in self.answer.logprobs] == want
-        assert self.answer.usage is not None
-        assert (self.answer.usage.prompt_tokens, self.answer.usage.completion_tokens) == (len(self._prompt), len(want))
-
-
 @pytest.fixture
-def ask() -> type[Asked]:
+def ask() -> Callable[..., Asked]:
     """`ask(cluster, prompt, max_tokens, **arguments)`; then `check()`, or `join()` and look at `error`."""
-    return Asked
+
+    def begin(cluster: Cluster, prompt: list[int], max_tokens: int, **arguments: Any) -> Asked:
+        return Asked(cluster.client, prompt, max_tokens, **{"top_logprobs": 1, **arguments})
+
+    return begin

@@ -70,7 +70,7 @@ async def test_an_abort_ends_the_halves_that_it_names(bench: Any) -> None:
         await worker.until(lambda: worker.leftovers().get("held"), "the KV to be held")
         assert await worker.reserve(sequence)
         await worker.stub.Abort(pb.AbortRequest(request_id="q", decode_attempt=9, router_id="r"))
-        assert not worker.leftovers().get("credited")
+        assert not worker.leftovers().get("credited_blocks")
         assert worker.leftovers()["held"] == 1
         await worker.stub.Abort(pb.AbortRequest(request_id="q", prefill_attempt=9, router_id="r"))
         await worker.clean()

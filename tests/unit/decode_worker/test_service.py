@@ -35,7 +35,7 @@ async def test_a_handoff_says_the_first_token_again_and_goes_on(bench: Any) -> N
     async with bench(Role.PREFILL) as prefill, bench(Role.DECODE) as decode:
         sequence = decode.sequence()
         credit = await decode.reserve(sequence)
-        assert decode.leftovers()["credited"] == 2
+        assert decode.leftovers()["credited_blocks"] == 2
         await prefill.prefill(sequence)
         await decode.decode(sequence, credit, prefill)
         await decode.until(decode.finished, "the answer")
@@ -109,14 +109,16 @@ async def test_credits_end_with_the_stream_of_the_router_that_has_not_redeemed_t
         await other.read()
         credit = await worker.reserve(mine)
         await worker.reserve(theirs, router_id="s")
-        assert worker.leftovers() == {"credited": 4}
+        assert worker.leftovers() == {"credited_blocks": 4}
         await worker.detach()
-        await worker.until(lambda: worker.leftovers() == {"credited": 2}, "its credit to end, and the other's to stay")
+        await worker.until(
+            lambda: worker.leftovers() == {"credited_blocks": 2}, "its credit to end, and the other's to stay"
+        )
         await worker.attach()
         assert await code_of(worker.decode(mine, credit)) is Code.FAILED_PRECONDITION
         await worker.reserve(mine)
         await worker.attach()  # a new stream before the old one is known to be broken
-        assert worker.leftovers() == {"credited": 2}
+        assert worker.leftovers() == {"credited_blocks": 2}
         other.cancel()
         await worker.clean()
 

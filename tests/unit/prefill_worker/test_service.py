@@ -21,7 +21,7 @@ async def test_the_first_token_is_told_and_the_kv_is_kept(bench: Any) -> None:
         assert list(worker.tokens()) == [0]
         assert event.tokens.HasField("prefill")
         assert not event.tokens.finish_reason
-        assert worker.leftovers()["blocks"] == 2
+        assert worker.leftovers()["held_blocks"] == 2
         assert not worker.shell.idle
         await worker.abort()
         await worker.clean()

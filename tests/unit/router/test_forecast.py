@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -10,30 +11,18 @@ from hypothesis import strategies as st
 from tandem.cluster.types import Role, StepTimeCoefficients, Urgency
 from tandem.router.forecast import LEARNED_STEPS, QUEUE_S, Forecast, forecast, room_tokens, tokens_per_s
 from tandem.router.placement import WorkerView, keeps_tpot
+from views import VIEW
+from views import view as base_view
 
 PATIENT = Urgency()
-VIEW = WorkerView(
-    worker_id="w0",
+BASE = replace(
+    VIEW,
     role=Role.PREFILL,
-    fingerprint="f",
-    block_size=16,
-    num_blocks=100,
-    available_blocks=100,
-    credited_blocks=0,
-    credit_limit_blocks=100,
-    queued_prefill_tokens=0,
-    running=0,
-    waiting=0,
     max_running=64,
-    max_waiting=8,
-    context_tokens=0,
     step_time=StepTimeCoefficients(step_s=0.0, prefill_token_s=1e-3, decode_row_s=1e-2, context_token_s=0.0),
     steps_total=LEARNED_STEPS,
 )
-
-
-def view(worker_id: str = "w0", **changes: object) -> WorkerView:
-    return replace(VIEW, worker_id=worker_id, **changes)  # type: ignore[arg-type]
+view = partial(base_view, base=BASE)
 
 
 def told(

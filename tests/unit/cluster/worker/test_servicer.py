@@ -67,7 +67,7 @@ async def test_work_for_another_life_of_the_worker_is_refused(bench: Any, off: i
         ):
             code, details = await refusal(call)
             assert (code, details.startswith(f"epoch: {epoch} ")) == (Code.FAILED_PRECONDITION, True)
-        assert worker.leftovers() == {"credited": 2}
+        assert worker.leftovers() == {"credited_blocks": 2}
         await worker.decode(sequence, credit_id)
         await worker.until(worker.finished, "the answer of the life that was meant")
         await worker.clean()
