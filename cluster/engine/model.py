@@ -11,7 +11,6 @@ sums are float32 in every precision; weights and KV are what is narrow.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +20,7 @@ from ...kernels.linear import EmbeddingTable, Linear
 from ...kernels.paged_attention import AttentionPlan, AttentionShape, Workspace
 from ...kernels.rotary import rotary_tables
 from ..models.config import ModelConfig
-from ..models.gguf_config import llama3_rope_factors
-
-OPT_POSITION_OFFSET = 2
-"""OPT's position table begins with two rows for padding (fairseq's convention)."""
+from .positions import OPT_POSITION_OFFSET, inverse_frequencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +114,7 @@ class Model:
         if self.positions is not None:
             x = x + self.positions(batch.positions_T + OPT_POSITION_OFFSET)
         else:
-            rope = rotary_tables(batch.positions_T, inverse_frequencies(self.config))
+            rope = rotary_tables(batch.positions_T, torch.from_numpy(inverse_frequencies(self.config)))
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
             x = self._layer(layer, x, kv[:, index], batch, rope, narrow=last)
@@ -177,19 +173,3 @@ class Model:
         q_THD, k = qk[:, : c.num_heads], qk[:, c.num_heads :]
         self.ops.kv_write(kv_N2KSD, torch.stack((k, v), dim=1), batch.blocks_T, batch.slots_T)
         return q_THD
-
-
-@functools.lru_cache(maxsize=8)
-def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Rotary frequencies [D/2] float32, theta^(-2i/D), scaled as the config says; radians per position."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    if scaling.kind == "llama3":
-        factors = llama3_rope_factors(config.rope_theta, config.head_dim, scaling)
-        return frequencies / torch.from_numpy(factors).float()
-    raise ValueError(f"rope_scaling: kind {scaling.kind!r} is not one of ['linear', 'llama3']")

@@ -14,7 +14,7 @@ import torch
 
 from ..models.config import ModelConfig
 from ..models.errors import ModelError
-from .model import OPT_POSITION_OFFSET
+from .positions import OPT_POSITION_OFFSET
 
 
 class WeightSource(ABC):

@@ -21,6 +21,7 @@ MAY_LOAD_HEAVY = (
     "prefill_worker",
     "decode_worker",
     "cluster.engine.compiled",
+    "cluster.engine.compiled_weights",
     "cluster.engine.devices.cpu",
     "cluster.engine.gguf_weights",
     "cluster.engine.hf_weights",

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 import time
@@ -20,16 +21,18 @@ from numpy.typing import NDArray
 
 from ....kernels.dispatch import Picked, pick
 from ....kvtransfer.store import KVStore
+from ...models.config import ModelConfig
 from ...models.reference import ModelFiles
 from ...types import SampledToken
-from ..compiled import unsupported
 from ..fingerprint import fingerprint
 from ..forward import Forward, Progress
 from ..plan import RowOutput, StepOutput, StepPlan
 from ..plan_check import check_plan
 from ..sampler import Sampler
 from .base import Device
-from .kv_memory import HostKVStore, kv_layout
+from .kv_memory import STORED_AS, HostKVStore, kv_layout
+
+_TORCH = ("torch", "reference")
 
 
 def _check_processors(cpus: Sequence[int]) -> None:
@@ -38,6 +41,15 @@ def _check_processors(cpus: Sequence[int]) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     if not set(cpus) <= set(allowed):
         raise ValueError(f"cpus: {tuple(cpus)} are not all among this process's processors {allowed}")
+
+
+def _obstacle(config: ModelConfig) -> str | None:
+    """Why the compiled kernels cannot run a model, where they are installed; None: they can."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from ..compiled import decoder_shape, unsupported
+
+    return unsupported(decoder_shape(config))
 
 
 class CpuDevice(Device):
@@ -68,6 +80,8 @@ class CpuDevice(Device):
             raise ValueError(f"threads: {threads} is not 1 or more")
         if cpus:
             _check_processors(cpus)
+        if dtype not in STORED_AS:
+            raise ValueError(f"dtype: {dtype!r} is not allowed; allowed: one of {', '.join(sorted(STORED_AS))}")
         self._config = files.config
         layout = kv_layout(files.config, dtype, block_size)
         num_blocks = kv_cache_bytes // layout.block_bytes
@@ -75,15 +89,15 @@ class CpuDevice(Device):
             raise ValueError(f"kv_cache_bytes: {kv_cache_bytes} do not hold one block ({layout.block_bytes} bytes)")
         self._cpus = frozenset(cpus)
         self._bound_thread: int | None = None
-        self.picked: Picked = pick(kernels, quantization, unsupported(files.config, block_size))
+        self.picked: Picked = pick(kernels, quantization, None if kernels in _TORCH else _obstacle(files.config))
         self.fingerprint = fingerprint(files, dtype, quantization)
         self.vocab_size = files.config.vocab_size
         self.num_blocks = num_blocks
         store = HostKVStore(layout, num_blocks)
         self.kv: KVStore = store
         self._segment = store.segment
-        self._forward: Forward | None = self._load(files, dtype, quantization, store, threads, progress)
         self._sampler = Sampler()
+        self._forward: Forward | None = self._load(files, dtype, quantization, store, threads, progress)
         self._outputs: deque[StepOutput] = deque()
 
     def _load(
@@ -96,8 +110,10 @@ class CpuDevice(Device):
         progress: Progress | None,
     ) -> Forward:
         if self.picked.kernels == "compiled":
+            from ....kernels.compiled.sampling import RowSampler
             from ..compiled import CompiledForward
 
+            self._sampler = Sampler(RowSampler(self.vocab_size))
             return CompiledForward(
                 files,
                 quantization or dtype,

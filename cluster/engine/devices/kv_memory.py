@@ -10,7 +10,8 @@ from ....kvtransfer.mapped.segment import KVSegment
 from ....kvtransfer.store import KVStore
 from ...models.config import ModelConfig
 
-_STORED_AS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+STORED_AS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+"""Allowed dtypes of KV, and numpy's for their bits."""
 
 
 class HostKVStore(KVStore):
@@ -24,7 +25,7 @@ class HostKVStore(KVStore):
         shape = (num_blocks, group.num_layers, 2, group.num_kv_heads, layout.block_size, group.head_dim)
         self.segment: KVSegment = KVSegment(layout, num_blocks)
         self._bytes = self.segment.blocks
-        self.array: NDArray[np.generic] = np.frombuffer(self._bytes, dtype=_STORED_AS[group.dtype]).reshape(shape)
+        self.array: NDArray[np.generic] = np.frombuffer(self._bytes, dtype=STORED_AS[group.dtype]).reshape(shape)
         """[block, layer, 2, kv_head, slot, head_dim], writable; bfloat16 as uint16."""
 
     def read_block(self, block_id: int) -> memoryview:

@@ -22,9 +22,14 @@ def files() -> ModelFiles:
     return resolve_model("dummy:tiny-llama")
 
 
-def make_device(files: ModelFiles, dtype: str = "float32", **changes: object) -> CpuDevice:
-    options = {"dtype": dtype, "block_size": BLOCK_SIZE, "kv_cache_bytes": 2**20, **changes}
+def make_device(files: ModelFiles, kernels: str, dtype: str = "float32", **changes: object) -> CpuDevice:
+    options = {"dtype": dtype, "block_size": BLOCK_SIZE, "kv_cache_bytes": 2**20, "kernels": kernels, **changes}
     return CpuDevice(files, **options)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def row(name: str, start: int, tokens: list[int], blocks: list[int], sample: bool = True) -> StepRow:
@@ -47,19 +52,19 @@ def generate(device: CpuDevice, prompt: list[int], blocks: list[int], count: int
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_facts(files: ModelFiles, dtype: str) -> None:
-    device = make_device(files, dtype)
+def test_facts(files: ModelFiles, kernels: str, dtype: str) -> None:
+    device = make_device(files, kernels, dtype)
     layout = kv_layout(files.config, dtype, BLOCK_SIZE)
     assert device.name == "cpu"
     assert device.vocab_size == files.config.vocab_size
     assert device.kv.layout == layout
     assert device.kv.num_blocks == device.num_blocks == 2**20 // layout.block_bytes
-    assert device.fingerprint == make_device(files, dtype).fingerprint
-    assert device.fingerprint != make_device(files, {"float32": "bfloat16"}.get(dtype, "float32")).fingerprint
+    assert device.fingerprint == make_device(files, kernels, dtype).fingerprint
+    assert device.fingerprint != make_device(files, kernels, {"float32": "bfloat16"}.get(dtype, "float32")).fingerprint
 
 
-def test_outputs_follow_the_plan(files: ModelFiles) -> None:
-    device = make_device(files)
+def test_outputs_follow_the_plan(files: ModelFiles, kernels: str) -> None:
+    device = make_device(files, kernels)
     first = StepPlan(7, (row("a", 0, [1, 2, 3], [0]), row("b", 0, [4, 5], [1], sample=False)))
     second = StepPlan(8, (row("b", 2, [6], [1]),))
     device.launch(first)
@@ -72,8 +77,8 @@ def test_outputs_follow_the_plan(files: ModelFiles) -> None:
     assert device.collect().plan_id == 8
 
 
-def test_tokens_do_not_depend_on_chunks_blocks_or_neighbors(files: ModelFiles) -> None:
-    device = make_device(files)
+def test_tokens_do_not_depend_on_chunks_blocks_or_neighbors(files: ModelFiles, kernels: str) -> None:
+    device = make_device(files, kernels)
     prompt = list(range(10, 31))
     expected = generate(device, prompt, list(range(10)), 12)
     assert len(set(expected)) > 1
@@ -93,9 +98,9 @@ def test_tokens_do_not_depend_on_chunks_blocks_or_neighbors(files: ModelFiles) -
     assert tokens[len(prompt) :] == expected
 
 
-def test_kv_moves_by_bytes(files: ModelFiles) -> None:
+def test_kv_moves_by_bytes(files: ModelFiles, kernels: str) -> None:
     """Prefill here, decode there: what the handoff does, without the wires."""
-    source, target = make_device(files), make_device(files)
+    source, target = make_device(files, kernels), make_device(files, kernels)
     prompt = list(range(5, 18))
     expected = generate(source, prompt, list(range(8)), 8)
     step(source, row("p", 0, prompt, [20, 21, 22, 23], sample=False))
@@ -108,8 +113,8 @@ def test_kv_moves_by_bytes(files: ModelFiles) -> None:
     assert tokens[len(prompt) :] == expected
 
 
-def test_kv_views(files: ModelFiles) -> None:
-    kv = make_device(files, "bfloat16").kv
+def test_kv_views(files: ModelFiles, kernels: str) -> None:
+    kv = make_device(files, kernels, "bfloat16").kv
     payload = os.urandom(kv.layout.block_bytes)
     kv.write_block(5, payload)
     view = kv.read_block(5)
@@ -127,9 +132,9 @@ def test_kv_views(files: ModelFiles) -> None:
             kv.read_block(block_id)
 
 
-def test_layout_is_block_major(files: ModelFiles) -> None:
+def test_layout_is_block_major(files: ModelFiles, kernels: str) -> None:
     """kv[block, layer, 2, kv_head, slot, head_dim], as `kvtransfer.layout` describes it."""
-    device = make_device(files)
+    device = make_device(files, kernels)
     step(device, row("s", 0, [3, 4], [2]))
     c = files.config
     block = torch.frombuffer(bytearray(device.kv.read_block(2)), dtype=torch.float32)
@@ -138,8 +143,8 @@ def test_layout_is_block_major(files: ModelFiles) -> None:
     assert not block[:, :, :, 2:].any()
 
 
-def test_a_fresh_block_forgets_its_last_owner(files: ModelFiles) -> None:
-    device = make_device(files)
+def test_a_fresh_block_forgets_its_last_owner(files: ModelFiles, kernels: str) -> None:
+    device = make_device(files, kernels)
     device.kv.write_block(0, b"\xff" * device.kv.layout.block_bytes)  # NaN in every slot
     (out,) = step(device, row("s", 0, [1], [0])).rows
     assert out.error == ""
@@ -147,8 +152,8 @@ def test_a_fresh_block_forgets_its_last_owner(files: ModelFiles) -> None:
     assert out.error == ""
 
 
-def test_a_row_that_is_not_a_number_fails_alone(files: ModelFiles) -> None:
-    device = make_device(files)
+def test_a_row_that_is_not_a_number_fails_alone(files: ModelFiles, kernels: str) -> None:
+    device = make_device(files, kernels)
     step(device, row("bad", 0, [1, 2, 3], [0]), row("good", 0, [1, 2, 3], [1]))
     device.kv.write_block(0, b"\xff" * device.kv.layout.block_bytes)
     bad, good = step(device, row("bad", 3, [4], [0]), row("good", 3, [4], [1])).rows
@@ -158,8 +163,8 @@ def test_a_row_that_is_not_a_number_fails_alone(files: ModelFiles) -> None:
     assert len(good.tokens) == 1
 
 
-def test_malformed_plans_leave_nothing_behind(files: ModelFiles) -> None:
-    device = make_device(files)
+def test_malformed_plans_leave_nothing_behind(files: ModelFiles, kernels: str) -> None:
+    device = make_device(files, kernels)
     with pytest.raises(ValueError, match="do not hold 5 tokens"):
         device.launch(StepPlan(0, (row("s", 0, [1] * 5, [0]),)))
     with pytest.raises(RuntimeError, match="no launched plan"):
@@ -167,8 +172,8 @@ def test_malformed_plans_leave_nothing_behind(files: ModelFiles) -> None:
     assert not any(device.kv.read_block(0))
 
 
-def test_close_is_idempotent(files: ModelFiles) -> None:
-    device = make_device(files)
+def test_close_is_idempotent(files: ModelFiles, kernels: str) -> None:
+    device = make_device(files, kernels)
     device.close()
     device.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -184,37 +189,39 @@ def test_close_is_idempotent(files: ModelFiles) -> None:
         ({"dtype": "int4"}, "dtype"),
     ],
 )
-def test_bad_settings_are_named(files: ModelFiles, changes: dict[str, object], message: str) -> None:
+def test_bad_settings_are_named(files: ModelFiles, kernels: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_device(files, **changes)
+        make_device(files, kernels, **changes)
 
 
-def test_a_system_that_does_not_pin_serves_all_the_same(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_does_not_pin_serves_all_the_same(
+    files: ModelFiles, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    step(make_device(files), row("s", 0, [1, 2], [0]))
+    step(make_device(files, kernels), row("s", 0, [1, 2], [0]))
     with pytest.raises(ValueError, match="this system does not pin threads"):
-        make_device(files, cpus=(0,))
+        make_device(files, kernels, cpus=(0,))
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processor affinity here")
-def test_only_the_computing_thread_is_pinned(files: ModelFiles) -> None:
+def test_only_the_computing_thread_is_pinned(files: ModelFiles, kernels: str) -> None:
     allowed = os.sched_getaffinity(0)
     chosen = max(allowed)
-    device = make_device(files, cpus=(chosen,), kernels="torch")
-    seen: list[tuple[set[int], int]] = []
+    device = make_device(files, kernels, cpus=(chosen,))
+    seen: list[set[int]] = []
 
     def compute() -> None:
         step(device, row("s", 0, [1, 2], [0]))
-        seen.append((os.sched_getaffinity(0), torch.get_num_threads()))
+        seen.append(os.sched_getaffinity(0))
 
     thread = threading.Thread(target=compute)
     thread.start()
     thread.join()
-    assert seen == [({chosen}, 1)]
+    assert seen == [{chosen}]
     assert os.sched_getaffinity(0) == allowed
 
 
-def test_threads_are_those_of_the_config(files: ModelFiles) -> None:
+def test_torch_has_the_threads_of_the_config() -> None:
     """In a process of its own: torch's thread count is the whole test process's business."""
     script = """
 import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tandem.cluster.engine.model import OPT_POSITION_OFFSET, inverse_frequencies
+from tandem.cluster.engine.positions import OPT_POSITION_OFFSET, inverse_frequencies
 from tandem.cluster.engine.weight_source import WeightSource
 from tandem.cluster.models.config import ModelConfig
 from tandem.kernels.compiled.decoder import CompiledModel, StepArrays
