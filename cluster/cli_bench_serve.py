@@ -20,13 +20,10 @@ def join_goodput(argv: Sequence[str]) -> list[str]:
     joined: list[str] = []
     taking = False
     for word in argv:
-        if word == "--goodput":
-            taking = True
-            continue
         if taking and not word.startswith("-"):
-            joined += ["--goodput", word]
+            joined += [word] if joined[-1] == "--goodput" else ["--goodput", word]
             continue
-        taking = False
+        taking = word == "--goodput"
         joined.append(word)
     return joined
 
@@ -200,8 +197,7 @@ def _run(options: BenchOptions, output: Any) -> int:
 
     output.check()
     display = Display()
-    rate = f"{options.ramp_up_start_rps:g} to {options.ramp_up_end_rps:g}" if options.ramp_up_strategy else None
-    display.line(f"{options.num_prompts} requests at {rate or f'{options.request_rate:g}'}/s to {options.url}")
+    display.line(f"{options.num_prompts} requests {_pace(options)}, to {options.url}")
     with display.count("load", options.num_prompts) as advance:
 
         def on_done(_: RequestRecord) -> None:
@@ -220,18 +216,28 @@ def _run(options: BenchOptions, output: Any) -> int:
     return 0 if result.summary.completed else 1
 
 
+def _pace(options: BenchOptions) -> str:
+    if options.ramp_up_strategy is not None:
+        return f"at {options.ramp_up_start_rps:g} to {options.ramp_up_end_rps:g}/s"
+    if not math.isinf(options.request_rate):
+        return f"at {options.request_rate:g}/s"
+    faster = "" if options.rate_scale == 1.0 else f", {options.rate_scale:g} times faster"
+    return f"as recorded{faster}" if options.dataset_name == "trace" else "all at once"
+
+
 def _run_sweep(options: BenchOptions, plan: SweepPlan, output: Any) -> int:
     """Returns the exit code: 1 where no rate was kept."""
     import uvloop
 
     from .bench.show import SWEEP_HEAD, promised, sweep_row, sweep_verdict
-    from .bench.sweep_load import run_sweep
+    from .bench.sweep_load import check_sweep, run_sweep
     from .cli_display import Display
 
     output.check()
+    check_sweep(options)
     display = Display()
     display.line(
-        f"{plan.target:.0%} of requests to keep {promised(options.goodput_ms) or 'nothing'}; "
+        f"{plan.target:.0%} of requests to keep {promised(options.goodput_ms)}; "
         f"{plan.seeds} runs of {plan.duration_s:g} s at each rate, to {options.url}"
     )
     display.line(SWEEP_HEAD)

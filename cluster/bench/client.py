@@ -91,9 +91,9 @@ class _Connection(asyncio.Protocol):
         """Sends a request and waits for the end of its answer. Raises StreamFailed."""
         assert self._transport is not None
         self.pieces, self.status, self.reusable = [], 0, False
-        self._done = asyncio.get_running_loop().create_future()
         if self._transport.is_closing():
             raise StreamFailed("the connection ended early")
+        self._done = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
             await self._done

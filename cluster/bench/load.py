@@ -29,6 +29,8 @@ class Load:
     cpu_s: float = 0.0
     """Processor time of this process during the load."""
     ended_early: bool = False
+    overdue: int = 0
+    """Requests that were given up when the load was ended early, and had failed by then."""
 
 
 async def run_load(
@@ -109,5 +111,5 @@ async def _look_on(
             continue
         overdue = sum(watch.is_overdue(now_s - sent_s, requests[place].max_tokens) for place, sent_s in flying.items())
         if watch.is_lost(overdue):
-            load.ended_early = True
+            load.ended_early, load.overdue = True, overdue
             return

@@ -118,6 +118,8 @@ class BenchOptions:
         if self.endpoint is not None:
             if chosen == "tandem-grpc":
                 raise ValueError(f"endpoint: {self.endpoint!r} is not allowed; allowed with HTTP backends")
+            if not (self.endpoint.startswith("/") and self.endpoint.endswith("/completions")):
+                raise ValueError(f"endpoint: {self.endpoint!r} is not allowed; allowed: {COMPLETIONS}, {CHAT}")
             if self.endpoint.endswith("/chat/completions") != (chosen == "openai-chat"):
                 raise ValueError(f"endpoint: {self.endpoint!r} is not allowed; allowed with {chosen}: {_PATHS[chosen]}")
         if chosen == "openai-chat" and self.dataset_name != "prompts":

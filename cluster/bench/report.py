@@ -18,7 +18,7 @@ import numpy as np
 
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 METRICS = ("ttft", "tpot", "itl", "e2el")
-_LATE_SHARE = 0.1
+_LATE_SHARE = 0.25
 _LATE_S = 0.002  # the event loop's timers count milliseconds
 
 
@@ -187,7 +187,7 @@ def distortion(summary: Summary, *, closed_loop: bool = False) -> str:
     """Why the client itself may have spoilt the numbers, on one line; empty: it did not.
 
     A client that sends late loads the server less evenly than was asked for; one whose event loop stalls stamps tokens
-    late. Either counts where its 99th percentile (or, without that, its maximum) exceeds a tenth of the median TTFT.
+    late. Either counts where its 99th percentile (or, without that, its maximum) exceeds a quarter of the median TTFT.
     In a closed loop requests are held back on purpose.
     """
     ttft_ms = summary.metrics_ms["ttft"]["median"]

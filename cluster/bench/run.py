@@ -38,6 +38,8 @@ class BenchResult:
     notes: tuple[str, ...] = ()
     """What a reader of the numbers should know."""
     ended_early: bool = False
+    overdue: int = 0
+    """Requests without a record that had failed when the load was ended early."""
     name: str = ""
     """Requests were called `<name>-<place>`."""
 
@@ -121,8 +123,8 @@ def _served(
     elif vocabulary is None and options.dataset_name != "prompts":
         vocabulary = tuple(COMMON_IDS)
         notes.append(
-            f"the server has no /tokenize: random token ids are {COMMON_IDS.start} to {COMMON_IDS.stop - 1}; "
-            "--vocab-size says otherwise"
+            f"the server does not tell its vocabulary: random token ids are {COMMON_IDS.start} to "
+            f"{COMMON_IDS.stop - 1}; --vocab-size says otherwise"
         )
     return Served(send=send, model=model, max_model_len=max_model_len, vocabulary=vocabulary or (), notes=tuple(notes))
 
@@ -152,6 +154,7 @@ async def run_once(
         metrics=options.percentile_metrics,
         notes=served.notes + workload.notes,
         ended_early=load.ended_early,
+        overdue=load.overdue,
         name=name,
     )
 

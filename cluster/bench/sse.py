@@ -10,8 +10,6 @@ import orjson
 
 from .report import RequestRecord
 
-_TEXT_FIELDS = ("content", "text", "reasoning_content", "reasoning")
-
 
 @dataclass(slots=True)
 class _Reading:
@@ -34,6 +32,9 @@ def split_events(pieces: Sequence[tuple[float, bytes]]) -> list[tuple[float, byt
     events: list[tuple[float, bytes]] = []
     rest = b""
     for when_s, piece in pieces:
+        if not rest and piece.find(b"\n\n") == len(piece) - 2 >= 0 and b"\r" not in piece:
+            events.append((when_s, piece[:-2]))
+            continue
         if b"\r" in piece or rest.endswith(b"\r"):
             piece, rest = (rest + piece).replace(b"\r\n", b"\n"), b""
         *whole, rest = (rest + piece).split(b"\n\n")
@@ -87,69 +88,75 @@ def read_events(
 
 
 def _read_all(events: Sequence[tuple[float, bytes]], reading: _Reading) -> None:
+    """Runs once for every token of the load, on the processor that the server wants too."""
+    loads = orjson.loads
     for when_s, event in events:
-        data = _data(event)
+        data = event[6:] if event.startswith(b"data: ") and b"\n" not in event else _data(event)
         if not data:
             continue
         if data == b"[DONE]":
             reading.finished = True
             continue
-        message = _message(data)
-        if message is None:
+        try:
+            well_made = _read_message(loads(data), data, when_s, reading)
+        except orjson.JSONDecodeError:
+            well_made = False
+        if not well_made:
             reading.error = reading.error or "an event is not what such a stream is made of"
             return
-        if message.get("error"):
-            reading.error = reading.error or error_message(data)
-            continue
-        if usage := message.get("usage"):
-            reading.prompt_tokens = usage.get("prompt_tokens", reading.prompt_tokens)
-            reading.output_tokens = usage.get("completion_tokens", reading.output_tokens)
-        for choice in message.get("choices") or ():
-            _read_choice(choice, when_s, reading)
 
 
-def _read_choice(choice: dict[str, Any], when_s: float, reading: _Reading) -> None:
-    delta = choice.get("delta")
-    part = choice if delta is None else delta
-    text = next((part[name] for name in _TEXT_FIELDS if part.get(name)), "")
-    if text or part.get("tool_calls"):
+def _read_message(message: Any, data: bytes, when_s: float, reading: _Reading) -> bool:
+    """False where the message, its choices or its usage do not have the types that such streams have."""
+    if type(message) is not dict:
+        return False
+    if message.get("error"):
+        reading.error = reading.error or error_message(data)
+        return True
+    if usage := message.get("usage"):
+        if type(usage) is not dict:
+            return False
+        counts = (
+            usage.get("prompt_tokens", reading.prompt_tokens),
+            usage.get("completion_tokens", reading.output_tokens),
+        )
+        if not all(count is None or type(count) is int for count in counts):
+            return False
+        reading.prompt_tokens, reading.output_tokens = counts
+    choices = message.get("choices") or ()
+    return type(choices) is tuple or (
+        type(choices) is list and all(_read_choice(choice, when_s, reading) for choice in choices)
+    )
+
+
+def _read_choice(choice: Any, when_s: float, reading: _Reading) -> bool:
+    if type(choice) is not dict:
+        return False
+    part = choice.get("delta")
+    if part is None:
+        part = choice
+    elif type(part) is not dict:
+        return False
+    text = part.get("content") or part.get("text") or part.get("reasoning_content") or part.get("reasoning")
+    if text:
+        if type(text) is not str:
+            return False
         reading.shown.append((when_s, text))
+    elif part.get("tool_calls"):
+        reading.shown.append((when_s, ""))
     elif choice.get("finish_reason"):
         reading.closed_s = when_s
     elif "role" not in part:
         reading.silent.append(when_s)
+    return True
 
 
 def _data(event: bytes) -> bytes:
     """The event's data; comments, ids and names of events are none."""
-    event = event.strip()
-    if event.startswith(b"data:") and b"\n" not in event:
-        return event[5:].strip()
-    lines = event.split(b"\n")
-    if len(lines) == 1:
-        return b"" if event.startswith((b":", b"event:", b"id:", b"retry:")) else event
+    lines = event.strip().split(b"\n")
+    if len(lines) == 1 and not lines[0].startswith((b":", b"event:", b"id:", b"retry:")):
+        return lines[0].removeprefix(b"data:").strip()
     return b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
-
-
-def _message(data: bytes) -> dict[str, Any] | None:
-    """An event as an object, whose choices and usage have the types that such streams have; None: it is none."""
-    try:
-        message = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None
-    if not isinstance(message, dict):
-        return None
-    choices, usage = message.get("choices") or [], message.get("usage")
-    if not isinstance(choices, list) or not (usage is None or isinstance(usage, dict)):
-        return None
-    if usage and not all(type(usage.get(name, 0)) is int for name in ("prompt_tokens", "completion_tokens")):
-        return None
-    for choice in choices:
-        part = choice.get("delta") if isinstance(choice, dict) else 0
-        part = choice if part is None else part
-        if not isinstance(part, dict) or not all(isinstance(part.get(name), str | None) for name in _TEXT_FIELDS):
-            return None
-    return message
 
 
 def error_message(body: bytes) -> str:

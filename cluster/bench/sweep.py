@@ -230,15 +230,19 @@ def sweep_run(
     duration_s: float,
     ended_early: bool,
     client_late: bool,
+    overdue: int = 0,
 ) -> SweepRun:
-    """Judges the records of one run, which are in order of arrival."""
+    """Judges the records of one run, which are in order of arrival.
+
+    `overdue`: requests without a record, which had failed when the run was ended early.
+    """
     kept = [attains(record, promises_ms) for record in records]
     late = kept[len(kept) // 2 :]
     return SweepRun(
         seed=seed,
-        requests=len(kept),
+        requests=len(kept) + overdue,
         attained=sum(kept),
-        late_requests=len(late),
+        late_requests=len(late) + overdue,
         late_attained=sum(late),
         duration_s=duration_s,
         median_ttft_ms=metrics_ms["ttft"]["median"],
@@ -246,7 +250,7 @@ def sweep_run(
         median_tpot_ms=metrics_ms["tpot"]["median"],
         p99_tpot_ms=metrics_ms["tpot"]["p99"],
         p99_lateness_ms=metrics_ms["lateness"]["p99"],
-        failed=sum(not record.ok for record in records),
+        failed=sum(not record.ok for record in records) + overdue,
         ended_early=ended_early,
         client_late=client_late,
     )

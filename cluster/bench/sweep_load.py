@@ -50,6 +50,15 @@ class SweepPlan:
         RateSearch(start=self.start_rate, resolution=self.resolution, max_points=self.max_points)
 
 
+def check_sweep(options: BenchOptions) -> None:
+    """Raises ValueError where no sweep can be made of them."""
+    if not options.goodput_ms:
+        raise ValueError("goodput: is missing; allowed with sweep: e.g. ttft:1000 tpot:100")
+    if options.ramp_up_strategy is not None or options.max_concurrency is not None:
+        given = "max_concurrency" if options.ramp_up_strategy is None else "ramp_up_strategy"
+        raise ValueError(f"{given}: is not allowed with sweep: its load is open, at one rate after another")
+
+
 OnPoint = Callable[[SweepPoint], None]
 
 
@@ -60,11 +69,7 @@ async def run_sweep(
 
     Every run has a seed of its own, counted up from the options': a prompt sent twice would measure the prefix cache.
     """
-    if not options.goodput_ms:
-        raise ValueError("goodput: is missing; allowed with sweep: e.g. ttft:1000 tpot:100")
-    if options.ramp_up_strategy is not None or options.max_concurrency is not None:
-        given = "max_concurrency" if options.ramp_up_strategy is None else "ramp_up_strategy"
-        raise ValueError(f"{given}: is not allowed with sweep: its load is open, at one rate after another")
+    check_sweep(options)
     points: list[SweepPoint] = []
     search = RateSearch(start=plan.start_rate, resolution=plan.resolution, max_points=plan.max_points)
     async with connect(options) as served, aclosing(_points(options, plan, search, served, on_done)) as measured:
@@ -116,6 +121,7 @@ async def _points(
                     seed=seed,
                     duration_s=result.summary.duration_s,
                     ended_early=result.ended_early,
+                    overdue=result.overdue,
                     client_late=late,
                 )
             )
