@@ -14,7 +14,7 @@ SOURCES := __init__.py cluster decode_worker kernels kvtransfer prefill_worker r
 # build, where the index would send gigabytes of CUDA. Without such a folder the try fails at once and nothing is lost.
 TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: fuzz help venv dev demo serve test soak faults lint fmt type proto clean
+.PHONY: fuzz peers peers-served help venv dev demo serve test soak faults lint fmt type proto clean
 
 help:
 	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
@@ -24,6 +24,8 @@ help:
 	@echo "make soak    many requests while workers are killed: minutes"
 	@echo "make faults  every fault at every state of the handoff, longer than in the suite: minutes"
 	@echo "make fuzz    every parser against made-up input, FUZZ_SECONDS=60 each (ARGS=\"--seconds 10 gguf yaml\")"
+	@echo "make peers   ours beside vLLM, llama.cpp and transformers, which go to ~/.cache/tandem/peers: an hour"
+	@echo "make peers-served   the rate that vLLM's server keeps, and ours: an hour"
 	@echo "make fmt     format     make type  mypy     make proto  regenerate protobuf code     make clean"
 
 venv: $(VENV)/.installed
@@ -45,6 +47,13 @@ soak: dev
 
 faults: dev
 	TANDEM_FAULTS_SWEEP=1 $(BIN)/python -m pytest tests/faults $(ARGS)
+
+# The peers' own environments are made outside the repository, the first time in a quarter of an hour.
+peers: dev
+	$(BIN)/python tests/peers/run.py $(ARGS)
+
+peers-served: dev
+	$(BIN)/python tests/peers/serve.py $(ARGS)
 
 fuzz: dev
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install --quiet -e '.[fuzz]' || \

@@ -16,6 +16,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ GRID = (Cell(1, 64), Cell(8, 64), Cell(32, 64), Cell(1, 1024), Cell(8, 1024))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the arguments ask for; 0 if ours was measured."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     options = parse(argv)
     root: Path = options.root
     chosen = [c for c in CONTENDERS if not options.only or c.engine in options.only or c.name in options.only]
@@ -46,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(cores) < threads:
             print(f"{threads} threads: only {len(cores)} cores are allowed here")
             continue
-        running = start(chosen, options, root, cores, results)
+        running: list[Running] = []
         try:
+            start(running, chosen, options, root, cores, results)
             alternate(running, options, threads, results, deadline)
         finally:
             for one in running:
@@ -102,10 +105,14 @@ def grid(text: str) -> tuple[Cell, ...]:
 
 
 def start(
-    chosen: Sequence[Contender], options: argparse.Namespace, root: Path, cores: tuple[int, ...], results: Results
-) -> list[Running]:
-    """The processes of all that can run; the others' reasons go to `results`."""
-    running = []
+    running: list[Running],
+    chosen: Sequence[Contender],
+    options: argparse.Namespace,
+    root: Path,
+    cores: tuple[int, ...],
+    results: Results,
+) -> None:
+    """Adds the processes of all that can run; the others' reasons go to `results`."""
     for contender in chosen:
         print(f"loading {contender.name}, {len(cores)} threads", flush=True)
         try:
@@ -126,7 +133,6 @@ def start(
             continue
         results.ready(contender.name, len(cores), one.ready)
         running.append(one)
-    return running
 
 
 def model_for(contender: Contender, model: str, root: Path, venv: PeerVenv | None) -> str:
