@@ -15,6 +15,7 @@ def router(
     output_tokens: Annotated[str, typer.Option(help="Lengths of answers, separated by commas.")] = "2,16,256",
     doors: Annotated[str, typer.Option(help="http, grpc or both.")] = "http,grpc",
     step_ms: Annotated[float, typer.Option(help="Between two tokens of a sequence.")] = 1.0,
+    processes: Annotated[int, typer.Option(help="Router processes behind one port (Linux).")] = 1,
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
     """Measure one router process against workers that answer at once: added TTFT, requests/s, tokens/s, CPU."""
@@ -35,6 +36,7 @@ def router(
         output_tokens=lengths,
         doors=tuple(doors.split(",")),
         step_ms=step_ms,
+        processes=processes,
     )
     display = Display()
     result = uvloop.run(run_router_bench(options, lambda what: display.line(f"measuring   {what}")))

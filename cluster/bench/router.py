@@ -1,14 +1,15 @@
-"""Measures one router process against workers that answer at once.
+"""Measures a router, of one process or several behind one port, against workers that answer at once.
 
-1. The router starts as it does in a cluster, pinned to one core where there are two; two instant workers
-   (`bench.router_worker`: the real gRPC servicer, no engine) and the client share another.
+1. The router starts as it does in a cluster, each process pinned to one core where there are more; two instant workers
+   (`bench.router_worker`: the real gRPC servicer, no engine) and the client share the others.
 2. One request at a time: what the router adds to TTFT, which is TTFT through its door minus that of the same prompt
    submitted to the prefill worker without a router.
 3. Many at once, in a closed loop: requests and tokens a second, and the processor time that the router took for them
    (`/proc/<pid>/task/*/schedstat`), which a busy machine does not change much.
 
 What one core of its own would serve is 1 / (processor time per request): client, workers and router need three cores to
-reach that, and it is named apart from what was reached.
+reach that, and it is named apart from what was reached. Several processes with a core each would serve as much as the
+busiest of them lets them: the kernel spreads connections by chance, not by load.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from ..config import RouterConfig, to_dict
+from ..ports import pin_ports
 from ..types import SLO
 from .router_load import GrpcDoor, Shape, Tally, closed_loop, direct_ttfts_s, http_asks
 
@@ -52,6 +54,8 @@ class RouterBenchOptions:
     doors: tuple[str, ...] = ("http", "grpc")
     step_ms: float = 1.0
     """Between two tokens of a sequence."""
+    processes: int = 1
+    """Of the router."""
 
     def __post_init__(self) -> None:
         allowed: tuple[tuple[str, float, float, float], ...] = (
@@ -59,6 +63,7 @@ class RouterBenchOptions:
             ("concurrency", self.concurrency, 1, 1024),
             ("prompt_tokens", self.prompt_tokens, 1, 4096),
             ("step_ms", self.step_ms, 0, 1000),
+            ("processes", self.processes, 1, 16),
             *(("output_tokens", float(tokens), 1, 4096) for tokens in self.output_tokens),
         )
         for name, value, low, high in allowed:
@@ -83,9 +88,13 @@ class Row:
     tokens_per_event: float
     """1: every token left in an event of its own; more: the router sent together what had come together."""
     router_core_share: float
-    """Processor time of the router over time: near 1, the router is the bottleneck; else client or workers are."""
+    """Processor time of all router processes over time: near their number (or that of its cores), the router is the
+    bottleneck; else client or workers are."""
     cpu_ms_per_request: float
+    busiest_share: float
+    """Of that processor time: the busiest router process's; 1 where there is one."""
     own_core_requests_per_s: float
+    """With a core for every router process."""
     own_core_tokens_per_s: float
 
 
@@ -128,19 +137,25 @@ class RouterUnderTest:
     def __init__(self, options: RouterBenchOptions) -> None:
         self.model = options.model
         cores = sorted(os.sched_getaffinity(0))
-        self._router_core = cores[:1] if len(cores) > 1 else cores
-        self._other_cores = cores[1:] if len(cores) > 1 else cores
+        enough = len(cores) > options.processes
+        self._router_cores = cores[: options.processes] if enough else cores
+        self._other_cores = cores[options.processes :] if enough else cores
         self._stack = ExitStack()
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-bench-")))
-        config = folder / "router.json"
         slo = SLO(ttft_s=3600.0, tpot_s=3600.0)  # none is refused: the forecast is not what is measured
         plain = RouterConfig(model=options.model, http_port=0, grpc_port=0, registry_port=0, slo=slo, max_waiting=4096)
-        config.write_text(json.dumps(to_dict(plain)))
+        self.pids: list[int] = []
+        registries: list[str] = []
         try:
-            command = ["-m", "tandem.cluster.launch.process", "router", "--config", str(config)]
-            self.pid, self.addresses = self._start(command, self._router_core)
-            registry = ["--registry", str(self.addresses["registry"]), "--step-ms", str(options.step_ms)]
-            command = ["-m", "tandem.cluster.bench.router_worker", *registry]
+            for each in pin_ports(replace(plain, processes=options.processes)).each_process():
+                config = folder / f"router-{each.process}.json"
+                config.write_text(json.dumps(to_dict(each)))
+                command = ["-m", "tandem.cluster.launch.process", "router", "--config", str(config)]
+                pid, self.addresses = self._start(command, self._router_cores)
+                self.pids.append(pid)
+                registries.append(str(self.addresses["registry"]))
+            command = ["-m", "tandem.cluster.bench.router_worker", "--registry", *registries]
+            command += ["--step-ms", str(options.step_ms)]
             self.worker_pid, self.workers = self._start(command, self._other_cores)
             self._wait_ready()
         except BaseException:
@@ -165,7 +180,7 @@ class RouterUnderTest:
     def _wait_ready(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
         with httpx.Client(base_url=f"http://{self.addresses['http']}", trust_env=False) as client:
-            while client.get("/ready").status_code != 200:
+            while not _all_ready(client.get("/ready").json()):
                 if time.monotonic() > deadline_s:
                     raise RuntimeError(f"the router was not ready within {START_TIMEOUT_S:g} s")
                 time.sleep(0.05)
@@ -173,6 +188,11 @@ class RouterUnderTest:
     def close(self) -> None:
         """Ends router and workers."""
         self._stack.close()
+
+
+def _all_ready(answer: dict[str, Any]) -> bool:
+    """Every process, where there are several; else the one that was asked."""
+    return bool(answer["ready"]) and all(account["ready"] for account in answer.get("routers", ()))
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -203,7 +223,7 @@ async def run_router_bench(options: RouterBenchOptions, on_row: Callable[[str], 
                     on_row(f"{door} {'stream' if stream else 'whole'} {tokens}")
                     shape = Shape(prompt_tokens=options.prompt_tokens, output_tokens=tokens, stream=stream)
                     rows.append(await _row(under_test, options, door, shape))
-        facts = {"cores": len(os.sched_getaffinity(under_test.pid)), "python": sys.version.split()[0]}
+        facts = {"cores": len(os.sched_getaffinity(under_test.pids[0])), "python": sys.version.split()[0]}
     finally:
         under_test.close()
     token_us = {door: us for door in options.doors if (us := _token_us(rows, door)) is not None}
@@ -222,15 +242,17 @@ def _token_us(rows: list[Row], door: str) -> float | None:
 
 
 async def _row(under_test: RouterUnderTest, options: RouterBenchOptions, door: str, shape: Shape) -> Row:
-    async def load(asks: list[Any]) -> tuple[Tally, float, float]:
+    async def load(asks: list[Any]) -> tuple[Tally, float, list[float]]:
         await closed_loop(asks, WARMUP_S, Tally())
-        tally, before_s = Tally(), cpu_s(under_test.pid)
+        tally, before_s = Tally(), [cpu_s(pid) for pid in under_test.pids]
         took_s = await closed_loop(asks, options.seconds, tally)
-        return tally, took_s, cpu_s(under_test.pid) - before_s
+        after_s = [cpu_s(pid) for pid in under_test.pids]
+        return tally, took_s, [after - before for after, before in zip(after_s, before_s, strict=True)]
 
-    tally, took_s, used_s = await _with_door(under_test, door, shape, options.concurrency, load)
-    requests = max(tally.requests, 1)
+    tally, took_s, each_s = await _with_door(under_test, door, shape, options.concurrency, load)
+    requests, used_s = max(tally.requests, 1), sum(each_s)
     cpu_per_request_s = max(used_s / requests, 1e-9)
+    busiest_share = max(each_s) / max(used_s, 1e-9)
     return Row(
         door=door,
         stream=shape.stream,
@@ -242,8 +264,9 @@ async def _row(under_test: RouterUnderTest, options: RouterBenchOptions, door: s
         tokens_per_event=tally.requests * shape.output_tokens / max(tally.events, 1) if shape.stream else 0.0,
         router_core_share=used_s / took_s,
         cpu_ms_per_request=cpu_per_request_s * 1000,
-        own_core_requests_per_s=1 / cpu_per_request_s,
-        own_core_tokens_per_s=shape.output_tokens / cpu_per_request_s,
+        busiest_share=busiest_share,
+        own_core_requests_per_s=1 / (cpu_per_request_s * busiest_share),
+        own_core_tokens_per_s=shape.output_tokens / (cpu_per_request_s * busiest_share),
     )
 
 
@@ -281,21 +304,25 @@ async def _added_ttft(
     return AddedTTFT(door=door, ttft_ms_p50=ttft_ms, direct_ms_p50=direct_ms, added_ms_p50=ttft_ms - direct_ms)
 
 
+def _count(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} processes behind one port, a core for each in 'own core'"
+
+
 def show(result: RouterBenchResult) -> str:
     """The tables."""
     lines = [
-        "instant workers (no engine, no KV): what is measured is the router alone",
+        f"instant workers (no engine, no KV): what is measured is the router alone, {_count(result.options.processes)}",
         f"{'door':<6}{'TTFT p50 ms':>13}{'without router ms':>19}{'added ms':>10}",
         *(f"{a.door:<6}{a.ttft_ms_p50:>13.2f}{a.direct_ms_p50:>19.2f}{a.added_ms_p50:>10.2f}" for a in result.added),
         "",
         f"{'door':<6}{'answer':<8}{'tokens':>7}{'requests/s':>12}{'tokens/s':>10}{'tok/event':>11}{'core':>6}"
-        f"{'CPU ms/req':>12}{'own core: req/s':>17}{'tokens/s':>10}{'failed':>8}",
+        f"{'CPU ms/req':>12}{'busiest':>9}{'own core: req/s':>17}{'tokens/s':>10}{'failed':>8}",
     ]
     for row in result.rows:
         per_event = f"{row.tokens_per_event:.2f}" if row.stream else "-"
         lines.append(
             f"{row.door:<6}{'stream' if row.stream else 'whole':<8}{row.output_tokens:>7}{row.requests_per_s:>12.0f}"
-            f"{row.tokens_per_s:>10.0f}{per_event:>11}{row.router_core_share:>6.0%}{row.cpu_ms_per_request:>12.3f}"
+            f"{row.tokens_per_s:>10.0f}{per_event:>11}{row.router_core_share:>6.0%}{row.cpu_ms_per_request:>12.3f}{row.busiest_share:>9.0%}"
             f"{row.own_core_requests_per_s:>17.0f}{row.own_core_tokens_per_s:>10.0f}{row.failed:>8}"
         )
     lines += ["", *(f"one more streamed token over {door}: {us:.1f} µs" for door, us in result.token_us.items())]

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..clock import MonotonicClock
@@ -161,7 +162,7 @@ def token_at(index: int) -> int:
 class InstantWorker:
     """One worker on the running loop."""
 
-    def __init__(self, role: Role, registry: str, step_s: float) -> None:
+    def __init__(self, role: Role, registries: Sequence[str], step_s: float) -> None:
         facts = WorkerFacts(
             worker_id=f"instant-{role}",
             epoch=new_epoch(),
@@ -173,7 +174,7 @@ class InstantWorker:
             vocab_size=2**31,
             device="instant",
         )
-        self._registry = registry
+        self._registries = registries
         self._shell = WorkerShell(WorkerConfig(worker_id=facts.worker_id, role=role), facts, MonotonicClock())
         self._decode = InstantDecode(self._shell.outbox, step_s)
         self._server = make_server()
@@ -186,7 +187,7 @@ class InstantWorker:
         """Until canceled."""
         await self._server.start()
         try:
-            await asyncio.gather(self._decode.run(), self._heartbeats())
+            await asyncio.gather(self._decode.run(), *map(self._heartbeats, self._registries))
         finally:
             await self._server.stop(0)
 
@@ -217,8 +218,8 @@ class InstantWorker:
             integrity_ok=True,
         )
 
-    async def _heartbeats(self) -> None:
-        async with open_channel(self._registry) as channel:
+    async def _heartbeats(self, registry: str) -> None:
+        async with open_channel(registry) as channel:
             stub = RegistryStub(channel)
             while True:
                 with contextlib.suppress(OSError):
@@ -226,8 +227,8 @@ class InstantWorker:
                 await asyncio.sleep(HEARTBEAT_S)
 
 
-async def _serve(registry: str, step_s: float) -> None:
-    workers = [InstantWorker(role, registry, step_s) for role in (Role.PREFILL, Role.DECODE)]
+async def _serve(registries: Sequence[str], step_s: float) -> None:
+    workers = [InstantWorker(role, registries, step_s) for role in (Role.PREFILL, Role.DECODE)]
     serving = asyncio.gather(*(worker.serve() for worker in workers))
     addresses = {role: {"address": w.address, "epoch": w.epoch} for role, w in zip("pd", workers, strict=True)}
     print(json.dumps({"prefill": addresses["p"], "decode": addresses["d"]}), flush=True)
@@ -241,7 +242,7 @@ def main() -> None:
     import uvloop
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--registry", required=True)
+    parser.add_argument("--registry", required=True, nargs="+", help="of each router process")
     parser.add_argument("--step-ms", type=float, default=1.0)
     options = parser.parse_args()
     if not 0 <= options.step_ms < math.inf:
