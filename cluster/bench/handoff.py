@@ -88,6 +88,7 @@ async def run_handoffs(options: HandoffOptions, on_cell: Callable[[Cell], None] 
             ]
             stack.push_async_callback(prefill.close)
             stack.push_async_callback(decode.close)
+            await _warm_up(options, prefill, decode)
             for size_mib in options.sizes_mib:
                 cell = await _measure(options, transport, size_mib, prefill, decode)
                 cells.append(cell)
@@ -103,10 +104,18 @@ def _spec(options: HandoffOptions, role: str, transport: str) -> WorkerSpec:
         transport=transport.partition("-")[0],
         checksum=transport != "grpc-nosum",
         token_bytes=options.token_bytes,
-        num_blocks=2 * (most_tokens // options.block_size) + 8,
+        num_blocks=most_tokens // options.block_size + 8,
         block_size=options.block_size,
         step_s=options.step_s,
     )
+
+
+async def _warm_up(options: HandoffOptions, prefill: WorkerProcess, decode: WorkerProcess) -> None:
+    """Handoffs that use every block on both sides once, so that no page is the first time's; the two have met then."""
+    tokens = options.tokens_of(max(options.sizes_mib))
+    copies = MemoryCopies(options.token_bytes, options.block_size, 1)
+    for index in range(2):
+        await _one(f"warm-{index}", [1 + index] * tokens, prefill, decode, copies)
 
 
 async def _measure(
@@ -142,13 +151,14 @@ async def _one(
         request_id=request_id, decode_attempt=1, router_id=ROUTER_ID, context_tokens=len(prompt), epoch=decode.epoch
     )
     begin_s = time.monotonic()
-    credit = await decode.stub.Reserve(reserve, timeout=CALL_S)
+    credit = await decode.commands.ask(pb.Command(reserve=reserve))
     reserved_s = time.monotonic()
-    await prefill.stub.Prefill(pb.PrefillRequest(sequence=sequence, handoff=True, epoch=prefill.epoch), timeout=CALL_S)
-    peer = pb.PrefillPeer(worker_id=prefill.spec.worker_id, epoch=prefill.epoch, kv_address=prefill.kv_address)
-    await decode.stub.Decode(
-        pb.DecodeRequest(sequence=sequence, credit_id=credit.credit_id, epoch=decode.epoch, peer=peer), timeout=CALL_S
+    await prefill.commands.ask(
+        pb.Command(prefill=pb.PrefillRequest(sequence=sequence, handoff=True, epoch=prefill.epoch))
     )
+    peer = pb.PrefillPeer(worker_id=prefill.spec.worker_id, epoch=prefill.epoch, kv_address=prefill.kv_address)
+    decoding = pb.DecodeRequest(sequence=sequence, credit_id=credit.credit_id, epoch=decode.epoch, peer=peer)
+    await decode.commands.ask(pb.Command(decode=decoding))
     await asyncio.wait_for(first, CALL_S)
     replied_s = await asyncio.wait_for(second, CALL_S)
     await _wait_idle(prefill, decode)

@@ -12,6 +12,7 @@ from typing import Any
 
 from grpc import aio
 
+from ...router.commands import Commands
 from ..proto import tandem_internal_v1_pb2 as pb
 from ..proto.tandem_internal_v1_pb2_grpc import WorkerStub
 from ..rpc import PROTOCOL_VERSION, open_channel
@@ -31,6 +32,8 @@ class WorkerProcess:
         self.address = self.kv_address = ""
         self.epoch = 0
         self.stub: Any = None
+        self.commands = Commands(spec.worker_id, 0)
+        """What the router asks, on the stream that it has with every worker."""
         self._channel: aio.Channel | None = None
         self._reader: asyncio.Task[None] | None = None
         self._tokens: dict[str, asyncio.Future[float]] = {}
@@ -52,6 +55,7 @@ class WorkerProcess:
             worker.address, worker.kv_address, worker.epoch = facts["address"], facts["kv_address"], facts["epoch"]
             worker._channel = open_channel(worker.address)
             worker.stub = WorkerStub(worker._channel)
+            worker.commands = Commands(spec.worker_id, worker.epoch)
             attached = asyncio.get_running_loop().create_future()
             worker._reader = asyncio.create_task(worker._read(attached))
             await asyncio.wait({attached, worker._reader}, timeout=CALL_S, return_when=asyncio.FIRST_COMPLETED)
@@ -99,12 +103,16 @@ class WorkerProcess:
 
     async def _frames(self) -> AsyncIterator[pb.RouterFrame]:
         yield pb.RouterFrame(router_id=ROUTER_ID, protocol_version=PROTOCOL_VERSION, epoch=self.epoch)
+        while True:
+            yield await self.commands.next_frame()
 
     async def _read(self, attached: asyncio.Future[None]) -> None:
         async for frame in self.stub.Attach(self._frames()):
             now_s = time.monotonic()
             if not attached.done():
                 attached.set_result(None)
+            for answer in frame.answers:
+                self.commands.answered(answer)
             for event in frame.events:
                 future = self._tokens.pop(event.request_id, None)
                 if future is None or future.done():

@@ -21,6 +21,8 @@ class Handoff:
 
     stages_s: Mapping[str, float]
     bytes: int
+    reader_cpu_s: float
+    """Processor time of the reader's event loop during `transfer`; near it where nothing else wants the processor."""
     exposed_s: float
     """Last block written minus end of prefill."""
     memcpy_s: float
@@ -45,7 +47,8 @@ class Cell:
         stages = {name: _percentiles_ms(h.stages_s[name] for h in self.handoffs) for name in STAGES}
         stages["orchestration"] = _percentiles_ms(h.orchestration_s for h in self.handoffs)
         stages["exposed"] = _percentiles_ms(h.exposed_s for h in self.handoffs)
-        rate = statistics.median(h.bytes / h.exposed_s / 1e9 for h in self.handoffs)
+        rate = statistics.median(h.bytes / h.stages_s["transfer"] / 1e9 for h in self.handoffs)
+        exposed = statistics.median(h.bytes / h.exposed_s / 1e9 for h in self.handoffs)
         memcpy = statistics.median(h.bytes / h.memcpy_s / 1e9 for h in self.handoffs)
         return {
             "transport": self.transport,
@@ -54,8 +57,10 @@ class Cell:
             "bytes": self.handoffs[0].bytes,
             "stages_ms": stages,
             "gb_per_s": rate,
+            "exposed_gb_per_s": exposed,
             "memcpy_gb_per_s": memcpy,
-            "of_memcpy": statistics.median(h.memcpy_s / h.exposed_s for h in self.handoffs),
+            "reader_cpu_ms": _percentiles_ms(h.reader_cpu_s for h in self.handoffs),
+            "of_memcpy": statistics.median(h.memcpy_s / h.stages_s["transfer"] for h in self.handoffs),
         }
 
 
@@ -83,7 +88,9 @@ def stages_of(
         "confirm": confirm["answered_s"] - confirm["sent_s"],
     }
     exposed_s = pull["last_s"] - prefill_step["done_s"]
-    return Handoff(stages_s=stages_s, bytes=pull["bytes"], exposed_s=exposed_s, memcpy_s=memcpy_s)
+    return Handoff(
+        stages_s=stages_s, bytes=pull["bytes"], reader_cpu_s=pull["cpu_s"], exposed_s=exposed_s, memcpy_s=memcpy_s
+    )
 
 
 def _percentiles_ms(values_s: Iterable[float]) -> dict[str, float]:
@@ -100,11 +107,16 @@ def table(cells: Sequence[Cell]) -> str:
             "/".join(_short(stages[name][q]) for q in ("p50", "p90", "p99")) for name in (*STAGES, "orchestration")
         ]
         lines.append(f"{row['transport']} {row['size_mib']:g} MiB".ljust(16) + "".join(f"{text:>21}" for text in texts))
-    lines += ["", f"{'':<20}{'n':>5}{'MB':>9}{'exposed ms':>12}{'GB/s':>8}{'memcpy GB/s':>13}{'of memcpy':>11}"]
+    lines += [
+        "",
+        f"{'':<20}{'n':>5}{'MB':>9}{'exposed ms':>12}{'reader cpu ms':>15}{'GB/s':>8}"
+        f"{'memcpy GB/s':>13}{'of memcpy':>11}",
+    ]
     for row in (cell.row() for cell in cells):
         name = f"{row['transport']} {row['size_mib']:g} MiB"
         lines.append(
             f"{name:<20}{row['handoffs']:>5}{row['bytes'] / 1e6:>9.1f}{row['stages_ms']['exposed']['p50']:>12.2f}"
+            f"{row['reader_cpu_ms']['p50']:>15.2f}"
             f"{row['gb_per_s']:>8.2f}{row['memcpy_gb_per_s']:>13.2f}{row['of_memcpy']:>11.0%}"
         )
     return "\n".join(lines)

@@ -84,6 +84,8 @@ class PullMark:
     last_s: float
     """When the last one was written."""
     bytes: int
+    cpu_s: float
+    """Processor time of the reader's event loop between the two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,16 +152,20 @@ class MarkedTransport(KVTransport):
 
     async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrames, None]:
         opened_s, first_s, last_s, total_bytes = time.monotonic(), 0.0, 0.0, 0
+        first_cpu_s = last_cpu_s = 0.0
         async with aclosing(self._transport.pull(peer, request, timeout_s=timeout_s)) as frames:
             async for came in frames:
                 if isinstance(came, EndFrame):
                     key = request.ticket.decode_key
-                    self._marks.pulls.append(PullMark(key, opened_s, first_s, last_s, total_bytes))
+                    self._marks.pulls.append(
+                        PullMark(key, opened_s, first_s, last_s, total_bytes, last_cpu_s - first_cpu_s)
+                    )
                     yield came
                     return
-                first_s = first_s or time.monotonic()
+                if not first_s:
+                    first_s, first_cpu_s = time.monotonic(), time.thread_time()
                 yield came
-                last_s = time.monotonic()
+                last_s, last_cpu_s = time.monotonic(), time.thread_time()
                 total_bytes += sum(len(frame.payload) for frame in came)
 
     async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:

@@ -31,6 +31,7 @@ from ..proto.tandem_internal_v1_pb2_grpc import RegistryStub
 from ..rpc import HEARTBEAT_TIMEOUT_S, PROTOCOL_VERSION, Refusal, open_channel
 from ..types import Role, SequenceSpec
 from .engine_thread import EngineStopped, EngineThread
+from .freed_memory import keep_freed_memory
 from .outbox import Outbox
 from .services import LiveSequence, RoleService
 
@@ -106,6 +107,7 @@ class WorkerShell:
         """Starts the engine thread, the ticks and the heartbeats on the running loop. `address` must be set."""
         self._loop = asyncio.get_running_loop()
         self._on_failure = on_failure
+        keep_freed_memory()
         self.engine.start()
         self._tasks.append(asyncio.create_task(self._tick_forever()))
         for registry in self.config.routers:

@@ -32,8 +32,8 @@ from .segment import MappedSegment, SegmentBusy, SegmentError, take
 log = logging.getLogger(__name__)
 
 NAME = "mapped"
-UNBROKEN_BYTES = 2 * 2**20
-"""Copied in one turn of the worker's loop: a quarter of a millisecond."""
+UNBROKEN_BYTES = 4 * 2**20
+"""Copied in one turn of the worker's loop: about half a millisecond."""
 MAX_MAPPINGS = 256
 MAX_UNMAPPABLE = 1024
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 30.0
