@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from tandem.cluster.bench.arrivals import arrival_times
+from tandem.cluster.bench.arrivals import arrival_times, ramp_times
 
 
 def test_infinite_rate_sends_everything_at_once() -> None:
@@ -40,3 +40,17 @@ def test_gamma_mean_and_variation(burstiness: float) -> None:
 def test_ranges(count: int, rate: float, burstiness: float, field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}: .* allowed: "):
         arrival_times(count, rate, burstiness, 0)
+
+
+@pytest.mark.parametrize(("strategy", "middle"), [("linear", 50.5), ("exponential", 10.0)])
+def test_a_ramp_goes_from_rate_to_rate(strategy: str, middle: float) -> None:
+    times = ramp_times(2001, strategy, 1.0, 100.0, 1e6, 0)  # so even that the gaps are the rates
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert times[0] == 0.0
+    assert 1 / gaps[0] == pytest.approx(1.0, rel=0.06)
+    assert 1 / gaps[999] == pytest.approx(middle, rel=0.02)
+    assert 1 / gaps[-1] == pytest.approx(100.0, rel=0.02)
+
+
+def test_a_ramp_of_one_request_is_at_once() -> None:
+    assert ramp_times(1, "linear", 1.0, 2.0, 1.0, 0) == (0.0,)

@@ -63,3 +63,15 @@ def test_random_prompts_have_the_length_asked_for() -> None:
 
 def test_a_dozen_different_prompts_ship() -> None:
     assert len(set(PROMPTS)) == len(PROMPTS) >= 12
+
+
+def test_random_lengths_vary_within_their_range() -> None:
+    requests = random_requests(300, 100, 10, range(50), 0, range_ratio=0.25)
+    assert {len(request.prompt) for request in requests} >= {75, 100, 125}
+    assert all(75 <= len(request.prompt) <= 125 for request in requests)
+    assert {request.max_tokens for request in requests} == set(range(7, 14))
+    assert all(len(request.prompt) == 1 for request in random_requests(50, 1, 1, range(9), 0))
+
+
+def test_real_prompts_can_be_answered_to_the_end() -> None:
+    assert all(request.ignore_eos for request in prompt_requests(3, 9, None, 3, ignore_eos=True))

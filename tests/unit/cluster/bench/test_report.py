@@ -4,7 +4,15 @@ import json
 import math
 
 import pytest
-from tandem.cluster.bench.report import RequestRecord, attains, parse_goodput, result_json, summarize
+from tandem.cluster.bench.report import (
+    RequestRecord,
+    Summary,
+    attains,
+    distortion,
+    parse_goodput,
+    result_json,
+    summarize,
+)
 from tandem.cluster.bench.show import table
 
 # Sent at 10.0 (due 9.9), tokens at 10.2, 10.3, 10.5: TTFT 200 ms, E2E 500 ms, TPOT (500-200)/2 = 150 ms.
@@ -141,3 +149,49 @@ def test_table_reads() -> None:
     assert "3 completed, 1 failed in 2.0 s" in text
     assert "50.0% of requests kept TTFT <= 250 ms and TPOT <= 160 ms" in text
     assert "goodput     1.00 requests/s" in text
+
+
+def test_peaks() -> None:
+    summary = summarize(ALL, {})
+    assert summary.max_concurrent_requests == 2  # SINGLE and SLOW, from 11.0 on
+    # 10.2 to 11.2: three tokens of FIRST and the one of SINGLE; 11.2 to 12.2: the five of SLOW
+    assert summary.max_output_tokens_per_s == 5.0
+
+
+def late(lateness_s: float = 0.0, stall_s: float = 0.0, ttft_s: float = 0.1) -> Summary:
+    record = RequestRecord(
+        due_s=0.0, sent_s=lateness_s, first_token_s=lateness_s + ttft_s, last_token_s=lateness_s + ttft_s
+    )
+    return summarize([record], {}, (99.0,), [stall_s])
+
+
+def test_a_late_client_says_so_loudly() -> None:
+    assert distortion(late(0.02, 0.02)) == ""
+    assert "sent requests late (p99 30.0 ms), against a median TTFT of 100.0 ms" in distortion(late(0.03))
+    assert "read answers late (p99 30.0 ms)" in distortion(late(0.0, 0.03))
+    assert "WARNING" in table(late(0.03))
+    assert "WARNING" not in table(late(0.02))
+
+
+def test_a_timers_millisecond_is_no_lateness_and_a_closed_loop_holds_back_on_purpose() -> None:
+    assert distortion(late(0.0015, 0.0015, ttft_s=0.003)) == ""
+    assert distortion(late(0.5), closed_loop=True) == ""
+    assert distortion(late(0.5, 0.5), closed_loop=True) != ""
+    assert distortion(summarize([FAILED], {})) == ""
+
+
+def test_the_saved_result_has_the_metrics_and_the_detail_that_were_asked_for() -> None:
+    short = result_json(summarize(ALL, {}), ALL, {}, metrics=("ttft",), detailed=False)
+    assert "mean_ttft_ms" in short
+    assert "mean_tpot_ms" not in short
+    assert not any(isinstance(value, list) for value in short.values())
+    full = result_json(summarize(ALL, {}), ALL, {})
+    assert full["latencies"] == pytest.approx([0.5, 0.1, 1.0, None], nan_ok=True)
+    assert full["start_times"] == pytest.approx([0.1, 1.1, 1.1, 1.8])
+    assert full["queue_times"] == pytest.approx([0.1, 0.0, 0.0, 0.2])
+
+
+def test_the_table_has_the_rows_and_columns_that_were_asked_for() -> None:
+    text = table(summarize(ALL, {}, (50.0, 90.0)), (50.0, 90.0), ("ttft",))
+    assert text.splitlines()[0].split() == ["ms", "mean", "median", "p50", "p90", "max"]
+    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["TTFT", "sent", "read"]
