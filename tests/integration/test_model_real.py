@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from tandem.cluster.bench.prompts import PROMPTS
+from tandem.cluster.engine.compiled import CompiledForward
 from tandem.cluster.engine.devices.kv_memory import HostKVStore, kv_layout
-from tandem.cluster.engine.model import Model
+from tandem.cluster.engine.fingerprint import fingerprint
+from tandem.cluster.engine.forward import Forward
 from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
-from tandem.cluster.engine.runner import Runner, torch_view
-from tandem.cluster.engine.weights import load_model
+from tandem.cluster.engine.runner import TorchForward
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.types import SamplingParams
 from tandem.router.tokenizer import load_tokenizer
@@ -28,8 +29,6 @@ TOLERANCE = 1e-4
 """Of fp32 logits, relative to the largest of the row."""
 TIE = 2 * TOLERANCE
 """Two logits nearer than this (relative to the largest) may change places by rounding."""
-BFLOAT16_TOLERANCE = 0.03
-"""Of teacher-forced logits with 16-bit weights and bfloat16 KV, relative to the largest of the row."""
 
 
 def texts(data: Path) -> list[str]:
@@ -65,34 +64,49 @@ def spec() -> SampleSpec:
     return SampleSpec(SamplingParams(temperature=0.0), 0, [], [])
 
 
-def decode(model: Model, dtype: str, prompts: list[list[int]], forced: torch.Tensor | None = None) -> torch.Tensor:
+def load(files: ModelFiles, kernels: str, dtype: str, store: HostKVStore, quantization: str | None = None) -> Forward:
+    if kernels == "compiled":
+        name = fingerprint(files, dtype, quantization)
+        return CompiledForward(files, quantization or dtype, store.array, fingerprint=name)
+    return TorchForward(files, dtype, kernels, store.array)
+
+
+def decode(
+    files: ModelFiles,
+    prompts: list[list[int]],
+    kernels: str,
+    dtype: str,
+    forced: torch.Tensor | None = None,
+    quantization: str | None = None,
+) -> torch.Tensor:
     """Logits [COUNT, NEW_TOKENS, V] of each new token: prefill in chunks, then all prompts as one decode batch.
 
     The next token is the likeliest one, or what `forced` [COUNT, NEW_TOKENS] says.
     """
     needed = [-(-(len(p) + NEW_TOKENS) // BLOCK_SIZE) for p in prompts]
-    store = HostKVStore(kv_layout(model.config, dtype, BLOCK_SIZE), sum(needed))
-    runner = Runner(model, torch_view(store.array))
+    store = HostKVStore(kv_layout(files.config, dtype, BLOCK_SIZE), sum(needed))
+    forward = load(files, kernels, dtype, store, quantization)
     shuffled = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).tolist()
     tables = [[shuffled.pop() for _ in range(count)] for count in needed]
-    logits = torch.empty(len(prompts), NEW_TOKENS, model.config.vocab_size)
+    logits = torch.empty(len(prompts), NEW_TOKENS, files.config.vocab_size)
     for i, (tokens, table) in enumerate(zip(prompts, tables, strict=True)):
         for start in range(0, len(tokens), CHUNK):
             piece = tokens[start : start + CHUNK]
             last = start + CHUNK >= len(tokens)
-            out = runner.run(StepPlan(0, (StepRow("p", start, piece, table, spec() if last else None),)))
-        logits[i, 0] = out[0]
+            out = forward.run(StepPlan(0, (StepRow("p", start, piece, table, spec() if last else None),)))
+        logits[i, 0] = torch.from_numpy(out[0])
     for step in range(NEW_TOKENS - 1):
         tokens = logits[:, step].argmax(-1) if forced is None else forced[:, step]
         rows = [StepRow(str(i), len(p) + step, [int(tokens[i])], tables[i], spec()) for i, p in enumerate(prompts)]
-        logits[:, step + 1] = runner.run(StepPlan(0, tuple(rows)))
+        logits[:, step + 1] = torch.from_numpy(forward.run(StepPlan(0, tuple(rows))))
+    forward.close()
     return logits
 
 
 @pytest.fixture(scope="module")
 def exact(smollm2: ModelFiles, prompts: list[list[int]]) -> torch.Tensor:
     """Our float32 logits of the greedy continuations."""
-    return decode(load_model(smollm2, "float32"), "float32", prompts)
+    return decode(smollm2, prompts, "compiled", "float32")
 
 
 def test_logits_and_greedy_tokens_equal_transformers(
@@ -123,11 +137,32 @@ def test_continuations_are_sensible(smollm2: ModelFiles, prompts: list[list[int]
     assert len({tuple(row) for row in exact.argmax(-1).tolist()}) == COUNT
 
 
-def test_bfloat16_is_near_float32(smollm2: ModelFiles, prompts: list[list[int]], exact: torch.Tensor) -> None:
+def test_torch_computes_the_same(smollm2: ModelFiles, prompts: list[list[int]], exact: torch.Tensor) -> None:
+    logits = decode(smollm2, prompts, "torch", "float32", exact.argmax(-1))
+    error = (logits - exact).abs().amax(-1) / exact.abs().amax(-1)
+    assert error.max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kernels", "quantization", "tolerance", "agreeing"),
+    [("compiled", None, 0.03, 0.97), ("torch", None, 0.03, 0.97), ("compiled", "w8a8", 0.3, 0.85)],
+)
+def test_narrow_weights_are_near_float32(
+    smollm2: ModelFiles,
+    prompts: list[list[int]],
+    exact: torch.Tensor,
+    kernels: str,
+    quantization: str | None,
+    tolerance: float,
+    agreeing: float,
+) -> None:
+    """Teacher-forced logits with narrow weights and bfloat16 KV: error relative to the largest of the row, and how many
+    likeliest tokens agree.
+    """
     forced = exact.argmax(-1)
-    logits = decode(load_model(smollm2, "bfloat16"), "bfloat16", prompts, forced)
+    logits = decode(smollm2, prompts, kernels, "bfloat16", forced, quantization)
     error = (logits - exact).abs().amax(-1) / exact.abs().amax(-1)
     agreement = (logits.argmax(-1) == forced).float().mean()
-    assert error.max() <= BFLOAT16_TOLERANCE, f"relative error {error.max():.3f}"
-    assert agreement >= 0.97
+    assert error.max() <= tolerance, f"relative error {error.max():.3f}, agreement {agreement:.3f}"
+    assert agreement >= agreeing, f"relative error {error.max():.3f}, agreement {agreement:.3f}"
     assert error.max() > TOLERANCE, "this is float32 twice"
