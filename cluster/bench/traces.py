@@ -78,7 +78,10 @@ def fit_trace(
     max_output_tokens: int | None = None,
     clip: bool = True,
 ) -> Fitted:
-    """Holds every request to the caps: clipped to them, or dropped; dropped where it exceeds the model's context."""
+    """Holds every request to the caps: clipped to them, or dropped; dropped where it exceeds the model's context.
+
+    A clipped prompt shares nothing: cut down to their common beginnings, all of a conversation's would be the same.
+    """
     rows: list[TraceRequest] = []
     clipped = 0
     for row in trace:
@@ -88,7 +91,10 @@ def fit_trace(
         if prompt + output > max_model_len or (over and not clip):
             continue
         clipped += over
-        rows.append(replace(row, input_tokens=prompt, output_tokens=output) if over else row)
+        if over:
+            blocks = row.block_ids if prompt == row.input_tokens else ()
+            row = replace(row, input_tokens=prompt, output_tokens=output, block_ids=blocks)
+        rows.append(row)
     return Fitted(rows=tuple(rows), clipped=clipped, dropped=len(trace) - len(rows))
 
 

@@ -111,7 +111,9 @@ def _unshared(row: TraceRequest) -> TraceRequest:
 def _notes(fitted: Fitted, options: BenchOptions, considered: int, sent: int) -> tuple[str, ...]:
     notes = []
     if fitted.clipped:
-        notes.append(f"{fitted.clipped} of the trace's {considered} requests were clipped to the caps")
+        notes.append(
+            f"{fitted.clipped} of the trace's {considered} requests were clipped to the caps; such prompts share nothing"
+        )
     if fitted.dropped:
         notes.append(
             f"{fitted.dropped} of the trace's {considered} requests were dropped: over the caps or the context"

@@ -130,6 +130,8 @@ def test_caps_clip_or_drop_and_the_context_always_drops() -> None:
     clipped = fit_trace(trace, max_model_len=1000, max_input_tokens=200, max_output_tokens=50)
     assert [(r.input_tokens, r.output_tokens) for r in clipped.rows] == [(100, 10), (200, 10), (100, 50), (200, 10)]
     assert (clipped.clipped, clipped.dropped) == (3, 0)
+    shared = fit_trace((row(300, 1, 2), row(100, 1, output=90)), max_model_len=1000, max_input_tokens=200)
+    assert [r.block_ids for r in shared.rows] == [(), (1,)]
     dropped = fit_trace(trace, max_model_len=1000, max_input_tokens=200, max_output_tokens=50, clip=False)
     assert (dropped.rows, dropped.clipped, dropped.dropped) == (trace[:1], 0, 3)
     assert fit_trace(trace, max_model_len=310).rows == trace[:3]
@@ -163,7 +165,10 @@ def test_a_trace_is_replayed_or_drawn_from(tmp_path: Path) -> None:
     assert replayed.warmups[0].prompt not in [request.prompt for request in replayed.requests]
     assert replayed.notes[0] == "1 of the trace's 3 requests were dropped: over the caps or the context"
     assert workload(path, 512, rate_scale=2.0).arrivals_s == (0.0, 1.25)
-    assert workload(path, max_input_len=15).notes[0] == "2 of the trace's 3 requests were clipped to the caps"
+    assert (
+        workload(path, max_input_len=15).notes[0]
+        == "2 of the trace's 3 requests were clipped to the caps; such prompts share nothing"
+    )
 
     drawn = workload(path, 512, request_rate=3.0, num_prompts=7)
     assert len(drawn.requests) == len(drawn.arrivals_s) == 7
