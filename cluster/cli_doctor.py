@@ -7,6 +7,7 @@ This gathers facts and prints findings; what the facts mean is decided in `clust
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -119,6 +120,7 @@ def gather_machine(model: str, url: str) -> Machine:
     cache = default_cache_dir()
     nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
     error, here = _look_at(model)
+    kernels, reason = _kernels()
     return Machine(
         python=platform.python_version(),
         python_allowed=_python_allowed(),
@@ -132,10 +134,24 @@ def gather_machine(model: str, url: str) -> Machine:
         cache_writable=os.access(nearest, os.W_OK | os.X_OK),
         cache_free_bytes=shutil.disk_usage(nearest).free,
         ports=_ports(url),
+        kernels=kernels,
+        kernels_reason=reason,
         model=model,
         model_error=error,
         model_here=here,
     )
+
+
+def _kernels() -> tuple[str, str]:
+    from ..kernels.dispatch import pick
+
+    if importlib.util.find_spec("numba") is None and importlib.util.find_spec("torch") is None:
+        return "", "only the paced device can run: neither numba nor torch is installed"
+    try:
+        picked = pick("auto")
+    except (ImportError, ValueError) as error:  # numba that does not load; a TANDEM_CPU_ISA that does not exist
+        return "torch", f"compiled kernels cannot be had: {error}"
+    return picked.kernels, picked.reason
 
 
 def _python_allowed() -> str:

@@ -72,6 +72,9 @@ class Machine:
     cache_writable: bool
     cache_free_bytes: int
     ports: Sequence[Port]
+    kernels: str
+    """Who would compute a model on this processor (`kernels.dispatch`); empty: nobody, torch and numba are missing."""
+    kernels_reason: str
     model: str
     model_error: str | None
     model_here: bool
@@ -84,6 +87,7 @@ def check_machine(machine: Machine) -> list[Finding]:
         *_packages(machine.packages),
         *_ray(machine),
         _cpu(machine),
+        _kernels(machine),
         _limits(machine),
         _cache(machine),
         _model(machine),
@@ -133,9 +137,16 @@ def _cpu(machine: Machine) -> Finding:
     has = [flag for flag in wanted if flag in machine.cpu_flags]
     gib = f", {machine.memory_bytes / 2**30:.1f} GiB free" if machine.memory_bytes else ""
     text = f"{machine.cores} processors{gib}; {', '.join(has) or 'no vector instructions known'}"
-    if machine.cpu_flags and not any(flag in has for flag in ("avx512_bf16", "amx_bf16")):
-        text += "; no bfloat16 arithmetic, so that float32 may be the faster dtype"
     return Finding(Level.OK, "processor", text)
+
+
+def _kernels(machine: Machine) -> Finding:
+    if not machine.kernels:
+        return Finding(Level.WARN, "kernels", machine.kernels_reason, "pip install 'tandem-serve[engine]'")
+    text = f"{machine.kernels}: {machine.kernels_reason}"
+    if machine.kernels == "compiled":
+        return Finding(Level.OK, "kernels", text)
+    return Finding(Level.WARN, "kernels", text, "several times slower than compiled ones")
 
 
 def _limits(machine: Machine) -> Finding:

@@ -28,6 +28,8 @@ MACHINE = Machine(
     cache_writable=True,
     cache_free_bytes=50 * 2**30,
     ports=(Port(name="http-port", number=8000, holder="free"),),
+    kernels="compiled",
+    kernels_reason="the widest that znver4 has",
     model="m",
     model_error=None,
     model_here=True,
@@ -114,6 +116,8 @@ RAY = Package(name="ray", allowed=">=2.49,<3", installed="2.60.0", extra="cluste
         ({"open_files": 256}, "limits", Level.WARN, "256 open files"),
         ({"cache_writable": False}, "cache", Level.FAIL, "cannot be written"),
         ({"cache_free_bytes": 2**20}, "cache", Level.WARN, "0.0 GiB free"),
+        ({"kernels": "torch", "kernels_reason": "no numba"}, "kernels", Level.WARN, "torch: no numba"),
+        ({"kernels": "", "kernels_reason": "nothing installed"}, "kernels", Level.WARN, "nothing installed"),
         ({"model_error": "m: truncated", "model_here": False}, "model", Level.FAIL, "m: truncated"),
         ({"ports": (Port(name="grpc-port", number=8001, holder="taken"),)}, "port", Level.WARN, "grpc-port 8001"),
     ],
@@ -126,6 +130,7 @@ def test_what_is_wrong_with_a_machine(changes: dict[str, Any], name: str, level:
 
 P, D = worker("prefill-0", "prefill", "a"), worker("decode-0", "decode", "b")
 ANSWER = {"ready": True, "reason": "", "workers": [P, D]}
+AWAY = {"process": 1, "ready": False, "reason": "it does not answer"}
 OPEN = Security(host="0.0.0.0", loopback=False, api_key=False, secret=True, tls=False)
 PATHS = {"tandem:requests_by_path_total": [({"path": "split"}, 9.0), ({"path": "local"}, 1.0)]}
 LOST = {
@@ -182,6 +187,12 @@ LOST = {
             "50 of 200 steps were late",
         ),
         (
+            live(answer=ANSWER | {"routers": [{"process": 0, "ready": True}, AWAY]}),
+            "routers",
+            Level.WARN,
+            "of 2 processes, not ready: 1 (it does not answer)",
+        ),
+        (
             live(answer=ANSWER | {"router": {"pid": 1, "client_keys": {"configured": 1, "file": 0}}}),
             "client keys",
             Level.FAIL,
@@ -236,13 +247,14 @@ def test_what_is_fine() -> None:
     def said(findings: list[Finding], name: str) -> str:
         return next(f.text for f in findings if f.about == name and f.level is Level.OK)
 
-    old = check_machine(replace(MACHINE, cpu_flags=frozenset({"avx2"})))
-    assert "avx2; no bfloat16 arithmetic" in said(old, "processor")
-    assert "no bfloat16" not in said(check_machine(MACHINE), "processor")
+    assert said(check_machine(MACHINE), "processor").endswith("avx2, avx512f, avx512_bf16")
+    assert said(check_machine(MACHINE), "kernels") == "compiled: the widest that znver4 has"
     assert "wants a token" in said(check_machine(replace(MACHINE, packages=(RAY,))), "ray")
     kept = live(P, D | {"cpus": [0, 1]}, pinned={"decode-0": [frozenset(range(8)), frozenset({0, 1})]})
     assert said(check_live(kept), "pinning") == "decode-0 keep to their engine.cpus"
     assert said(check_live(live(D | {"cpus": [0]})), "pinning").startswith("no worker"), "it cannot be looked at"
+    pair = live(answer=ANSWER | {"routers": [{"process": index, "ready": True} for index in range(2)]})
+    assert said(check_live(pair), "routers") == "2 processes behind one port, all ready"
     both = live(P | {"max_model_len": 2048}, D | {"max_model_len": 512})
     assert "contexts of up to 512 tokens" in said(check_live(both), "memory")
     much = live(P | {"kv_bytes": 2**40}, remote=True)
