@@ -112,7 +112,8 @@ def _notes(fitted: Fitted, options: BenchOptions, considered: int, sent: int) ->
     notes = []
     if fitted.clipped:
         notes.append(
-            f"{fitted.clipped} of the trace's {considered} requests were clipped to the caps; such prompts share nothing"
+            f"{fitted.clipped} of the trace's {considered} requests were clipped to the caps; "
+            "clipped prompts share nothing"
         )
     if fitted.dropped:
         notes.append(

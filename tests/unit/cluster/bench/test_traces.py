@@ -167,7 +167,7 @@ def test_a_trace_is_replayed_or_drawn_from(tmp_path: Path) -> None:
     assert workload(path, 512, rate_scale=2.0).arrivals_s == (0.0, 1.25)
     assert (
         workload(path, max_input_len=15).notes[0]
-        == "2 of the trace's 3 requests were clipped to the caps; such prompts share nothing"
+        == "2 of the trace's 3 requests were clipped to the caps; clipped prompts share nothing"
     )
 
     drawn = workload(path, 512, request_rate=3.0, num_prompts=7)
