@@ -231,6 +231,15 @@ def test_status_table() -> None:
     assert lines[1] == "6 requests inside; waiting for a worker: batch 4"
     assert lines[7].split() == ["decode-0", "50", "50", "100", "7", "of", "200", "3", "s", "ago"]
     assert lines[10].split(maxsplit=4) == ["decode-0", "4", "2", "-", "pulling 2  grpc 5, mapped 9  -"]
+    samples |= {"tandem:requests_in_flight": [({"router": "0"}, 6.0), ({"router": "1"}, 2.0)]}
+    up = {"process": 0, "registry": "h:1", "ready": True, "pid": 7, "requests_inside": 6}
+    away = {"process": 1, "registry": "h:2", "ready": False, "reason": "it does not answer"}
+    two = cli_status.render("u", {"ready": True, "workers": [worker], "routers": [up, away]}, samples).splitlines()
+    assert two[1:4] == [
+        "8 requests inside; waiting for a worker: batch 4",
+        "router 0 (h:1): ready, 6 requests inside, pid 7",
+        "router 1 (h:2): not ready: it does not answer",
+    ]
     assert "BROKEN" in cli_status.render("u", {"ready": True, "workers": [worker | {"integrity_ok": False}]})
     assert "not ready: no prefill" in cli_status.render("u", {"ready": False, "reason": "no prefill", "workers": []})
 
