@@ -119,10 +119,19 @@ def serve(
         server_events=server_events,
         sweep=sweep,
     )
+    _allow_many_connections()
     given = context.params
     plan = _plan(given) if sweep else None
     options = _options(given)
     raise typer.Exit(_run_sweep(options, plan, output) if plan is not None else _run(options, output))
+
+
+def _allow_many_connections() -> None:
+    """An open loop has as many as the server lets pile up; shells commonly allow 1,024 files."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _options(given: Mapping[str, Any]) -> BenchOptions:
