@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from .histogram import LoopHistogram
 from .proto.tandem_internal_v1_pb2 import WorkerStatus
 from .types import SLO, Timings
 
@@ -62,6 +63,7 @@ class RouterMetrics:
         self._inside = 0
         self._queue_of: Callable[[], Mapping[str, int]] = dict
         self._reasons: dict[Counter, set[str]] = {}
+        self._children: dict[tuple[Counter, str], Counter] = {}
         self._make_phases()
         self._make_handoff()
         self._make_counters()
@@ -127,9 +129,10 @@ class RouterMetrics:
             "tandem:requests_in_flight", "Requests inside the router", ["model_name"], registry=self.registry
         ).labels(**self._model)
 
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        metric = Histogram(f"tandem:{name}", about, ["model_name"], buckets=buckets, registry=self.registry)
-        return metric.labels(**self._model)
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> LoopHistogram:
+        metric = LoopHistogram(f"tandem:{name}", about, self._model, buckets)
+        self.registry.register(metric)
+        return metric
 
     def _counter(self, name: str, about: str, label: str | None = None) -> Counter:
         """A counter; with a label, the parent whose children `_count` makes."""
@@ -143,7 +146,10 @@ class RouterMetrics:
             if len(known) >= MAX_REASONS:
                 value = "other"
             known.add(value)
-        parent.labels(self._model["model_name"], value).inc(amount)
+        child = self._children.get((parent, value))
+        if child is None:
+            child = self._children[parent, value] = parent.labels(self._model["model_name"], value)
+        child.inc(amount)
 
     def observe_choice(
         self,
@@ -194,8 +200,7 @@ class RouterMetrics:
         """Called by the front ends for each delta but a choice's first: `tokens` came `gap_s` after the ones
         before. A delta of several tokens counts as that many observations of an equal share.
         """
-        for _ in range(tokens):
-            self._itl.observe(gap_s / tokens)
+        self._itl.observe(gap_s / tokens, tokens)
 
     def count_refusal(self, reason: str) -> None:
         """A request that was turned away: `invalid_request`, `overloaded`, `unavailable`, …"""

@@ -97,7 +97,7 @@ class RouterCore(GenerationService):
         unfinished = request.n
         outcome, reason = RequestOutcome.CANCELED, ""
         try:
-            while (delta := await deltas.get()) is not None:
+            while (delta := await next_delta(deltas)) is not None:
                 unfinished -= delta.finish_reason is not None
                 if not unfinished:  # a client that leaves with its answer has not cancelled
                     outcome = RequestOutcome.ANSWERED
@@ -220,16 +220,21 @@ class RouterCore(GenerationService):
             )
 
         try:
-            async with asyncio.timeout(request.timeout_s), asyncio.TaskGroup() as group:
-                group.create_task(self._run_choice(request, 0, promise, standing, arrival_s, deltas, on_first_token))
-                for choice in range(1, request.n):
-                    group.create_task(follow(choice))
+            async with asyncio.timeout(request.timeout_s):
+                first = self._run_choice(request, 0, promise, standing, arrival_s, deltas, on_first_token)
+                if request.n == 1:
+                    await first
+                    return
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(first)
+                    for choice in range(1, request.n):
+                        group.create_task(follow(choice))
         except TimeoutError:
             late = DeadlineExceeded(f"the request did not finish within its {request.timeout_s:g} s")
             self._metrics.count_failure(late.code or late.type)
             raise late from None
-        except BaseExceptionGroup as group_error:
-            raise self._first_error(group_error) from None
+        except (Exception, BaseExceptionGroup) as error:
+            raise self._first_error(error) from None
 
     async def _run_choice(
         self,
@@ -280,9 +285,8 @@ class RouterCore(GenerationService):
             attempts=tries,
         )
 
-    def _first_error(self, group: BaseExceptionGroup[BaseException]) -> BaseException:
-        """The error that a client is told: the first that is not a consequence of another."""
-        error: BaseException = group
+    def _first_error(self, error: BaseException) -> BaseException:
+        """The error that a client is told: of a group, the first that is not a consequence of another."""
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if isinstance(error, ServiceError):
@@ -316,3 +320,22 @@ class RouterCore(GenerationService):
         while self._cleanups:
             await asyncio.wait(self._cleanups)
         self._log.close()
+
+
+async def next_delta(deltas: Mailbox[Delta | None]) -> Delta | None:
+    """The next delta, with those of the same choice that wait right behind it: a client that reads slowly, or a router
+    that is busy, gets fewer and larger ones.
+    """
+    delta = await deltas.get()
+    parts: list[Delta] = []
+    while delta is not None and delta.finish_reason is None and not deltas.empty():
+        following = deltas.peek()
+        if following is None or following.choice != delta.choice:
+            break
+        parts.append(delta)
+        delta = deltas.get_nowait()
+    if delta is None or not parts:
+        return delta
+    parts.append(delta)
+    tokens = tuple(token for part in parts for token in part.tokens)
+    return replace(delta, text="".join([part.text for part in parts]), tokens=tokens)

@@ -40,6 +40,10 @@ class Mailbox(Generic[T]):
         """The next item. IndexError where there is none."""
         return self._items.popleft()
 
+    def peek(self) -> T:
+        """The next item, which stays. IndexError where there is none."""
+        return self._items[0]
+
     def empty(self) -> bool:
         """Whether there is none."""
         return not self._items

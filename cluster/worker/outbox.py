@@ -11,6 +11,8 @@ import asyncio
 from ..proto import tandem_internal_v1_pb2 as pb
 
 MAX_BUFFERED_FRAMES = 4096
+MAX_MERGED_FRAMES = 64
+"""Frames that a router did not read yet and that leave as one."""
 
 
 class RouterStream:
@@ -22,6 +24,22 @@ class RouterStream:
         self.answers: list[pb.Answer] = []
         """To its commands; leave with the next frame."""
         self.open = True
+
+    async def next_frame(self) -> pb.StepFrame | None:
+        """The next frame; what waits behind it, because the router did not read it, comes in one with it. None: the
+        stream has ended.
+        """
+        frame = await self.frames.get()
+        for _ in range(MAX_MERGED_FRAMES):
+            if frame is None or self.frames.empty():
+                break
+            following = self.frames.get_nowait()
+            if following is None:
+                self.frames.put_nowait(None)  # for the next call
+                break
+            frame.events.extend(following.events)
+            frame.answers.extend(following.answers)
+        return frame
 
     def push(self, frame: pb.StepFrame) -> bool:
         """False, and the stream closed, when the router is too far behind."""

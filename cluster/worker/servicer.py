@@ -57,7 +57,7 @@ class Servicer(WorkerServicer):
         try:
             # An empty frame says that the worker knows this router now: the router waits for it before it submits.
             yield pb.StepFrame(epoch=self._shell.facts.epoch)
-            while (frame := await stream.frames.get()) is not None:
+            while (frame := await stream.next_frame()) is not None:
                 yield frame
         finally:
             reading.cancel()

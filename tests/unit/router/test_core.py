@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
-from tandem.cluster.types import FinishReason, Role, Side
+from tandem.cluster.types import FinishReason, Role, SampledToken, Side
+from tandem.router.core import next_delta
 from tandem.router.errors import Overloaded, ServiceError, Unavailable
+from tandem.router.mailbox import Mailbox
+from tandem.router.service import Delta
 
 P, D = Side.PREFILL, Side.DECODE
 
@@ -177,3 +180,17 @@ async def test_the_context_is_what_every_worker_holds(rig: Any) -> None:
         await r.worker("p0", Role.PREFILL, max_model_len=800)
         await r.worker("d0", Role.DECODE, max_model_len=300)
         assert r.core.models()[0].max_model_len == 300
+
+
+@scenario
+async def test_deltas_that_wait_for_their_reader_become_one_up_to_another_choice_or_the_end() -> None:
+    deltas: Mailbox[Delta | None] = Mailbox()
+    for choice, text, finish in ((0, "a", None), (0, "b", None), (1, "c", None), (0, "d", None)):
+        token = SampledToken(ord(text))
+        deltas.put_nowait(Delta(choice=choice, text=text, tokens=(token,), finish_reason=finish))
+    deltas.put_nowait(Delta(choice=0, text="e", finish_reason=FinishReason.STOP, stop_reason="!"))
+    deltas.put_nowait(None)
+    got = []
+    while (delta := await next_delta(deltas)) is not None:
+        got.append((delta.choice, delta.text, len(delta.tokens), delta.finish_reason, delta.stop_reason))
+    assert got == [(0, "ab", 2, None, None), (1, "c", 1, None, None), (0, "de", 1, FinishReason.STOP, "!")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.worker import outbox as module
 from tandem.cluster.worker.outbox import Outbox, RouterStream
@@ -31,6 +34,36 @@ def test_a_flush_is_one_frame_for_each_router() -> None:
     outbox.flush()
     assert frames(a) == [["1", "3"], ["5"]]
     assert frames(b) == [["2"]]
+
+
+@scenario
+async def test_what_a_router_did_not_read_leaves_in_one_frame() -> None:
+    outbox = Outbox(7)
+    stream = outbox.attach("a")
+    for name in ("1", "2"):
+        outbox.post("a", event(name))
+        outbox.flush()
+    outbox.answer(stream, pb.Answer(id=3))
+    outbox.flush()
+    stream.close()
+    frame = await stream.next_frame()
+    assert frame is not None
+    assert [one.request_id for one in frame.events] == ["1", "2"]
+    assert [answer.id for answer in frame.answers] == [3]
+    assert await stream.next_frame() is None
+
+
+@scenario
+async def test_answers_of_one_turn_of_the_loop_leave_with_its_events() -> None:
+    outbox = Outbox(7)
+    stream = outbox.attach("a")
+    outbox.answer(stream, pb.Answer(id=1))
+    outbox.answer(stream, pb.Answer(id=2))
+    outbox.post("a", event("1"))
+    frame = await asyncio.wait_for(stream.next_frame(), 10)
+    assert frame is not None
+    assert ([answer.id for answer in frame.answers], len(frame.events)) == ([1, 2], 1)
+    assert stream.frames.empty()
 
 
 def test_frames_carry_the_epoch() -> None:
