@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from .bench.handoff import HandoffOptions
+    from .bench.handoff_pace import PaceOptions
 
 
 def handoff(
@@ -20,10 +21,23 @@ def handoff(
     repeats: Annotated[int, typer.Option(help="Handoffs of each kind; fewer where more than 16 MiB move.")] = 30,
     token_bytes: Annotated[int, typer.Option(help="KV of one token. Default: SmolLM2-135M in bfloat16.")] = 23040,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    engine_pace: Annotated[
+        bool, typer.Option("--engine-pace", help="Instead: an engine's step times while its process moves KV.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="--engine-pace: computed on the CPU device. Default: a paced one.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="--engine-pace: sequences in its batch.")] = 8,
+    rounds: Annotated[int, typer.Option(help="--engine-pace: batches of each condition, in turns.")] = 4,
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
     """Hand KV from one real worker process to another and report reserve, dispatch, transfer, confirm and GB/s."""
     from .bench.handoff import HandoffOptions
+    from .bench.handoff_pace import PaceOptions
+
+    if engine_pace:
+        _run_pace(PaceOptions(model=model, rows=rows, rounds=rounds, token_bytes=token_bytes), save_result)
+        return
 
     try:
         sizes = tuple(float(text) for text in sizes_mib.split(","))
@@ -57,9 +71,27 @@ def _run(options: HandoffOptions, save_result: str | None) -> None:
         cells = uvloop.run(run_handoffs(options, on_cell))
     display.line(table(cells))
     if save_result is not None:
-        rows: list[dict[str, Any]] = [
+        results: list[dict[str, Any]] = [
             cell.row() | {"each": [asdict(handoff) for handoff in cell.handoffs]} for cell in cells
         ]
         with open(save_result, "w") as file:
-            json.dump({"options": asdict(options), "cells": rows}, file)
+            json.dump({"options": asdict(options), "cells": results}, file)
+        display.line(f"saved       {save_result}")
+
+
+def _run_pace(options: PaceOptions, save_result: str | None) -> None:
+    import uvloop
+
+    from .bench.handoff_pace import CONDITIONS, pace_table, run_pace
+    from .cli_display import Display
+
+    display = Display()
+    what = "a paced device: nothing is computed" if options.model is None else f"{options.model} on the CPU device"
+    display.line(f"{what}; {options.rows} sequences a step, {options.rounds} x {options.steps} steps of each condition")
+    with display.count("batches", options.rounds * len(CONDITIONS)) as advance:
+        paces = uvloop.run(run_pace(options, advance))
+    display.line(pace_table(paces))
+    if save_result is not None:
+        with open(save_result, "w") as file:
+            json.dump({"options": asdict(options), "conditions": [asdict(pace) for pace in paces]}, file)
         display.line(f"saved       {save_result}")

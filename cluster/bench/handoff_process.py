@@ -16,6 +16,7 @@ from ...router.commands import Commands
 from ..proto import tandem_internal_v1_pb2 as pb
 from ..proto.tandem_internal_v1_pb2_grpc import WorkerStub
 from ..rpc import PROTOCOL_VERSION, open_channel
+from .handoff_traffic import Traffic
 from .handoff_worker import WorkerSpec
 
 ROUTER_ID = "bench"
@@ -31,12 +32,14 @@ class WorkerProcess:
         self._process = process
         self.address = self.kv_address = ""
         self.epoch = 0
+        self.fingerprint = self.kv_layout = ""
         self.stub: Any = None
         self.commands = Commands(spec.worker_id, 0)
         """What the router asks, on the stream that it has with every worker."""
         self._channel: aio.Channel | None = None
         self._reader: asyncio.Task[None] | None = None
         self._tokens: dict[str, asyncio.Future[float]] = {}
+        self._finishes: dict[str, asyncio.Future[float]] = {}
 
     @classmethod
     async def start(cls, spec: WorkerSpec) -> WorkerProcess:
@@ -53,6 +56,7 @@ class WorkerProcess:
         try:
             facts = await worker._ask(json.dumps(asdict(spec)), START_S)
             worker.address, worker.kv_address, worker.epoch = facts["address"], facts["kv_address"], facts["epoch"]
+            worker.fingerprint, worker.kv_layout = facts["fingerprint"], facts["kv_layout"]
             worker._channel = open_channel(worker.address)
             worker.stub = WorkerStub(worker._channel)
             worker.commands = Commands(spec.worker_id, worker.epoch)
@@ -71,9 +75,18 @@ class WorkerProcess:
         future = self._tokens[request_id] = asyncio.get_running_loop().create_future()
         return future
 
-    async def marks(self) -> dict[str, list[dict[str, Any]]]:
-        """What it recorded since the last time."""
-        return await self._ask("marks", CALL_S)
+    def finish(self, request_id: str) -> asyncio.Future[float]:
+        """Resolves when the request has ended here, to that moment."""
+        future = self._finishes[request_id] = asyncio.get_running_loop().create_future()
+        return future
+
+    async def marks(self, *, mute: bool = False) -> dict[str, list[dict[str, Any]]]:
+        """What it recorded since the last time. `mute`: see `Command`."""
+        return await self._ask(json.dumps({"mute": mute}), CALL_S)
+
+    async def pull(self, traffic: Traffic, timeout_s: float, *, mute: bool = False) -> dict[str, Any]:
+        """Lets it pull over and over; what it moved."""
+        return await self._ask(json.dumps({"mute": mute, "pull": asdict(traffic)}), timeout_s)
 
     async def close(self) -> None:
         """Ends the process; idempotent."""
@@ -114,10 +127,14 @@ class WorkerProcess:
             for answer in frame.answers:
                 self.commands.answered(answer)
             for event in frame.events:
-                future = self._tokens.pop(event.request_id, None)
-                if future is None or future.done():
-                    continue
-                if event.HasField("failed"):
-                    future.set_exception(RuntimeError(f"{self.spec.worker_id}: {event.failed.message}"))
-                else:
-                    future.set_result(now_s)
+                self._tell(self._tokens.pop(event.request_id, None), event, now_s)
+                if event.HasField("failed") or event.tokens.finish_reason:
+                    self._tell(self._finishes.pop(event.request_id, None), event, now_s)
+
+    def _tell(self, future: asyncio.Future[float] | None, event: pb.Event, now_s: float) -> None:
+        if future is None or future.done():
+            return
+        if event.HasField("failed"):
+            future.set_exception(RuntimeError(f"{self.spec.worker_id}: {event.failed.message}"))
+        else:
+            future.set_result(now_s)

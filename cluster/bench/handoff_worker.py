@@ -1,7 +1,7 @@
 """A worker process for `tandem bench handoff`: the real services, servers and transports, and a record of when what
 happened. `python -m tandem.cluster.bench.handoff_worker` reads one JSON line, a `WorkerSpec`, from stdin, prints one
-JSON line with its addresses when it serves, and answers every further line, `marks`, with what it recorded since the
-last one. It ends with its stdin.
+JSON line with its addresses when it serves, and answers every further line, a `Command`: with what it recorded since
+the last one, or with what it has pulled. It ends with its stdin.
 
 All times are the machine's monotonic clock, which the processes of one machine share.
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,12 +36,14 @@ from ..engine.plan import StepOutput, StepPlan
 from ..engine.policies import policy_for
 from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import Scheduler
+from ..engine.scheduler_events import SchedulerEvent, TokensEmitted
 from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
 from ..rpc import make_server, new_epoch
 from ..types import Role, StepTimeCoefficients
 from ..worker.engine_thread import EngineThread
 from ..worker.servicer import Servicer
 from ..worker.shell import WorkerFacts, WorkerShell
+from .handoff_traffic import Traffic, pull_over_and_over
 
 MAX_MARKS = 1 << 16
 MAX_MODEL_LEN = 1 << 20
@@ -62,6 +65,22 @@ class WorkerSpec:
     block_size: int = 16
     step_s: float = 0.0
     """What every step takes at least."""
+    model: str | None = None
+    """Computed by the `cpu` device; None: nothing is, the device is paced."""
+    engine_cpu: int | None = None
+    """Where the engine's thread is pinned; None: it is not."""
+    other_cpus: tuple[int, ...] = ()
+    """Where all other threads of the process are pinned; empty: they are not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What the worker is asked while it serves."""
+
+    mute: bool = False
+    """From now on tokens do not leave the engine, but the last ones of each sequence."""
+    pull: dict[str, Any] | None = None
+    """`Traffic`: pull over and over until the time is over; None: answer with the marks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +90,15 @@ class StepMark:
     seq_id: str
     launched_s: float
     done_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMark:
+    """One step."""
+
+    launched_s: float
+    rows: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +130,14 @@ class Marks:
 
     def __init__(self) -> None:
         self.steps: deque[StepMark] = deque(maxlen=MAX_MARKS)
+        self.plans: deque[PlanMark] = deque(maxlen=MAX_MARKS)
         self.pulls: deque[PullMark] = deque(maxlen=MAX_MARKS)
         self.confirms: deque[ConfirmMark] = deque(maxlen=MAX_MARKS)
 
     def take(self) -> dict[str, list[dict[str, Any]]]:
         """All of them, as JSON objects; they are forgotten."""
         taken = {}
-        for name in ("steps", "pulls", "confirms"):
+        for name in ("steps", "plans", "pulls", "confirms"):
             marks = getattr(self, name)
             taken[name] = [asdict(marks.popleft()) for _ in range(len(marks))]
         return taken
@@ -117,15 +146,21 @@ class Marks:
 class MarkedDevice(Device):
     """Another device, whose steps are recorded."""
 
-    def __init__(self, device: Device, marks: Marks) -> None:
+    def __init__(self, device: Device, marks: Marks, engine_cpu: int | None) -> None:
         self._device = device
         self._marks = marks
+        self._engine_cpu = engine_cpu
         self._launched: deque[tuple[StepPlan, float]] = deque()
         self.name, self.kv = device.name, device.kv
         self.vocab_size, self.fingerprint = device.vocab_size, device.fingerprint
 
     def launch(self, plan: StepPlan) -> None:
-        self._launched.append((plan, time.monotonic()))
+        if self._engine_cpu is not None:
+            os.sched_setaffinity(0, {self._engine_cpu})  # of this thread, the engine's
+            self._engine_cpu = None
+        launched_s = time.monotonic()
+        self._launched.append((plan, launched_s))
+        self._marks.plans.append(PlanMark(launched_s, len(plan.rows), plan.num_tokens))
         self._device.launch(plan)
 
     def collect(self) -> StepOutput:
@@ -180,7 +215,29 @@ class MarkedTransport(KVTransport):
         await self._transport.close()
 
 
-def _paced(spec: WorkerSpec) -> PacedDevice:
+class Muted:
+    """What an engine tells, without its tokens where they are not to be sent."""
+
+    def __init__(self, shell: WorkerShell) -> None:
+        self._shell = shell
+        self.muted = False
+
+    def events(self, events: Sequence[SchedulerEvent]) -> None:
+        """Engine thread."""
+        if self.muted:
+            events = [e for e in events if not isinstance(e, TokensEmitted) or e.finish_reason is not None]
+        if events:
+            self._shell.events_from_engine(events)
+
+
+def _device(spec: WorkerSpec) -> Device:
+    if spec.model is not None:
+        from ..engine.devices.cpu import CpuDevice
+        from ..models.reference import resolve_model
+
+        kv_cache_bytes = spec.num_blocks * spec.block_size * spec.token_bytes
+        files = resolve_model(spec.model)
+        return CpuDevice(files, dtype="bfloat16", block_size=spec.block_size, kv_cache_bytes=kv_cache_bytes)
     return PacedDevice(
         VOCAB_SIZE,
         block_size=spec.block_size,
@@ -195,7 +252,9 @@ def _paced(spec: WorkerSpec) -> PacedDevice:
 async def serve(spec: WorkerSpec) -> None:
     """Serves until stdin ends."""
     marks = Marks()
-    device = MarkedDevice(_paced(spec), marks)
+    if spec.other_cpus:
+        os.sched_setaffinity(0, spec.other_cpus)
+    device = MarkedDevice(_device(spec), marks, spec.engine_cpu)
     engine_config = EngineConfig(
         device="paced", block_size=spec.block_size, max_batched_tokens=MAX_MODEL_LEN, prefix_cache=False
     )
@@ -235,7 +294,8 @@ async def serve(spec: WorkerSpec) -> None:
     segment.publish(facts.epoch)
     segments = await share(segment)
     shell = WorkerShell(config, facts, clock)
-    engine = EngineThread(scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine)
+    muted = Muted(shell)
+    engine = EngineThread(scheduler, device, on_events=muted.events, on_failure=shell.failure_from_engine)
     layout = device.kv.layout
     transport: KVTransport = GrpcKVTransport(block_bytes=layout.block_bytes)
     if spec.transport == "mapped":
@@ -253,9 +313,12 @@ async def serve(spec: WorkerSpec) -> None:
     shell.address, shell.kv_address = f"127.0.0.1:{port}", f"127.0.0.1:{kv_port}"
     shell.start(_die)
     gc.freeze()
-    _say({"address": shell.address, "kv_address": shell.kv_address, "epoch": facts.epoch})
-    while await asyncio.to_thread(sys.stdin.readline):
-        _say(marks.take())
+    about = {"epoch": facts.epoch, "fingerprint": facts.fingerprint, "kv_layout": facts.kv_layout.hex()}
+    _say({"address": shell.address, "kv_address": shell.kv_address, **about})
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        command = Command(**json.loads(line))
+        muted.muted = command.mute
+        _say(marks.take() if command.pull is None else await pull_over_and_over(Traffic(**command.pull)))
     await shell.stop()
     await server.stop(0.2)
     await kv_server.stop()
