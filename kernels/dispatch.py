@@ -41,6 +41,10 @@ def pick(kernels: str, quantization: str | None = None, unsupported: str | None 
     obstacle = unsupported
     if importlib.util.find_spec("numba") is None:
         obstacle = "numba is not installed (pip install 'tandem-serve[engine]')"
+    if kernels in ("auto", "compiled") and obstacle is None:
+        from .compiled import check
+
+        obstacle = check.problem()
     if kernels == "compiled" and obstacle is not None:
         raise ValueError(f"kernels: 'compiled' is not allowed: {obstacle}; allowed: auto, torch, reference")
     if kernels in ("auto", "compiled") and obstacle is None:

@@ -399,3 +399,15 @@ def unpack_output(desc, output, to):
         for k in range(inputs):
             value = simd.load_int8_scalar(data + (k // group * NR + j) * group + k % group)
             simd.store_float(to + 4 * k, np.float32(value) * scale)
+
+
+def product(packed: PackedWeight, x_TI: Floats) -> Floats:  # noqa: N803
+    """[T, I] float32 -> [T, O] float32 on the calling thread; for callers in Python."""
+    x = np.ascontiguousarray(x_TI, np.float32)
+    rows, inputs = x.shape
+    assert inputs == packed.in_features, (inputs, packed.in_features)
+    y = np.empty((rows, padded(packed.out_features)), np.float32)
+    scratch, words = np.empty(scratch_bytes(packed.kind, inputs, rows), np.uint8), describe(packed)
+    columns = y.shape[1]
+    linear(words.ctypes.data, x.ctypes.data, inputs, rows, y.ctypes.data, columns, 0, 0, 1, scratch.ctypes.data)
+    return y[:, : packed.out_features]

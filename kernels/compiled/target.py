@@ -86,7 +86,13 @@ def code_folder() -> Path:
     configured = os.environ.get("TANDEM_CACHE")
     root = Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tandem"
     digest = hashlib.blake2b(digest_size=8)
-    for part in (numba.__version__, llvm.llvm_version_info, TARGET.cpu, llvm.get_host_cpu_features().flatten()):
+    for part in (
+        numba.__version__,
+        str(numba.config.OPT),
+        llvm.llvm_version_info,
+        TARGET.cpu,
+        llvm.get_host_cpu_features().flatten(),
+    ):
         digest.update(repr(part).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())

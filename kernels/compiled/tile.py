@@ -57,24 +57,14 @@ STEP_INPUTS = (1, 1, 2, 2, 4)
 """Inputs that one step covers, by form."""
 X_STEP_BYTES = 4
 """Bytes of x for one row and step, in every form."""
-MAX_ROWS = 6 if TARGET.registers == 16 else 12
-"""Rows of the highest tile: its sums, one step's weights and one operand fill the registers."""
+FULL_ROWS = 6 if TARGET.registers == 16 else 12
+"""Rows at which a tile's sums, one step's weights and one operand fill the registers."""
+MAX_ROWS = FULL_ROWS if TARGET.native else 3
+"""Rows of the highest tile. Emulated code is for tests: long enough as it is."""
 PANELS_AT_ONCE = (0, 4, 2, 1, 1, 1, 1) if TARGET.registers == 16 else (0, 4, 4, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1)
 """By the rows of a tile: panels side by side, so that a few rows have enough sums under way to hide fma's latency."""
+_LINE_BYTES = 64
 _PMADDWD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
-
-
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite's IR lacks."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
 
 
 def _lanes_of(b: ir.IRBuilder, value: Any, first: int, of: int) -> Any:
@@ -84,11 +74,8 @@ def _lanes_of(b: ir.IRBuilder, value: Any, first: int, of: int) -> Any:
 
 def dot_bf16(b: ir.IRBuilder, total: Any, x: Any, w: Any) -> Any:
     """[W] float32, [W] i32 of bfloat16 pairs twice -> total + x1 w1 + x0 w0, as vdpbf16ps does it."""
-    if TARGET.isa == "avx512_bf16" and TARGET.native:
-        pairs = ir.VectorType(_BFloat(), 2 * W)
-        return call(
-            b, f"llvm.x86.avx512bf16.dpbf16ps.{32 * W}", F32_VECTOR, total, b.bitcast(x, pairs), b.bitcast(w, pairs)
-        )
+    if TARGET.isa == "avx512_bf16" and TARGET.native:  # LLVM 16 and later bring these operands to its bfloat by itself
+        return call(b, f"llvm.x86.avx512bf16.dpbf16ps.{32 * W}", F32_VECTOR, total, x, w)
     x_low, x_high = widen_bf16_pairs(b, x)
     w_low, w_high = widen_bf16_pairs(b, w)
     return emit_fma(b, x_low, w_low, emit_fma(b, x_high, w_high, total))
@@ -235,8 +222,11 @@ def _emit_tile(b: ir.IRBuilder, form: int, rows: int, panels: int, args: _Argume
     totals = [[b.phi(vector) for _ in start] for _ in range(rows)]
     xs = [b.add(counters[1], b.mul(args.x_row, I64(r))) for r in range(rows)]
     ws = [b.add(counters[2], b.mul(args.w_panel, I64(p))) for p in range(panels)]
+    lines = max(1, STEP_BYTES[form] // _LINE_BYTES)
     for p in range(panels):
-        emit_prefetch(b, b.add(counters[3], b.mul(args.w_panel, I64(p))))
+        for line in range(lines):
+            place = b.add(counters[3], b.sdiv(b.mul(args.ahead_step, I64(line)), I64(lines)))
+            emit_prefetch(b, b.add(place, b.mul(args.w_panel, I64(p))))
     moved = _step(b, form, xs, ws, totals)
     for phi, (first, stride) in zip(counters, moving, strict=True):
         phi.add_incoming(first, before)
@@ -251,7 +241,7 @@ def _emit_tile(b: ir.IRBuilder, form: int, rows: int, panels: int, args: _Argume
     b.ret_void()
 
 
-def _tile_function(module: ir.Module, form: int, rows: int, panels: int) -> ir.Function:
+def tile_function(module: ir.Module, form: int, rows: int, panels: int) -> ir.Function:
     """The function of one tile in a module, written there once: y[rows, panels * NR] = (or +=) the tile's product."""
     name = f"tile_{FORMS[form]}_{rows}x{panels}"
     if name in module.globals:
@@ -273,7 +263,7 @@ def _run_tile(b, form, rows, panels, *arguments):
             block = b.append_basic_block(f"tile_{FORMS[f]}_{r}x{p}")
             switch.add_case(I64((f * 64 + r) * 64 + p), block)
             with b.goto_block(block):
-                b.call(_tile_function(b.module, f, r, p), arguments)
+                b.call(tile_function(b.module, f, r, p), arguments)
                 b.branch(done)
     b.position_at_end(done)
 
