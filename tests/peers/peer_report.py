@@ -54,10 +54,15 @@ class Results:
         """What a contender said when it had loaded."""
         self.loads[name, threads] = facts
 
+    def took_s(self, name: str, threads: int, cell: Cell) -> float | None:
+        """Seconds of the longest measurement of a cell so far; None: there is none."""
+        answers = self.times.get((name, threads, cell), [])
+        return max((answer["prefill_s"] + sum(answer["decode_s"]) for answer in answers), default=None)
+
     def forecast_s(self, name: str, threads: int, cell: Cell) -> float | None:
-        """How long the cell would take at the best prefill rate and worst decode step seen so far; None: not known."""
+        """Seconds that its prefill would take at the best rate seen so far; None: nothing was seen."""
         seen = [(key[2], answers[0]) for key, answers in self.times.items() if key[:2] == (name, threads)]
-        if not seen:
+        if not seen or (name, threads, cell) in self.times:
             return None
         rate = max(c.batch * c.prompt / answer["prefill_s"] for c, answer in seen)
         return cell.batch * cell.prompt / rate

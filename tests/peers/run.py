@@ -74,7 +74,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a measurement")
     parser.add_argument("--step-tokens", type=int, default=2048, help="token budget of a step, for all that have one")
-    parser.add_argument("--cell-seconds", type=float, default=60.0, help="what takes longer is left out, and named")
+    parser.add_argument("--cell-seconds", type=float, default=100.0, help="what takes longer is left out, and named")
+    parser.add_argument("--repeat-seconds", type=float, default=25.0, help="what takes longer is measured once")
     parser.add_argument("--minutes", type=float, default=60.0, help="no new round begins after this")
     parser.add_argument("--root", type=Path, default=default_root(), help="where environments and models are kept")
     parser.add_argument("--save-result", metavar="FILE")
@@ -169,6 +170,8 @@ def alternate(
                 if time.monotonic() > deadline:
                     print(f"  {options.minutes:g} minutes are over: round {turn + 1} stays incomplete", flush=True)
                     return
+                if (results.took_s(name, threads, cell) or 0.0) > options.repeat_seconds:
+                    continue
                 slow = results.forecast_s(name, threads, cell)
                 if slow is not None and slow > options.cell_seconds:
                     results.skip(name, threads, cell, f"would take about {slow:.0f} s")

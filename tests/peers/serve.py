@@ -4,10 +4,11 @@
     .venv/bin/python tests/peers/serve.py --only 'tandem mixed bf16','vllm fp32' --sweep-duration 30
 
 One server after the other, pinned to the same cores as the client (`tandem bench serve`). Of each: seconds from the
-start of its process until it has answered a request, TTFT and TPOT of requests that are alone, resident memory of all
-its processes after the load (shared pages counted once: PSS), and by `--sweep` the highest rate at which 90 % of the
-requests keep both promises, over at least three seeds. Prompts are random and never the same twice, so prefix caches,
-which both servers leave on, find nothing. A server that does not come up stands in the table with the reason.
+start of its process until it says that it is ready, the first time and once its caches are warm; TTFT and TPOT of
+requests that are alone; resident memory of all its processes after the load (shared pages counted once: PSS); and by
+`--sweep` the highest rate at which 90 % of the requests keep both promises, over at least three seeds. Prompts are
+random and never the same twice, so prefix caches, which both servers leave on, find nothing. A server that does not
+come up stands in the table with the reason.
 """
 
 from __future__ import annotations
@@ -122,52 +123,63 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def measure(server: Server, options: argparse.Namespace, cores: tuple[int, ...]) -> dict[str, Any]:
-    """Starts one server, measures it, stops it."""
-    vocab_size = resolve_model(options.model).config.vocab_size
+    """Starts one server twice, as what it compiles or packs the first time is kept, measures the second, stops it."""
     with tempfile.TemporaryDirectory(prefix="tandem-peers-") as folder:
-        command, environment, port = prepared(server, options, cores, Path(folder))
-        log = options.root / f"served-{server.name.replace(' ', '-')}.log"
-        with running(command, environment, log) as process:
-            started = time.monotonic()
-            wait_ready(process, port, log)
-            client = Client(port, options, vocab_size, Path(folder))
-            client.run("first", "--num-prompts", "1", "--max-concurrency", "1", seed=options.seed + 90_000)
-            found: dict[str, Any] = {"ready_s": time.monotonic() - started}
-            print(f"  ready after {found['ready_s']:.1f} s", flush=True)
+        with started(server, options, cores, Path(folder)) as (_, _, first_ready_s):
+            print(f"  ready after {first_ready_s:.1f} s the first time", flush=True)
+        with started(server, options, cores, Path(folder)) as (pid, client, ready_s):
+            found: dict[str, Any] = {"first_ready_s": first_ready_s, "ready_s": ready_s}
+            print(f"  ready after {ready_s:.1f} s", flush=True)
             alone = ("--num-prompts", str(options.alone), "--max-concurrency", "1")
             unloaded = client.run("alone", *alone, seed=options.seed + 91_000)
             found |= {name: unloaded[name] for name in ("median_ttft_ms", "median_tpot_ms")}
             print(f"  alone: {found['median_ttft_ms']:.0f} ms, {found['median_tpot_ms']:.1f} ms", flush=True)
             found["sweep"] = client.sweep(options)
             found["best_rate"] = found["sweep"]["best_rate"]
-            found["memory_bytes"] = memory_bytes(process.pid)
+            found["memory_bytes"] = memory_bytes(pid)
             print(f"  keeps {found['best_rate']} requests/s", flush=True)
             return found
+
+
+@contextlib.contextmanager
+def started(
+    server: Server, options: argparse.Namespace, cores: tuple[int, ...], folder: Path
+) -> Iterator[tuple[int, Client, float]]:
+    """(process id, client, seconds until it was ready) of a server that runs until the end."""
+    command, environment, port = prepared(server, options, cores, folder)
+    log = options.root / f"served-{server.name.replace(' ', '-')}.log"
+    client = Client(port, options, resolve_model(options.model).config.vocab_size, folder)
+    began = time.monotonic()
+    with running(command, environment, log) as process:
+        wait_ready(process, port, "/health" if server.engine == "vllm" else "/ready", log)
+        ready_s = time.monotonic() - began
+        client.run("first", "--num-prompts", "1", "--max-concurrency", "1", seed=options.seed + 90_000)
+        yield process.pid, client, ready_s
 
 
 def prepared(
     server: Server, options: argparse.Namespace, cores: tuple[int, ...], folder: Path
 ) -> tuple[list[str], dict[str, str], int]:
     """(command, environment, HTTP port) of a server. Makes environments and models where they are not there yet."""
-    port = free_port()
+    ports = free_ports(3)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_PRELOAD")}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     int8 = server.engine == "vllm" and server.form == "w8a8"
     model = peer_models.folder(options.model, options.root / "models", int8=int8)
     if server.engine != "vllm":
         config = folder / "cluster.yaml"
-        config.write_text(yaml.safe_dump(tandem_config(server, str(model), cores, port)), encoding="utf-8")
-        return [sys.executable, "-m", "tandem.cluster.cli", "serve", "--config", str(config)], environment, port
+        config.write_text(yaml.safe_dump(tandem_config(server, str(model), cores, ports)), encoding="utf-8")
+        return [sys.executable, "-m", "tandem.cluster.cli", "serve", "--config", str(config)], environment, ports[0]
     venv = prepare("vllm", options.root)
     environment |= vllm_environment(venv, cores)
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "PYTHONPATH": str(stub(options.root))}
     longest = options.input_len + options.output_len + 64
     command = [str(venv.python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--model", str(model), "--dtype", DTYPES[server.form]]
-    return [*command, "--max-model-len", str(longest)], environment, port
+    command += ["--port", str(ports[0]), "--model", str(model), "--dtype", DTYPES[server.form]]
+    return [*command, "--max-model-len", str(longest)], environment, ports[0]
 
 
-def tandem_config(server: Server, model: str, cores: tuple[int, ...], port: int) -> dict[str, Any]:
+def tandem_config(server: Server, model: str, cores: tuple[int, ...], ports: list[int]) -> dict[str, Any]:
     """Our cluster: two workers with a core each, or one with all."""
     split = server.engine == "tandem split"
     engine = {
@@ -176,9 +188,12 @@ def tandem_config(server: Server, model: str, cores: tuple[int, ...], port: int)
         "quantization": "w8a8" if server.form == "w8a8" else None,
         "threads": 1 if split else len(cores),
     }
-    ports = {"http_port": port, "grpc_port": 0, "registry_port": 0}
     workers = {"prefill": 1, "decode": 1} if split else {"prefill": 0, "decode": 0, "mixed": 1}
-    return {"engine": engine, "router": {"model": model, **ports}, **workers}
+    return {
+        "engine": engine,
+        "router": {"model": model, **dict(zip(("http_port", "grpc_port", "registry_port"), ports, strict=True))},
+        **workers,
+    }
 
 
 def stub(root: Path) -> Path:
@@ -192,11 +207,13 @@ def stub(root: Path) -> Path:
     return folder
 
 
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now, no two the same."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 @contextlib.contextmanager
@@ -224,15 +241,15 @@ def running(command: list[str], environment: dict[str, str], log: Path) -> Itera
             process.wait()
 
 
-def wait_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Until the server lists a model and says that it is well. PeerUnavailable where it ends or takes too long."""
+def wait_ready(process: subprocess.Popen[bytes], port: int, path: str, log: Path) -> None:
+    """Until the server answers at `path` that it takes requests. PeerUnavailable where it ends or takes too long."""
     until = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < until:
         if process.poll() is not None:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             said = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "nothing")
             raise PeerUnavailable(f"ended with {process.returncode}: {said.strip()[-300:]}")
-        if _answers(port, "/health") and _answers(port, "/v1/models"):
+        if _answers(port, path):
             return
         time.sleep(0.1)
     raise PeerUnavailable(f"not ready after {READY_TIMEOUT_S:g} s")
@@ -260,7 +277,7 @@ class Client:
         self._common += ["--vocab-size", str(vocab_size), "--temperature", "0"]
 
     def run(self, name: str, *flags: str, seed: int, timeout_s: float = 600.0) -> dict[str, Any]:
-        """One run; its saved result. OSError with the client's last line where it failed."""
+        """One run; its saved result. OSError with the client's last words where there is none."""
         target = self._folder / f"{name}.json"
         saving = ["--save-result", "--result-filename", str(target), "--seed", str(seed)]
         done = subprocess.run(
@@ -269,8 +286,6 @@ class Client:
         if not target.is_file():
             raise OSError(f"the client failed: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
         found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
-        if done.returncode != 0:
-            raise OSError(f"no request came to its end: {done.stdout.strip()[-300:]}")
         return found
 
     def sweep(self, options: argparse.Namespace) -> dict[str, Any]:
@@ -307,7 +322,7 @@ def table(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         f"\n{options.input_len} in, {options.output_len} out, random; TTFT {options.ttft_ms:g} ms and "
         f"TPOT {options.tpot_ms:g} ms for 90 %; {options.seeds} seeds; client on the same {options.cores} cores",
-        f"{'':<20}{'keeps, req/s':>14}{'alone TTFT ms':>15}{'TPOT ms':>9}{'ready s':>9}{'memory GiB':>12}",
+        f"{'':<20}{'keeps, req/s':>14}{'alone TTFT ms':>15}{'TPOT ms':>9}{'ready s':>9}{'first':>7}{'memory GiB':>12}",
     ]
     for row in rows:
         if "error" in row:
@@ -316,7 +331,7 @@ def table(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
         rate = "below the first" if row["best_rate"] is None else f"{row['best_rate']:.2f}"
         lines.append(
             f"{row['server']:<20}{rate:>14}{row['median_ttft_ms']:>15.0f}{row['median_tpot_ms']:>9.1f}"
-            f"{row['ready_s']:>9.1f}{row['memory_bytes'] / 2**30:>12.2f}"
+            f"{row['ready_s']:>9.1f}{row['first_ready_s']:>7.1f}{row['memory_bytes'] / 2**30:>12.2f}"
         )
     return "\n".join(lines)
 

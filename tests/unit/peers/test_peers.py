@@ -135,6 +135,8 @@ def test_what_is_missing_stands_in_the_tables_with_its_reason():
     assert "8 x 1024: left out: would take about 99 s" in shown
     assert results.forecast_s("llama.cpp bf16", 1, Cell(8, 1024)) == pytest.approx(32.0)
     assert results.forecast_s("vllm bf16", 1, cell) is None
+    assert results.forecast_s("llama.cpp bf16", 1, cell) is None  # was measured: it may go on
+    assert results.took_s("llama.cpp bf16", 1, cell) == pytest.approx(3.09)
     saved = json.loads(json.dumps(results.as_json()))
     assert [len(row["rounds"]) for row in saved["rows"]] == [3, 3]
     assert saved["unavailable"][0]["contender"] == "vllm bf16"
@@ -163,7 +165,9 @@ def test_int8_is_within_half_a_step_of_each_output_scale():
 
 @pytest.mark.parametrize(("engine", "threads"), [("tandem split", 1), ("tandem mixed", 2)])
 def test_served_cluster_is_one_that_can_be_configured(engine, threads):
-    config = from_dict(ClusterConfig, serve.tandem_config(serve.Server(engine, "w8a8"), "smollm2-135m", (0, 1), 8123))
+    config = from_dict(
+        ClusterConfig, serve.tandem_config(serve.Server(engine, "w8a8"), "smollm2-135m", (0, 1), [8123, 8124, 8125])
+    )
     assert config.engine.quantization == "w8a8"
     assert config.engine.threads == threads
     assert (config.prefill + config.decode + config.mixed) * threads == 2
