@@ -76,9 +76,16 @@ def sweep_verdict(result: SweepResult) -> str:
     promise = f"{result.target:.0%} of requests keep {promised(result.promises_ms)}"
     best = result.best
     if best is None:
-        lines = [f"no rate that was tried is low enough for {promise}"]
+        lines = [f"even the lowest rate that was tried is too high for this: {promise}"]
     else:
         lines = [f"highest rate at which {promise}: {best.rate:.3g} requests/s"]
+    above = [
+        point.rate for point in result.points if point.keeps(result.target) and (not best or point.rate > best.rate)
+    ]
+    if above:
+        lines.append(
+            f"{above[-1]:.3g} requests/s kept it though a lower rate did not: more seeds or longer runs would tell"
+        )
     if not result.complete:
         lines.append("the search ended before the knee was closed in on: more points or more time would say more")
     if any(run.client_late for point in result.points for run in point.runs):

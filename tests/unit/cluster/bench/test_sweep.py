@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem.cluster.bench.report import RequestRecord, summarize
+from tandem.cluster.bench.show import sweep_row, sweep_verdict
 from tandem.cluster.bench.sweep import RateSearch, SweepPoint, SweepResult, SweepRun, Watch, sweep_run
 
 PROMISES = {"ttft": 100.0, "tpot": 10.0}
@@ -148,3 +149,33 @@ def test_a_request_is_overdue_when_all_its_promises_together_are_spent(
     promises: dict[str, float], age_s: float, overdue: bool
 ) -> None:
     assert Watch(promises, 0).is_overdue(age_s, max_tokens=10) is overdue
+
+
+def test_a_sweeps_verdict_says_what_to_make_of_it() -> None:
+    def verdict(*points: tuple[float, int], complete: bool = True) -> list[str]:
+        found = tuple(SweepPoint(rate=rate, runs=(run(kept),)) for rate, kept in points)
+        result = SweepResult(label="a", target=0.9, promises_ms={"ttft": 100.0}, points=found, complete=complete)
+        return sweep_verdict(result).splitlines()
+
+    promise = "90% of requests keep TTFT <= 100 ms"
+    assert verdict((1.0, 10), (2.0, 5)) == [f"highest rate at which {promise}: 1 requests/s"]
+    assert verdict((1.0, 5)) == [f"even the lowest rate that was tried is too high for this: {promise}"]
+    assert "4 requests/s kept it though a lower rate did not" in verdict((1.0, 10), (2.0, 5), (4.0, 10))[1]
+    assert "before the knee was closed in on" in verdict((1.0, 10), complete=False)[1]
+
+
+def test_a_row_says_why_a_point_is_not_kept() -> None:
+    late = SweepRun(
+        seed=0,
+        requests=10,
+        attained=2,
+        late_requests=5,
+        late_attained=0,
+        duration_s=1.0,
+        ended_early=True,
+        client_late=True,
+        median_ttft_ms=12.34,
+    )
+    row = sweep_row(SweepPoint(rate=2.0, runs=(late,)), 0.9)
+    assert row.split()[:5] == ["2", "20.0%", "0.0%", "2.00", "12.3"]
+    assert row.endswith("20%  not kept, ended early  CLIENT LATE")
