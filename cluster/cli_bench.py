@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .cli_bench_claims import batching, disaggregation, kv_waste
 from .cli_bench_engine import engine
 from .cli_bench_handoff import handoff
 from .cli_bench_router import router
@@ -14,3 +15,6 @@ bench.command("serve")(serve)
 bench.command("router")(router)
 bench.command("handoff")(handoff)
 bench.command("engine")(engine)
+bench.command("disaggregation")(disaggregation)
+bench.command("batching")(batching)
+bench.command("kv-waste")(kv_waste)

@@ -167,8 +167,7 @@ class PacedDevice(Device):
         self.corruptions_total = 0
         self.late_steps_total = 0
         """Steps that ended later than the model says (`LATE_S`, `LATE_SHARE`): the machine was too slow for it."""
-        linear = isinstance(coefficients, StepTimeCoefficients)
-        self._profile = StepProfile.linear(coefficients) if linear else coefficients
+        self._profile = coefficients if isinstance(coefficients, StepProfile) else StepProfile.linear(coefficients)
         self._clock = MonotonicClock() if clock is None else clock
         if sleep is None:
             sleep = self._clock.advance if isinstance(self._clock, VirtualClock) else time.sleep
