@@ -33,8 +33,8 @@ from tandem.cluster.models.reference import ModelError, ModelFiles, resolve_mode
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests" / "common"))  # modules that tests of several folders share
 
-APART = ("test_endings.py", "test_broken_model.py")
-"""Files whose tests are long, each with processes of its own."""
+ON_RAY = ("test_broken_model.py", "test_command.py", "test_endings.py", "test_ray_cluster.py")
+"""They start a Ray, which gives up after 30 s: not several at a time on a few cores."""
 LONG_FIRST = ("soak", "integration", "faults", "property")
 """Folders whose tests wait for timers: begun first, so that no process is left with one of them in the end."""
 
@@ -42,7 +42,7 @@ LONG_FIRST = ("soak", "integration", "faults", "property")
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes share the tests: the tests of a file go to one, with its module's fixtures; so do those
-    that want the same large model in memory.
+    on Ray, and those that want the same large model in memory.
     """
     if not hasattr(config, "workerinput"):
         return
@@ -52,8 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _group(item: pytest.Item) -> str:
-    if item.path.name in APART:
-        return item.name.translate(str.maketrans("@[]", "___"))
+    if item.path.name in ON_RAY:
+        return "ray"
     if "oracle" in getattr(item, "fixturenames", ()):
         return "oracle"
     return str(item.path.relative_to(REPOSITORY / "tests"))
@@ -62,7 +62,7 @@ def _group(item: pytest.Item) -> str:
 def _turn(item: pytest.Item) -> tuple[bool, int]:
     folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
     turn = LONG_FIRST.index(folder) if folder in LONG_FIRST else len(LONG_FIRST)
-    return item.path.name not in APART, turn
+    return item.path.name not in ON_RAY, turn
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -211,7 +211,7 @@ class RayCluster:
                 self._progress("ray", f"joining {config.address}", None)
                 self._joined = True
                 join_ray(config.address, verbose=self._verbose)
-        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        except Exception as error:  # Ray raises what it likes, plain Exception included
             where = "the local Ray" if config.address is None else f"Ray at {config.address}"
             raise LaunchError(f"{where} could not be reached: {' '.join(str(error).split())}") from error
         self._progress("ray", "ready", None)
