@@ -1,4 +1,8 @@
-"""The client of Tandem's own gRPC API (`tandem.v1`): messages are stamped as they come and read when all are there."""
+"""The client of Tandem's own gRPC API (`tandem.v1`): messages are stamped as they come and read when all are there.
+
+Python's gRPC takes about three times the processor time for a streamed token that `client` takes over HTTP: where the
+client shares its cores with the server, HTTP disturbs less what is measured.
+"""
 
 from __future__ import annotations
 

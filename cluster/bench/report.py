@@ -266,6 +266,7 @@ def result_json(
         "max_concurrent_requests": summary.max_concurrent_requests,
         "attainment": summary.attainment,
         "goodput_slo_ms": dict(summary.goodput_slo_ms),
+        "client_warning": distortion(summary, closed_loop=facts.get("max_concurrency") is not None),
     }
     for metric in (*metrics, "lateness", "stall"):
         for name, value in summary.metrics_ms[metric].items():
