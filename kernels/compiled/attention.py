@@ -19,25 +19,32 @@ import math
 
 import numpy as np
 
-from .attention_tile import KEYS, PARTS, score_tile, value_tile
+from .attention_tile import KEYS, PARTS, join_pairs, score_tile, split_pairs, value_tile
 from .simd import (
     VECTOR_BYTES,
     W,
     add,
-    exp,
+    fma,
     full,
     load,
     load_bf16_float,
     load_bf16_pairs,
     load_float,
     load_int64,
+    load_part,
     max_lanes,
     maximum,
+    multiply,
+    power_of_two,
+    rint,
     store,
     store_float,
     store_int64,
+    store_part,
     subtract,
     sum_lanes,
+    to_int,
+    where_less,
     zeros,
 )
 from .target import kernel
@@ -84,25 +91,29 @@ def scratch_bytes(group: int, head_dim: int) -> int:
 
 
 @kernel
-def _stage_queries(q: int, stride: int, count: int, group: int, head_dim: int, padded: int, half: int, to: int) -> None:
-    """[count, G, D] -> [count * G, P], scaled by 1 / sqrt(D), padded with zeros; half: even places of 2 W first."""
-    scale = np.float32(1.0) / math.sqrt(np.float32(head_dim))
+def _stage_queries(
+    q: int, stride: int, count: int, group: int, head_dim: int, padded: int, pairs: int, to: int
+) -> None:
+    """[count, G, D] -> [count * G, P], scaled by 1 / sqrt(D), padded with zeros; pairs: even places of 2 W first."""
+    scale = full(np.float32(1.0) / math.sqrt(np.float32(head_dim)))
     for token in range(count):
         for head in range(group):
             source = q + token * stride + 4 * head * head_dim
             target = to + 4 * (token * group + head) * padded
-            for i in range(0, padded, W):
-                store(target + 4 * i, zeros())
-            for i in range(head_dim):
-                place = i
-                if half:
-                    place = i // (2 * W) * 2 * W + i % 2 * W + i % (2 * W) // 2
-                store_float(target + 4 * place, load_float(source + 4 * i) * scale)
+            if pairs:
+                for i in range(0, head_dim, 2 * W):
+                    even, odd = split_pairs(load(source + 4 * i), load(source + 4 * i + VECTOR_BYTES))
+                    store(target + 4 * i, multiply(even, scale))
+                    store(target + 4 * i + VECTOR_BYTES, multiply(odd, scale))
+            else:
+                for i in range(0, padded, W):
+                    part = load_part(source + 4 * i, min(W, head_dim - i)) if i < head_dim else zeros()
+                    store(target + 4 * i, multiply(part, scale))
 
 
 @kernel
 def _write_outputs(
-    sums: int, totals: int, count: int, group: int, head_dim: int, padded: int, half: int, out: int, stride: int
+    sums: int, totals: int, count: int, group: int, head_dim: int, padded: int, pairs: int, out: int, stride: int
 ) -> None:
     """[count * G, P] divided by its rows' totals -> [count, G, D], in order again."""
     for token in range(count):
@@ -110,12 +121,15 @@ def _write_outputs(
             row = token * group + head
             source = sums + 4 * row * padded
             target = out + token * stride + 4 * head * head_dim
-            total = load_float(totals + 4 * row)
-            for i in range(head_dim):
-                place = i
-                if half:
-                    place = i // (2 * W) * 2 * W + i % 2 * W + i % (2 * W) // 2
-                store_float(target + 4 * i, load_float(source + 4 * place) / total)
+            factor = full(np.float32(1.0) / load_float(totals + 4 * row))
+            if pairs:
+                for i in range(0, head_dim, 2 * W):
+                    low, high = join_pairs(load(source + 4 * i), load(source + 4 * i + VECTOR_BYTES))
+                    store(target + 4 * i, multiply(low, factor))
+                    store(target + 4 * i + VECTOR_BYTES, multiply(high, factor))
+            else:
+                for i in range(0, head_dim, W):
+                    store_part(target + 4 * i, multiply(load(source + 4 * i), factor), min(W, head_dim - i))
 
 
 @kernel
@@ -132,12 +146,22 @@ def _point(
     start: int,
 ) -> None:
     """Addresses of a chunk's keys and, `CHUNK` places behind, values. Places outside first … last-1 repeat an end."""
-    for place in range(CHUNK):
-        position = start + min(max(place, first), last - 1)
-        block = load_int64(table + 8 * (position // slots))
-        at = kv + block * block_bytes + position % slots * slot_bytes
+    index = (start + first) // slots
+    slot = (start + first) - index * slots
+    at = kv + load_int64(table + 8 * index) * block_bytes + slot * slot_bytes
+    for place in range(first // KEYS * KEYS, first):
+        store_int64(keys + 8 * place, at)
+    for place in range(first, last):
+        if slot == slots:
+            slot = 0
+            index += 1
+            at = kv + load_int64(table + 8 * index) * block_bytes
         store_int64(keys + 8 * place, at)
         store_int64(keys + 8 * (CHUNK + place), at + to_value)
+        slot += 1
+        at += slot_bytes
+    for place in range(last, (last + KEYS - 1) // KEYS * KEYS):
+        store_int64(keys + 8 * place, at - slot_bytes)
 
 
 @kernel
@@ -150,16 +174,16 @@ def _widen(table: int, first: int, last: int, head_dim: int, padded: int, half: 
                 even, odd = load_bf16_pairs(source + 2 * i)
                 store(target + 4 * i, even)
                 store(target + 4 * i + VECTOR_BYTES, odd)
-            continue
-        for i in range(0, padded, W):
-            store(target + 4 * i, zeros())
-        for i in range(head_dim):
-            if half:
-                value = load_bf16_float(source + 2 * i)
-            else:
-                value = load_float(source + 4 * i)
-            store_float(target + 4 * i, value)
-    for place in range(CHUNK):
+        elif half:
+            for i in range(0, padded, W):
+                store(target + 4 * i, zeros())
+            for i in range(head_dim):
+                store_float(target + 4 * i, load_bf16_float(source + 2 * i))
+        else:
+            for i in range(0, padded, W):
+                part = load_part(source + 4 * i, min(W, head_dim - i)) if i < head_dim else zeros()
+                store(target + 4 * i, part)
+    for place in range(first // KEYS * KEYS, (last + KEYS - 1) // KEYS * KEYS):
         store_int64(table + 8 * place, to + 4 * min(max(place, first), last - 1) * padded)
 
 
@@ -219,6 +243,21 @@ def _weigh(
         row += size
 
 
+@kernel(inline=True)
+def _exp(x):  # type: ignore[no-untyped-def]
+    """e ** x for x <= 0, within 2 ulp; 0 below -86. As `simd.exp`, without what only larger x need."""
+    clamped = maximum(x, full(np.float32(-86.0)))
+    n = rint(multiply(clamped, full(np.float32(1.4426950408889634))))
+    r = fma(n, full(np.float32(2.12194440e-4)), fma(n, full(np.float32(-0.693359375)), clamped))
+    p = fma(full(np.float32(1.9875691500e-4)), r, full(np.float32(1.3981999507e-3)))
+    p = fma(p, r, full(np.float32(8.3334519073e-3)))
+    p = fma(p, r, full(np.float32(4.1665795894e-2)))
+    p = fma(p, r, full(np.float32(1.6666665459e-1)))
+    p = fma(p, r, full(np.float32(5.0000001201e-1)))
+    p = add(fma(p, multiply(r, r), r), full(np.float32(1.0)))
+    return where_less(x, full(np.float32(-86.0)), zeros(), multiply(p, power_of_two(to_int(n))))
+
+
 @kernel
 def _soften(scores: int, first: int, last: int, maxima: int, totals: int, factors: int) -> None:
     """One row: scores -> weights exp(score - maximum), 0 outside first … last-1; brings running maximum and total up
@@ -236,10 +275,12 @@ def _soften(scores: int, first: int, last: int, maxima: int, totals: int, factor
     shift = full(now)
     total = zeros()
     for i in range(CHUNK // W):
-        weight = exp(subtract(load(scores + i * VECTOR_BYTES), shift))
+        weight = _exp(subtract(load(scores + i * VECTOR_BYTES), shift))
         store(scores + i * VECTOR_BYTES, weight)
         total = add(total, weight)
-    factor = max_lanes(exp(full(before - now)))
+    factor = np.float32(1.0)
+    if now != before:
+        factor = max_lanes(_exp(full(before - now)))
     store_float(maxima, now)
     store_float(factors, factor)
     store_float(totals, load_float(totals) * factor + sum_lanes(total))

@@ -26,7 +26,9 @@ from .simd import (
     VECTOR_BYTES,
     W,
     emit_fma,
+    f32,
     load_as,
+    operation,
     shuffle,
     splat,
     spread,
@@ -67,6 +69,19 @@ def _sums(b: ir.IRBuilder, vectors: Sequence[Any]) -> Any:
         low = shuffle(b, total, nothing, range(lanes))
         total = b.fadd(low, shuffle(b, total, nothing, range(lanes, 2 * lanes)))
     return total
+
+
+@operation(types.UniTuple(f32, 2), f32, f32)
+def split_pairs(b, x, y):  # type: ignore[no-untyped-def]
+    """2 W neighbouring elements -> those at even places, those at odd places."""
+    return shuffle(b, x, y, range(0, 2 * W, 2)), shuffle(b, x, y, range(1, 2 * W, 2))
+
+
+@operation(types.UniTuple(f32, 2), f32, f32)
+def join_pairs(b, even, odd):  # type: ignore[no-untyped-def]
+    """The inverse of `split_pairs`."""
+    places = [place for lane in range(W) for place in (lane, W + lane)]
+    return shuffle(b, even, odd, places[:W]), shuffle(b, even, odd, places[W:])
 
 
 def score_tile(rows: int, half: bool) -> Any:
@@ -112,6 +127,52 @@ def score_tile(rows: int, half: bool) -> Any:
     return tile
 
 
+def _weigh_parts(
+    b: ir.IRBuilder,
+    half: bool,
+    parts: range,
+    weights: Sequence[Any],
+    factors: Any,
+    table: Any,
+    first: Any,
+    last: Any,
+    offset: Any,
+    outs: Sequence[Any],
+) -> None:
+    """The loop over keys of `value_tile`, for some of its parts; `weights` and `outs` are the rows' addresses."""
+    rows = range(len(outs))
+    places = [[b.add(out, I64(part * VECTOR_BYTES)) for part in parts] for out in outs]
+    start = []
+    for row in rows:
+        factor = spread(b, load_as(b, b.add(factors, I64(4 * row)), FLOAT, 4), W)
+        start.append([b.fmul(load_as(b, place, F32_VECTOR, 4), factor) for place in places[row]])
+    before, loop, after = b.block, b.append_basic_block("keys"), b.append_basic_block("weighed")
+    b.branch(loop)
+    b.position_at_end(loop)
+    key = b.phi(I64)
+    sums = [[b.phi(F32_VECTOR) for _ in parts] for _ in rows]
+    new: list[list[Any]] = [[] for _ in rows]
+    at = b.add(load_as(b, b.add(table, b.mul(key, I64(8))), I64, 8), offset)
+    key_at = b.mul(key, I64(4))
+    of_rows = [spread(b, load_as(b, b.add(row, key_at), FLOAT, 4), W) for row in weights]
+    for pair in range(parts.start // 2, parts.stop // 2):
+        for value in _pair(b, b.add(at, I64(pair * VECTOR_BYTES * (1 if half else 2))), half):
+            for row in rows:
+                new[row].append(emit_fma(b, of_rows[row], value, sums[row][len(new[row])]))
+    next_key = b.add(key, I64(1))
+    key.add_incoming(first, before)
+    key.add_incoming(next_key, loop)
+    for row in rows:
+        for index, total in enumerate(sums[row]):
+            total.add_incoming(start[row][index], before)
+            total.add_incoming(new[row][index], loop)
+    b.cbranch(b.icmp_signed("<", next_key, last), loop, after)
+    b.position_at_end(after)
+    for row in rows:
+        for place, value in zip(places[row], new[row], strict=True):
+            store_as(b, place, value, 4)
+
+
 def value_tile(rows: int, half: bool) -> Any:
     """Kernel function (weights, weights_stride, factors, table, first, last, offset, out, out_stride): of each row
     out = out * factor + sum over keys first … last-1 of weight[key] * value[key], for 4 W of the head dim.
@@ -128,37 +189,11 @@ def value_tile(rows: int, half: bool) -> Any:
             weights, weights_stride, factors, table, first, last, offset, out, out_stride = values
             row_weights = [b.add(weights, b.mul(weights_stride, I64(row))) for row in range(rows)]
             outs = [b.add(out, b.mul(out_stride, I64(row))) for row in range(rows)]
-            start = []
-            for row in range(rows):
-                factor = spread(b, load_as(b, b.add(factors, I64(4 * row)), FLOAT, 4), W)
-                parts = [load_as(b, b.add(outs[row], I64(part * VECTOR_BYTES)), F32_VECTOR, 4) for part in range(PARTS)]
-                start.append([b.fmul(part, factor) for part in parts])
-            before, loop, after = b.block, b.append_basic_block("keys"), b.append_basic_block("weighed")
-            b.branch(loop)
-            b.position_at_end(loop)
-            key = b.phi(I64)
-            key.add_incoming(first, before)
-            sums = [[b.phi(F32_VECTOR) for _ in range(PARTS)] for _ in range(rows)]
-            new: list[list[Any]] = [[None] * PARTS for _ in range(rows)]
-            at = b.add(load_as(b, b.add(table, b.mul(key, I64(8))), I64, 8), offset)
-            key_at = b.mul(key, I64(4))
-            factors_of = [spread(b, load_as(b, b.add(w, key_at), FLOAT, 4), W) for w in row_weights]
-            for pair in range(PARTS // 2):
-                both = _pair(b, b.add(at, I64(pair * VECTOR_BYTES * (1 if half else 2))), half)
-                for part, value in enumerate(both, 2 * pair):
-                    for row in range(rows):
-                        new[row][part] = emit_fma(b, factors_of[row], value, sums[row][part])
-            next_key = b.add(key, I64(1))
-            key.add_incoming(next_key, loop)
-            for row in range(rows):
-                for part in range(PARTS):
-                    sums[row][part].add_incoming(start[row][part], before)
-                    sums[row][part].add_incoming(new[row][part], loop)
-            b.cbranch(b.icmp_signed("<", next_key, last), loop, after)
-            b.position_at_end(after)
-            for row in range(rows):
-                for part in range(PARTS):
-                    store_as(b, b.add(outs[row], I64(part * VECTOR_BYTES)), new[row][part], 4)
+            at_once = 2 if half and rows == 3 and W < 16 else PARTS  # what fits into 16 registers
+            for begin in range(0, PARTS, at_once):
+                _weigh_parts(
+                    b, half, range(begin, begin + at_once), row_weights, factors, table, first, last, offset, outs
+                )
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), generate

@@ -41,6 +41,12 @@ class StepArrays:
     """Indices into T, ascending, of the tokens whose logits are wanted."""
 
 
+def _check(shape: DecoderShape) -> None:
+    reason = unsupported(shape)
+    if reason is not None:
+        raise ValueError(f"shape: {reason}")
+
+
 class CompiledModel:
     """A loaded decoder. Steps are called by one thread at a time."""
 
@@ -51,9 +57,7 @@ class CompiledModel:
 
         Loads, or makes and keeps, the compiled code. ValueError for a model that is not supported.
         """
-        reason = unsupported(shape)
-        if reason is not None:
-            raise ValueError(f"shape: {reason}")
+        _check(shape)
         self.shape = shape
         self.kind = kind
         self._weights = weights
@@ -81,6 +85,7 @@ class CompiledModel:
         """Packs the tensors that `read` gives by canonical name (`decoder_weights`)."""
         if kind not in KINDS:
             raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
+        _check(shape)
         return cls(shape, kind, build_weights(shape, kind, read), threads=threads, cpus=cpus)
 
     @classmethod

@@ -192,7 +192,14 @@ def weights_from_arrays(shape: DecoderShape, kind: str, arrays: Mapping[str, Arr
         for name, (inputs, outputs) in linear_shapes(shape).items():
             parts = ("data", "scale", "bias", "compensation")
             found = {part: arrays[f"{name}.{part}"] for part in parts if f"{name}.{part}" in arrays}
-            weights.linears[name] = PackedWeight.from_arrays(kind, inputs, outputs, found)
+            weights.linears[name] = _linear_from_arrays(name, kind, inputs, outputs, found)
     except KeyError as error:
         raise ValueError(f"arrays: {error.args[0]} is missing") from None
     return weights
+
+
+def _linear_from_arrays(name: str, kind: str, inputs: int, outputs: int, arrays: Mapping[str, Array]) -> PackedWeight:
+    try:
+        return PackedWeight.from_arrays(kind, inputs, outputs, arrays)
+    except ValueError as error:
+        raise ValueError(f"arrays: {name}: {error}") from None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tandem.cluster.engine.model import Model
+from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
 from tandem.cluster.engine.positions import OPT_POSITION_OFFSET, inverse_frequencies
+from tandem.cluster.engine.runner import Runner
 from tandem.cluster.engine.weight_source import WeightSource
 from tandem.cluster.models.config import ModelConfig
+from tandem.cluster.types import SamplingParams
 from tandem.kernels.compiled.decoder import CompiledModel, StepArrays
 from tandem.kernels.compiled.decoder_weights import DecoderShape
 
@@ -69,3 +73,20 @@ class CompiledSteps:
             sampled += [len(tokens) - 1] if sample else []
         arrays = (np.array(values, np.int64) for values in (tokens, words, tables, sampled))
         return torch.from_numpy(self.model.step(StepArrays(*arrays), self.kv))
+
+
+class TorchSteps:
+    """Drives a torch `Model` by the same rows."""
+
+    def __init__(self, model: Model, num_blocks: int = 120) -> None:
+        c = model.config
+        shape = (num_blocks, c.num_layers, 2, c.num_kv_heads, BLOCK_SIZE, c.head_dim)
+        self.runner = Runner(model, torch.full(shape, float("nan")))
+
+    def run(self, *rows: tuple[list[int], int, list[int], bool]) -> torch.Tensor:
+        """Rows of (tokens, start, table, sample) -> logits [R, V]."""
+        spec = SampleSpec(SamplingParams(), 0, [], [])
+        plan = StepPlan(
+            0, tuple(StepRow(str(i), at, ids, table, spec if s else None) for i, (ids, at, table, s) in enumerate(rows))
+        )
+        return self.runner.run(plan)

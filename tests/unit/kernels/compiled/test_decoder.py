@@ -1,0 +1,198 @@
+"""The compiled decoder against the torch model with the same weights, for every architecture; and that a token's logits
+are the same to the bit however its sequence is cut, whatever is in the batch, and whoever computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from decoder_cases import BLOCK_SIZE, CompiledSteps, TorchSteps, compiled, shape_of
+from tandem.cluster.engine.hf_weights import DummyWeights
+from tandem.cluster.engine.weights import build_model
+from tandem.cluster.models.config import Architecture, ModelConfig
+from tandem.kernels.compiled.decoder import CompiledModel
+from tandem.kernels.compiled.decoder_weights import unsupported
+
+VOCAB = 97
+LLAMA = ModelConfig(
+    architecture=Architecture.LLAMA,
+    vocab_size=VOCAB,
+    hidden_size=48,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=80,
+    max_model_len=256,
+)
+OPT = dataclasses.replace(
+    LLAMA,
+    architecture=Architecture.OPT,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=12,
+    norm="layer",
+    activation="relu",
+    gated_mlp=False,
+    learned_positions=True,
+    qkv_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+    tie_word_embeddings=True,
+)
+CONFIGS = {
+    "llama": LLAMA,
+    "tied-long-head": dataclasses.replace(LLAMA, tie_word_embeddings=True, head_dim=64),
+    "biases": dataclasses.replace(LLAMA, qkv_bias=True, attention_out_bias=True, mlp_bias=True),
+    "window": dataclasses.replace(LLAMA, sliding_window=9),
+    "odd-sizes": dataclasses.replace(LLAMA, hidden_size=51, intermediate_size=77, head_dim=18),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=16),
+    "gelu": dataclasses.replace(LLAMA, activation="gelu", gated_mlp=False),
+    "opt": OPT,
+    "opt-post-norm-projected": dataclasses.replace(OPT, embed_dim=24, norm_before=False),
+}
+KINDS = ("float32", "bfloat16", "w8a8")
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def make(config: ModelConfig, kind: str = "float32", threads: int = 1) -> CompiledModel:
+    return compiled(config, DummyWeights(config), kind, threads)
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return actual.numpy().tobytes() == expected.numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_torch_model(name: str) -> None:
+    """A ragged step: decode rows, a chunk behind a prefix, a whole prompt, and one that does not sample."""
+    config = CONFIGS[name]
+    ours = CompiledSteps(make(config))
+    theirs = TorchSteps(build_model(config, DummyWeights(config), torch.float32))
+    prompts = [prompt(n, seed=n) for n in (33, 6, 90, 30, 1, 12)]
+    done = [32, 5, 70, 16, 0, 0]
+    tables = [ours.table(len(p) + 1) for p in prompts]
+    earlier = [(p[:s], 0, t, False) for p, s, t in zip(prompts, done, tables, strict=True) if s]
+    rows = [(p[s:], s, t, i != 5) for i, (p, s, t) in enumerate(zip(prompts, done, tables, strict=True))]
+    for step in (earlier, rows):
+        actual, expected = ours.run(*step), theirs.run(*step)
+        assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["tied-long-head", "window", "opt"])
+def test_the_same_to_the_bit(name: str, kind: str) -> None:
+    """A prompt at once, in chunks, token by token, in a batch of 32, and by two threads."""
+    model = make(CONFIGS[name], kind)
+    team = make(CONFIGS[name], kind, threads=2)
+    dtype = np.float32 if kind == "float32" else np.uint16
+    tokens = prompt(75)
+    steps = CompiledSteps(model, dtype, num_blocks=700)
+    expected = steps.run((tokens, 0, steps.table(75), True))
+    assert torch.isfinite(expected).all()
+    for chunk in (1, 7, 64):
+        table = steps.table(75)
+        for start in range(0, 75, chunk):
+            logits = steps.run((tokens[start : start + chunk], start, table, True))
+        assert same(logits, expected)
+    for runner in (steps, CompiledSteps(team, dtype, num_blocks=700)):
+        batch = [(prompt(n % 9 + 1, seed=n), 0, runner.table(12), True) for n in range(31)]
+        logits = runner.run(*batch[:16], (tokens, 0, runner.table(75), True), *batch[16:])
+        assert same(logits[16:17], expected)
+    team.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_kinds_stay_near_float32(kind: str) -> None:
+    config = CONFIGS["tied-long-head"]
+    tokens = prompt(40)
+    exact, narrow = CompiledSteps(make(config)), CompiledSteps(make(config, kind), np.uint16)
+    expected = exact.run((tokens, 0, exact.table(40), True))
+    logits = narrow.run((tokens, 0, narrow.table(40), True))
+    assert 0 < (logits - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt-post-norm-projected"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_make_the_same_model(name: str, kind: str) -> None:
+    config = CONFIGS[name]
+    model = make(config, kind)
+    for array in model.arrays().values():
+        array.flags.writeable = False
+    again = CompiledModel.from_arrays(shape_of(config), kind, model.arrays())
+    steps, others = CompiledSteps(model), CompiledSteps(again)
+    table = steps.table(20)
+    assert same(others.run((prompt(20), 0, table, True)), steps.run((prompt(20), 0, table, True)))
+    arrays = model.arrays()
+    del arrays["layers.1.up.data"]
+    with pytest.raises(ValueError, match=r"layers\.1\.up"):
+        CompiledModel.from_arrays(shape_of(config), kind, arrays)
+
+
+def test_a_step_allocates_nothing_but_logits() -> None:
+    model = make(LLAMA)
+    steps = CompiledSteps(model)
+    table = steps.table(40)
+    steps.run((prompt(20), 0, table, True))
+    before = {name: buffer.ctypes.data for name, buffer in model._buffers.items()}
+    steps.run((prompt(20), 20, table, False))
+    assert {name: buffer.ctypes.data for name, buffer in model._buffers.items()} == before
+
+
+def test_a_shared_prefix_is_read_not_written() -> None:
+    steps = CompiledSteps(make(LLAMA))
+    prefix = steps.table(16)
+    steps.run((prompt(16), 0, prefix, False))
+    kept = steps.kv[prefix].copy()
+    steps.run(*[(prompt(5, seed), 16, [*prefix, *steps.table(2 * BLOCK_SIZE)], True) for seed in (1, 2)])
+    assert steps.kv[prefix].tobytes() == kept.tobytes()
+
+
+def test_what_is_not_supported_is_said() -> None:
+    shape = shape_of(LLAMA)
+    assert unsupported(shape) is None
+    for changes, reason in [
+        ({"activation": "tanh"}, "activation 'tanh' is not one of silu, relu, gelu"),
+        ({"norm": "batch"}, "norm 'batch' is not one of rms, layer"),
+        ({"num_kv_heads": 4}, "6 heads are no multiple of 4 kv heads"),
+        ({"head_dim": 10}, "4 rotary frequencies are not half of head_dim 10"),
+    ]:
+        changed = dataclasses.replace(shape, **changes)
+        assert unsupported(changed) == reason
+        with pytest.raises(ValueError, match="shape: "):
+            CompiledModel.build(changed, "float32", lambda name: np.zeros(1, np.float32))
+    with pytest.raises(ValueError, match="kind: 'int4' is not one of float32, bfloat16, w8a8"):
+        CompiledModel.build(shape, "int4", lambda name: np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx512"])
+def test_other_vector_widths(isa: str) -> None:
+    """The same equalities with 4 and with 16 lanes, emulated where the processor has others."""
+    chosen = ["test_equals_the_torch_model[odd-sizes]", "test_the_same_to_the_bit[tied-long-head-bfloat16]"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *(f"{Path(__file__)}::{name}" for name in chosen),
+        ],
+        env={**os.environ, "TANDEM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-1000:]
