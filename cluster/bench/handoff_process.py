@@ -20,8 +20,8 @@ from .handoff_traffic import Traffic
 from .handoff_worker import WorkerSpec
 
 ROUTER_ID = "bench"
-CALL_S = 30.0
-START_S = 60.0
+CALL_S = 120.0
+START_S = 300.0
 
 
 class WorkerProcess:
@@ -112,6 +112,8 @@ class WorkerProcess:
         if not answer:
             raise RuntimeError(f"worker {self.spec.worker_id} has ended")
         parsed: dict[str, Any] = json.loads(answer)
+        if "error" in parsed:
+            raise RuntimeError(f"worker {self.spec.worker_id}: {parsed['error']}")
         return parsed
 
     async def _frames(self) -> AsyncIterator[pb.RouterFrame]:

@@ -15,6 +15,8 @@ from ...kvtransfer.ticket import PROTOCOL_VERSION, Hello, Peer, Ticket
 from ...kvtransfer.transport import EndFrame, KVTransport, PullRequest
 from ...kvtransfer.wire import check_block
 
+CALL_S = 60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
@@ -52,7 +54,7 @@ async def pull_over_and_over(traffic: Traffic) -> dict[str, Any]:
     moved_bytes = pulls = 0
     begin_s = time.monotonic()
     try:
-        await transport.hello(peer, mine, timeout_s=10.0)
+        await transport.hello(peer, mine, timeout_s=CALL_S)
         while time.monotonic() < traffic.until_s:
             moved_bytes += await _pull(traffic, transport, peer, store, traffic.first_attempt + pulls)
             pulls += 1
@@ -73,7 +75,7 @@ async def _pull(traffic: Traffic, transport: KVTransport, peer: Peer, store: Mem
         fingerprint=traffic.fingerprint,
     )
     moved_bytes = 0
-    async with aclosing(transport.pull(peer, PullRequest(ticket=ticket, first_block=0), timeout_s=30.0)) as frames:
+    async with aclosing(transport.pull(peer, PullRequest(ticket=ticket, first_block=0), timeout_s=CALL_S)) as frames:
         async for came in frames:
             if isinstance(came, EndFrame):
                 break

@@ -24,7 +24,7 @@ from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...kvtransfer.mapped.fd_passing import share
 from ...kvtransfer.mapped.transport import MappedKVTransport
-from ...kvtransfer.ticket import Hello, Peer, Ticket
+from ...kvtransfer.ticket import HandoffRefused, Hello, Peer, Ticket
 from ...kvtransfer.transport import EndFrame, KVFrames, KVTransport, PullRequest
 from ...prefill_worker.service import PrefillService
 from ..clock import MonotonicClock
@@ -48,6 +48,8 @@ from .handoff_traffic import Traffic, pull_over_and_over
 MAX_MARKS = 1 << 16
 MAX_MODEL_LEN = 1 << 20
 VOCAB_SIZE = 32000
+LEASE_S = 3600.0
+"""KV that is pulled over and over stays until the process ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +266,7 @@ async def serve(spec: WorkerSpec) -> None:
         engine=engine_config,
         transport=spec.transport,
         checksum=spec.checksum,
+        lease_s=LEASE_S,
     )
     segment = device.kv.segment
     assert segment is not None
@@ -318,7 +321,13 @@ async def serve(spec: WorkerSpec) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         command = Command(**json.loads(line))
         muted.muted = command.mute
-        _say(marks.take() if command.pull is None else await pull_over_and_over(Traffic(**command.pull)))
+        if command.pull is None:
+            _say(marks.take())
+            continue
+        try:
+            _say(await pull_over_and_over(Traffic(**command.pull)))
+        except HandoffRefused as refused:
+            _say({"error": str(refused)})
     await shell.stop()
     await server.stop(0.2)
     await kv_server.stop()

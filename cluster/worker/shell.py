@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ from .services import LiveSequence, RoleService
 
 logger = logging.getLogger(__name__)
 TICK_S = 0.1
+SWITCH_INTERVAL_S = 0.0005
+"""How long the loop may keep the interpreter's lock while the engine's thread wants it, between two steps: the 5 ms
+that Python gives it are as long as a step.
+"""
 ADMIT_WAIT_S = 0.5
 """How long a submission waits for the engine's answer, which comes between two steps. Well below `CONTROL_TIMEOUT_S`,
 or nobody would get into an engine whose steps take longer than that.
@@ -108,6 +113,7 @@ class WorkerShell:
         self._loop = asyncio.get_running_loop()
         self._on_failure = on_failure
         keep_freed_memory()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.engine.start()
         self._tasks.append(asyncio.create_task(self._tick_forever()))
         for registry in self.config.routers:
