@@ -5,6 +5,9 @@ PYTHON ?= python3
 ARGS ?=
 # Most tests wait for timers and other processes: more of them at a time than there are cores.
 TEST_PROCESSES ?= 3
+DATA ?= ../shared/data
+SHAREGPT := $(DATA)/workloads/sharegpt_distserve_opt_poisson16rps.csv.gz
+A100 := $(DATA)/measured/distserve/profiler-a100-80g.distserve.json
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -14,7 +17,7 @@ SOURCES := __init__.py cluster decode_worker kernels kvtransfer prefill_worker r
 # build, where the index would send gigabytes of CUDA. Without such a folder the try fails at once and nothing is lost.
 TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: fuzz peers peers-served help venv dev demo serve test soak faults lint fmt type proto clean
+.PHONY: fuzz peers peers-served help venv dev demo serve test soak faults paper lint fmt type proto clean
 
 help:
 	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
@@ -23,6 +26,7 @@ help:
 	@echo "make lint    ruff, import-linter, mypy"
 	@echo "make soak    many requests while workers are killed: minutes"
 	@echo "make faults  every fault at every state of the handoff, longer than in the suite: minutes"
+	@echo "make paper   what the papers claim, measured with this engine (DATA=../shared/data): half an hour at most"
 	@echo "make fuzz    every parser against made-up input, FUZZ_SECONDS=60 each (ARGS=\"--seconds 10 gguf yaml\")"
 	@echo "make peers   ours beside vLLM, llama.cpp and transformers, which go to ~/.cache/tandem/peers: an hour"
 	@echo "make peers-served   the rate that vLLM's server keeps, and ours: an hour"
@@ -44,6 +48,13 @@ test: dev
 soak: dev
 	$(BIN)/python tests/soak/soak.py --requests 20000 $(ARGS)
 	$(BIN)/python tests/soak/soak.py --requests 1000 --device cpu --kill-every-s 12 --concurrency 8 $(ARGS)
+
+# Minutes each: claims of the papers that this engine is measured by; DATA names the folder of traces and profiles.
+paper: dev
+	$(BIN)/python -m pytest tests/paper
+	$(BIN)/tandem bench kv-waste --dataset-path $(SHAREGPT)
+	timeout 480 $(BIN)/tandem bench batching --dataset-path $(DATA)/workloads/azure2023_conv.csv.gz --profile $(A100)
+	timeout 900 $(BIN)/tandem bench disaggregation --dataset-path $(SHAREGPT) --profile $(A100) $(ARGS)
 
 faults: dev
 	TANDEM_FAULTS_SWEEP=1 $(BIN)/python -m pytest tests/faults $(ARGS)

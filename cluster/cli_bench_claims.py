@@ -25,7 +25,7 @@ def disaggregation(
     gpus: Annotated[int, typer.Option(help="Devices of each system; on cpu: workers.")] = 2,
     prefill_tp: Annotated[int, typer.Option(help="Tensor parallelism of the prefill workers: 1, 2 or 4.")] = 1,
     rates: Annotated[str, typer.Option(help="Requests/s to all of them, ascending. Default: by the device.")] = "",
-    stair_s: Annotated[float, typer.Option(help="Seconds of arrivals at each rate.")] = 25.0,
+    stair_s: Annotated[float, typer.Option(help="Seconds of arrivals at each rate; longer is surer.")] = 16.0,
     promise: Annotated[list[str] | None, typer.Option(help="TTFT:TPOT in ms; may be given again.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Of the mixed workers. Default: the best in virtual time.")] = None,
     only: Annotated[str | None, typer.Option(help="Systems whose label contains this.")] = None,
@@ -50,7 +50,7 @@ def disaggregation(
         raise ValueError("profile: is missing; allowed: DistServe's profiler-a100-80g.distserve.json")
     if paced and prefill_tp not in (1, 2, 4):
         raise ValueError(f"prefill_tp: {prefill_tp} is not allowed; allowed: 1, 2, 4")
-    defaults = [0.5, 1.0, 1.5, 2.0, 2.5, 3.0] if paced else [0.25, 0.5, 1.0, 2.0, 3.0]
+    defaults = [1.0, 1.5, 2.0, 2.5, 3.0] if paced else [0.25, 0.5, 1.0, 2.0, 3.0]
     load = Staircase(
         dataset_path=dataset_path,
         rates=_numbers("rates", rates) if rates else tuple(rate * gpus for rate in defaults),

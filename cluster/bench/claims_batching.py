@@ -76,7 +76,7 @@ def compare(
     idle_s = statistics.median(idle)
     bound_s = BOUND_FACTOR * idle_s
     progress(f"alone, a request takes {idle_s * 1e3:.1f} ms by output token; the bound is {bound_s * 1e3:.1f} ms")
-    iteration = _search("iteration level", lengths, profile, replace(shape, batching="iteration"), bound_s, seed)
+    iteration = _search("iteration level", _Runs(lengths, profile, replace(shape, batching="iteration"), seed), bound_s)
     progress(_line(iteration))
     found: dict[bool, BatchingRow] = {}
     complete = True
@@ -84,10 +84,10 @@ def compare(
         if found and time.monotonic() > deadline_s:
             complete = False
             break
+        runs = _Runs(lengths, profile, replace(shape, batching="request", max_running=size), seed)
         for streamed in (False, True):
             name = "request level, streamed" if streamed else "request level"
-            own = replace(shape, batching="request", max_running=size)
-            row = _search(name, lengths, profile, own, bound_s, seed, with_batch=not streamed)
+            row = _search(name, runs, bound_s, with_batch=not streamed)
             progress(_line(row))
             if streamed not in found or row.rate > found[streamed].rate:
                 found[streamed] = row
@@ -134,21 +134,27 @@ def _alone(prompt_tokens: int, output_tokens: int, profile: StepProfile, shape: 
     return served.normalized_s()
 
 
-def _search(
-    system: str,
-    lengths: Sequence[tuple[int, int]],
-    profile: StepProfile,
-    shape: EngineShape,
-    bound_s: float,
-    seed: int,
-    *,
-    with_batch: bool = False,
-) -> BatchingRow:
+class _Runs:
+    """One engine's runs by rate, each made once."""
+
+    def __init__(self, lengths: Sequence[tuple[int, int]], profile: StepProfile, shape: EngineShape, seed: int) -> None:
+        self.shape = shape
+        self._lengths, self._profile, self._seed = lengths, profile, seed
+        self._done: dict[float, list[Served]] = {}
+
+    def at(self, rate: float) -> list[Served]:
+        """Whoever was served, in order of their end."""
+        if rate not in self._done:
+            self._done[rate] = run_at(self._lengths, rate, self._profile, self.shape, self._seed)
+        return self._done[rate]
+
+
+def _search(system: str, runs: _Runs, bound_s: float, *, with_batch: bool = False) -> BatchingRow:
     """The highest rate whose median normalized latency is within the bound."""
     search = RateSearch(start=_START_RATE, resolution=_RESOLUTION, max_points=_MAX_POINTS)
     best_rate, best = 0.0, (float("nan"), float("nan"))
     while (rate := search.next_rate()) is not None:
-        served = run_at(lengths, rate, profile, shape, seed)
+        served = runs.at(rate)
         normalized_s = statistics.median(one.normalized_s(with_batch=with_batch) for one in served)
         kept = normalized_s <= bound_s
         search.add(rate, kept)
@@ -156,10 +162,10 @@ def _search(
             ends = [one.batch_end_s if with_batch else one.first_token_s for one in served]
             waits = [end_s - one.job.arrival_s for end_s, one in zip(ends, served, strict=True)]
             best_rate, best = rate, (normalized_s, statistics.median(waits))
-    saturated = run_at(lengths, float("inf"), profile, shape, seed)
+    saturated = runs.at(float("inf"))
     return BatchingRow(
         system=system,
-        max_running=shape.max_running,
+        max_running=runs.shape.max_running,
         rate=best_rate,
         normalized_s=best[0],
         median_ttft_s=best[1],
