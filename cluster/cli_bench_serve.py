@@ -56,7 +56,7 @@ def serve(
     request_rate: Annotated[
         float, typer.Option(help="Requests per second; inf: all at once, or as the trace has it.")
     ] = math.inf,
-    burstiness: Annotated[float, typer.Option(help="Shape of the gamma arrivals; 1: Poisson.")] = 1.0,
+    burstiness: Annotated[float, typer.Option(help="Shape of the gamma arrivals; 1: Poisson; inf: a clock.")] = 1.0,
     ramp_up_strategy: Annotated[str | None, typer.Option(help="linear or exponential, in place of a rate.")] = None,
     ramp_up_start_rps: Annotated[float | None, typer.Option(help="Rate of the first request.")] = None,
     ramp_up_end_rps: Annotated[float | None, typer.Option(help="Rate of the last request.")] = None,

@@ -1,7 +1,7 @@
 """When requests arrive: an open loop, that is times drawn beforehand, which no slow answer can push back. Pure.
 
 Intervals are gamma distributed with mean 1/rate, as `vllm bench serve` has it: `burstiness` is the shape; 1 is a
-Poisson process, below 1 is burstier, above 1 more even. A ramp changes the rate from request to request, as there.
+Poisson process, below 1 is burstier, above 1 more even, inf a clock. A ramp changes the rate from request to request, as there.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ def arrival_times(count: int, rate: float, burstiness: float, seed: int) -> tupl
         raise ValueError(f"num_prompts: {count} is not allowed; allowed: at least 1")
     if not rate > 0:
         raise ValueError(f"request_rate: {rate} is not allowed; allowed: above 0, or inf")
-    if not 0 < burstiness < math.inf:
+    if not burstiness > 0:
         raise ValueError(f"burstiness: {burstiness} is not allowed; allowed: above 0")
     if math.isinf(rate):
         return (0.0,) * count
-    gaps = np.random.default_rng(seed).gamma(burstiness, 1.0 / (rate * burstiness), count - 1)
+    if math.isinf(burstiness):
+        gaps = np.full(count - 1, 1.0 / rate)
+    else:
+        gaps = np.random.default_rng(seed).gamma(burstiness, 1.0 / (rate * burstiness), count - 1)
     return (0.0, *(float(due) for due in np.cumsum(gaps)))
 
 

@@ -26,6 +26,10 @@ def test_gamma_mean_and_variation(burstiness: float) -> None:
     assert gaps.std() / gaps.mean() == pytest.approx(1 / math.sqrt(burstiness), rel=0.05)
 
 
+def test_infinitely_even_arrivals_are_a_clock() -> None:
+    assert arrival_times(4, 2.0, math.inf, 0) == (0.0, 0.5, 1.0, 1.5)
+
+
 @pytest.mark.parametrize(
     ("count", "rate", "burstiness", "field"),
     [
@@ -34,7 +38,7 @@ def test_gamma_mean_and_variation(burstiness: float) -> None:
         (1, math.nan, 1.0, "request_rate"),
         (1, -1.0, 1.0, "request_rate"),
         (1, 1.0, 0.0, "burstiness"),
-        (1, 1.0, math.inf, "burstiness"),
+        (1, 1.0, math.nan, "burstiness"),
     ],
 )
 def test_ranges(count: int, rate: float, burstiness: float, field: str) -> None:
