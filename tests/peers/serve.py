@@ -19,6 +19,7 @@ import datetime
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ from peer_venvs import PeerUnavailable, default_root, prepare
 from tandem.cluster.models.reference import resolve_model
 
 READY_TIMEOUT_S = 600.0
+PORTS = (20_000, 30_000)
 STOP_TIMEOUT_S = 60.0
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "w8a8": "bfloat16"}
 
@@ -206,22 +208,25 @@ def tandem_config(server: Server, model: str, cores: tuple[int, ...], ports: lis
 
 def stub(root: Path) -> Path:
     """A folder for PYTHONPATH that says which version of `vllm` there is: its CPU package goes by another name, and
-    the server looks itself up by this one.
+    the server looks itself up by this one, and for the `cpu` in its version.
     """
     folder = root / "stub"
-    facts = folder / "vllm-0.32.0.dist-info"
+    facts = folder / "vllm-0.32.0+cpu.dist-info"
     facts.mkdir(parents=True, exist_ok=True)
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n", encoding="utf-8")
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n", encoding="utf-8")
     return folder
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now, no two the same."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Ports that are free now, below those that the kernel hands out: nobody gets them until the server has them."""
+    found: list[int] = []
+    for port in random.sample(range(*PORTS), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"no {count} free ports in {PORTS[0]}…{PORTS[1]}")
 
 
 @contextlib.contextmanager
@@ -268,7 +273,7 @@ def _answers(port: int, path: str) -> bool:
     try:
         connection.request("GET", path)
         return connection.getresponse().status == 200
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()
