@@ -61,6 +61,7 @@ class Door:
         self.siblings = siblings or Siblings(config, metrics)
         self.siblings.watch(self.readiness)
         self._keys = keys or ApiKeys()
+        self._on_loopback = is_loopback(config.host)
         self._clock = clock or MonotonicClock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
@@ -125,7 +126,7 @@ class Door:
     @property
     def wants_host(self) -> bool:
         """Whether requests must come under a name that only this machine has: nothing else keeps strangers out."""
-        return not self._keys.wanted and self.config.tls_cert is None and is_loopback(self.config.host)
+        return not self._keys.wanted and self.config.tls_cert is None and self._on_loopback
 
     def count_refusal(self, error: ServiceError) -> None:
         """Counts a request that the door itself turned away; the service counts what it refuses."""

@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -61,17 +62,24 @@ def check_host(host: str | None) -> None:
     """
     if host is None:
         raise InvalidRequest("host: is missing; allowed: this router's address")
-    name = host.strip().lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-    if name == "localhost" or name.endswith(".localhost"):
-        return
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
+    if not _only_here(host):
         raise _WrongHost(
             f"host: {host[:MAX_ECHOED_CHARS]!r} is a name that a router without API keys does not answer to on "
             "loopback; allowed: localhost, an IP address, or a router with an API key"
-        ) from None
+        )
+
+
+@lru_cache(64)  # clients come under few names, and an address takes long to parse
+def _only_here(host: str) -> bool:
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class Endpoint:
