@@ -1,7 +1,8 @@
 """When requests arrive: an open loop, that is times drawn beforehand, which no slow answer can push back. Pure.
 
 Intervals are gamma distributed with mean 1/rate, as `vllm bench serve` has it: `burstiness` is the shape; 1 is a
-Poisson process, below 1 is burstier, above 1 more even, inf a clock. A ramp changes the rate from request to request, as there.
+Poisson process, below 1 is burstier, above 1 more even, inf a clock. A ramp changes the rate from request to request,
+as there.
 """
 
 from __future__ import annotations
