@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...kernels.compiled.decoder import CompiledModel, StepArrays
 from ...kernels.compiled.decoder_weights import DecoderShape, unsupported
-from ...kernels.compiled.linear import layout
+from ...kernels.compiled.packed import layout
 from ..models.config import ModelConfig
 from ..models.fetch import default_cache_dir
 from ..models.reference import ModelFiles

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .simd import VECTOR_BYTES, W, add, divide, erf, exp, full, load, maximum, multiply, negative, store, zeros
+from .functions import erf, exp
+from .simd import VECTOR_BYTES, W, add, divide, full, load, maximum, multiply, negative, store, zeros
 from .target import kernel
 
 PANEL = 2 * W

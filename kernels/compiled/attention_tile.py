@@ -18,7 +18,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from .simd import (
+from .emit import (
     F32_VECTOR,
     FLOAT,
     I32_VECTOR,

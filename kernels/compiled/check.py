@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from . import linear
+from . import linear, packed
 from .target import TARGET
 from .tile import MAX_ROWS, NR
 
@@ -31,7 +31,7 @@ def wrong_product() -> str | None:
     x = generator.standard_normal((MAX_ROWS + 1, _INPUTS), np.float32)
     want = x @ weight.T
     for kind, tolerance in _TOLERANCE.items():
-        got = linear.product(linear.pack_weight(weight, kind), x)
+        got = linear.product(packed.pack_weight(weight, kind), x)
         error = float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
         if not error < tolerance:
             return f"a {kind} product on {TARGET.cpu} ({TARGET.isa}) is off by {error:.1%}"

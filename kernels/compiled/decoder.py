@@ -19,7 +19,8 @@ from . import decoder_step as words
 from .activation import ACTIVATIONS
 from .decoder_weights import Array, DecoderShape, DecoderWeights, Read, build_weights, unsupported, weights_from_arrays
 from .entry import entry
-from .linear import KINDS, aligned_empty, describe, linear, padded, scratch_bytes
+from .linear import linear, scratch_bytes
+from .packed import KINDS, aligned_empty, describe, padded
 from .team import Team
 from .tile import NR
 

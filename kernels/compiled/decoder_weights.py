@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .activation import ACTIVATIONS
-from .linear import PackedWeight, pack_weight, padded
+from .packed import PackedWeight, pack_weight, padded
 from .tile import NR
 
 Array = NDArray[np.generic]

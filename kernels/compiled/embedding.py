@@ -9,7 +9,7 @@ nothing, and tied embeddings need one copy of the table.
 
 from __future__ import annotations
 
-from .linear import unpack_output
+from .packed import unpack_output
 from .simd import W, add, load, load_bf16, load_int64, store
 from .target import kernel
 

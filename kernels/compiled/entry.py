@@ -15,7 +15,7 @@ import llvmlite.ir as ir
 import numba
 from numba import types
 
-from .simd import I64, operation
+from .emit import I64, operation
 from .target import code_folder
 
 

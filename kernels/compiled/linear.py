@@ -13,235 +13,43 @@ block's tiles. A row's result is the same to the bit whatever other rows, ranks 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
 from . import simd
+from .packed import (
+    D_BIAS,
+    D_COMPENSATION,
+    D_DATA,
+    D_FORM,
+    D_IN,
+    D_PANEL_BYTES,
+    D_PANELS,
+    D_SCALE,
+    D_STEPS,
+    Floats,
+    PackedWeight,
+    describe,
+    form_of,
+    padded,
+)
 from .target import kernel
 from .tile import (
     BF16,
     BF16_DOT,
     FLOAT32,
-    INT8,
     INT8_DOT,
     MAX_ROWS,
     NR,
     PANELS_AT_ONCE,
-    STEP_BYTES,
-    STEP_INPUTS,
-    USED_FORMS,
     X_STEP_BYTES,
     run_tile,
 )
 
-KINDS = ("float32", "bfloat16", "w8a8")
-"""Kinds of weight, in the order of `tile.USED_FORMS`."""
-FIELDS = 10
-"""int64 words that describe a packed weight to kernels."""
-D_FORM, D_IN, D_OUT, D_PANELS, D_STEPS, D_PANEL_BYTES, D_DATA, D_SCALE, D_BIAS, D_COMPENSATION = range(FIELDS)
 BLOCK_BYTES = 192 * 1024
 """x of one block of rows: leaves half of a second-level cache to weights and sums."""
 AHEAD_BYTES = 4096
 """How far weights are fetched before they are used. Without it a few rows run at half the memory's speed."""
 _ALIGN = 64
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight in panels. Arrays may be read-only views of a file; `data` lies on 64 bytes."""
-
-    kind: str
-    """One of `KINDS`."""
-    in_features: int
-    out_features: int
-    data: Bytes
-    """The panels, as `tile` reads them."""
-    scale: Floats | None = None
-    """w8a8: [P * NR], one per output."""
-    bias: Floats | None = None
-    """[P * NR]."""
-    compensation: NDArray[np.int32] | None = None
-    """w8a8 where activations are unsigned: [P * NR], 128 times the sum of an output's weights."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it takes."""
-        return sum(array.nbytes for array in self.arrays().values())
-
-    def arrays(self) -> dict[str, NDArray]:
-        """What there is of `data`, `scale`, `bias` and `compensation`, by name."""
-        named = {"data": self.data, "scale": self.scale, "bias": self.bias, "compensation": self.compensation}
-        return {name: array for name, array in named.items() if array is not None}
-
-    @classmethod
-    def from_arrays(cls, kind: str, in_features: int, out_features: int, arrays: Mapping[str, NDArray]) -> PackedWeight:
-        """The inverse of `arrays`, for a machine with the same `layout`. ValueError if they do not fit."""
-        form = _form(kind)
-        panels, steps = _panels(out_features), _steps(form, in_features)
-        wanted = {"data": panels * steps * STEP_BYTES[form]}
-        if form in (INT8, INT8_DOT):
-            wanted["scale"] = panels * NR
-        if form == INT8_DOT:
-            wanted["compensation"] = panels * NR
-        if "bias" in arrays:
-            wanted["bias"] = panels * NR
-        sizes = {name: array.size for name, array in arrays.items()}
-        if sizes != wanted:
-            raise ValueError(f"packed weight [{out_features}, {in_features}] {kind}: has {sizes}, not {wanted}")
-        return cls(kind, in_features, out_features, **arrays)
-
-
-def layout(kind: str) -> str:
-    """How weights of a kind are packed on this processor: arrays are good where this is the same."""
-    return f"{kind}-{_form(kind)}x{NR}"
-
-
-def _form(kind: str) -> int:
-    if kind not in KINDS:
-        raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
-    return USED_FORMS[KINDS.index(kind)]
-
-
-def _panels(out_features: int) -> int:
-    return -(-out_features // NR)
-
-
-def _steps(form: int, in_features: int) -> int:
-    return -(-in_features // STEP_INPUTS[form])
-
-
-def padded(out_features: int) -> int:
-    """Columns that a row of y must hold: whole panels."""
-    return _panels(out_features) * NR
-
-
-def aligned_empty(nbytes: int) -> Bytes:
-    """Uninitialized bytes on a cache line's boundary."""
-    raw = np.empty(nbytes + _ALIGN, np.uint8)
-    first = -raw.ctypes.data % _ALIGN
-    return raw[first : first + nbytes]
-
-
-def pack_weight(weight_OI: Floats, kind: str, bias: Floats | None = None) -> PackedWeight:  # noqa: N803
-    """Pack [O, I] float32 weights (and [O] bias) for this processor. ValueError for a wrong kind or shape."""
-    form = _form(kind)
-    out_features, in_features = weight_OI.shape
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias: {bias.shape} does not fit weights {weight_OI.shape}")
-    weight = np.ascontiguousarray(weight_OI, np.float32)
-    columns = padded(out_features)
-    panel_bytes = _steps(form, in_features) * STEP_BYTES[form]
-    data = aligned_empty(columns // NR * panel_bytes)
-    padded_bias = None if bias is None else np.pad(bias.astype(np.float32), (0, columns - out_features))
-    if form == FLOAT32:
-        pack_float32(weight, data.view(np.float32))
-        return PackedWeight(kind, in_features, out_features, data, bias=padded_bias)
-    if form in (BF16, BF16_DOT):
-        pack = pack_bf16 if form == BF16 else pack_bf16_dot
-        pack(weight.view(np.uint32), data.view(np.uint16))
-        return PackedWeight(kind, in_features, out_features, data, bias=padded_bias)
-    scale, sums = np.zeros(columns, np.float32), np.zeros(columns, np.int32)
-    pack_int8(weight, data.view(np.int8), scale, sums, STEP_INPUTS[form])
-    compensation = sums * 128 if form == INT8_DOT else None
-    return PackedWeight(kind, in_features, out_features, data, scale, padded_bias, compensation)
-
-
-_K_BLOCK = 16
-"""Inputs that packing takes from one row before the next: a cache line."""
-
-
-@kernel
-def pack_float32(w, out):
-    """[O, I] -> [P][I][NR]."""
-    outputs, inputs = w.shape
-    for panel in range((outputs + NR - 1) // NR):
-        base = panel * inputs * NR
-        for first in range(0, inputs, _K_BLOCK):
-            for j in range(NR):
-                o = panel * NR + j
-                for k in range(first, min(first + _K_BLOCK, inputs)):
-                    out[base + k * NR + j] = w[o, k] if o < outputs else np.float32(0)
-
-
-@kernel(inline=True)
-def _bf16_bits(bits):
-    """A float32's bits -> the nearest bfloat16's, ties to even; NaN stays NaN."""
-    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-        return np.uint16(0x7FC0)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@kernel
-def pack_bf16(w, out):
-    """[O, I] float32's bits -> [P][I][W][2]: outputs j and j + W side by side."""
-    outputs, inputs = w.shape
-    for panel in range((outputs + NR - 1) // NR):
-        base = panel * inputs * NR
-        for first in range(0, inputs, _K_BLOCK):
-            for j in range(NR):
-                o, place = panel * NR + j, 2 * (j % simd.W) + j // simd.W
-                for k in range(first, min(first + _K_BLOCK, inputs)):
-                    out[base + k * NR + place] = _bf16_bits(w[o, k]) if o < outputs else np.uint16(0)
-
-
-@kernel
-def pack_bf16_dot(w, out):
-    """[O, I] float32's bits -> [P][I / 2][NR][2]: inputs 2s and 2s + 1 side by side; a missing input is 0."""
-    outputs, inputs = w.shape
-    steps = (inputs + 1) // 2
-    for panel in range((outputs + NR - 1) // NR):
-        base = panel * steps * NR * 2
-        for first in range(0, 2 * steps, _K_BLOCK):
-            for j in range(NR):
-                o = panel * NR + j
-                for k in range(first, min(first + _K_BLOCK, 2 * steps)):
-                    there = o < outputs and k < inputs
-                    out[base + (k // 2 * NR + j) * 2 + k % 2] = _bf16_bits(w[o, k]) if there else np.uint16(0)
-
-
-@kernel
-def pack_int8(w, out, scale, sums, group):
-    """[O, I] -> [P][I / group][NR][group] int8, with each output's scale and sum of integers; a missing input is 0."""
-    outputs, inputs = w.shape
-    steps = (inputs + group - 1) // group
-    factors = np.empty(NR, np.float32)
-    for panel in range((outputs + NR - 1) // NR):
-        base = panel * steps * NR * group
-        for j in range(NR):
-            o = panel * NR + j
-            largest = np.float32(0)
-            if o < outputs:
-                for k in range(inputs):
-                    largest = max(largest, abs(w[o, k]))
-            scale[o] = largest / np.float32(127)
-            factors[j] = np.float32(127) / largest if largest > 0 else np.float32(0)
-        for first in range(0, steps * group, _K_BLOCK):
-            for j in range(NR):
-                o = panel * NR + j
-                for k in range(first, min(first + _K_BLOCK, steps * group)):
-                    value = np.int32(0)
-                    if o < outputs and k < inputs:
-                        value = np.int32(np.rint(w[o, k] * factors[j]))
-                    sums[o] += value
-                    out[base + (k // group * NR + j) * group + k % group] = np.int8(value)
-
-
-def describe(packed: PackedWeight) -> NDArray[np.int64]:
-    """[FIELDS] int64 for kernels. The caller keeps `packed` alive as long as they may run."""
-    form = _form(packed.kind)
-    steps = _steps(form, packed.in_features)
-
-    def address(array: NDArray | None) -> int:
-        return 0 if array is None else array.ctypes.data
-
-    words = [form, packed.in_features, packed.out_features, _panels(packed.out_features), steps]
-    words += [steps * STEP_BYTES[form], address(packed.data), address(packed.scale), address(packed.bias)]
-    return np.array([*words, address(packed.compensation)], np.int64)
 
 
 @kernel(inline=True)
@@ -268,7 +76,7 @@ def _block_rows(form, inputs):
 
 def scratch_bytes(kind: str, in_features: int, rows: int) -> int:
     """Scratch that one rank needs for `linear` with up to so many rows."""
-    form = _form(kind)
+    form = form_of(kind)
     staged = _staged_row_bytes(form, in_features)
     return min(rows, _block_rows(form, in_features)) * (staged + 4) + 2 * _ALIGN if staged else 0
 
@@ -375,30 +183,6 @@ def linear(desc, x, ldx, rows, y, ldy, accumulate, rank, ranks, scratch):
             _block(desc, staged, row_bytes, scales, count, y_block, ldy, accumulate, first, last)
         else:
             _block(desc, x_block, 4 * ldx, scales, count, y_block, ldy, accumulate, first, last)
-
-
-@kernel
-def unpack_output(desc, output, to):
-    """[I] float32 to `to`: the weights of one output, as they are stored. The row of a tied embedding."""
-    form, inputs = simd.load_int64(desc + 8 * D_FORM), simd.load_int64(desc + 8 * D_IN)
-    panel, j = output // NR, output % NR
-    data = simd.load_int64(desc + 8 * D_DATA) + panel * simd.load_int64(desc + 8 * D_PANEL_BYTES)
-    if form == FLOAT32:
-        for k in range(inputs):
-            simd.store_float(to + 4 * k, simd.load_float(data + 4 * (k * NR + j)))
-    elif form == BF16:
-        place = 2 * (j % simd.W) + j // simd.W
-        for k in range(inputs):
-            simd.store_float(to + 4 * k, simd.load_bf16_float(data + 2 * (k * NR + place)))
-    elif form == BF16_DOT:
-        for k in range(inputs):
-            simd.store_float(to + 4 * k, simd.load_bf16_float(data + 2 * ((k // 2 * NR + j) * 2 + k % 2)))
-    else:
-        group = 4 if form == INT8_DOT else 2
-        scale = simd.load_float(simd.load_int64(desc + 8 * D_SCALE) + 4 * output)
-        for k in range(inputs):
-            value = simd.load_int8_scalar(data + (k // group * NR + j) * group + k % group)
-            simd.store_float(to + 4 * k, np.float32(value) * scale)
 
 
 def product(packed: PackedWeight, x_TI: Floats) -> Floats:  # noqa: N803

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import llvmlite.ir as ir
 import numpy as np
 from numba import types
 
-from . import linear, simd
+from . import emit, linear, packed, simd
 from .target import TARGET, kernel
 from .tile import FORMS, INT8, INT8_DOT, STEP_INPUTS, USED_FORMS, accumulate
 
@@ -53,34 +54,34 @@ def _peak(form: int) -> Any:
     """A kernel operation: so many rounds of independent multiply-adds in registers."""
 
     def peak(b, rounds, operands, to):
-        vector = simd.I32_VECTOR if form in (INT8, INT8_DOT) else simd.F32_VECTOR
-        wide = simd.ir.VectorType(simd.I16, 2 * simd.W)
-        x, w = (simd.load_as(b, b.add(operands, simd.I64(at)), simd.I32_VECTOR, 4) for at in (0, simd.VECTOR_BYTES))
+        vector = emit.I32_VECTOR if form in (INT8, INT8_DOT) else emit.F32_VECTOR
+        wide = ir.VectorType(emit.I16, 2 * simd.W)
+        x, w = (emit.load_as(b, b.add(operands, emit.I64(at)), emit.I32_VECTOR, 4) for at in (0, simd.VECTOR_BYTES))
         if form == INT8:
             w = b.bitcast(w, wide)
         elif STEP_INPUTS[form] == 1:
-            x, w = b.bitcast(x, simd.F32_VECTOR), b.bitcast(w, simd.F32_VECTOR)
+            x, w = b.bitcast(x, emit.F32_VECTOR), b.bitcast(w, emit.F32_VECTOR)
         before, loop, done = b.block, b.append_basic_block("rounds"), b.append_basic_block("done")
         b.branch(loop)
         b.position_at_end(loop)
-        count = b.phi(simd.I64)
+        count = b.phi(emit.I64)
         totals = [b.phi(vector) for _ in range(_CHAINS)]
         # The integers' product is apart from its sum: of one operand twice it would be computed once for all rounds.
         xs = [b.bitcast(total, wide) if form == INT8 else x for total in totals]
         moved = [accumulate(b, form, total, x, w) for total, x in zip(totals, xs, strict=True)]
-        following = b.add(count, simd.I64(1))
-        count.add_incoming(simd.I64(0), before)
+        following = b.add(count, emit.I64(1))
+        count.add_incoming(emit.I64(0), before)
         count.add_incoming(following, loop)
         for i, (total, value) in enumerate(zip(totals, moved, strict=True)):
-            total.add_incoming(simd.splat(vector, i), before)  # different, or they would be one
+            total.add_incoming(emit.splat(vector, i), before)  # different, or they would be one
             total.add_incoming(value, loop)
         b.cbranch(b.icmp_signed("<", following, rounds), loop, done)
         b.position_at_end(done)
         for i, value in enumerate(moved):
-            simd.store_as(b, b.add(to, simd.I64(simd.VECTOR_BYTES * i)), value, 4)
+            emit.store_as(b, b.add(to, emit.I64(simd.VECTOR_BYTES * i)), value, 4)
 
     peak.__name__ = f"peak_{FORMS[form]}"
-    return simd.operation(types.void, *[types.int64] * 3)(peak)
+    return emit.operation(types.void, *[types.int64] * 3)(peak)
 
 
 _peak_float32, _peak_bfloat16, _peak_w8a8 = (_peak(form) for form in USED_FORMS)
@@ -112,7 +113,7 @@ def _read(first, nbytes, to):
 @kernel
 def _sweep(descriptors, copies, x, ldx, rows, y, ldy, scratch):
     for i in range(copies):
-        linear.linear(descriptors + 8 * linear.FIELDS * i, x, ldx, rows, y, ldy, 0, 0, 1, scratch)
+        linear.linear(descriptors + 8 * packed.FIELDS * i, x, ldx, rows, y, ldy, 0, 0, 1, scratch)
 
 
 def best_s(run: Callable[[], object], repeats: int) -> float:
@@ -130,7 +131,7 @@ def measure_bounds(repeats: int = 7) -> Bounds:
     """The machine's bounds for one core."""
     out, operands = np.zeros(_CHAINS * simd.W, np.float32), np.ones(2 * simd.W, np.float32)
     peaks = {}
-    for which, (kind, form) in enumerate(zip(linear.KINDS, USED_FORMS, strict=True)):
+    for which, (kind, form) in enumerate(zip(packed.KINDS, USED_FORMS, strict=True)):
         arguments = (which, _ROUNDS, operands.ctypes.data, out.ctypes.data)
         operations = 2 * STEP_INPUTS[form] * simd.W * _CHAINS * _ROUNDS
         peaks[kind] = operations / best_s(lambda a=arguments: _run_peak(*a), repeats) / 1e9  # type: ignore[misc]
@@ -145,17 +146,17 @@ def measure_linear(
     """One weight's products with so many rows each."""
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((out_features, in_features), np.float32)
-    first = linear.pack_weight(weight, kind)
-    copies = [linear.PackedWeight.from_arrays(kind, in_features, out_features, first.arrays())]
+    first = packed.pack_weight(weight, kind)
+    copies = [packed.PackedWeight.from_arrays(kind, in_features, out_features, first.arrays())]
     while len(copies) * first.nbytes < SWEPT_BYTES:
-        arrays = {**first.arrays(), "data": linear.aligned_empty(first.data.nbytes)}
+        arrays = {**first.arrays(), "data": packed.aligned_empty(first.data.nbytes)}
         arrays["data"][:] = first.data
-        copies.append(linear.PackedWeight.from_arrays(kind, in_features, out_features, arrays))
-    words = np.concatenate([linear.describe(packed) for packed in copies])
+        copies.append(packed.PackedWeight.from_arrays(kind, in_features, out_features, arrays))
+    words = np.concatenate([packed.describe(copy) for copy in copies])
     speeds = []
     for count in rows:
         x = generator.standard_normal((count, in_features), np.float32)
-        y = np.zeros((count, linear.padded(out_features)), np.float32)
+        y = np.zeros((count, packed.padded(out_features)), np.float32)
         scratch = np.zeros(linear.scratch_bytes(kind, in_features, count), np.uint8)
         operations = 2 * count * out_features * in_features
         # A sweep of many rows is long enough, and bound by arithmetic, without all copies.

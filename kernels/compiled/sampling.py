@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .functions import exp
 from .simd import (
     W,
     add,
     divide,
-    exp,
     full,
     load,
     load_float,

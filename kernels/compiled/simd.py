@@ -9,143 +9,42 @@ function is one LLVM pattern that is inlined where it is called; reductions add 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 
-from .target import TARGET, kernel
+from .emit import (
+    ADDRESS,
+    F32_VECTOR,
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I32_VECTOR,
+    I64,
+    VECTOR_BYTES,
+    W,
+    call,
+    emit_fma,
+    emit_prefetch,
+    f32,
+    i32,
+    load_as,
+    operation,
+    pointer,
+    round_to_bf16,
+    shuffle,
+    splat,
+    spread,
+    store_as,
+    widen_bf16_pairs,
+)
+from .target import kernel
 
-W = TARGET.width
-"""float32 lanes of a vector."""
-VECTOR_BYTES = 4 * W
-
-FLOAT = ir.FloatType()
-I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-F32_VECTOR = ir.VectorType(FLOAT, W)
-I32_VECTOR = ir.VectorType(I32, W)
-
-
-class _Vector(types.Type):
-    """numba's type of a vector."""
-
-    def __init__(self, name: str, vector: ir.VectorType) -> None:
-        self.vector = vector
-        super().__init__(name=f"{name}x{W}")
-
-
-@register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: _Vector) -> None:
-        super().__init__(manager, kind, kind.vector)
-
-
-f32 = _Vector("f32", F32_VECTOR)
-i32 = _Vector("i32", I32_VECTOR)
-ADDRESS = types.int64
-
-Emit = Callable[..., Any]
-
-
-def operation(result: types.Type, *arguments: types.Type) -> Callable[[Emit], Any]:
-    """Decorator: a function of a builder and LLVM values becomes callable from kernels, with this signature."""
-
-    def wrap(emit: Emit) -> Any:
-        def definition(_typing: Any, *_given: Any) -> Any:
-            def generate(context: Any, builder: ir.IRBuilder, _signature: Any, values: Sequence[Any]) -> Any:
-                value = emit(builder, *values)
-                if result == types.void:
-                    return context.get_dummy_value()
-                if isinstance(result, types.BaseTuple):
-                    return context.make_tuple(builder, result, value)
-                return value
-
-            return result(*arguments), generate
-
-        # numba asks for the arity; the first argument (a typing context there, the builder here) has no part in it.
-        definition.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]
-        definition.__name__ = definition.__qualname__ = emit.__name__
-        definition.__doc__ = emit.__doc__
-        definition.__module__ = emit.__module__
-        return intrinsic(definition)
-
-    return wrap
-
-
-# How patterns are written: shared with `tile`.
-
-
-def splat(vector: ir.VectorType, value: int | float) -> ir.Constant:
-    """A constant vector."""
-    return ir.Constant(vector, [value] * vector.count)
-
-
-def pointer(b: ir.IRBuilder, address: Any, kind: ir.Type) -> Any:
-    """An address as a pointer."""
-    return b.inttoptr(address, kind.as_pointer())
-
-
-def load_as(b: ir.IRBuilder, address: Any, kind: ir.Type, align: int) -> Any:
-    """What lies at an address."""
-    value = b.load(pointer(b, address, kind))
-    value.align = align
-    return value
-
-
-def store_as(b: ir.IRBuilder, address: Any, value: Any, align: int) -> None:
-    """Write a value to an address."""
-    b.store(value, pointer(b, address, value.type)).align = align
-
-
-def spread(b: ir.IRBuilder, scalar: Any, lanes: int) -> Any:
-    """A scalar in every lane."""
-    vector = ir.VectorType(scalar.type, lanes)
-    undefined = ir.Constant(vector, ir.Undefined)
-    first = b.insert_element(undefined, scalar, I32(0))
-    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
-
-
-def call(b: ir.IRBuilder, name: str, result: ir.Type, *values: Any) -> Any:
-    """Call an LLVM intrinsic."""
-    kind = ir.FunctionType(result, [value.type for value in values])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, name), values)
-
-
-def shuffle(b: ir.IRBuilder, left: Any, right: Any, lanes: Sequence[int]) -> Any:
-    """Lanes of two vectors by number."""
-    return b.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
-
-
-def emit_fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z, rounded once."""
-    return call(b, f"llvm.fma.v{x.type.count}f32", x.type, x, y, z)
-
-
-def emit_prefetch(b: ir.IRBuilder, address: Any) -> None:
-    """Ask for the cache line of an address."""
-    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-    b.call(function, [pointer(b, address, I8), I32(0), I32(3), I32(1)])
-
-
-def widen_bf16_pairs(b: ir.IRBuilder, pairs: Any) -> tuple[Any, Any]:
-    """[W] i32, each two bfloat16 -> those in the low halves, those in the high halves, as float32."""
-    low = b.bitcast(b.shl(pairs, splat(I32_VECTOR, 16)), F32_VECTOR)
-    high = b.bitcast(b.and_(pairs, splat(I32_VECTOR, 0xFFFF0000)), F32_VECTOR)
-    return low, high
-
-
-def round_to_bf16(b: ir.IRBuilder, value: Any) -> Any:
-    """float32 -> its bits, rounded to the nearest bfloat16 (ties to even) in the high half; NaN stays NaN."""
-    bits = b.bitcast(value, I32_VECTOR)
-    odd = b.and_(b.lshr(bits, splat(I32_VECTOR, 16)), splat(I32_VECTOR, 1))
-    rounded = b.add(bits, b.add(odd, splat(I32_VECTOR, 0x7FFF)))
-    return b.select(b.fcmp_unordered("uno", value, value), splat(I32_VECTOR, 0x7FC00000), rounded)
-
+__all__ = ["VECTOR_BYTES", "W"]  # of `emit`; the rest is defined here
 
 # Memory.
 
@@ -481,65 +380,6 @@ def store_part(address, value, count):
         store(address, value)
     else:
         store_first(address, value, count)
-
-
-# Functions, from the above.
-
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-_EXP_LOWEST, _EXP_HIGHEST = -87.33654, 88.72283
-"""Below, exp is subnormal and becomes 0; above, infinite."""
-
-
-@kernel(inline=True)
-def exp(x):
-    """e ** x within 2 ulp; 0 below -87.3 (and for -inf), inf above 88.7. Cephes' expf: x = n ln 2 + r."""
-    clamped = minimum(maximum(x, full(_EXP_LOWEST)), full(_EXP_HIGHEST))
-    n = rint(multiply(clamped, full(_LOG2_E)))
-    r = fma(n, full(-_LN2_LOW), fma(n, full(-_LN2_HIGH), clamped))
-    p = fma(full(1.9875691500e-4), r, full(1.3981999507e-3))
-    p = fma(p, r, full(8.3334519073e-3))
-    p = fma(p, r, full(4.1665795894e-2))
-    p = fma(p, r, full(1.6666665459e-1))
-    p = fma(p, r, full(5.0000001201e-1))
-    p = add(fma(p, multiply(r, r), r), full(1.0))
-    half = rint(multiply(n, full(0.5)))  # 2 ** 128 is no float32: two factors
-    y = multiply(multiply(p, power_of_two(to_int(half))), power_of_two(to_int(subtract(n, half))))
-    y = where_less(full(_EXP_HIGHEST), x, full(float("inf")), y)
-    return where_less(x, full(_EXP_LOWEST), zeros(), y)
-
-
-@kernel(inline=True)
-def tanh(x):
-    """Hyperbolic tangent, within 3 ulp: x + x^3 p(x^2) below 0.625 (Cephes' tanhf), 1 - 2 / (e^2|x| + 1) above."""
-    a = absolute(x)
-    z = multiply(x, x)
-    p = fma(full(-5.70498872745e-3), z, full(2.06390887954e-2))
-    p = fma(p, z, full(-5.37397155531e-2))
-    p = fma(p, z, full(1.33314422036e-1))
-    p = fma(p, z, full(-3.33332819422e-1))
-    small = fma(multiply(p, z), x, x)
-    large = subtract(full(1.0), divide(full(2.0), add(exp(add(a, a)), full(1.0))))
-    return copysign(where_less(a, full(0.625), small, large), x)
-
-
-@kernel(inline=True)
-def erf(x):
-    """The error function, absolute error below 3e-7: Abramowitz and Stegun 7.1.26, a series below 0.5."""
-    a = absolute(x)
-    z = multiply(x, x)
-    s = fma(full(-7.5757575757e-4), z, full(4.6296296296e-3))
-    s = fma(s, z, full(-2.3809523809e-2))
-    s = fma(s, z, full(1.0e-1))
-    s = fma(s, z, full(-3.3333333333e-1))
-    small = multiply(multiply(fma(s, z, full(1.0)), x), full(1.1283791671))
-    t = divide(full(1.0), fma(full(0.3275911), a, full(1.0)))
-    p = fma(full(1.061405429), t, full(-1.453152027))
-    p = fma(p, t, full(1.421413741))
-    p = fma(p, t, full(-0.284496736))
-    p = fma(p, t, full(0.254829592))
-    large = subtract(full(1.0), multiply(multiply(p, t), exp(negative(z))))
-    return copysign(where_less(a, full(0.5), small, large), x)
 
 
 # Threads.

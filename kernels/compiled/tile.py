@@ -22,7 +22,7 @@ import llvmlite.ir as ir
 from llvmlite.binding import get_process_triple
 from numba import types
 
-from .simd import (
+from .emit import (
     F32_VECTOR,
     FLOAT,
     I8,

@@ -10,7 +10,7 @@ import torch
 from tandem.kernels.compiled import attention
 from tandem.kernels.compiled.attention import GEOMETRY, attend, scratch_bytes, tile_tokens
 from tandem.kernels.compiled.entry import entry, entry_call
-from tandem.kernels.compiled.linear import aligned_empty
+from tandem.kernels.compiled.packed import aligned_empty
 from tandem.kernels.compiled.target import kernel
 from tandem.kernels.paged_attention import AttentionRow, AttentionShape, paged_attention_reference, plan_attention
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tandem.kernels.compiled import linear as op
-from tandem.kernels.compiled.tile import MAX_ROWS, NR
+from tandem.kernels.compiled import packed as packing
+from tandem.kernels.compiled.tile import BF16_DOT, MAX_ROWS, NR
 
 F32 = np.float32
 ROWS = 2 * MAX_ROWS + 3
@@ -13,13 +14,15 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape, F32)
 
 
-def product(packed: op.PackedWeight, x: np.ndarray, *, ranks: int = 1, onto: np.ndarray | None = None) -> np.ndarray:
+def product(
+    packed: packing.PackedWeight, x: np.ndarray, *, ranks: int = 1, onto: np.ndarray | None = None
+) -> np.ndarray:
     """[T, O], by so many ranks one after the other; `onto` [T, O]: added to."""
     rows, inputs = x.shape
-    y = np.full((rows, op.padded(packed.out_features)), np.nan if onto is None else 0, F32)
+    y = np.full((rows, packing.padded(packed.out_features)), np.nan if onto is None else 0, F32)
     if onto is not None:
         y[:, : packed.out_features] = onto
-    words = op.describe(packed)
+    words = packing.describe(packed)
     scratch = np.full(op.scratch_bytes(packed.kind, inputs, rows) + 1, 255, np.uint8)
     for rank in range(ranks):
         op.linear(
@@ -48,7 +51,7 @@ def reference(kind: str, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
         (w, w_scale), (q, q_scale) = quantized(weight), quantized(x)
         return q @ w.T * q_scale * w_scale.T
     weight = round_bf16(weight) if kind == "bfloat16" else weight
-    if kind == "bfloat16" and op.layout(kind).startswith(f"bfloat16-{op.BF16_DOT}"):
+    if kind == "bfloat16" and packing.layout(kind).startswith(f"bfloat16-{BF16_DOT}"):
         x = round_bf16(x)
     return x.astype(np.float64) @ weight.T.astype(np.float64)
 
@@ -56,20 +59,20 @@ def reference(kind: str, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
 SHAPES = [(1, 1), (NR, 8), (3 * NR + 1, 77), (2 * NR - 1, 576), (5 * NR, 34)]
 
 
-@pytest.mark.parametrize("kind", op.KINDS)
+@pytest.mark.parametrize("kind", packing.KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product_and_bias(kind: str, shape: tuple[int, int]) -> None:
     weight, bias, x = random(*shape), random(shape[0], seed=1), random(ROWS, shape[1], seed=2)
-    got = product(op.pack_weight(weight, kind, bias), x)
+    got = product(packing.pack_weight(weight, kind, bias), x)
     want = reference(kind, weight, x) + bias
     magnitude = np.abs(x) @ np.abs(weight).T + np.abs(bias)
     assert np.max(np.abs(got - want) / magnitude) < 2e-6
 
 
-@pytest.mark.parametrize("kind", op.KINDS)
+@pytest.mark.parametrize("kind", packing.KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_is_the_same_to_the_bit_whatever_runs_beside_it(kind: str, shape: tuple[int, int]) -> None:
-    packed = op.pack_weight(random(*shape), kind, random(shape[0], seed=1))
+    packed = packing.pack_weight(random(*shape), kind, random(shape[0], seed=1))
     x = random(ROWS, shape[1], seed=2)
     alone = np.concatenate([product(packed, x[r : r + 1]) for r in range(ROWS)])
     for rows in range(2, ROWS + 1):
@@ -78,23 +81,23 @@ def test_a_row_is_the_same_to_the_bit_whatever_runs_beside_it(kind: str, shape: 
         assert product(packed, x, ranks=ranks).tobytes() == alone.tobytes(), ranks
 
 
-@pytest.mark.parametrize("kind", op.KINDS)
+@pytest.mark.parametrize("kind", packing.KINDS)
 def test_blocks_of_rows_change_nothing(kind: str) -> None:
     inputs = op.BLOCK_BYTES // 4 // MAX_ROWS + 1  # one tile of rows fills a block
-    packed, x = op.pack_weight(random(NR, inputs), kind), random(4 * MAX_ROWS + 1, inputs, seed=1)
+    packed, x = packing.pack_weight(random(NR, inputs), kind), random(4 * MAX_ROWS + 1, inputs, seed=1)
     alone = np.concatenate([product(packed, x[r : r + 1]) for r in range(len(x))])
     assert product(packed, x).tobytes() == alone.tobytes()
 
 
-@pytest.mark.parametrize("kind", op.KINDS)
+@pytest.mark.parametrize("kind", packing.KINDS)
 def test_accumulating_adds_the_product_to_what_is_there(kind: str) -> None:
-    packed = op.pack_weight(random(NR + 1, 40), kind, random(NR + 1, seed=1))
+    packed = packing.pack_weight(random(NR + 1, 40), kind, random(NR + 1, seed=1))
     x, onto = random(MAX_ROWS + 1, 40, seed=2), random(MAX_ROWS + 1, NR + 1, seed=3)
     assert product(packed, x, onto=onto).tobytes() == (product(packed, x) + onto).tobytes()
 
 
 def test_a_row_of_zeros_is_no_number_problem_for_integers() -> None:
-    packed = op.pack_weight(np.zeros((NR, 12), F32), "w8a8")
+    packed = packing.pack_weight(np.zeros((NR, 12), F32), "w8a8")
     assert product(packed, np.zeros((2, 12), F32)).tolist() == [[0.0] * NR] * 2
 
 
@@ -104,37 +107,37 @@ def test_integers_reach_the_ends_of_their_range() -> None:
     weight[1] = -1
     x = np.ones((3, 4096), F32)
     x[1] = -1
-    assert product(op.pack_weight(weight, "w8a8"), x) == pytest.approx(
+    assert product(packing.pack_weight(weight, "w8a8"), x) == pytest.approx(
         np.array([[4096, -4096], [-4096, 4096], [4096, -4096]]), rel=1e-6
     )
 
 
-@pytest.mark.parametrize("kind", op.KINDS)
+@pytest.mark.parametrize("kind", packing.KINDS)
 def test_arrays_make_the_same_weight_again(kind: str) -> None:
-    packed = op.pack_weight(random(NR + 3, 33), kind, random(NR + 3, seed=1))
-    again = op.PackedWeight.from_arrays(kind, 33, NR + 3, packed.arrays())
+    packed = packing.pack_weight(random(NR + 3, 33), kind, random(NR + 3, seed=1))
+    again = packing.PackedWeight.from_arrays(kind, 33, NR + 3, packed.arrays())
     x = random(2, 33, seed=2)
     assert product(again, x).tobytes() == product(packed, x).tobytes()
     assert again.nbytes == packed.nbytes
     assert packed.data.ctypes.data % 64 == 0
     with pytest.raises(ValueError, match="packed weight"):
-        op.PackedWeight.from_arrays(kind, 200, NR + 3, packed.arrays())
+        packing.PackedWeight.from_arrays(kind, 200, NR + 3, packed.arrays())
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(ValueError, match="'int3' is not one of float32, bfloat16, w8a8"):
-        op.pack_weight(random(2, 2), "int3")
+        packing.pack_weight(random(2, 2), "int3")
     with pytest.raises(ValueError, match="bias"):
-        op.pack_weight(random(2, 2), "float32", random(3))
+        packing.pack_weight(random(2, 2), "float32", random(3))
 
 
-@pytest.mark.parametrize("kind", op.KINDS)
+@pytest.mark.parametrize("kind", packing.KINDS)
 def test_weights_of_one_output_come_back_as_they_are_stored(kind: str) -> None:
     weight = random(NR + 3, 33)
-    packed = op.pack_weight(weight, kind)
-    words, row = op.describe(packed), np.zeros(34, F32)
+    packed = packing.pack_weight(weight, kind)
+    words, row = packing.describe(packed), np.zeros(34, F32)
     for output in (0, NR // 2, NR + 2):
-        op.unpack_output(words.ctypes.data, output, row.ctypes.data)
+        packing.unpack_output(words.ctypes.data, output, row.ctypes.data)
         if kind == "w8a8":
             integers, scale = quantized(weight[output : output + 1])
             assert row[:33].tolist() == (integers[0].astype(F32) * F32(scale[0, 0])).tolist()
