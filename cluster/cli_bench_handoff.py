@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ def handoff(
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
     """Hand KV from one real worker process to another and report reserve, dispatch, transfer, confirm and GB/s."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it remarks on every process that is started beside its threads
     from .bench.handoff import HandoffOptions
     from .bench.handoff_pace import PaceOptions
 
