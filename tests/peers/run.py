@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # a script of its own, not part of a package
 
 import peer_models
-from contenders import CONTENDERS, HERE, Contender, Running
+from contenders import CONTENDERS, HERE, LOAD_TIMEOUT_S, Contender, Running
 from peer_report import Cell, Results, render
 from peer_runner import Setup
 from peer_venvs import PeerUnavailable, PeerVenv, default_root, prepare
@@ -128,12 +128,14 @@ def start(
             )
             log = root / f"{contender.name.replace(' ', '-')}.log"
             one = Running(contender, setup, venv, log)
+            running.append(one)
+            # What an engine compiles or allocates at its first steps is not what it does all day.
+            one.measure(batch=1, prompt=64, steps=2, seed=0, limit_s=LOAD_TIMEOUT_S)
         except (PeerUnavailable, ValueError) as error:
             print(f"  cannot run: {error}", flush=True)
             results.unavailable(contender.name, len(cores), str(error))
             continue
         results.ready(contender.name, len(cores), one.ready)
-        running.append(one)
 
 
 def model_for(contender: Contender, model: str, root: Path, venv: PeerVenv | None) -> str:
@@ -160,7 +162,7 @@ def alternate(
     running: list[Running], options: argparse.Namespace, threads: int, results: Results, deadline: float
 ) -> None:
     """Round by round and cell by cell, all contenders in turn."""
-    dead: set[str] = set()
+    dead = {one.contender.name for one in running if (one.contender.name, threads) in results.reasons}
     for turn in range(options.rounds):
         for number, cell in enumerate(options.grid):
             for one in running:
