@@ -37,7 +37,6 @@ from .router_load import GrpcDoor, Shape, Tally, closed_loop, direct_ttfts_s, ht
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 WARMUP_S = 0.7
-LOW_LOAD_REQUESTS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +53,8 @@ class RouterBenchOptions:
     doors: tuple[str, ...] = ("http", "grpc")
     step_ms: float = 1.0
     """Between two tokens of a sequence."""
+    low_load_requests: int = 300
+    """One after the other, for the TTFT that is added; the first tenth does not count."""
     processes: int = 1
     """Of the router."""
 
@@ -63,6 +64,7 @@ class RouterBenchOptions:
             ("concurrency", self.concurrency, 1, 1024),
             ("prompt_tokens", self.prompt_tokens, 1, 4096),
             ("step_ms", self.step_ms, 0, 1000),
+            ("low_load_requests", self.low_load_requests, 1, 100_000),
             ("processes", self.processes, 1, 16),
             *(("output_tokens", float(tokens), 1, 4096) for tokens in self.output_tokens),
         )
@@ -243,7 +245,7 @@ def _token_us(rows: list[Row], door: str) -> float | None:
 
 async def _row(under_test: RouterUnderTest, options: RouterBenchOptions, door: str, shape: Shape) -> Row:
     async def load(asks: list[Any]) -> tuple[Tally, float, list[float]]:
-        await closed_loop(asks, WARMUP_S, Tally())
+        await closed_loop(asks, min(WARMUP_S, options.seconds), Tally())
         tally, before_s = Tally(), [cpu_s(pid) for pid in under_test.pids]
         took_s = await closed_loop(asks, options.seconds, tally)
         after_s = [cpu_s(pid) for pid in under_test.pids]
@@ -292,15 +294,15 @@ async def _added_ttft(
 
     async def load(asks: list[Any]) -> list[float]:
         tally = Tally()
-        for _ in range(LOW_LOAD_REQUESTS):
+        for _ in range(options.low_load_requests):
             await asks[0](tally)
-        return tally.ttfts_s[LOW_LOAD_REQUESTS // 10 :]
+        return tally.ttfts_s[options.low_load_requests // 10 :]
 
     ttfts_s = await _with_door(under_test, door, shape, 1, load)
     prefill = under_test.workers["prefill"]
-    direct_s = await direct_ttfts_s(prefill["address"], prefill["epoch"], shape, LOW_LOAD_REQUESTS)
+    direct_s = await direct_ttfts_s(prefill["address"], prefill["epoch"], shape, options.low_load_requests)
     ttft_ms = statistics.median(ttfts_s) * 1000
-    direct_ms = statistics.median(direct_s[LOW_LOAD_REQUESTS // 10 :]) * 1000
+    direct_ms = statistics.median(direct_s[options.low_load_requests // 10 :]) * 1000
     return AddedTTFT(door=door, ttft_ms_p50=ttft_ms, direct_ms_p50=direct_ms, added_ms_p50=ttft_ms - direct_ms)
 
 

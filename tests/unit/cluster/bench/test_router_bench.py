@@ -66,7 +66,7 @@ def test_values_that_are_not_allowed_are_named() -> None:
 
 
 def test_a_real_router_is_measured(tmp_path: Any) -> None:
-    options = RouterBenchOptions(seconds=0.2, concurrency=4, output_tokens=(2, 5))
+    options = RouterBenchOptions(seconds=0.1, concurrency=4, output_tokens=(2, 5), low_load_requests=10)
     told: list[str] = []
     result = asyncio.run(run_router_bench(options, told.append))
     assert [(row.door, row.stream, row.output_tokens) for row in result.rows] == [
