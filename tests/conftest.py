@@ -7,9 +7,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,11 +63,10 @@ def _turn(item: pytest.Item) -> tuple[bool, int]:
     return item.path.name not in ON_RAY, turn
 
 
-def pytest_configure(config: pytest.Config) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _own_clusters(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Clusters of these tests are found by these tests only, and those of whoever runs them are not."""
-    folder = tempfile.mkdtemp(prefix="tests-of-tandem-")
-    os.environ["XDG_RUNTIME_DIR"] = folder
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))
 
 
 class Authority:
