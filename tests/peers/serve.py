@@ -247,8 +247,9 @@ def running(command: list[str], environment: dict[str, str], log: Path) -> Itera
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+        finally:  # told to stop a second time while it waits, too
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
