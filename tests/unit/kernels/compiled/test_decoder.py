@@ -5,10 +5,6 @@ are the same to the bit however its sequence is cut, whatever is in the batch, a
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,25 +170,3 @@ def test_what_is_not_supported_is_said() -> None:
             CompiledModel.build(changed, "float32", lambda name: np.zeros(1, np.float32))
     with pytest.raises(ValueError, match="kind: 'int4' is not one of float32, bfloat16, w8a8"):
         CompiledModel.build(shape, "int4", lambda name: np.zeros(1, np.float32))
-
-
-@pytest.mark.parametrize("isa", ["generic", "avx512"])
-def test_other_vector_widths(isa: str) -> None:
-    """The same equalities with 4 and with 16 lanes, emulated where the processor has others."""
-    chosen = ["test_equals_the_torch_model[odd-sizes]", "test_the_same_to_the_bit[tied-long-head-bfloat16]"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *(f"{Path(__file__)}::{name}" for name in chosen),
-        ],
-        env={**os.environ, "TANDEM_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-1000:]
