@@ -61,7 +61,7 @@ def _sums(b: ir.IRBuilder, vectors: Sequence[Any]) -> Any:
     pairs = []
     for left, right in (vectors[:2], vectors[2:]):
         pairs.append(b.fadd(merged(left, right, (0, 4, 1, 5)), merged(left, right, (2, 6, 3, 7))))
-    total = b.fadd(merged(*pairs, (0, 1, 4, 5)), merged(*pairs, (2, 3, 6, 7)))
+    total = b.fadd(merged(pairs[0], pairs[1], (0, 1, 4, 5)), merged(pairs[0], pairs[1], (2, 3, 6, 7)))
     lanes = W
     while lanes > 4:
         lanes //= 2
