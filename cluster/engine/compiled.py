@@ -80,12 +80,19 @@ class CompiledForward(Forward):
         arrays = _packed(files, shape, kind, f"{fingerprint}-{layout(kind)}", progress)
         self._model = CompiledModel.from_arrays(shape, kind, arrays, threads=threads, cpus=cpus)
         self.resident_bytes = self._model.resident_bytes
+        self._warm()
 
     def run(self, plan: StepPlan) -> NDArray[np.float32]:
         return self._model.step(_step_arrays(plan, self._block_size), self._kv)
 
     def close(self) -> None:
         self._model.close()
+
+    def _warm(self) -> None:
+        """One step over memory of its own, so that no request waits for code to be compiled or weights to be read."""
+        token = np.zeros(1, dtype=np.int64)
+        row = np.array([[0, 0, 1, 0]], dtype=np.int64)
+        self._model.step(StepArrays(token, row, token, token), np.zeros_like(self._kv[:1]))
 
 
 def _packed(

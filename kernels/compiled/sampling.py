@@ -53,7 +53,8 @@ def _peak(row: int, padded: int) -> float:
         x = load(row + 4 * i)
         largest = maximum(x, largest)
         strange = add(strange, where_less(x, infinity, zeros(), one))
-    return np.float32(np.nan) if sum_lanes(strange) > 0.0 else max_lanes(largest)
+    peak: float = np.float32(np.nan) if sum_lanes(strange) > 0.0 else max_lanes(largest)
+    return peak
 
 
 @kernel
@@ -113,6 +114,7 @@ class RowSampler:
         self._size = size
         self._row = np.empty(-(-size // W) * W, dtype=np.float32)
         self._sums = np.empty(-(-size // STRETCH), dtype=np.float64)
+        self(np.zeros(size, dtype=np.float32), 1.0, 0.0)  # compiles
 
     def __call__(self, z: NDArray[np.float32], temperature: float, u: float) -> int:
         """The index drawn from one contiguous row [V], which is not changed; -1: it cannot be drawn from."""
