@@ -29,8 +29,8 @@ Floats = NDArray[np.float32]
 
 
 _APART = 16
-"""Floats between rows of a buffer: rows a multiple of 4 KiB apart would fall into the same few places of the cache (5 to
-13 % of a step of several rows).
+"""Floats between rows of a buffer: rows a multiple of 4 KiB apart would fall into the same few places of the cache (5
+to 13 % of a step of several rows).
 """
 
 
