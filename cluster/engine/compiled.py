@@ -6,7 +6,11 @@ workers of a machine share one copy in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +19,20 @@ from numpy.typing import NDArray
 from ...kernels.compiled.decoder import CompiledModel, StepArrays
 from ...kernels.compiled.decoder_weights import DecoderShape, unsupported
 from ...kernels.compiled.packed import layout
+from ...kernels.compiled.target import code_folder
 from ..models.config import ModelConfig
 from ..models.fetch import default_cache_dir
 from ..models.reference import ModelFiles
-from .forward import Forward, Progress
+from .forward import Forward, Stage
 from .plan import StepPlan
 from .positions import OPT_POSITION_OFFSET, inverse_frequencies
 from .weight_cache import WeightCache
 
 __all__ = ["CompiledForward", "decoder_shape", "unsupported"]
 
+_COMPILING = "kernels (the first start on a machine compiles them)"
+_ALONE_S = 300.0
+_POLL_S = 0.05
 _CACHED_FROM_BYTES = 32 * 2**20
 """Packing less takes no time worth a file."""
 
@@ -69,18 +77,21 @@ class CompiledForward(Forward):
         fingerprint: str,
         threads: int = 1,
         cpus: Sequence[int] = (),
-        progress: Progress | None = None,
+        stage: Stage | None = None,
     ) -> None:
         """`kind`: `float32`, `bfloat16` or `w8a8`; `kv`: [N, L, 2, K, S, D], bfloat16 as uint16; `fingerprint`: of the
         weights. ModelError for the files.
         """
         self._kv = kv
         self._block_size = kv.shape[4]
+        say = stage or (lambda text, share: None)
         shape = decoder_shape(files.config)
-        arrays = _packed(files, shape, kind, f"{fingerprint}-{layout(kind)}", progress)
-        self._model = CompiledModel.from_arrays(shape, kind, arrays, threads=threads, cpus=cpus)
+        with _alone(code_folder(), say):
+            arrays = _packed(files, shape, kind, f"{fingerprint}-{layout(kind)}", say)
+            say(_COMPILING, None)
+            self._model = CompiledModel.from_arrays(shape, kind, arrays, threads=threads, cpus=cpus)
+            self._warm()
         self.resident_bytes = self._model.resident_bytes
-        self._warm()
 
     def run(self, plan: StepPlan) -> NDArray[np.float32]:
         return self._model.step(_step_arrays(plan, self._block_size), self._kv)
@@ -95,20 +106,40 @@ class CompiledForward(Forward):
         self._model.step(StepArrays(token, row, token, token), np.zeros_like(self._kv[:1]))
 
 
-def _packed(
-    files: ModelFiles, shape: DecoderShape, kind: str, key: str, progress: Progress | None
-) -> dict[str, NDArray[Any]]:
+@contextmanager
+def _alone(folder: Path, say: Stage) -> Iterator[None]:
+    """One process of this machine at a time: who waits finds what the first has compiled and packed, instead of doing
+    it again beside it. Where no lock can be had, or not in time, it is done twice.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context((folder / ".lock").open("a"))
+        except OSError:
+            handle = None
+        deadline_s = time.monotonic() + _ALONE_S
+        while handle is not None and time.monotonic() < deadline_s:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                say("waiting for another worker that compiles the same", None)
+                time.sleep(_POLL_S)
+            except OSError:
+                break
+        yield
+
+
+def _packed(files: ModelFiles, shape: DecoderShape, kind: str, key: str, say: Stage) -> dict[str, NDArray[Any]]:
     """The packed weights, from the cache where it has them."""
     cache = WeightCache(default_cache_dir() / "packed")
     arrays = cache.load(key)
     if arrays is None:
         from .compiled_weights import pack
 
-        arrays = pack(files, shape, kind, progress)
+        arrays = pack(files, shape, kind, lambda share: say("loading weights", share))
         if sum(array.nbytes for array in arrays.values()) >= _CACHED_FROM_BYTES and cache.save(key, arrays):
             arrays = cache.load(key) or arrays  # the mapped file, which other workers share
-    if progress is not None:
-        progress(1.0)
     return arrays
 
 

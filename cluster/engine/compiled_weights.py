@@ -16,7 +16,7 @@ from .weights import open_weights
 
 
 @torch.inference_mode()
-def pack(files: ModelFiles, shape: DecoderShape, kind: str, progress: Progress | None) -> dict[str, NDArray[Any]]:
+def pack(files: ModelFiles, shape: DecoderShape, kind: str, progress: Progress) -> dict[str, NDArray[Any]]:
     """Every packed array by name. `kind`: `float32`, `bfloat16` or `w8a8`. ModelError naming what is wrong."""
     source = open_weights(files)
     check_shapes(files.config, source)
@@ -29,8 +29,7 @@ def pack(files: ModelFiles, shape: DecoderShape, kind: str, progress: Progress |
         tensor: NDArray[np.float32] = source.read(name).to(torch.float32, copy=True).numpy()
         source.release()
         done += tensor.size
-        if progress is not None:
-            progress(done / total)
+        progress(done / total)
         return tensor
 
     return build_weights(shape, kind, read).arrays()

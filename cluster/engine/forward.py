@@ -15,6 +15,8 @@ from .plan import StepPlan
 
 Progress = Callable[[float], None]
 """Called with the share of the model that is loaded, 0 to 1."""
+Stage = Callable[[str, float | None], None]
+"""Called with what a start is busy with and the share of it that is done; None: not known."""
 
 
 class Forward(ABC):

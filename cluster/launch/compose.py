@@ -67,7 +67,7 @@ def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
         kv_cache_bytes=config.kv_cache_bytes,
         threads=config.threads,
         cpus=config.cpus,
-        progress=None if progress is None else lambda share: progress("loading weights", share),
+        stage=progress,
     )
 
 

@@ -25,7 +25,7 @@ from ...models.config import ModelConfig
 from ...models.reference import ModelFiles
 from ...types import SampledToken
 from ..fingerprint import fingerprint
-from ..forward import Forward, Progress
+from ..forward import Forward, Stage
 from ..plan import RowOutput, StepOutput, StepPlan
 from ..plan_check import check_plan
 from ..sampler import Sampler
@@ -68,11 +68,11 @@ class CpuDevice(Device):
         kernels: str = "auto",
         threads: int = 1,
         cpus: Sequence[int] = (),
-        progress: Progress | None = None,
+        stage: Stage | None = None,
     ) -> None:
         """Loads `files`. `dtype`: `bfloat16` or `float32`, of weights and KV; `quantization`: `w8a8` or None;
         `kernels`: as `kernels.dispatch.pick` takes it; `cpus`: processors that the computing threads are pinned to,
-        empty: not pinned; `progress`: share loaded, 0 to 1.
+        empty: not pinned; `stage`: follows the start.
 
         Raises ValueError naming the field (ModelError for the model's files).
         """
@@ -97,7 +97,7 @@ class CpuDevice(Device):
         self.kv: KVStore = store
         self._segment = store.segment
         self._sampler = Sampler()
-        self._forward: Forward | None = self._load(files, dtype, quantization, store, threads, progress)
+        self._forward: Forward | None = self._load(files, dtype, quantization, store, threads, stage)
         self._outputs: deque[StepOutput] = deque()
 
     def _load(
@@ -107,7 +107,7 @@ class CpuDevice(Device):
         quantization: str | None,
         store: HostKVStore,
         threads: int,
-        progress: Progress | None,
+        stage: Stage | None,
     ) -> Forward:
         if self.picked.kernels == "compiled":
             from ....kernels.compiled.sampling import RowSampler
@@ -121,10 +121,11 @@ class CpuDevice(Device):
                 fingerprint=self.fingerprint,
                 threads=threads,
                 cpus=tuple(sorted(self._cpus)),
-                progress=progress,
+                stage=stage,
             )
         from ..runner import TorchForward
 
+        progress = None if stage is None else lambda share: stage("loading weights", share)
         return TorchForward(files, dtype, self.picked.kernels, store.array, threads=threads, progress=progress)
 
     def launch(self, plan: StepPlan) -> None:
