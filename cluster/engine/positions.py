@@ -18,13 +18,13 @@ OPT_POSITION_OFFSET = 2
 def inverse_frequencies(config: ModelConfig) -> NDArray[np.float32]:
     """Rotary frequencies [D/2], theta^(-2i/D), scaled as the config says; radians per position. Not to be changed."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    frequencies = np.reciprocal(np.power(np.float32(config.rope_theta), exponents), dtype=np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
-        return frequencies / np.float32(scaling.factor)
+        return np.divide(frequencies, scaling.factor, dtype=np.float32)
     if scaling.kind == "llama3":
         factors = llama3_rope_factors(config.rope_theta, config.head_dim, scaling)
-        return frequencies / factors.astype(np.float32)
+        return np.divide(frequencies, factors.astype(np.float32), dtype=np.float32)
     raise ValueError(f"rope_scaling: kind {scaling.kind!r} is not one of ['linear', 'llama3']")

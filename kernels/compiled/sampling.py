@@ -7,6 +7,8 @@ edge between two tokens may draw the other one.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,8 +55,9 @@ def _peak(row: int, padded: int) -> float:
         x = load(row + 4 * i)
         largest = maximum(x, largest)
         strange = add(strange, where_less(x, infinity, zeros(), one))
-    peak: float = np.float32(np.nan) if sum_lanes(strange) > 0.0 else max_lanes(largest)
-    return peak
+    if sum_lanes(strange) > 0.0:
+        return math.nan
+    return max_lanes(largest)
 
 
 @kernel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,7 +12,7 @@ from ....kvtransfer.mapped.segment import KVSegment
 from ....kvtransfer.store import KVStore
 from ...models.config import ModelConfig
 
-STORED_AS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+STORED_AS: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 """Allowed dtypes of KV, and numpy's for their bits."""
 
 
