@@ -103,11 +103,12 @@ class Serve:
 
     def left(self) -> dict[str, Any]:
         """What is still there of all that `look` saw, and what should be gone whatever it saw."""
+        now = listening()
         alive = [p for p in self.traces.processes.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         found = {
             "processes": [(process.pid, process.name()) for process in alive],
             "strays": inside_of(self.folders()),
-            "ports": sorted(listening()[name] for name in self.traces.sockets.keys() & listening().keys()),
+            "ports": sorted(now[name] for name in self.traces.sockets.keys() & now.keys()),
             "shared memory": [path for path in self.traces.shared if Path(path.removesuffix(" (deleted)")).exists()],
             "folders": self.folders(),
         }
