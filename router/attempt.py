@@ -17,6 +17,7 @@ from typing import Any
 from ..cluster.clock import Clock
 from ..cluster.messages import sampling_to_proto, urgency_to_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
+from ..cluster.rpc import Refusal
 from ..cluster.types import SamplingParams, Side, Urgency
 from .link import Inbox, LinkLost, Refused, SubscriptionKey, WorkerEvent, WorkerLink
 from .mailbox import Mailbox
@@ -279,7 +280,12 @@ class Attempt:
             self.half.listen(self._inbox)
             if self.half.work is self.work:
                 self.asked = self.half.link.worker_id
-                await self.half.submit(sequence, handoff=self.decode is not None)
+                try:
+                    await self.half.submit(sequence, handoff=self.decode is not None)
+                except Refusal:
+                    for _ in self.events_here():  # a stream that broke meanwhile is told here: lost, not refused
+                        pass
+                    raise
         if self.decode is None or self._credit is None:
             return
         request = pb.DecodeRequest(sequence=sequence, credit_id=self._credit.credit_id, epoch=self._credit.epoch)

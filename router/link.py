@@ -259,8 +259,9 @@ class WorkerLink:
 
     def _lose(self, message: str, *, silent: bool = False) -> None:
         self.attached = False
-        self._commands.fail(message)
+        # Before the commands fail: one that was under way is not refused, its worker is lost.
         inboxes, self._inboxes = self._inboxes, {}
         for key, inbox in inboxes.items():
             inbox.put_nowait(LinkLost(self.worker_id, key.side, message, silent))
+        self._commands.fail(message)
         self._on_change()

@@ -42,6 +42,25 @@ async def test_a_lost_decode_worker_is_replaced_behind_the_tokens_sent(rig: Any)
         r.assert_nothing_left()
 
 
+@pytest.mark.parametrize("half", ["Prefill", "Decode"])
+@scenario
+async def test_a_worker_lost_before_it_answered_is_lost_and_did_not_refuse(rig: Any, half: str) -> None:
+    """Whether its answer was under way when its stream broke must not decide how the try is counted."""
+    async with rig() as r:
+        prefill, decode = await r.split()
+        answers(r, prefill, decode, list(b"abcd"))
+        broken = prefill if half == "Prefill" else decode
+        broken.hold[half] = asyncio.Event()
+        asked = asyncio.create_task(r.collect(r.request()))
+        kind = pb.PrefillRequest if half == "Prefill" else pb.DecodeRequest
+        await r.until(lambda: broken.requests(kind), "the command to be there")
+        del broken.hold[half]
+        broken.break_streams()
+        assert text_of(await asked) == "abcd"
+        assert r.metric("request_retries_total", reason="worker_lost") == 1
+        r.assert_nothing_left()
+
+
 @scenario
 async def test_a_stop_string_across_two_attempts_is_found(rig: Any) -> None:
     async with rig() as r:
