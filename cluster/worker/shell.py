@@ -21,6 +21,7 @@ import grpc
 from grpc import aio
 
 from ... import __version__
+from ...kvtransfer.freed_memory import keep_freed_memory
 from ..auth import OPEN, MemberCredentials
 from ..clock import Clock
 from ..config import WorkerConfig
@@ -32,7 +33,6 @@ from ..proto.tandem_internal_v1_pb2_grpc import RegistryStub
 from ..rpc import HEARTBEAT_TIMEOUT_S, PROTOCOL_VERSION, Refusal, open_channel
 from ..types import Role, SequenceSpec
 from .engine_thread import EngineStopped, EngineThread
-from .freed_memory import keep_freed_memory
 from .outbox import Outbox
 from .services import LiveSequence, RoleService
 

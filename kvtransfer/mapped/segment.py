@@ -4,7 +4,9 @@
 
 The header names the memory: a random nonce (drawn when it is made), the worker's epoch, the layout. The memory is a
 memfd: it has no name, lives as long as anybody maps it (so a reader survives the owner's kill -9) and is sealed, so
-that its size never changes (a reader cannot meet SIGBUS) and nobody but the owner's first mapping can write.
+that its size never changes (a reader cannot meet SIGBUS) and, once its descriptor is passed to readers, no further
+mapping can write: only the owner's first one does, and that of the process that moves the owner's KV
+(`kvtransfer.mover`), which `lend` gave it before.
 
 **Torn reads.** The owner raises a block's generation before it hands the block out anew, hence before anybody writes
 into it again; content under one generation never changes once a holder has named it. A reader compares the generation
@@ -33,7 +35,7 @@ VERSION = 1
 NONCE_BYTES = 16
 PAGE_BYTES = max(4096, mmap.PAGESIZE)
 _HEADER = struct.Struct("<8sIIQ16s16sQQQQQ")
-_MADV_POPULATE_READ = 22  # linux/mman.h; kernels from 5.14 on
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # linux/mman.h; kernels from 5.14 on
 _LINUX = sys.platform == "linux"
 if _LINUX:
     import fcntl
@@ -91,6 +93,7 @@ class KVSegment:
         self._shape = _shape_of(layout.block_bytes, num_blocks)
         self._fd, memory = _memory(self._shape.total_bytes)
         self._close_fd = None if self._fd is None else weakref.finalize(self, os.close, self._fd)
+        self._passed = False
         view, shape = memoryview(memory), self._shape
         self._header = view[: _HEADER.size]
         self.generations: memoryview = view[PAGE_BYTES : PAGE_BYTES + 8 * num_blocks].cast("Q")
@@ -111,7 +114,24 @@ class KVSegment:
         _HEADER.pack_into(self._header, 0, MAGIC, VERSION, _HEADER.size, epoch, self.nonce, self._digest, *sizes)
 
     def fileno(self) -> int:
-        """The memfd's descriptor, to be passed on. `SegmentError` if it is not `shareable`."""
+        """The memfd's descriptor, to be passed on to readers: from now on nobody can map it for writing. `SegmentError`
+        if it is not `shareable`.
+        """
+        fd = self._open_fd()
+        if not self._passed:
+            _forbid_writing(fd)
+            self._passed = True
+        return fd
+
+    def lend(self) -> int:
+        """The descriptor for a process of this worker's own, which may write too; it maps it before `fileno` is asked.
+        `SegmentError` if it is not `shareable`, or passed on already.
+        """
+        if self._passed:
+            raise SegmentError("this KV memory is sealed: no other process may write into it")
+        return self._open_fd()
+
+    def _open_fd(self) -> int:
         if self._fd is None:
             raise SegmentError("this KV memory is not shared")
         return self._fd
@@ -124,7 +144,7 @@ class KVSegment:
 
 
 def _memory(total_bytes: int) -> tuple[int | None, mmap.mmap]:
-    """A sealed memfd and its only writable mapping, or plain memory where the system has none."""
+    """A memfd that keeps its size, mapped, or plain memory where the system has none."""
     if not _LINUX:
         return None, mmap.mmap(-1, total_bytes)
     try:
@@ -135,27 +155,29 @@ def _memory(total_bytes: int) -> tuple[int | None, mmap.mmap]:
         os.ftruncate(fd, total_bytes)
         memory = mmap.mmap(fd, total_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        with contextlib.suppress(OSError):  # an older kernel: readers could write, if they meant to
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise
     return fd, memory
 
 
-class MappedSegment:
-    """Another worker's segment, mapped for reading. The mapping lives as long as this object or a view of its
-    blocks.
-    """
+def _forbid_writing(fd: int) -> None:
+    """Mappings that can write stay, further ones are refused; no seal can be added after this."""
+    with contextlib.suppress(OSError):  # an older kernel: readers could write, if they meant to
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
 
-    def __init__(self, fd: int, *, nonce: bytes, epoch: int, layout: KVLayout) -> None:
+
+class MappedSegment:
+    """A segment of another process, mapped. The mapping lives as long as this object or a view of its blocks."""
+
+    def __init__(self, fd: int, *, nonce: bytes, epoch: int, layout: KVLayout, writable: bool = False) -> None:
         """Maps `fd` (which stays the caller's) and checks that it is the segment that was offered. `SegmentError` says
-        what is wrong with it.
+        what is wrong with it. `writable`: of this process's own worker, which lent it.
         """
         if not _LINUX:
             raise SegmentError("only Linux has memfd")
-        memory = _map(fd)
+        memory = _map(fd, writable)
         view = memoryview(memory)
         shape = _check_header(view, nonce=nonce, epoch=epoch, layout=layout)
         self.nonce = nonce
@@ -164,12 +186,15 @@ class MappedSegment:
         self._memory = memory
         self._blocks_offset = shape.blocks_offset
         self._populated = bytearray(shape.num_blocks)
+        self._populate_advice = _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ
         self._generations = view[shape.generations_offset :][: 8 * shape.num_blocks].cast("Q")
         self._blocks = view[shape.blocks_offset :][: shape.num_blocks * shape.block_bytes]
         self._fence = threading.Lock()
 
     def block(self, block_id: int) -> memoryview:
-        """The block's bytes as they are at any moment, read-only. `SegmentError` if there is no such block."""
+        """The block's bytes as they are at any moment, writable where the mapping is. `SegmentError` if there is no
+        such block.
+        """
         if not 0 <= block_id < self.num_blocks:
             raise SegmentError(f"block_id: {block_id} is not in 0…{self.num_blocks - 1}")
         return self._blocks[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
@@ -183,8 +208,8 @@ class MappedSegment:
             return values
 
     def populate(self, block_ids: Sequence[int]) -> None:
-        """Puts the pages of blocks that are about to be read into this mapping, a call for each stretch of them in
-        place of a fault for each page. Once for each block; blocks that exist.
+        """Puts the pages of blocks that are about to be read, or written, into this mapping, a call for each stretch of
+        them in place of a fault for each page. Once for each block; blocks that exist.
         """
         missing = [block_id for block_id in block_ids if not self._populated[block_id]]
         for first, last in _stretches(missing):
@@ -192,7 +217,7 @@ class MappedSegment:
             begin -= begin % PAGE_BYTES
             end = self._blocks_offset + (last + 1) * self.block_bytes
             with contextlib.suppress(OSError):  # an older kernel: pages come one by one
-                self._memory.madvise(_MADV_POPULATE_READ, begin, end - begin)
+                self._memory.madvise(self._populate_advice, begin, end - begin)
             self._populated[first : last + 1] = b"\1" * (last + 1 - first)
 
 
@@ -213,14 +238,14 @@ def take(fd: int, *, nonce: bytes, epoch: int, layout: KVLayout) -> MappedSegmen
         os.close(fd)
 
 
-def _map(fd: int) -> mmap.mmap:
+def _map(fd: int, writable: bool) -> mmap.mmap:
     try:
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise SegmentError("the memory is not sealed: its owner could shrink it under a reader")
         total_bytes = os.fstat(fd).st_size
         if total_bytes < PAGE_BYTES:
             raise SegmentError(f"a segment of {total_bytes} bytes is too short")
-        return mmap.mmap(fd, total_bytes, prot=mmap.PROT_READ)
+        return mmap.mmap(fd, total_bytes, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
     except (OSError, ValueError) as error:
         raise SegmentError(f"cannot map the segment: {error}") from error
 

@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import resource
-from tandem.cluster.worker.freed_memory import keep_freed_memory
+from tandem.kvtransfer.freed_memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
