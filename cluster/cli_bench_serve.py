@@ -196,7 +196,7 @@ def _json_object(name: str, text: str | None) -> dict[str, Any]:
 
 
 def _run(options: BenchOptions, output: Any) -> int:
-    """Returns the exit code: 1 where no request came to its end."""
+    """Returns the exit code: 1 where no request came to its end, 130 where Ctrl-C ended the run."""
     import uvloop
 
     from .bench.report import RequestRecord
@@ -215,6 +215,8 @@ def _run(options: BenchOptions, output: Any) -> int:
         result = uvloop.run(run_bench(options, on_done))
     for note in result.notes:
         display.line(f"note: {note}")
+    if result.interrupted and not result.records:
+        return result.exit_code
     closed = options.max_concurrency is not None
     display.line(table(result.summary, options.percentiles, options.percentile_metrics, closed_loop=closed))
     errors = sorted({record.error for record in result.records if record.error})
@@ -222,7 +224,7 @@ def _run(options: BenchOptions, output: Any) -> int:
         display.line(f"failed      {error}")
     for line in output.write_run(result, options):
         display.line(line)
-    return 0 if result.summary.completed else 1
+    return result.exit_code or (0 if result.summary.completed else 1)
 
 
 def _pace(options: BenchOptions) -> str:
@@ -235,7 +237,7 @@ def _pace(options: BenchOptions) -> str:
 
 
 def _run_sweep(options: BenchOptions, plan: SweepPlan, output: Any) -> int:
-    """Returns the exit code: 1 where no request came to its end."""
+    """Returns the exit code: 1 where no request came to its end, 130 where Ctrl-C ended the sweep."""
     import uvloop
 
     from .bench.show import SWEEP_HEAD, promised, sweep_row, sweep_verdict
@@ -251,8 +253,12 @@ def _run_sweep(options: BenchOptions, plan: SweepPlan, output: Any) -> int:
     )
     display.line(SWEEP_HEAD)
     result = uvloop.run(run_sweep(options, plan, lambda point: display.line(sweep_row(point, plan.target))))
+    if result.exit_code:
+        display.line("PARTIAL: interrupted; the point that was being measured is left out")
+        if not result.points:
+            return result.exit_code
     display.line(f"\n{sweep_verdict(result)}")
     for line in output.write_sweep(result):
         display.line(line)
     runs = [run for point in result.points for run in point.runs]
-    return 0 if any(run.failed < run.requests for run in runs) else 1
+    return result.exit_code or (0 if any(run.failed < run.requests for run in runs) else 1)

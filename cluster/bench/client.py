@@ -207,6 +207,7 @@ class HttpSender:
                 self._idle.append(connection)
             else:
                 connection.close()
+        ended_s = time.monotonic()
         return read_events(
             connection.status if connection else 0,
             split_events(connection.pieces) if connection else (),
@@ -214,6 +215,7 @@ class HttpSender:
             due_s=due_s,
             sent_s=sent_s,
             prompt_tokens=0 if isinstance(request.prompt, str) else len(request.prompt),
+            ended_s=ended_s,
         )
 
     async def close(self) -> None:

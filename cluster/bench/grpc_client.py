@@ -106,7 +106,7 @@ class GrpcSender:
         except asyncio.CancelledError:
             call.cancel()
             raise
-        return read_messages(pieces, error, due_s=due_s, sent_s=sent_s)
+        return read_messages(pieces, error, due_s=due_s, sent_s=sent_s, ended_s=time.monotonic())
 
     async def close(self) -> None:
         """Ends what is under way."""
@@ -126,7 +126,9 @@ class GrpcSender:
         return message
 
 
-def read_messages(pieces: Sequence[tuple[float, bytes]], error: str, *, due_s: float, sent_s: float) -> RequestRecord:
+def read_messages(
+    pieces: Sequence[tuple[float, bytes]], error: str, *, due_s: float, sent_s: float, ended_s: float | None = None
+) -> RequestRecord:
     """Makes a record from the serialized messages of a stream, each with its time. A piece of output has tokens. Pure.
 
     A choice ends with a message that may have none; usage comes with the last one, and with it the stream is whole.
@@ -163,6 +165,7 @@ def read_messages(pieces: Sequence[tuple[float, bytes]], error: str, *, due_s: f
         output_tokens=tokens,
         text="".join(texts),
         error=error,
+        ended_s=ended_s,
         timings=timings,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from .client import Send
 from .datasets import BenchRequest
+from .interrupt import Stop
 from .report import RequestRecord
 from .sweep import Watch
 
@@ -22,7 +23,7 @@ class Load:
     """What came of a load."""
 
     records: list[RequestRecord]
-    """In order of arrival; fewer than the requests where the load was ended early."""
+    """In order of arrival; fewer than the requests where the load was ended early or interrupted."""
     begin_s: float
     stalls_s: list[float] = field(default_factory=list)
     """How late the event loop came back, looked at twenty times a second: what arrives then is stamped late."""
@@ -31,6 +32,9 @@ class Load:
     ended_early: bool = False
     overdue: int = 0
     """Requests that were given up when the load was ended early, and had failed by then."""
+    interrupted: bool = False
+    given_up: int = 0
+    """Requests that were under way when the load was ended early or interrupted."""
 
 
 async def run_load(
@@ -41,12 +45,14 @@ async def run_load(
     max_concurrency: int | None = None,
     on_done: Callable[[RequestRecord], None] | None = None,
     watch: Watch | None = None,
+    stop: Stop | None = None,
     name: str = "",
 ) -> Load:
     """Sends every request at its arrival time.
 
     The loop is open unless `max_concurrency` holds requests back; what it holds back shows as lateness. With `watch`,
-    the load ends once its point is lost: what is under way is given up. Requests are called `<name>-<place>`.
+    the load ends once its point is lost, with `stop` when that is set: what is under way is given up. Requests are
+    called `<name>-<place>`.
     """
     room = None if max_concurrency is None else asyncio.Semaphore(max_concurrency)
     cpu_s = time.process_time()
@@ -54,15 +60,18 @@ async def run_load(
     found: dict[int, RequestRecord] = {}
     flying: dict[int, float] = {}
 
-    async def one(place: int, due_s: float) -> None:
+    async def fly(place: int, due_s: float) -> RequestRecord:
         flying[place] = time.monotonic()
-        request_id = f"{name}-{place}" if name else ""
+        record = await send(requests[place], due_s, f"{name}-{place}" if name else "")
+        del flying[place]
+        return record
+
+    async def one(place: int, due_s: float) -> None:
         if room is None:
-            record = await send(requests[place], due_s, request_id)
+            record = await fly(place, due_s)
         else:
             async with room:
-                record = await send(requests[place], due_s, request_id)
-        del flying[place]
+                record = await fly(place, due_s)
         found[place] = record
         if watch is not None:
             watch.done(record)
@@ -79,8 +88,9 @@ async def run_load(
 
     sending = asyncio.ensure_future(send_all())
     try:
-        await _look_on(sending, load, flying, requests, watch)
-        if load.ended_early:
+        await _look_on(sending, load, flying, requests, watch, stop)
+        if load.ended_early or load.interrupted:
+            load.given_up = len(flying)
             sending.cancel()
             await asyncio.wait([sending])
         else:
@@ -98,8 +108,9 @@ async def _look_on(
     flying: dict[int, float],
     requests: Sequence[BenchRequest],
     watch: Watch | None,
+    stop: Stop | None,
 ) -> None:
-    """Until all is done, or lost: measures how late the event loop comes back, and asks the watch."""
+    """Until all is done, lost, or told to stop: measures how late the event loop comes back, and asks the watch."""
     while not sending.done():
         asked_s = time.monotonic()
         await asyncio.wait([sending], timeout=_LOOK_S)
@@ -107,6 +118,9 @@ async def _look_on(
         if sending.done():
             return
         load.stalls_s.append(max(0.0, now_s - asked_s - _LOOK_S))
+        if stop is not None and stop.is_set():
+            load.interrupted = True
+            return
         if watch is None:
             continue
         overdue = sum(watch.is_overdue(now_s - sent_s, requests[place].max_tokens) for place, sent_s in flying.items())

@@ -38,6 +38,8 @@ class RequestRecord:
     text: str = ""
     error: str = ""
     """Empty: the request ended well."""
+    ended_s: float | None = None
+    """When the answer was over, well or not; None: nobody looked."""
     timings: Mapping[str, float | str] = field(default_factory=dict)
     """The server's own, where it sends them (`cluster.types.Timings`)."""
 
@@ -158,7 +160,7 @@ def summarize(
     `stalls_s`: by how much the client's event loop came back late, whenever that was looked at.
     """
     done = [record for record in records if record.ok]
-    ends = [record.last_token_s for record in done if record.last_token_s is not None]
+    ends = [end_s for record in records if (end_s := record.last_token_s if record.ok else record.ended_s) is not None]
     begin = min((record.sent_s for record in records), default=0.0)
     duration_s = max(max(ends, default=begin) - begin, 1e-9)
     series: dict[str, Sequence[float | None]] = {

@@ -16,7 +16,8 @@ import orjson
 
 from .client import HttpSender, Send, Target
 from .grpc_client import GrpcSender
-from .load import run_load
+from .interrupt import Stop, finishes, stops
+from .load import Load, run_load
 from .options import BenchOptions
 from .report import RequestRecord, Summary, result_json, summarize
 from .server import COMMON_IDS, Server, ServerUnusable
@@ -38,6 +39,10 @@ class BenchResult:
     notes: tuple[str, ...] = ()
     """What a reader of the numbers should know."""
     ended_early: bool = False
+    interrupted: bool = False
+    """By a signal: `records` are those of the requests that had ended by then."""
+    exit_code: int = 0
+    """What the signal asks for; 0: there was none."""
     overdue: int = 0
     """Requests without a record that had failed when the load was ended early."""
     name: str = ""
@@ -64,9 +69,12 @@ class Served:
 
 
 async def run_bench(options: BenchOptions, on_done: OnDone | None = None) -> BenchResult:
-    """Runs the load. Raises ServerUnusable where nothing can be sent; single failures are in the records."""
+    """Runs the load; a signal ends it with what has been measured. Raises ServerUnusable where nothing can be sent;
+    single failures are in the records.
+    """
     async with connect(options) as served:
-        return await run_once(options, served, on_done)
+        with stops() as stop:
+            return await run_once(options, served, on_done, stop=stop)
 
 
 @asynccontextmanager
@@ -130,32 +138,52 @@ def _served(
 
 
 async def run_once(
-    options: BenchOptions, served: Served, on_done: OnDone | None = None, watch: Watch | None = None
+    options: BenchOptions,
+    served: Served,
+    on_done: OnDone | None = None,
+    watch: Watch | None = None,
+    stop: Stop | None = None,
 ) -> BenchResult:
-    """One load after its warm-ups; ended early where `watch` says so. Raises ServerUnusable, ValueError."""
+    """One load after its warm-ups; ended early where `watch` or `stop` say so. Raises ServerUnusable, ValueError."""
     workload = make_workload(options, served.vocabulary, served.max_model_len)
-    await warm_up(workload.warmups, served, options)
+    warm = await finishes(warm_up(workload.warmups, served, options), stop)
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     name = f"bench-{secrets.token_hex(4)}"
-    load = await run_load(
-        served.send,
-        workload.requests,
-        workload.arrivals_s,
-        max_concurrency=options.max_concurrency,
-        on_done=on_done,
-        watch=watch,
-        name=name,
-    )
+    load = Load(records=[], begin_s=0.0, interrupted=True)
+    if warm:
+        load = await run_load(
+            served.send,
+            workload.requests,
+            workload.arrivals_s,
+            max_concurrency=options.max_concurrency,
+            on_done=on_done,
+            watch=watch,
+            stop=stop,
+            name=name,
+        )
     percentiles = sorted({*options.percentiles, 99.0})
     return BenchResult(
         summary=summarize(load.records, options.goodput_ms, percentiles, load.stalls_s),
         records=tuple(load.records),
-        facts=_facts(options, served.model, date, workload) | {"client_cpu_s": load.cpu_s},
+        facts=_facts(options, served.model, date, workload)
+        | {"client_cpu_s": load.cpu_s, "interrupted": load.interrupted},
         metrics=options.percentile_metrics,
-        notes=served.notes + workload.notes,
+        notes=served.notes + workload.notes + _partial(load, len(workload.requests)),
+        interrupted=load.interrupted,
+        exit_code=stop.exit_code if stop is not None and load.interrupted else 0,
         ended_early=load.ended_early,
         overdue=load.overdue,
         name=name,
+    )
+
+
+def _partial(load: Load, planned: int) -> tuple[str, ...]:
+    """What a reader of an interrupted run's numbers should know."""
+    if not load.interrupted:
+        return ()
+    return (
+        f"PARTIAL: interrupted when {len(load.records)} of {planned} requests had ended; {load.given_up} under way "
+        "were given up and are not counted, long answers more often than short ones",
     )
 
 

@@ -52,6 +52,7 @@ def read_events(
     due_s: float,
     sent_s: float,
     prompt_tokens: int = 0,
+    ended_s: float | None = None,
 ) -> RequestRecord:
     """Makes a record from the events of a stream.
 
@@ -84,6 +85,7 @@ def read_events(
         output_tokens=len(times) if reading.output_tokens is None else reading.output_tokens,
         text="".join(text for _, text in reading.shown),
         error=reading.error,
+        ended_s=ended_s,
     )
 
 

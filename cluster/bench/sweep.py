@@ -92,7 +92,9 @@ class SweepResult:
     promises_ms: Mapping[str, float]
     points: tuple[SweepPoint, ...]
     complete: bool = True
-    """False: the bound on points or time came before the gap was narrow."""
+    """False: the bound on points or time, or a signal, came before the gap was narrow."""
+    exit_code: int = 0
+    """What a signal that ended it asks for; 0: there was none."""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -114,6 +116,7 @@ class SweepResult:
             "attainment_target": self.target,
             "goodput_slo_ms": dict(self.promises_ms),
             "complete": self.complete,
+            "interrupted": self.exit_code != 0,
             "best_rate": None if best is None else best.rate,
             "points": [
                 {

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from .interrupt import Stop, stops
 from .options import BenchOptions
 from .report import distortion
 from .run import OnDone, Served, connect, run_once
@@ -65,24 +66,28 @@ OnPoint = Callable[[SweepPoint], None]
 async def run_sweep(
     options: BenchOptions, plan: SweepPlan, on_point: OnPoint | None = None, on_done: OnDone | None = None
 ) -> SweepResult:
-    """Measures points until the knee is found or a bound is met. Raises ServerUnusable, ValueError.
+    """Measures points until the knee is found, a bound is met or a signal comes: the point under way then is left out.
+    Raises ServerUnusable, ValueError.
 
     Every run has a seed of its own, counted up from the options': a prompt sent twice would measure the prefix cache.
     """
     check_sweep(options)
     points: list[SweepPoint] = []
     search = RateSearch(start=plan.start_rate, resolution=plan.resolution, max_points=plan.max_points)
-    async with connect(options) as served, aclosing(_points(options, plan, search, served, on_done)) as measured:
-        async for point in measured:
-            points.append(point)
-            if on_point is not None:
-                on_point(point)
+    async with connect(options) as served:
+        with stops() as stop:
+            async with aclosing(_points(options, plan, search, served, on_done, stop)) as measured:
+                async for point in measured:
+                    points.append(point)
+                    if on_point is not None:
+                        on_point(point)
     return SweepResult(
         label=options.label or served.model,
         target=plan.target,
         promises_ms=options.goodput_ms,
         points=tuple(sorted(points, key=lambda point: point.rate)),
         complete=len(points) == len(plan.rates) if plan.rates else search.settled,
+        exit_code=stop.exit_code if stop.is_set() else 0,
         facts={
             "backend": options.chosen_backend,
             "base_url": options.url,
@@ -97,7 +102,7 @@ async def run_sweep(
 
 
 async def _points(
-    options: BenchOptions, plan: SweepPlan, search: RateSearch, served: Served, on_done: OnDone | None
+    options: BenchOptions, plan: SweepPlan, search: RateSearch, served: Served, on_done: OnDone | None, stop: Stop
 ) -> AsyncGenerator[SweepPoint]:
     end_s = time.monotonic() + plan.timeout_s
     seed = options.seed
@@ -110,8 +115,10 @@ async def _points(
             if time.monotonic() > end_s:
                 return  # a point of fewer seeds than the others would be none
             result = await run_once(
-                replace(options, num_prompts=count, request_rate=rate, seed=seed), served, on_done, watch
+                replace(options, num_prompts=count, request_rate=rate, seed=seed), served, on_done, watch, stop
             )
+            if result.interrupted:
+                return
             late = bool(distortion(result.summary))
             runs.append(
                 sweep_run(

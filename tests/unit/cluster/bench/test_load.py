@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from tandem.cluster.bench import sweep_load
 from tandem.cluster.bench.datasets import BenchRequest
+from tandem.cluster.bench.interrupt import Stop, finishes, stops
 from tandem.cluster.bench.load import Load, run_load
 from tandem.cluster.bench.options import BenchOptions
 from tandem.cluster.bench.report import RequestRecord, summarize
@@ -85,6 +87,62 @@ def test_a_lost_load_ends_and_gives_up_what_is_under_way() -> None:
     assert sorted(given_up) == ["1", "2", "3"]
 
 
+def test_what_concurrency_holds_back_is_not_under_way() -> None:
+    """A request that waits for its turn has no promise to miss yet."""
+
+    async def send(request: BenchRequest, due_s: float, request_id: str) -> RequestRecord:
+        await asyncio.sleep(0.08)  # two looks at a promise of 50 ms
+        return answered(due_s, 0.01)
+
+    found = load(send, 6, max_concurrency=1, watch=Watch(PROMISES, forgiven=1))
+    assert not found.ended_early
+    assert len(found.records) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_load_with_what_was_measured(number: signal.Signals) -> None:
+    async def send(request: BenchRequest, due_s: float, request_id: str) -> RequestRecord:
+        if request.prompt == "2":
+            signal.raise_signal(number)
+        if request.prompt in "01":
+            return answered(due_s, 0.01)
+        await asyncio.sleep(60)
+        return answered(due_s, 60.0)
+
+    async def run() -> tuple[Load, int]:
+        with stops() as stop:
+            requests = [BenchRequest(prompt=str(place), max_tokens=1) for place in range(4)]
+            return await run_load(send, requests, [0.0] * 4, stop=stop), stop.exit_code
+
+    before = signal.getsignal(number)
+    found, code = asyncio.run(run())
+    assert (found.interrupted, len(found.records), found.given_up) == (True, 2, 2)
+    assert code == 128 + number
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_does_what_it_always_did() -> None:
+    async def run() -> None:
+        with stops() as stop:
+            signal.raise_signal(signal.SIGINT)
+            await stop.wait()
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(run())
+
+
+def test_work_ends_with_its_stop() -> None:
+    async def run() -> tuple[bool, bool]:
+        stop = Stop()
+        well = await finishes(asyncio.sleep(0), stop)
+        stop.set()
+        return well, await finishes(asyncio.sleep(60), stop)
+
+    assert asyncio.run(run()) == (True, False)
+
+
 def test_an_event_loop_that_stalls_is_seen() -> None:
     async def send(request: BenchRequest, due_s: float, request_id: str) -> RequestRecord:
         for _ in range(4):
@@ -105,11 +163,13 @@ def test_a_wrong_request_is_an_error_not_a_record() -> None:
     assert caught.group_contains(ValueError, match="takes text")
 
 
-def sweep(knee: float, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> tuple[SweepResult, list[SweepPoint], list[int]]:
+def sweep(
+    knee: float, monkeypatch: pytest.MonkeyPatch, interrupt_at: int = 0, **plan: Any
+) -> tuple[SweepResult, list[SweepPoint], list[int]]:
     """A server that keeps its promises up to `knee` requests/s, whatever else happens; and the seeds of the runs."""
     seeds: list[int] = []
 
-    async def run_once(options: BenchOptions, served: Served, on_done: Any, watch: Watch | None) -> Any:
+    async def run_once(options: BenchOptions, served: Served, on_done: Any, watch: Watch | None, stop: Stop) -> Any:
         seeds.append(options.seed)
         ttft_s = 0.01 if options.request_rate <= knee else 0.5
         records = [
@@ -127,7 +187,10 @@ def sweep(knee: float, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> tuple[Sw
             watch.done(record)
             early = early or watch.is_lost(0)
         summary = summarize(records, PROMISES, (99.0,))
-        return type("Result", (), {"records": records, "summary": summary, "ended_early": early, "overdue": 0})
+        if len(seeds) == interrupt_at:
+            stop.set()
+        found = {"records": records, "summary": summary, "ended_early": early, "overdue": 0}
+        return type("Result", (), {**found, "interrupted": stop.is_set()})
 
     @contextlib.asynccontextmanager
     async def connect(options: BenchOptions) -> AsyncIterator[Served]:
@@ -142,6 +205,14 @@ def sweep(knee: float, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> tuple[Sw
     options = BenchOptions(goodput_ms=PROMISES, seed=7)
     result = asyncio.run(run_sweep(options, SweepPlan(**{"duration_s": 5.0, **plan}), points.append))
     return result, points, seeds
+
+
+def test_an_interrupted_sweep_keeps_its_whole_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, points, _ = sweep(50.0, monkeypatch, interrupt_at=5)
+    assert [point.rate for point in points] == [1.0]
+    assert result.points == tuple(points)
+    assert (result.complete, result.exit_code) == (False, 130)
+    assert result.as_json()["interrupted"] is True
 
 
 def test_a_sweep_finds_the_knee_with_a_seed_of_its_own_for_each_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,3 +195,11 @@ def test_the_table_has_the_rows_and_columns_that_were_asked_for() -> None:
     text = table(summarize(ALL, {}, (50.0, 90.0)), (50.0, 90.0), ("ttft",))
     assert text.splitlines()[0].split() == ["ms", "mean", "median", "p50", "p90", "max"]
     assert [line.split()[0] for line in text.splitlines()[2:5]] == ["TTFT", "sent", "read"]
+
+
+def test_a_failure_that_was_waited_for_counts_as_time() -> None:
+    waited = RequestRecord(due_s=11.0, sent_s=11.0, error="no end within 9 s", ended_s=20.0)
+    summary = summarize((*ALL, waited), {"ttft": 250.0})
+    assert summary.duration_s == pytest.approx(10.0)  # 10.0 to 20.0
+    assert summary.request_throughput == pytest.approx(0.3)
+    assert summarize((waited,), {}).duration_s == pytest.approx(9.0)
