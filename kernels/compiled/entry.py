@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.ir as ir
-import numba
 from numba import types
+from numba.core import sigutils
+from numba.core.ccallback import CFunc
 
+from .code_cache import CodeCache
 from .emit import I64, operation
-from .target import code_folder
+from .target import OPTIONS, code_folder
 
 
 @functools.cache
@@ -27,14 +29,11 @@ def entry(kernel: Callable[..., Any]) -> Any:
     """
     function = kernel.py_func  # type: ignore[attr-defined]
     signature = types.void(*[types.int64] * function.__code__.co_argcount)
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(code_folder())
-    try:
-        return numba.cfunc(signature, cache=True, error_model="numpy", boundscheck=False)(function)
-    except RuntimeError:  # no folder can be written: numba finds no place for its cache
-        return numba.cfunc(signature, error_model="numpy", boundscheck=False)(function)
-    finally:
-        numba.config.CACHE_DIR = before
+    options = {"error_model": OPTIONS["error_model"], "boundscheck": OPTIONS["boundscheck"]}
+    callback: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+    callback._cache = CodeCache(function, code_folder(), form="entry")
+    callback.compile()
+    return callback
 
 
 def entry_call(arguments: int) -> Any:

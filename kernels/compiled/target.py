@@ -10,13 +10,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 import numba
+
+from .code_cache import CodeCache
 
 ISA_ENVIRONMENT = "TANDEM_CPU_ISA"
 ISAS = {"generic": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
@@ -77,17 +81,24 @@ def detect(cpu: str, features: dict[str, bool], wanted: str | None) -> Target:
 TARGET = detect(llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()), os.environ.get(ISA_ENVIRONMENT))
 
 
+OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+"""How kernels are compiled. No fast-math: sums keep their order, and only an explicit `simd.fma` is fused, so that a
+result does not depend on what was compiled around it."""
+
+
 @functools.cache
 def code_folder() -> Path:
     """Where compiled code is kept: one folder per level, processor, compiler and source of these kernels.
 
-    numba's own check knows only the file that defines a kernel, not what it calls; hence the hash over all sources.
+    What a kernel calls is compiled into it; hence the hash over all sources.
     """
     configured = os.environ.get("TANDEM_CACHE")
     root = Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tandem"
     digest = hashlib.blake2b(digest_size=8)
     for part in (
+        sys.version,
         numba.__version__,
+        llvmlite.__version__,
         str(numba.config.OPT),
         llvm.llvm_version_info,
         TARGET.cpu,
@@ -102,16 +113,10 @@ def code_folder() -> Path:
 def kernel(function: Callable[..., Any] | None = None, *, inline: bool = False) -> Any:
     """Decorator: compile at the first call for `TARGET`, without the interpreter lock, and keep the code on disk.
 
-    No fast-math: sums keep their order, and only an explicit `simd.fma` is fused, so that a result does not depend on
-    what was compiled around it. `inline`: always into its caller (small helpers over vectors).
+    `inline`: always into its caller (small helpers over vectors).
     """
     if function is None:
         return functools.partial(kernel, inline=inline)
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(code_folder())
-    try:
-        return numba.njit(nogil=True, error_model="numpy", boundscheck=False, cache=True, forceinline=inline)(function)
-    except RuntimeError:  # no folder can be written: numba finds no place for its cache
-        return numba.njit(nogil=True, error_model="numpy", boundscheck=False, forceinline=inline)(function)
-    finally:
-        numba.config.CACHE_DIR = before
+    compiled = numba.njit(forceinline=inline, **OPTIONS)(function)
+    compiled._cache = CodeCache(function, code_folder())
+    return compiled
