@@ -95,7 +95,7 @@ def batching(
     from .bench.claims_systems import BLOCK_SIZE, DISTSERVE_MODEL, KV_TOKENS
     from .bench.claims_virtual import EngineShape
     from .cli_display import Display
-    from .step_profile import distserve_profile
+    from .latency.profile import distserve_profile
 
     if profile is None:
         raise ValueError("profile: is missing; allowed: DistServe's profiler-a100-80g.distserve.json")
@@ -148,7 +148,7 @@ def _paced_systems(
     from pathlib import Path
 
     from .bench.claims_systems import DISTSERVE_MODEL, KV_TOKENS, paced_systems, token_bytes, tuned_budget
-    from .step_profile import distserve_profile
+    from .latency.profile import distserve_profile
 
     paths = []
     for parallel in (1, prefill_tp):

@@ -140,7 +140,7 @@ def seq_id(request_id: str, choice: int, side: Side, attempt: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimeCoefficients:
-    """Linear step-time model reported by a worker; see `cluster.latency`. All in seconds."""
+    """Linear step-time model reported by a worker; see `cluster.latency.linear`. All in seconds."""
 
     step_s: float = 0.0
     prefill_token_s: float = 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..cluster.latency import DEFAULT_TOKEN_BUDGET, StepTimeModel
+from ..cluster.latency.linear import DEFAULT_TOKEN_BUDGET, StepTimeModel
 from ..cluster.types import Role, Urgency
 from .placement import WorkerView
 

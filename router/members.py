@@ -21,7 +21,7 @@ from grpc import aio
 
 from ..cluster.auth import OPEN, MemberCredentials
 from ..cluster.clock import Clock
-from ..cluster.latency import StepTimeModel
+from ..cluster.latency.linear import StepTimeModel
 from ..cluster.messages import step_time_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.proto.tandem_internal_v1_pb2_grpc import RegistryServicer

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..cluster.latency import StepTimeModel
+from ..cluster.latency.linear import StepTimeModel
 from ..cluster.types import Role, StepTimeCoefficients, Urgency
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..step_profile import StepProfile
+from ..latency.profile import StepProfile
 from .arrivals import arrival_times
 from .claims_virtual import EngineShape, Job, Served, VirtualEngine
 from .sweep import RateSearch

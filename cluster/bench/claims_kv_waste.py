@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..engine.plan import StepPlan
-from ..step_profile import DecodeTerms, StepProfile
+from ..latency.profile import DecodeTerms, StepProfile
 from .claims_virtual import EngineShape, Job, VirtualEngine
 
 PAPER_SLOTS = 15_700

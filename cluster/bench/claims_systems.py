@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..config import EngineConfig
+from ..latency.profile import StepProfile
 from ..models.registry import CONFIGS
-from ..step_profile import StepProfile
 from .arrivals import arrival_times
 from .claims_cluster import System
 from .claims_virtual import EngineShape, Job, Served, VirtualEngine

@@ -17,7 +17,7 @@ from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import Scheduler
 from ..engine.scheduler_events import SequenceFailed, TokensEmitted
 from ..engine.step_shape import step_shape
-from ..step_profile import StepProfile
+from ..latency.profile import StepProfile
 from ..types import Role, SampledToken, SamplingParams, SequenceSpec
 
 MAX_JOBS = 2**20

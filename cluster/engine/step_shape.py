@@ -1,4 +1,4 @@
-"""What a step's time depends on, read off its plan: what `cluster.latency` and `cluster.step_profile` take. Pure."""
+"""What a step's time depends on, read off its plan: what the models of `cluster.latency` take. Pure."""
 
 from __future__ import annotations
 

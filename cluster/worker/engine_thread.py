@@ -25,7 +25,7 @@ from ..engine.plan import StepPlan
 from ..engine.scheduler import Scheduler
 from ..engine.scheduler_events import SchedulerEvent
 from ..engine.step_shape import step_shape
-from ..latency import OnlineStepTimeFit
+from ..latency.linear import OnlineStepTimeFit
 from ..types import EngineLoad, StepTimeCoefficients
 
 R = TypeVar("R")

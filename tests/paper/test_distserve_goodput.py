@@ -14,7 +14,7 @@ from tandem.cluster.bench.claims_systems import (
     tuned_budget,
 )
 from tandem.cluster.bench.report import RequestRecord
-from tandem.cluster.step_profile import DecodeTerms, StepProfile, distserve_profile
+from tandem.cluster.latency.profile import DecodeTerms, StepProfile, distserve_profile
 
 PROFILE = "measured/distserve/profiler-a100-80g.distserve.json"
 

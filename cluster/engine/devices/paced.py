@@ -29,8 +29,8 @@ from ....kvtransfer.mapped.segment import KVSegment
 from ....kvtransfer.store import KVStore
 from ...clock import Clock, MonotonicClock, VirtualClock
 from ...config import EngineConfig
+from ...latency.profile import StepProfile, read_profile
 from ...models.config import ModelConfig
-from ...step_profile import StepProfile, read_profile
 from ...types import SampledToken, StepTimeCoefficients
 from ..plan import RowOutput, StepOutput, StepPlan, StepRow
 from ..step_shape import step_shape

@@ -12,9 +12,9 @@ from tandem.cluster.clock import VirtualClock
 from tandem.cluster.config import EngineConfig
 from tandem.cluster.engine.devices.paced import KVCorruption, PacedDevice, PacedKVStore, expected_tokens
 from tandem.cluster.engine.plan import StepPlan, StepRow
+from tandem.cluster.latency.profile import DecodeTerms, StepProfile
 from tandem.cluster.models.config import Architecture, ModelConfig
 from tandem.cluster.models.registry import CONFIGS
-from tandem.cluster.step_profile import DecodeTerms, StepProfile
 from tandem.cluster.types import SampledToken, SamplingParams, StepTimeCoefficients
 
 PROMPT = [7, 3, 999, 0, 0, 12, 5, 8, 1]

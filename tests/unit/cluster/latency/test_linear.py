@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tandem.cluster.engine.plan import StepPlan, StepRow
 from tandem.cluster.engine.step_shape import StepShape, step_shape
-from tandem.cluster.latency import DEFAULT_PRIOR, OnlineStepTimeFit, StepTimeModel
+from tandem.cluster.latency.linear import DEFAULT_PRIOR, OnlineStepTimeFit, StepTimeModel
 from tandem.cluster.types import StepTimeCoefficients
 
 TRUE = StepTimeCoefficients(step_s=0.002, prefill_token_s=5e-5, decode_row_s=2e-4, context_token_s=3e-7)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tandem.cluster.latency import StepTimeModel
-from tandem.cluster.step_profile import DecodeTerms, StepProfile, distserve_profile, read_profile
+from tandem.cluster.latency.linear import StepTimeModel
+from tandem.cluster.latency.profile import DecodeTerms, StepProfile, distserve_profile, read_profile
 from tandem.cluster.types import StepTimeCoefficients
 
 PROFILE = StepProfile(

@@ -1,4 +1,4 @@
-"""How long a step of a given shape takes on a given machine, finer than `cluster.latency`'s linear model: what the
+"""How long a step of a given shape takes on a given machine, finer than the linear model (`linear`): what the
 paced device and claims in virtual time run on.
 
     step time = fixed + prefill_token_s · Σ l + prefill_square_s · Σ l²        prompts, l tokens each
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .types import StepTimeCoefficients
+from ..types import StepTimeCoefficients
 
 MAX_FILE_BYTES = 2**20
 MAX_STEP_S = 3600.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .types import StepTimeCoefficients
+from ..types import StepTimeCoefficients
 
 _MIN_STEP_S = 1e-6
 _REFIT_STEPS = 64
