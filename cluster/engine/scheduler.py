@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter
 
 from ..clock import Clock
@@ -30,6 +29,8 @@ from .integrity import check_sequences
 from .plan import StepOutput, StepPlan, StepRow
 from .policies import BatchPolicy, StepView
 from .prefix_cache import PrefixCache
+from .prompt_service import PromptService
+from .quiet_run import QuietRun, quiet_run, take_run
 from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, SchedulerEvent, SequenceFailed, TokensEmitted
 from .sequence import Sequence, State, check_spec
 from .sequence_kv import WRITER, SequenceKV
@@ -78,7 +79,6 @@ class Scheduler:
         self._policy = policy
         self._clock = clock
         self._max_batched_tokens = max_batched_tokens
-        self._max_running = max_running
         self._max_waiting = max_waiting
         self._max_model_len = max_model_len
         self._eos_token_ids = tuple(eos_token_ids)
@@ -88,6 +88,9 @@ class Scheduler:
         self._queue = ServiceQueue()
         self._pulling: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
+        self._prompts = PromptService(
+            self._queue, self._kv, clock, self._running, self._pulling, max_running, max_model_len
+        )
         self._held: dict[str, Sequence] = {}
         self._outstanding: deque[_Outstanding] = deque()
         self._events: list[SchedulerEvent] = []
@@ -189,14 +192,14 @@ class Scheduler:
         )
         prompts: list[tuple[Sequence, int]] = []
         if self._policy.prompts_alone:
-            prompts = self._serve_queue(shares.prefill_tokens, may_admit=True)
+            prompts = self._serve(shares.prefill_tokens, may_admit=True)
         work = [(seq, count) for seq, count in prompts if count]
         preemptions = self._preemptions
         if not work:
             work = [(seq, 1) for seq in self._with_slots(decoding[: shares.decode_rows], by_age)]
         if not self._policy.prompts_alone:
             # What a preemption has just freed is for those that run.
-            prompts = self._serve_queue(shares.prefill_tokens, may_admit=self._preemptions == preemptions)
+            prompts = self._serve(shares.prefill_tokens, may_admit=self._preemptions == preemptions)
             work += [(seq, count) for seq, count in prompts if count]
         plan = StepPlan(self._next_plan_id, tuple(self._row(seq, count) for seq, count in work))
         for seq, count in prompts:
@@ -231,6 +234,31 @@ class Scheduler:
                 self._take_token(seq, result.tokens[0])
             if seq.doomed and seq.plans == 0 and seq.state is State.RUNNING:
                 self._preempt(seq)
+
+    # ---------------------------------------------------------------- many steps
+
+    def quiet_run(self, limit: int) -> QuietRun | None:
+        """The longest run of at most `limit` next steps that are alike (`cluster.engine.quiet_run`), provided that no
+        command comes; None: `schedule` must decide. Changes nothing. O(running).
+        """
+        if self._outstanding or not self._running or self._prompts.may_admit(self._policy):
+            return None
+        view = StepView(
+            budget_tokens=self._max_batched_tokens,
+            decode_rows=len(self._running),
+            prefill_tokens=self._queue.prefill_tokens,
+        )
+        if self._policy.shares(view).decode_rows < len(self._running):
+            return None
+        return quiet_run(self._running.values(), self._kv, limit, self._max_model_len)
+
+    def take_run(self, steps: int, token: SampledToken) -> None:
+        """Does `steps` of the run that `quiet_run` has just named, as if every row drew `token` each time. Events tell
+        only what somebody waits for: a sequence's first token drawn here, and its last ones.
+        """
+        self._next_plan_id += steps
+        for seq in take_run(self._running.values(), self._kv, steps, token.token_id, self._max_model_len):
+            self._tell(seq, (token,) * steps)
 
     def take_events(self) -> list[SchedulerEvent]:
         """What happened since the last call, in order."""
@@ -302,64 +330,8 @@ class Scheduler:
         self._preemptions += 1
         self._events.append(Preempted(seq_id=seq.seq_id))
 
-    def _serve_queue(self, budget: int, *, may_admit: bool) -> list[tuple[Sequence, int]]:
-        """Gives blocks and up to `budget` tokens to prompts in the queue's order; returns who got any, with the tokens
-        to compute at once, 0 for a context that is pulled.
-
-        Who lacks blocks or a place in the batch stops everybody behind it that waits for one, so that nobody overtakes
-        it for ever. Who only lacks budget does not stop sequences that need blocks but no computing. Where the policy
-        takes whole batches, sequences are let in only when none is resident, then as many as have room until their
-        end, budget or not.
-        """
-        whole, reserved = self._policy.whole_batches, 0
-        served: list[tuple[Sequence, int]] = []
-        places = self._max_running - len(self._running) - len(self._pulling)
-        may_admit = may_admit and places > 0 and self._queue.waiting > 0
-        may_admit = may_admit and not (whole and (self._running or self._pulling))
-        growing = 0
-        if may_admit:
-            resident = chain(self._running.values(), self._pulling.values())
-            growing = sum(seq.spec.handoff is not Handoff.OUT for seq in resident)
-        unseen = len(self._queue) - self._queue.waiting  # of those that have their blocks
-        for seq in self._queue:
-            may_admit = may_admit and places > 0 and (budget > 0 or self._queue.pulls > 0 or whole)
-            if not may_admit and (unseen == 0 or budget == 0):
-                break
-            count, granted = 0, False
-            if seq.state is State.RUNNING:
-                unseen -= 1
-                if seq.can_prefill:
-                    count = min(seq.remaining_prefill, budget)
-            elif may_admit and budget == 0 and not (seq.needs_pull or whole):
-                places -= 1  # which is kept for it
-            elif may_admit:
-                reserved += self._kv.growth_blocks(seq, self._max_model_len) if whole else 0
-                granted = may_admit = self._grant(seq, max(reserved, self._policy.headroom_blocks(growing)))
-                if granted:
-                    places -= 1
-                    growing += seq.spec.handoff is not Handoff.OUT
-                    count = min(seq.remaining_prefill, budget)
-            if count or granted:
-                served.append((seq, count))
-                budget -= count
-        return served
-
-    def _grant(self, seq: Sequence, headroom_blocks: int) -> bool:
-        """Takes `seq` into the running batch, or to wait for its KV; False if blocks are lacking."""
-        blocks = self._kv.grant(seq, headroom_blocks)
-        if blocks is None:
-            return False
-        if seq.needs_pull:
-            seq.state = State.PULLING
-            self._pulling[seq.seq_id] = seq
-        else:
-            seq.state = State.RUNNING
-            self._running[seq.seq_id] = seq
-        if seq.needs_pull or seq.spec.handoff is Handoff.OUT:
-            self._events.append(BlocksGranted(seq_id=seq.seq_id, blocks=blocks, cached_tokens=seq.cached_tokens))
-        if seq.admitted_s is None:
-            seq.admitted_s = self._clock.now_s()
-        return True
+    def _serve(self, budget: int, *, may_admit: bool) -> list[tuple[Sequence, int]]:
+        return self._prompts.serve(self._policy, budget, self._events, may_admit=may_admit)
 
     def _row(self, seq: Sequence, count: int) -> StepRow:
         """Schedules the next `count` tokens of `seq`; the last one of its context draws a token."""
@@ -373,6 +345,10 @@ class Scheduler:
     def _take_token(self, seq: Sequence, token: SampledToken) -> None:
         seq.undrawn = False
         seq.append(token)
+        self._tell(seq, (token,))
+
+    def _tell(self, seq: Sequence, tokens: tuple[SampledToken, ...]) -> None:
+        """`tokens` are the last ones of `seq`: tells of them, and ends it where they do."""
         assert seq.admitted_s is not None
         if seq.prefill_s is None:
             seq.prefill_s = self._clock.now_s() - seq.admitted_s
@@ -380,8 +356,8 @@ class Scheduler:
         self._events.append(
             TokensEmitted(
                 seq_id=seq.seq_id,
-                index=len(seq.outputs) - 1,
-                tokens=(token,),
+                index=len(seq.outputs) - len(tokens),
+                tokens=tokens,
                 finish_reason=reason,
                 stop_token_id=stop_token_id,
                 queue_s=max(0.0, seq.admitted_s - seq.spec.arrival_s),

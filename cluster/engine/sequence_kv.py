@@ -30,12 +30,9 @@ class SequenceKV:
         hit.
         """
         size, context = self.pool.block_size, len(seq.tokens)
-        # The last token must be computed to draw the next one, unless that one comes with the KV.
-        limit = (context if seq.needs_pull else context - 1) // size
-        hits = self.cache.lookup(seq.block_keys(size, 0, limit)) if self.cache.enabled else ()
-        revived = sum(not self.pool.is_held(ref.block_id) for ref in hits)
+        hits = self._hits(seq)
         new = self.pool.blocks_for(context) - len(hits)
-        if not self.pool.can_allocate(revived + new + headroom_blocks):
+        if not self._has_room(hits, new + headroom_blocks):
             return None
         self.pool.share(hits, seq.seq_id)
         fresh = self.pool.allocate(new, seq.seq_id)
@@ -49,6 +46,22 @@ class SequenceKV:
             self.queries_tokens += context
             self.hits_tokens += hit_tokens
         return hits + fresh
+
+    def has_room(self, seq: Sequence, headroom_blocks: int) -> bool:
+        """Whether `grant` would succeed. Changes nothing."""
+        hits = self._hits(seq)
+        return self._has_room(hits, self.pool.blocks_for(len(seq.tokens)) - len(hits) + headroom_blocks)
+
+    def _hits(self, seq: Sequence) -> tuple[BlockRef, ...]:
+        # The last token must be computed to draw the next one, unless that one comes with the KV.
+        size, context = self.pool.block_size, len(seq.tokens)
+        limit = (context if seq.needs_pull else context - 1) // size
+        return self.cache.lookup(seq.block_keys(size, 0, limit)) if self.cache.enabled else ()
+
+    def _has_room(self, hits: tuple[BlockRef, ...], new: int) -> bool:
+        """Whether there are `new` blocks beside those of the hits that nobody holds now."""
+        revived = sum(not self.pool.is_held(ref.block_id) for ref in hits)
+        return self.pool.can_allocate(revived + new)
 
     def grow(self, seq: Sequence) -> bool:
         """Makes sure that the position `seq.scheduled` has a slot; False if that takes a block and none is
