@@ -1,4 +1,4 @@
-"""Decode steps taken together leave what the same steps leave one by one: lengths, counts, events and their times.
+"""Decode steps taken together leave what they leave one by one: lengths, counts, events and their times."""
 
 from __future__ import annotations
 
