@@ -6,23 +6,21 @@ workers of a machine share one copy in memory.
 
 from __future__ import annotations
 
-import fcntl
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any
+import logging
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...kernels.compiled.code_cache import alone, once
 from ...kernels.compiled.decoder import CompiledModel, StepArrays
-from ...kernels.compiled.decoder_weights import DecoderShape, unsupported
+from ...kernels.compiled.decoder_weights import DecoderShape, DecoderWeights, unsupported, weights_from_arrays
 from ...kernels.compiled.packed import layout
 from ...kernels.compiled.target import code_folder
 from ..models.config import ModelConfig
 from ..models.fetch import default_cache_dir
 from ..models.reference import ModelFiles
+from .fingerprint import weights_stamp
 from .forward import Forward, Stage
 from .plan import StepPlan
 from .positions import OPT_POSITION_OFFSET, inverse_frequencies
@@ -31,10 +29,10 @@ from .weight_cache import WeightCache
 __all__ = ["CompiledForward", "decoder_shape", "unsupported"]
 
 _COMPILING = "kernels (the first start on a machine compiles them)"
-_ALONE_S = 300.0
-_POLL_S = 0.05
 _CACHED_FROM_BYTES = 32 * 2**20
 """Packing less takes no time worth a file."""
+
+logger = logging.getLogger(__name__)
 
 
 def decoder_shape(config: ModelConfig) -> DecoderShape:
@@ -86,10 +84,10 @@ class CompiledForward(Forward):
         self._block_size = kv.shape[4]
         say = stage or (lambda text, share: None)
         shape = decoder_shape(files.config)
-        with _alone(code_folder(), say):
-            arrays = _packed(files, shape, kind, f"{fingerprint}-{layout(kind)}", say)
+        weights = _weights(files, shape, kind, f"{fingerprint}-{layout(kind)}-{weights_stamp(files)}", say)
+        with once(code_folder(), "decoder", lambda: say("waiting for another worker that compiles the same", None)):
             say(_COMPILING, None)
-            self._model = CompiledModel.from_arrays(shape, kind, arrays, threads=threads, cpus=cpus)
+            self._model = CompiledModel(shape, kind, weights, threads=threads, cpus=cpus)
             self._warm()
         self.resident_bytes = self._model.resident_bytes
 
@@ -106,41 +104,33 @@ class CompiledForward(Forward):
         self._model.step(StepArrays(token, row, token, token), np.zeros_like(self._kv[:1]))
 
 
-@contextmanager
-def _alone(folder: Path, say: Stage) -> Iterator[None]:
-    """One process of this machine at a time: who waits finds what the first has compiled and packed, instead of doing
-    it again beside it. Where no lock can be had, or not in time, it is done twice.
-    """
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = stack.enter_context((folder / ".lock").open("a"))
-        except OSError:
-            handle = None
-        deadline_s = time.monotonic() + _ALONE_S
-        while handle is not None and time.monotonic() < deadline_s:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                say("waiting for another worker that compiles the same", None)
-                time.sleep(_POLL_S)
-            except OSError:
-                break
-        yield
-
-
-def _packed(files: ModelFiles, shape: DecoderShape, kind: str, key: str, say: Stage) -> dict[str, NDArray[Any]]:
-    """The packed weights, from the cache where it has them."""
+def _weights(files: ModelFiles, shape: DecoderShape, kind: str, key: str, say: Stage) -> DecoderWeights:
+    """The packed weights, from the cache where it has them; else one process of this machine packs them."""
     cache = WeightCache(default_cache_dir() / "packed")
-    arrays = cache.load(key)
-    if arrays is None:
+    found = _cached(cache, key, shape, kind)
+    if found is not None:
+        return found
+    with alone(code_folder() / f".{key}.lock", lambda: say("waiting for another worker that packs the same", None)):
+        found = _cached(cache, key, shape, kind)
+        if found is not None:
+            return found
         from .compiled_weights import pack
 
         arrays = pack(files, shape, kind, lambda share: say("loading weights", share))
         if sum(array.nbytes for array in arrays.values()) >= _CACHED_FROM_BYTES and cache.save(key, arrays):
-            arrays = cache.load(key) or arrays  # the mapped file, which other workers share
-    return arrays
+            found = _cached(cache, key, shape, kind)  # the mapped file, which other workers share
+        return found or weights_from_arrays(shape, kind, arrays)
+
+
+def _cached(cache: WeightCache, key: str, shape: DecoderShape, kind: str) -> DecoderWeights | None:
+    arrays = cache.load(key)
+    if arrays is None:
+        return None
+    try:
+        return weights_from_arrays(shape, kind, arrays)
+    except ValueError as error:
+        logger.warning("packed weights %s are not used, and packed anew: %s", key, error)
+        return None
 
 
 def _step_arrays(plan: StepPlan, block_size: int) -> StepArrays:

@@ -24,11 +24,25 @@ def fingerprint(files: ModelFiles, dtype: str, quantization: str | None = None) 
     digest.update(repr(("tandem-kv-1", files.kind, files.config, dtype, quantization)).encode())
     if files.kind == "dummy":
         return digest.hexdigest()
-    assert files.path is not None
-    paths = sorted(files.path.glob("*.safetensors")) if files.path.is_dir() else [files.path]
-    for path in paths:
+    for path in _weight_files(files):
         digest.update(_content_hash(path))
     return digest.hexdigest()
+
+
+def weights_stamp(files: ModelFiles) -> str:
+    """Hex digest of every weight file's name, size and time of change: tells apart, on one machine, what `fingerprint`
+    does not read.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in [] if files.kind == "dummy" else _weight_files(files):
+        facts = path.stat()
+        digest.update(repr((path.name, facts.st_size, facts.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _weight_files(files: ModelFiles) -> list[Path]:
+    assert files.path is not None
+    return sorted(files.path.glob("*.safetensors")) if files.path.is_dir() else [files.path]
 
 
 def _content_hash(path: Path) -> bytes:

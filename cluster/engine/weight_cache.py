@@ -3,7 +3,8 @@
 A file is `magic | header length u64 | header (msgpack) | padding | array | padding | array …`, arrays on whole pages,
 so that kernels read them where they lie and workers of one machine share the memory. It is written under another name,
 synced and renamed; the header's digest covers all arrays and is checked at every opening, so that a damaged file is
-made anew, never computed with. The folder is bounded: the files that were not used for longest go.
+made anew, never computed with. The folder is bounded: the files that were not used for longest go, and so does what a
+writer that died left behind.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import logging
 import mmap
 import os
 import struct
-import tempfile
+import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-MAGIC = b"TANDEMW1"
+MAGIC = b"TANDEMW2"
 MAX_BYTES = 16 * 2**30
 """Of all files together; a model that is larger is packed anew at every start."""
 _PREFIX = struct.Struct("<8sQ")
 _ALIGN = 4096
 _MAX_HEADER_BYTES = 2**24
-_SUFFIX = ".weights"
+_SUFFIX, _PART_SUFFIX = ".weights", ".part"
+_ABANDONED_S = 900.0
+"""A part that nobody wrote to for so long has no writer any more."""
 
 logger = logging.getLogger(__name__)
 Arrays = Mapping[str, NDArray[Any]]
@@ -66,16 +70,8 @@ class WeightCache:
             return False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False) as file:
-                try:
-                    for piece in _pieces(arrays):
-                        file.write(piece)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.replace(file.name, self._path(key))
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            self._remove_abandoned()
+            _write(self._path(key), arrays)
         except OSError as error:
             logger.warning("packed weights cannot be kept in %s: %s", self._folder, error.strerror or error)
             return False
@@ -84,6 +80,12 @@ class WeightCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}{_SUFFIX}"
+
+    def _remove_abandoned(self) -> None:
+        with contextlib.suppress(OSError):  # another process may be at it as well
+            for path in self._folder.glob(f"*{_PART_SUFFIX}"):
+                if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                    path.unlink(missing_ok=True)
 
     def _forget_oldest(self) -> None:
         with contextlib.suppress(OSError):  # another process may be at it as well
@@ -94,6 +96,22 @@ class WeightCache:
                 total_bytes += facts.st_size
                 if index and total_bytes > self._max_bytes:
                     path.unlink(missing_ok=True)
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    """Under another name, synced, renamed. OSError: nothing is left of it."""
+    part = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:12]}{_PART_SUFFIX}")
+    try:
+        with part.open("xb") as file:
+            for piece in _pieces(arrays):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _pieces(arrays: Arrays) -> list[Any]:
@@ -138,7 +156,7 @@ def _parse(mapped: mmap.mmap) -> dict[str, NDArray[Any]]:
 def _digest(arrays: Arrays) -> bytes:
     hashed = xxhash.xxh3_128()
     for name, array in arrays.items():
-        hashed.update(name.encode())
+        hashed.update(repr((name, array.dtype.str, array.shape)).encode())
         hashed.update(array.reshape(-1).view(np.uint8).data)
     return hashed.digest()
 

@@ -187,8 +187,8 @@ def weights_from_arrays(shape: DecoderShape, kind: str, arrays: Mapping[str, Arr
     """The inverse of `DecoderWeights.arrays`, without a copy. ValueError if an array is missing or does not fit."""
     weights = DecoderWeights()
     try:
-        weights.vectors = {name: arrays[name].view(np.float32) for name in _vector_names(shape)}
-        weights.tables = {name: arrays[name] for name in _table_names(shape)}
+        weights.vectors = {name: _checked_vector(name, arrays[name], shape) for name in _vector_names(shape)}
+        weights.tables = {name: _checked_table(name, arrays[name], shape, kind) for name in _table_names(shape)}
         for name, (inputs, outputs) in linear_shapes(shape).items():
             parts = ("data", "scale", "bias", "compensation")
             found = {part: arrays[f"{name}.{part}"] for part in parts if f"{name}.{part}" in arrays}
@@ -196,6 +196,23 @@ def weights_from_arrays(shape: DecoderShape, kind: str, arrays: Mapping[str, Arr
     except KeyError as error:
         raise ValueError(f"arrays: {error.args[0]} is missing") from None
     return weights
+
+
+def _checked_vector(name: str, array: Array, shape: DecoderShape) -> NDArray[np.float32]:
+    width = padded(shape.head_dim if name.endswith(("q_norm.weight", "k_norm.weight")) else shape.hidden_size)
+    if array.dtype != np.float32 or array.shape != (width,):
+        raise ValueError(f"arrays: {name}: is {array.dtype} {array.shape}, not float32 {(width,)}")
+    return array.view(np.float32)
+
+
+def _checked_table(name: str, array: Array, shape: DecoderShape, kind: str) -> Array:
+    dtype = np.dtype(np.float32 if kind == "float32" else np.uint16)
+    is_embed = name == "embed.weight"
+    width = padded(shape.embed_width if is_embed else shape.hidden_size)
+    rows = shape.vocab_size if is_embed or array.ndim == 0 else array.shape[0]
+    if array.dtype != dtype or array.shape != (rows, width):
+        raise ValueError(f"arrays: {name}: is {array.dtype} {array.shape}, not {dtype} {(rows, width)}")
+    return array
 
 
 def _linear_from_arrays(name: str, kind: str, inputs: int, outputs: int, arrays: Mapping[str, Array]) -> PackedWeight:

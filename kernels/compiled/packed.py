@@ -32,6 +32,8 @@ KINDS = ("float32", "bfloat16", "w8a8")
 FIELDS = 10
 """int64 words that describe a packed weight to kernels."""
 D_FORM, D_IN, D_OUT, D_PANELS, D_STEPS, D_PANEL_BYTES, D_DATA, D_SCALE, D_BIAS, D_COMPENSATION = range(FIELDS)
+PACKING = 1
+"""Raised with every change of what lies where in packed arrays (here, in `tile`, in `decoder_weights`)."""
 _ALIGN = 64
 
 Bytes = NDArray[np.uint8]
@@ -70,22 +72,24 @@ class PackedWeight:
         """The inverse of `arrays`, for a machine with the same `layout`. ValueError if they do not fit."""
         form = form_of(kind)
         panels, steps = _panels(out_features), _steps(form, in_features)
-        wanted = {"data": panels * steps * STEP_BYTES[form]}
+        wanted = {"data": f"{panels * steps * STEP_BYTES[form]} of uint8"}
         if form in (INT8, INT8_DOT):
-            wanted["scale"] = panels * NR
+            wanted["scale"] = f"{panels * NR} of float32"
         if form == INT8_DOT:
-            wanted["compensation"] = panels * NR
+            wanted["compensation"] = f"{panels * NR} of int32"
         if "bias" in arrays:
-            wanted["bias"] = panels * NR
-        sizes = {name: array.size for name, array in arrays.items()}
-        if sizes != wanted:
-            raise ValueError(f"packed weight [{out_features}, {in_features}] {kind}: has {sizes}, not {wanted}")
+            wanted["bias"] = f"{panels * NR} of float32"
+        found = {name: f"{array.size} of {array.dtype}" for name, array in arrays.items()}
+        if found != wanted:
+            raise ValueError(f"packed weight [{out_features}, {in_features}] {kind}: has {found}, not {wanted}")
+        if arrays["data"].ctypes.data % _ALIGN:
+            raise ValueError(f"packed weight [{out_features}, {in_features}] {kind}: data is not on {_ALIGN} bytes")
         return cls(kind, in_features, out_features, **arrays)
 
 
 def layout(kind: str) -> str:
     """How weights of a kind are packed on this processor: arrays are good where this is the same."""
-    return f"{kind}-{form_of(kind)}x{NR}"
+    return f"{kind}-{form_of(kind)}x{NR}v{PACKING}"
 
 
 def form_of(kind: str) -> int:

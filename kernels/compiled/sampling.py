@@ -12,6 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from .code_cache import once
 from .functions import exp
 from .simd import (
     W,
@@ -29,7 +30,7 @@ from .simd import (
     where_less,
     zeros,
 )
-from .target import kernel
+from .target import code_folder, kernel
 
 STRETCH = 256
 """Masses summed together first. A multiple of W."""
@@ -117,7 +118,8 @@ class RowSampler:
         self._size = size
         self._row = np.empty(-(-size // W) * W, dtype=np.float32)
         self._sums = np.empty(-(-size // STRETCH), dtype=np.float64)
-        self(np.zeros(size, dtype=np.float32), 1.0, 0.0)  # compiles
+        with once(code_folder(), "sampling"):
+            self(np.zeros(size, dtype=np.float32), 1.0, 0.0)  # compiles
 
     def __call__(self, z: NDArray[np.float32], temperature: float, u: float) -> int:
         """The index drawn from one contiguous row [V], which is not changed; -1: it cannot be drawn from."""

@@ -1,5 +1,6 @@
 """Packed weights on disk: what was kept comes back, a damaged file is never computed with, the folder is bounded."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -54,6 +55,54 @@ def test_a_file_that_is_cut_short_is_not_used(tmp_path: Path, size: int) -> None
     assert cache.load("k") is None
     assert cache.save("k", ARRAYS)
     assert cache.load("k") is not None
+
+
+@pytest.mark.parametrize(("name", "value"), [("<f4", "<i4"), ("norm", "nomr")])
+def test_a_digest_covers_names_and_types(tmp_path: Path, name: str, value: str) -> None:
+    cache = WeightCache(tmp_path)
+    cache.save("k", ARRAYS)
+    content = file_of(tmp_path).read_bytes()
+    assert content.count(name.encode()) == 1
+    file_of(tmp_path).write_bytes(content.replace(name.encode(), value.encode()))
+    assert cache.load("k") is None
+
+
+def test_a_digest_covers_shapes(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path)
+    cache.save("k", ARRAYS)
+    content = file_of(tmp_path).read_bytes()
+    assert content.count(b"\x92\x03\x04") == 1  # msgpack's [3, 4]
+    file_of(tmp_path).write_bytes(content.replace(b"\x92\x03\x04", b"\x92\x04\x03"))
+    assert cache.load("k") is None
+
+
+def test_a_file_of_another_version_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = WeightCache(tmp_path)
+    cache.save("k", ARRAYS)
+    file_of(tmp_path).write_bytes(b"TANDEMW1" + file_of(tmp_path).read_bytes()[8:])
+    assert cache.load("k") is None
+    assert "its head is not that of packed weights" in caplog.text
+
+
+def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
+    dead, alive = tmp_path / "a.part", tmp_path / "b.part"
+    for part in (dead, alive):
+        part.write_bytes(b"half")
+    os.utime(dead, (1, 1))
+    assert WeightCache(tmp_path).save("k", ARRAYS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.part", "k.weights"]
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert not WeightCache(tmp_path).save("k", ARRAYS)
+    assert list(tmp_path.iterdir()) == []
+    assert "No space left" in caplog.text
 
 
 def test_the_files_that_were_not_used_for_longest_go(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tandem.cluster.engine.fingerprint import fingerprint
+from tandem.cluster.engine.fingerprint import fingerprint, weights_stamp
 from tandem.cluster.engine.gguf_weights import GgufWeights
 from tandem.cluster.engine.hf_weights import INDEX_NAME, DummyWeights, HfWeights
 from tandem.cluster.engine.weight_source import check_shapes, expected_shapes
@@ -323,6 +324,24 @@ def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert digest() == first
     data.append(0)
     assert digest() != first
+
+
+def test_a_stamp_tells_apart_what_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    files = ModelFiles(name="x", kind="gguf", path=path, config=TINY)
+    path.write_bytes(b"abc")
+    os.utime(path, ns=(0, 5))
+    first = weights_stamp(files)
+    assert weights_stamp(files) == first
+    path.write_bytes(b"abd")  # same size, another time
+    assert weights_stamp(files) != first
+    path.write_bytes(b"abcd")
+    os.utime(path, ns=(0, 5))
+    assert weights_stamp(files) != first
+    folder = write_hf(tmp_path, TINY)
+    assert weights_stamp(folder) not in (first, weights_stamp(files))
+    dummy = ModelFiles(name="x", kind="dummy", path=None, config=TINY)
+    assert weights_stamp(dummy) == weights_stamp(dummy)
 
 
 def test_dummy_weights_do_not_depend_on_order() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from tandem.kernels.compiled import linear as op
@@ -122,6 +124,43 @@ def test_arrays_make_the_same_weight_again(kind: str) -> None:
     assert packed.data.ctypes.data % 64 == 0
     with pytest.raises(ValueError, match="packed weight"):
         packing.PackedWeight.from_arrays(kind, 200, NR + 3, packed.arrays())
+
+
+PACKED = {
+    "float32-0x16v1": "64d3b58844a27507",
+    "bfloat16-1x16v1": "c65f66cdf8c01dff",
+    "w8a8-3x16v1": "b461585984b2cdf7",
+    "float32-0x8v1": "5a81bc1884dfb739",
+    "bfloat16-1x8v1": "ee6b770a6f25c3f9",
+    "w8a8-3x8v1": "18c77d78f973f56a",
+    "float32-0x32v1": "66a69b9eceb9d186",
+    "bfloat16-1x32v1": "bcc2eb6c1fa140e8",
+    "bfloat16-2x32v1": "179950b12acec0ee",
+    "w8a8-3x32v1": "74883e5366a811fb",
+    "w8a8-4x32v1": "04a850182242eace",
+}
+"""Digest of one weight under each layout. Where this differs, raise `packed.PACKING`: files hold the old one."""
+
+
+@pytest.mark.parametrize("kind", packing.KINDS)
+def test_a_layout_of_one_name_is_one_layout(kind: str) -> None:
+    weight = (np.arange(37 * 19) % 101 - 50).reshape(37, 19).astype(F32) / 7
+    packed = packing.pack_weight(weight, kind, np.arange(37, dtype=F32))
+    digest = hashlib.blake2b(digest_size=8)
+    for name, array in packed.arrays().items():
+        digest.update(name.encode() + array.tobytes())
+    assert digest.hexdigest() == PACKED[packing.layout(kind)]
+
+
+@pytest.mark.parametrize("kind", packing.KINDS)
+def test_arrays_of_other_types_and_places_are_refused(kind: str) -> None:
+    packed = packing.pack_weight(random(NR + 3, 33), kind, random(NR + 3, seed=1))
+    arrays = packed.arrays()
+    moved = np.empty(packed.data.size + 65, np.uint8)
+    apart = moved[1 + -moved.ctypes.data % 64 :][: packed.data.size]
+    for wrong in ({"data": packed.data.view(np.int8)}, {"bias": arrays["bias"].astype(np.float64)}, {"data": apart}):
+        with pytest.raises(ValueError, match="packed weight"):
+            packing.PackedWeight.from_arrays(kind, 33, NR + 3, {**arrays, **wrong})
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

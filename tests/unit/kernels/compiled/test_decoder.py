@@ -134,6 +134,21 @@ def test_arrays_make_the_same_model(name: str, kind: str) -> None:
     del arrays["layers.1.up.data"]
     with pytest.raises(ValueError, match=r"layers\.1\.up"):
         CompiledModel.from_arrays(shape_of(config), kind, arrays)
+    for wrong in ("attention_norm.weight", "qkv.data", "down.data"):
+        arrays = model.arrays()
+        arrays[f"layers.1.{wrong}"] = arrays[f"layers.1.{wrong}"][:-1]
+        with pytest.raises(ValueError, match=rf"layers\.1\.{wrong.split('.')[0]}"):
+            CompiledModel.from_arrays(shape_of(config), kind, arrays)
+
+
+def test_tables_of_another_packing_are_refused() -> None:
+    config = CONFIGS["opt-post-norm-projected"]
+    model = make(config)
+    assert {"embed.weight", "positions.weight"} & set(model.arrays())
+    for name in {"embed.weight", "positions.weight"} & set(model.arrays()):
+        for wrong in (model.arrays()[name][:, :-1], model.arrays()[name].astype(np.float16), np.float32(1)):
+            with pytest.raises(ValueError, match=name):
+                CompiledModel.from_arrays(shape_of(config), "float32", {**model.arrays(), name: wrong})
 
 
 def test_a_step_allocates_nothing_but_logits() -> None:
