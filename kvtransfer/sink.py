@@ -2,7 +2,8 @@
 
 1. `reserve` answers the router with a credit; `submit` redeems it, just before the sequence enters the engine's queue.
 2. `on_blocks` (the engine admitted it) starts one pull task: it meets the peer once per epoch (`Hello`: version,
-   fingerprint, layout), then writes block after block, each checked for ticket, pull, order, length and checksum.
+   fingerprint, layout), then writes block after block, each checked for ticket, pull, order, length and checksum; or
+   counts what a transport has checked and written by itself (`kvtransfer.mover`).
 3. With the last block and the first token comes `kv_ready`; the engine joins the sequence to its batch.
 4. `on_first_step` confirms to the holder, in the background, a bounded number of times.
 5. `abort`, a deadline or a refusal: the task is cancelled, and only when it has ended comes `writer_done`, after
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +43,8 @@ from .protocol.puller import HandoffPuller
 from .protocol.puller_state import PullerCounts
 from .store import KVStore
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
-from .transport import BlockFrame, EndFrame, KVTransport, PullRequest
-from .wire import check_block
+from .transport import BlockFrame, EndFrame, KVTransport, PullRequest, WrittenBlocks
+from .wire import check_blocks
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +291,7 @@ class SinkDriver:
                     first_block=action.first_block,
                     pull_index=action.pull_index,
                     checksum=self._checksum,
+                    into=self._puller.targets_of(action.key),
                 )
                 frames = self._transport.pull(sequence.peer, request, timeout_s=timeout_s)
                 async with aclosing(frames):
@@ -297,7 +299,10 @@ class SinkDriver:
                         if isinstance(came, EndFrame):
                             self._accept_end(action, sequence, came)
                             return
-                        self._accept_blocks(action, sequence, came)
+                        if isinstance(came, WrittenBlocks):
+                            self._accept_written(action, sequence, came)
+                        else:
+                            self._accept_blocks(action, sequence, came)
         except TimeoutError as error:
             raise HandoffRefused(RefusalReason.DEADLINE, f"no KV within {timeout_s:.3f} s") from error
         raise HandoffRefused(RefusalReason.PEER_LOST, "the stream of blocks ended before its end frame")
@@ -305,27 +310,44 @@ class SinkDriver:
     def _accept_blocks(self, action: StartPull, sequence: _Sequence, frames: tuple[BlockFrame, ...]) -> None:
         """Checks blocks that came together and writes them; `HandoffRefused` if they are not those that were due."""
         now_s = self._clock.now_s()
-        for frame in frames:
-            if self._checksum and frame.checksum is None and frame.verify is None:
-                raise HandoffRefused(RefusalReason.CORRUPT, f"block {frame.block_index} came without its checksum")
-            check_block(frame, self._block_bytes)
+        check_blocks(frames, self._block_bytes, checksum=self._checksum)
         indices = [frame.block_index for frame in frames]
         tickets = (frame.ticket for frame in frames)
-        for step in self._puller.blocks_arrived(action.key, action.pull_index, tickets, indices):
-            if isinstance(step, WriteBlocks):
-                for block_id, frame in zip(step.block_ids, frames, strict=True):
-                    self._store.write_block(block_id, frame.payload)
-            else:
-                self._run([step])
+        for block_ids in self._due(action, tickets, indices):
+            for block_id, frame in zip(block_ids, frames, strict=True):
+                self._store.write_block(block_id, frame.payload)
         for verify in dict.fromkeys(frame.verify for frame in frames):
             if verify is not None:
                 verify()
+        self._count(action, sequence, indices, now_s, self._clock.now_s())
+
+    def _accept_written(self, action: StartPull, sequence: _Sequence, came: WrittenBlocks) -> None:
+        """Takes blocks that the transport has written; `HandoffRefused` if they are not those that were due."""
+        now_s = self._clock.now_s()
+        indices = range(came.first_block, came.first_block + len(came.block_ids))
+        for block_ids in self._due(action, (came.ticket,), indices):
+            if block_ids != came.block_ids:
+                raise HandoffRefused(RefusalReason.CORRUPT, f"blocks of {action.key} were written elsewhere")
+        self._count(action, sequence, indices, now_s - came.arrived_age_s, now_s - came.written_age_s)
+
+    def _due(self, action: StartPull, tickets: Iterable[Ticket], indices: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Where blocks that arrived belong; `HandoffRefused` if others were due."""
+        for step in self._puller.blocks_arrived(action.key, action.pull_index, tickets, indices):
+            if isinstance(step, WriteBlocks):
+                yield step.block_ids
+            else:
+                self._run([step])
+
+    def _count(
+        self, action: StartPull, sequence: _Sequence, indices: Sequence[int], arrived_s: float, written_s: float
+    ) -> None:
+        """Blocks are written: the next ones are due."""
         self._run(self._puller.blocks_written(action.key, action.pull_index, indices))
         if sequence.first_byte_s is None:
-            sequence.first_byte_s = now_s
-        sequence.last_byte_s = self._clock.now_s()
-        sequence.received_bytes += self._block_bytes * len(frames)
-        sequence.received_blocks += len(frames)
+            sequence.first_byte_s = arrived_s
+        sequence.last_byte_s = written_s
+        sequence.received_bytes += self._block_bytes * len(indices)
+        sequence.received_blocks += len(indices)
 
     def _accept_end(self, action: StartPull, sequence: _Sequence, frame: EndFrame) -> None:
         """Takes the end of a pull; `HandoffRefused` if something is missing."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 from ..cluster.clock import Clock
 from ..cluster.types import BlockRef, SampledToken, Side, seq_id
@@ -30,6 +31,9 @@ from .store import KVStore
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket, check_hello
 from .transport import MESSAGE_BYTES, BlockFrame, BlockRun, EndFrame, KVSource, PullRequest
 from .wire import MAX_BLOCKS_PER_MESSAGE, block_checksum
+
+OWN_READER_BYTES = 16 * 2**20
+"""What a worker's own reader is told of at a time: a pull that makes progress renews the lease with each."""
 
 
 class _Reader:
@@ -67,7 +71,9 @@ class SourceDriver(KVSource):
         self._release = release
         self._abort_prefill = abort_prefill
         self._clock = clock
-        self._run_blocks = min(MAX_BLOCKS_PER_MESSAGE, max(1, message_bytes // store.layout.block_bytes))
+        block_bytes = store.layout.block_bytes
+        self._run_blocks = min(MAX_BLOCKS_PER_MESSAGE, max(1, message_bytes // block_bytes))
+        self._own_run_blocks = min(MAX_BLOCKS_PER_MESSAGE, max(1, OWN_READER_BYTES // block_bytes))
         self._hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             worker_id=worker_id,
@@ -137,17 +143,24 @@ class SourceDriver(KVSource):
         check_hello(self._hello, theirs)
         return self._hello
 
-    async def open_pull(self, request: PullRequest) -> AsyncGenerator[BlockRun | EndFrame, None]:
+    async def open_pull(
+        self, request: PullRequest, *, own_reader: bool = False
+    ) -> AsyncGenerator[BlockRun | EndFrame, None]:
+        """See `KVSource.open_pull`. `own_reader`: a process of this worker reads the blocks in the mapped memory and
+        passes their bytes on.
+        """
         if self._closed:
             raise HandoffRefused(RefusalReason.CLOSED, "the prefill worker is shutting down")
         if request.mapped and self._hello.offer is None:
             raise HandoffRefused(RefusalReason.INVALID, "mapped: this worker's KV memory is not shared")
+        most = MAX_BLOCKS_PER_MESSAGE if request.mapped else self._run_blocks
+        if own_reader and not request.mapped:
+            request, most = replace(request, mapped=True, checksum=False), self._own_run_blocks
         actions = self._holder.pull(request.ticket, request.first_block, request.pull_index, self._clock.now_s())
         reader_id = self._run(actions)
         assert reader_id is not None
         reader = self._readers[reader_id] = _Reader(request.ticket.prefill_key)
         index, sent_bytes = request.first_block, 0
-        most = MAX_BLOCKS_PER_MESSAGE if request.mapped else self._run_blocks
         try:
             while True:
                 reader.wake.clear()

@@ -29,6 +29,9 @@ class PullRequest:
     checksum: bool = True
     mapped: bool = False
     """The reader has mapped the holder's memory: send references in place of bytes."""
+    into: tuple[int, ...] = ()
+    """Where the blocks go in the reader's memory, from `first_block` on: for a transport that writes them itself. Not
+    on the wire."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +79,24 @@ class EndFrame:
     """How this pull came; filled in by the reader's transport, not on the wire."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenBlocks:
+    """Blocks that came in order, were checked and lie where `PullRequest.into` wants them."""
+
+    ticket: Ticket
+    first_block: int
+    """Index of the first one in the sequence."""
+    block_ids: tuple[int, ...]
+    """Where they lie."""
+    arrived_age_s: float
+    """Seconds since the first of them was here."""
+    written_age_s: float
+    """Seconds since the last of them was written."""
+
+
 KVFrame = BlockFrame | EndFrame
-KVFrames = tuple[BlockFrame, ...] | EndFrame
-"""What a `KVTransport` yields: blocks that came together, in order; at last the end frame."""
+KVFrames = tuple[BlockFrame, ...] | WrittenBlocks | EndFrame
+"""What a `KVTransport` yields: blocks that came together, in order, to be written or written; at last the end frame."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +126,8 @@ class KVTransport(ABC):
     @abstractmethod
     def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrames, None]:
         """Streams the blocks as they become readable, some at a time, then one `EndFrame`. Once per pull; `aclose`
-        cancels it on both sides. A stream that ends without an `EndFrame` raises PEER_LOST.
+        cancels it on both sides, and when it returns the transport writes into none of `request.into` any more. A
+        stream that ends without an `EndFrame` raises PEER_LOST.
         """
 
     @abstractmethod

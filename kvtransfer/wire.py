@@ -56,6 +56,11 @@ def block_checksum(ticket: Ticket, block_index: int, generation: int, payload: m
     return xxhash.xxh3_64_intdigest(payload, seed=xxhash.xxh3_64_intdigest(identity))
 
 
+def checksum_of(frame: BlockFrame) -> int:
+    """`block_checksum` of what the frame names."""
+    return block_checksum(frame.ticket, frame.block_index, frame.generation, frame.payload)
+
+
 def check_block(frame: BlockFrame, block_bytes: int) -> None:
     """Raises `HandoffRefused(CORRUPT)` unless the payload has the right length and, where there is one, its
     checksum.
@@ -64,8 +69,16 @@ def check_block(frame: BlockFrame, block_bytes: int) -> None:
         raise _corrupt(f"block {frame.block_index} has {len(frame.payload)} bytes, expected {block_bytes}")
     if frame.checksum is None:
         return
-    if block_checksum(frame.ticket, frame.block_index, frame.generation, frame.payload) != frame.checksum:
+    if checksum_of(frame) != frame.checksum:
         raise _corrupt(f"checksum of block {frame.block_index} of {frame.ticket.prefill_key} does not match")
+
+
+def check_blocks(frames: Sequence[BlockFrame], block_bytes: int, *, checksum: bool) -> None:
+    """`check_block` of each. With `checksum`, a frame that needs one must have it."""
+    for frame in frames:
+        if checksum and frame.checksum is None and frame.verify is None:
+            raise _corrupt(f"block {frame.block_index} came without its checksum")
+        check_block(frame, block_bytes)
 
 
 def max_message_bytes(block_bytes: int, message_bytes: int) -> int:

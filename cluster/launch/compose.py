@@ -18,6 +18,7 @@ from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...kvtransfer.mapped.fd_passing import SegmentServer, share
 from ...kvtransfer.mapped.transport import MappedKVTransport
+from ...kvtransfer.mover.worker import KVMover, spawn_mover
 from ...kvtransfer.ticket import SegmentOffer
 from ...kvtransfer.transport import KVTransport
 from ...prefill_worker.service import PrefillService
@@ -104,6 +105,7 @@ class WorkerRuntime:
         self._on_leave = on_leave
         self._server: aio.Server | None = None
         self._kv_server: GrpcKVServer | None = None
+        self._mover: KVMover | None = None
         self._segments: SegmentServer | None = None
         self._device: Device | None = None
         self._metrics: WorkerMetricsServer | None = None
@@ -120,26 +122,23 @@ class WorkerRuntime:
         files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
         check_engine(config.engine, files.config)
         say("device", None)
+        self._mover = await spawn_mover(config.kv_mover)
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
         say("services", None)
         self._device = device
+        if self._mover is not None:
+            await self._mover.attach(device.kv, transport=config.transport, credentials=credentials)
         if config.transport != "grpc":
             self._segments = await share(device.kv.segment)
         offer = None if self._segments is None else self._segments.offer
-        shell, prefill, decode = _assemble(config, files, device, credentials, offer)
+        transport = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
+        shell, prefill, decode = _assemble(config, files, device, credentials, offer, transport)
         shell.on_leave = self._on_leave
         asked, longest = config.engine.max_model_len, shell.facts.max_model_len
         if asked is not None and longest < asked:
             self.warning = f"its KV memory holds {longest} tokens, so that contexts end there, not at {asked}"
             logger.warning("worker %s: %s", config.worker_id, self.warning)
-        self._kv_server = GrpcKVServer(
-            prefill.source,
-            config.host,
-            config.kv_port,
-            block_bytes=device.kv.layout.block_bytes,
-            credentials=credentials,
-        )
-        kv_port = await self._kv_server.start()
+        kv_port = await self._serve_kv(shell, prefill, device, credentials)
         self._server = make_server(credentials)
         add_WorkerServicer_to_server(Servicer(shell, prefill, decode), self._server)
         health = health_aio.HealthServicer()
@@ -158,6 +157,24 @@ class WorkerRuntime:
         if config.metrics_port is not None:
             self._metrics = WorkerMetricsServer(config, worker_registry(shell.status), credentials)
         logger.info("worker %s (%s) serves on %s, KV on %s", config.worker_id, config.role, shell.address, kv_port)
+
+    async def _serve_kv(
+        self, shell: WorkerShell, prefill: PrefillService, device: Device, credentials: MemberCredentials
+    ) -> int:
+        """Opens the KV port, here or in the mover; returns it."""
+        config = self._config
+        if self._mover is not None:
+            shell.kv_mover_pid = self._mover.pid
+            self._mover.on_lost = shell.failure_from_engine
+            return await self._mover.listen(prefill.source, f"{config.host}:{config.kv_port}")
+        self._kv_server = GrpcKVServer(
+            prefill.source,
+            config.host,
+            config.kv_port,
+            block_bytes=device.kv.layout.block_bytes,
+            credentials=credentials,
+        )
+        return await self._kv_server.start()
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new work and waits for what runs; False if some is left after `timeout_s`."""
@@ -178,6 +195,8 @@ class WorkerRuntime:
             await self._server.stop(grace=0.5)
         if self._kv_server is not None:
             await self._kv_server.stop()
+        if self._mover is not None:
+            await self._mover.stop()
         if self._segments is not None:
             await self._segments.stop()
         if self._metrics is not None:
@@ -201,6 +220,7 @@ def _assemble(
     device: Device,
     credentials: MemberCredentials,
     offer: SegmentOffer | None,
+    transport: KVTransport,
 ) -> tuple[WorkerShell, PrefillService, DecodeService]:
     """The parts that need each other: scheduler, engine thread, shell, services."""
     engine_config, clock, segment = config.engine, MonotonicClock(), device.kv.segment
@@ -236,6 +256,6 @@ def _assemble(
     shell = WorkerShell(config, facts, clock, credentials)
     engine = EngineThread(scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine)
     prefill = PrefillService(shell, engine, device.kv, pool.generation, offer)
-    decode = DecodeService(shell, engine, device.kv, _kv_transport(config, device, credentials))
+    decode = DecodeService(shell, engine, device.kv, transport)
     shell.assemble(engine, (prefill, decode))
     return shell, prefill, decode

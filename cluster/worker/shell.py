@@ -78,6 +78,8 @@ class WorkerShell:
         self.draining = False
         self.address = ""
         self.kv_address = ""
+        self.kv_mover_pid = 0
+        """Of the process that moves this worker's KV; 0: its own loop does."""
         self.outbox = Outbox(facts.epoch)
         self.failure: BaseException | None = None
         self.on_leave: Callable[[float], None] | None = None
@@ -250,7 +252,7 @@ class WorkerShell:
             logger.debug("events after the loop has closed are dropped")
 
     def failure_from_engine(self, error: BaseException) -> None:
-        """Engine thread: the engine is dead; the process must follow."""
+        """Any thread: the engine, or what else the worker cannot be without, is dead; the process must follow."""
         self.failure = error
         assert self._loop is not None
         try:
@@ -343,6 +345,7 @@ class WorkerShell:
             cpus=engine_config.cpus,
             version=__version__,
             integrity_age_s=engine.integrity_age_s,
+            kv_mover_pid=self.kv_mover_pid,
         )
         for service in self._services:
             service.fill_status(status)

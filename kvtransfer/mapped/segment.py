@@ -143,6 +143,14 @@ class KVSegment:
             self._close_fd()
 
 
+def have_shared_memory() -> bool:
+    """Whether a segment that is made here is `shareable`."""
+    fd, _ = _memory(PAGE_BYTES)
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
+
+
 def _memory(total_bytes: int) -> tuple[int | None, mmap.mmap]:
     """A memfd that keeps its size, mapped, or plain memory where the system has none."""
     if not _LINUX:
@@ -230,10 +238,10 @@ def _stretches(block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = index
 
 
-def take(fd: int, *, nonce: bytes, epoch: int, layout: KVLayout) -> MappedSegment:
+def take(fd: int, *, nonce: bytes, epoch: int, layout: KVLayout, writable: bool = False) -> MappedSegment:
     """`MappedSegment` of a descriptor that was received, which is closed in any case."""
     try:
-        return MappedSegment(fd, nonce=nonce, epoch=epoch, layout=layout)
+        return MappedSegment(fd, nonce=nonce, epoch=epoch, layout=layout, writable=writable)
     finally:
         os.close(fd)
 

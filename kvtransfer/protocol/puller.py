@@ -256,6 +256,13 @@ class HandoffPuller:
             return PullerState.DONE
         return PullerState.CREDITED if self._credits.granted(key) else PullerState.ABSENT
 
+    def targets_of(self, key: str) -> tuple[int, ...]:
+        """Ids of the blocks that are not written yet, in order; none if the sequence is not pulling."""
+        record = self._records.get(key)
+        if record is None or record.state is not PullerState.PULLING:
+            return ()
+        return tuple(ref.block_id for ref in record.blocks[record.next_block :])
+
     def retries_of(self, key: str) -> int:
         """Pulls that were started anew for this sequence; 0 if it is not here."""
         record = self._records.get(key)

@@ -1,0 +1,307 @@
+"""The mover: a process beside a worker that moves its KV. `python -m tandem.kvtransfer.mover.process LINK GIFT`, with
+the descriptors of two sockets, is started by `kvtransfer.mover.worker` and ends with its worker.
+
+1. `attach`: it maps the worker's KV memory, whose descriptor came through the second socket.
+2. `pull`: it pulls a peer's blocks as a worker without a mover would, over gRPC or out of the peer's mapped memory,
+   checks them, and writes them where the worker says. Nothing else is ever written. When the call has ended, so has the
+   writing.
+3. `listen`: it serves the worker's KV port. What may be read, and when, it asks the worker for each pull
+   (`_Forwarded`), which answers with references; the bytes it copies out of the mapped memory, under the rule of every
+   mapped reader: generations are compared before and after the copy (`kvtransfer.mapped.segment`).
+
+It decides nothing and holds nothing: tickets, leases, credits, blocks are the worker's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from ...cluster.auth import MemberCredentials
+from ...cluster.parent import die_with_parent
+from ...cluster.types import BlockRef
+from .. import wire
+from ..freed_memory import keep_freed_memory
+from ..grpc_transport import GrpcKVServer, GrpcKVTransport
+from ..layout import KVLayout
+from ..mapped.segment import MappedSegment, take
+from ..mapped.transport import MappedKVTransport, frames_of
+from ..ticket import HandoffRefused, Hello, RefusalReason, Ticket
+from ..transport import (
+    MESSAGE_BYTES,
+    BlockFrame,
+    BlockRun,
+    EndFrame,
+    KVSource,
+    KVTransport,
+    PullRequest,
+    RefFrame,
+    WrittenBlocks,
+)
+from .link import Link
+from .messages import (
+    Progress,
+    Pull,
+    decode_attach,
+    decode_call,
+    decode_pull,
+    encode_progress,
+)
+
+log = logging.getLogger(__name__)
+
+ASK_S = 60.0
+"""How long the worker may take to answer what a peer asks it; the peer's own deadline is shorter."""
+TELL_BYTES = 16 * 2**20
+"""The worker hears of so many written bytes at a time, and of the rest with the end."""
+
+
+class Mover:
+    """What the process does, on its one event loop."""
+
+    def __init__(self, gift: socket.socket) -> None:
+        self._gift = gift
+        self._segment: MappedSegment | None = None
+        self._transport: KVTransport | None = None
+        self._credentials = MemberCredentials()
+        self._server: GrpcKVServer | None = None
+        handlers = {
+            "attach": self._attach,
+            "listen": self._listen,
+            "hello": self._hello,
+            "pull": self._pull,
+            "confirm": self._confirm,
+            "abort": self._abort,
+            "stop": self._stop,
+            "ping": self._ping,
+        }
+        # Without its worker it is of no use: what it was doing, nobody wants any more.
+        self.link = Link("the worker", handlers, on_lost=lambda: os._exit(0))
+
+    async def _attach(self, body: bytes) -> AsyncGenerator[bytes, None]:
+        attach = decode_attach(body)
+        _, (fd,), _, _ = socket.recv_fds(self._gift, 1, 1)
+        layout = KVLayout.from_bytes(attach.layout)
+        self._segment = take(fd, nonce=attach.nonce, epoch=0, layout=layout, writable=True)
+        self._credentials = attach.credentials
+        control = GrpcKVTransport(block_bytes=layout.block_bytes, credentials=attach.credentials)
+        self._transport = control
+        if attach.transport != "grpc":
+            self._transport = MappedKVTransport(control, layout, required=attach.transport == "mapped")
+        yield b""
+
+    async def _listen(self, body: bytes) -> AsyncGenerator[bytes, None]:
+        """`body`: host:port; answers with the port."""
+        segment = self._memory()
+        host, _, port = body.decode().rpartition(":")
+        source = _Forwarded(self.link, segment)
+        self._server = GrpcKVServer(
+            source, host, int(port), block_bytes=segment.block_bytes, credentials=self._credentials
+        )
+        try:
+            yield str(await self._server.start()).encode()
+        except RuntimeError as error:
+            raise HandoffRefused(RefusalReason.INVALID, str(error)) from error
+
+    async def _hello(self, body: bytes) -> AsyncGenerator[bytes, None]:
+        call = decode_call(body)
+        mine = wire.decode_hello(call.message)
+        yield wire.encode_hello(await self._peers().hello(call.peer, mine, timeout_s=call.timeout_s))
+
+    async def _confirm(self, body: bytes) -> AsyncGenerator[bytes, None]:
+        call = decode_call(body)
+        await self._peers().confirm(call.peer, wire.decode_ticket(call.message), timeout_s=call.timeout_s)
+        yield b""
+
+    async def _abort(self, body: bytes) -> AsyncGenerator[bytes, None]:
+        call = decode_call(body)
+        await self._peers().abort(call.peer, wire.decode_ticket(call.message), timeout_s=call.timeout_s)
+        yield b""
+
+    async def _pull(self, body: bytes) -> AsyncGenerator[bytes, None]:
+        pull = decode_pull(body)
+        writer = _Writer(pull, self._memory())
+        task = asyncio.create_task(writer.run(self._peers()))
+        task.add_done_callback(lambda _: writer.news.set())
+        try:
+            while not writer.ended:
+                await writer.news.wait()
+                writer.news.clear()
+                if writer.ended or writer.untold_bytes >= TELL_BYTES:
+                    yield encode_progress(writer.tell())
+                elif task.done():
+                    break
+            await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _stop(self, body: bytes) -> AsyncGenerator[bytes, None]:
+        if self._server is not None:
+            await self._server.stop()
+        if self._transport is not None:
+            await self._transport.close()
+        yield b""
+
+    async def _ping(self, body: bytes) -> AsyncGenerator[bytes, None]:
+        yield b""
+
+    def _memory(self) -> MappedSegment:
+        assert self._segment is not None, "the worker attaches its memory first"
+        return self._segment
+
+    def _peers(self) -> KVTransport:
+        assert self._transport is not None, "the worker attaches its memory first"
+        return self._transport
+
+
+class _Writer:
+    """One pull into the worker's memory."""
+
+    def __init__(self, pull: Pull, memory: MappedSegment) -> None:
+        self._pull = pull
+        self._memory = memory
+        self._told = self._written = 0
+        """Blocks."""
+        self._arrived_s = self._written_s = 0.0
+        self._end: EndFrame | None = None
+        self.news = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """The end of the pull came."""
+        return self._end is not None
+
+    @property
+    def untold_bytes(self) -> int:
+        """Written since `tell`."""
+        return (self._written - self._told) * self._memory.block_bytes
+
+    def tell(self) -> Progress:
+        """What was written since it was last asked."""
+        first, self._told = self._told, self._written
+        return Progress(
+            first_block=self._pull.request.first_block + first,
+            count=self._written - first,
+            arrived_s=self._arrived_s,
+            written_s=self._written_s,
+            end=self._end,
+        )
+
+    async def run(self, transport: KVTransport) -> None:
+        """Writes until the end came. `HandoffRefused`: why it did not."""
+        pull = self._pull
+        async with aclosing(transport.pull(pull.peer, pull.request, timeout_s=pull.timeout_s)) as frames:
+            async for came in frames:
+                assert not isinstance(came, WrittenBlocks), "the mover's own transports leave the writing to it"
+                if isinstance(came, EndFrame):
+                    self._end = came
+                    return
+                self._write(came)
+                self.news.set()
+
+    def _write(self, frames: Sequence[BlockFrame]) -> None:
+        """Checks blocks that came together and writes them; `HandoffRefused` if they are not those that were due."""
+        now_s = time.monotonic()
+        wire.check_blocks(frames, self._memory.block_bytes, checksum=self._pull.request.checksum)
+        due = self._pull.request.first_block + self._written
+        block_ids = self._pull.block_ids[self._written : self._written + len(frames)]
+        in_order = [frame.block_index for frame in frames] == list(range(due, due + len(frames)))
+        ours = all(frame.ticket == self._pull.request.ticket for frame in frames)
+        if not in_order or not ours or len(block_ids) != len(frames):
+            raise HandoffRefused(RefusalReason.CORRUPT, f"not the blocks of {self._pull.request.ticket.decode_key}")
+        self._memory.populate(block_ids)
+        for block_id, frame in zip(block_ids, frames, strict=True):
+            self._memory.block(block_id)[:] = frame.payload
+        for verify in dict.fromkeys(frame.verify for frame in frames):
+            if verify is not None:
+                verify()
+        if self._told == self._written:
+            self._arrived_s = now_s
+        self._written += len(frames)
+        self._written_s = time.monotonic()
+
+
+class _Forwarded(KVSource):
+    """The worker's `KVSource` as the mover's KV server has it: decisions are asked for, bytes are read here."""
+
+    def __init__(self, link: Link, memory: MappedSegment) -> None:
+        self._link = link
+        self._memory = memory
+        self._most = min(wire.MAX_BLOCKS_PER_MESSAGE, max(1, MESSAGE_BYTES // memory.block_bytes))
+
+    async def hello(self, theirs: Hello) -> Hello:
+        return wire.decode_hello(await self._link.ask("hello", wire.encode_hello(theirs), timeout_s=ASK_S))
+
+    async def open_pull(self, request: PullRequest) -> AsyncGenerator[BlockRun | EndFrame, None]:
+        async with aclosing(self._link.stream("pull", wire.encode_pull(request))) as items:
+            async for item in items:
+                frames = wire.decode_frames(item)
+                if isinstance(frames[0], EndFrame):
+                    yield frames[0]
+                    return
+                refs = [frame for frame in frames if isinstance(frame, RefFrame)]
+                most = len(refs) if request.mapped else self._most
+                for start in range(0, len(refs), most):
+                    yield self._run_of(request, refs[start : start + most])
+
+    async def confirm(self, ticket: Ticket) -> None:
+        await self._link.ask("confirm", wire.encode_ticket(ticket), timeout_s=ASK_S)
+
+    async def abort_ticket(self, ticket: Ticket) -> None:
+        await self._link.ask("abort", wire.encode_ticket(ticket), timeout_s=ASK_S)
+
+    def _run_of(self, request: PullRequest, refs: Sequence[RefFrame]) -> BlockRun:
+        """Blocks to be copied out of the memory now, or only named where the peer reads them by itself."""
+        named = tuple(BlockRef(ref.block_id, ref.generation) for ref in refs)
+        if request.mapped:
+            frames = tuple(
+                BlockFrame(
+                    ticket=ref.ticket,
+                    block_index=ref.block_index,
+                    generation=ref.generation,
+                    payload=memoryview(b""),
+                    checksum=None,
+                )
+                for ref in refs
+            )
+            return BlockRun(frames=frames, refs=named, verify=lambda: None)
+        frames = frames_of(self._memory, refs)
+        verify = frames[0].verify
+        assert verify is not None
+        if request.checksum:
+            frames = tuple(replace(frame, checksum=wire.checksum_of(frame)) for frame in frames)
+        return BlockRun(frames=frames, refs=named, verify=verify)
+
+
+async def _serve(link_fd: int, gift_fd: int) -> None:
+    mover = Mover(socket.socket(fileno=gift_fd))
+    await mover.link.join(socket.socket(fileno=link_fd))
+    gc.freeze()
+    await asyncio.get_running_loop().create_future()  # until the link ends the process
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs until the link ends. `arguments`: the descriptors of the two sockets."""
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the worker, which drains and then ends the link
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(
+        level=os.environ.get("TANDEM_LOG", "WARNING").upper(), format="%(asctime)s %(name)s %(message)s"
+    )
+    keep_freed_memory()
+    link_fd, gift_fd = map(int, arguments)
+    asyncio.run(_serve(link_fd, gift_fd))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
