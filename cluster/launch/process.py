@@ -7,7 +7,6 @@ when it serves, drains on SIGTERM, SIGINT and the workers' `Drain` call, and die
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -18,23 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config import RouterConfig, WorkerConfig, from_dict
+from ..parent import die_with_parent
 from .members import RouterMember, WorkerMember
 from .stages import Stages
 
-PR_SET_PDEATHSIG = 1
 EXIT_ENGINE_FAILED = 70
-
-
-def die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent goes (prctl(2), PR_SET_PDEATHSIG); elsewhere a no-op."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _worker(
