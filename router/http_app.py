@@ -1,5 +1,4 @@
-"""The HTTP front end: OpenAI's API (completions, chat, models) and what operators ask for (health, ready, metrics),
-on Starlette.
+"""The HTTP front end: OpenAI's API (completions, chat, models) and what operators ask for (health, ready, metrics).
 
 Every error, also of routing, is in OpenAI's shape. `/health` says that the process is up, `/ready` that a request
 could be served now. With API keys, all but these two want `Authorization: Bearer <key>`; without one `/ready` says yes
@@ -13,20 +12,17 @@ import ipaddress
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
-
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from functools import lru_cache, partial
 
 from ..cluster.metrics import CONTENT_TYPE
 from .door import Door, shutting_down
 from .errors import InvalidRequest, ServiceError
-from .http_exchange import MAX_ECHOED_CHARS, ClientGone, Exchange, error_json
+from .http_errors import error_json
+from .http_exchange import Exchange
 from .http_generate import ChatEndpoint, CompletionEndpoint
+from .http_json import MAX_ECHOED_CHARS
+from .http_message import ClientGone, Message
+from .http_server import App
 from .openai_requests import parse_messages
 from .params import Fields, parse_token_ids
 from .service import ModelCard
@@ -34,6 +30,8 @@ from .service import ModelCard
 _log = logging.getLogger(__name__)
 
 MAX_DETOKENIZE_IDS = 2**20
+MODELS = "/v1/models/"
+"""What follows is a model's name, slashes included."""
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
@@ -83,7 +81,7 @@ def _only_here(host: str) -> bool:
 
 
 class Endpoint:
-    """An ASGI endpoint: checks host and key, runs the handler and turns whatever it raises into one answer.
+    """One route: checks host and key, runs the handler and turns whatever it raises into one answer.
 
     `admits`: the handler's work counts as a request inside the router, so that draining waits for it and refuses new
     ones.
@@ -95,9 +93,9 @@ class Endpoint:
         self._open_to_all = open_to_all
         self._admits = admits
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, message: Message) -> None:
         door = self._door
-        exchange = Exchange(scope, receive, send, max_body_bytes=door.config.max_body_bytes, budget=door.bodies)
+        exchange = Exchange(message, max_body_bytes=door.config.max_body_bytes, budget=door.bodies)
         try:
             await self._answer(exchange)
         except ClientGone:
@@ -136,57 +134,48 @@ class Endpoint:
             _log.debug("a client did not take its error: %s", error.message)
 
 
-def build_http_app(door: Door) -> ASGIApp:
-    """The ASGI application; state lives in `door`."""
+def build_http_app(door: Door) -> App:
+    """What answers every request; state lives in `door`."""
     plain = _PlainEndpoints(door)
-    generating = {
-        "/v1/chat/completions": Endpoint(door, ChatEndpoint(door), admits=True),
-        "/v1/completions": Endpoint(door, CompletionEndpoint(door), admits=True),
+
+    def get(handler: Handler, *, open_to_all: bool = False) -> dict[str, Endpoint]:
+        endpoint = Endpoint(door, handler, open_to_all=open_to_all)
+        return {"GET": endpoint, "HEAD": endpoint}
+
+    def post(handler: Handler) -> dict[str, Endpoint]:
+        return {"POST": Endpoint(door, handler, admits=True)}
+
+    routes = {
+        "/v1/chat/completions": post(ChatEndpoint(door)),
+        "/v1/completions": post(CompletionEndpoint(door)),
+        "/tokenize": post(plain.tokenize),
+        "/detokenize": post(plain.detokenize),
+        "/v1/models": get(plain.models),
+        f"{MODELS}{{model}}": get(plain.model),
+        "/health": get(plain.health, open_to_all=True),
+        "/ready": get(plain.ready, open_to_all=True),
+        "/metrics": get(plain.metrics),
     }
+    unknown = Endpoint(door, partial(_no_route, ", ".join(routes)), open_to_all=True)
+    wrong = {path: Endpoint(door, partial(_no_method, ", ".join(of)), open_to_all=True) for path, of in routes.items()}
 
-    def get(path: str, handler: Handler, *, open_to_all: bool = False) -> Route:
-        return Route(path, Endpoint(door, handler, open_to_all=open_to_all), methods=["GET"])
+    async def answer(message: Message) -> None:
+        path = f"{MODELS}{{model}}" if message.path.startswith(MODELS) else message.path
+        methods = routes.get(path)
+        await (unknown if methods is None else methods.get(message.method, wrong[path]))(message)
 
-    def post(path: str, handler: Handler) -> Route:
-        return Route(path, Endpoint(door, handler, admits=True), methods=["POST"])
+    return answer
 
-    app = Starlette(
-        routes=[
-            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
-            post("/tokenize", plain.tokenize),
-            post("/detokenize", plain.detokenize),
-            get("/v1/models", plain.models),
-            get("/v1/models/{model:path}", plain.model),
-            get("/health", plain.health, open_to_all=True),
-            get("/ready", plain.ready, open_to_all=True),
-            get("/metrics", plain.metrics),
-        ],
-        exception_handlers={HTTPException: _routing_error},
+
+async def _no_route(allowed: str, exchange: Exchange) -> None:
+    raise _UnknownRoute(f"{exchange.method} {exchange.path[:MAX_ECHOED_CHARS]}: no such route; allowed: {allowed}")
+
+
+async def _no_method(allowed: str, exchange: Exchange) -> None:
+    error = _WrongMethod(
+        f"{exchange.method} {exchange.path[:MAX_ECHOED_CHARS]}: method not allowed; allowed: {allowed}"
     )
-    app.router.redirect_slashes = False
-
-    async def straight(scope: Scope, receive: Receive, send: Send) -> None:
-        """What generates goes past Starlette's layers: they cost more than all else that HTTP does for a request."""
-        endpoint = generating.get(scope["path"]) if scope.get("method") == "POST" else None
-        await (app if endpoint is None else endpoint)(scope, receive, send)
-
-    return straight
-
-
-async def _routing_error(request: Request, exception: Exception) -> Response:
-    """404 and 405 of the routing table in OpenAI's shape."""
-    assert isinstance(exception, HTTPException)
-    where = f"{request.method} {request.url.path}"
-    error: ServiceError
-    if exception.status_code == 405:
-        error = _WrongMethod(f"{where}: method not allowed; allowed: {(exception.headers or {}).get('Allow', '')}")
-    else:
-        routes = [route.path.replace(":path", "") for route in request.app.routes if isinstance(route, Route)]
-        error = _UnknownRoute(f"{where}: no such route; allowed: {', '.join(routes)}")
-    headers = dict(exception.headers or {})
-    if request_id := request.headers.get("x-request-id"):
-        headers["x-request-id"] = request_id
-    return JSONResponse(error_json(error), status_code=exception.status_code, headers=headers)
+    await exchange.send_json(error_json(error), status=error.http_status, headers={"allow": allowed})
 
 
 class _PlainEndpoints:
@@ -216,7 +205,7 @@ class _PlainEndpoints:
         await exchange.send_json({"object": "list", "data": cards})
 
     async def model(self, exchange: Exchange) -> None:
-        await exchange.send_json(_card_json(self._door.card(exchange.path_params["model"])))
+        await exchange.send_json(_card_json(self._door.card(exchange.path.removeprefix(MODELS))))
 
     async def tokenize(self, exchange: Exchange) -> None:
         """vLLM's: `{"prompt"}` or `{"messages"}` in; `{"count", "max_model_len", "tokens"}` out."""

@@ -16,7 +16,7 @@ import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +30,11 @@ from .params import Fields, Limits
 from .service import Delta, GenerateRequest
 from .slo_classes import HEADERS, Promise, SLOClasses, number_of, parse_promise
 
+DONE = b"data: [DONE]\n\n"
+"""OpenAI's last event of a stream that is complete."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
     """A call that can run."""
 
@@ -40,7 +43,9 @@ class _Prepared:
     n: int
     stream: bool
     include_usage: bool
-    timeout_s: float
+    due_s: float
+    """When the client must have taken the answer, on the door's clock."""
+    usage: Usage
 
 
 class GenerationEndpoint(ABC):
@@ -58,7 +63,7 @@ class GenerationEndpoint(ABC):
     async def __call__(self, exchange: Exchange) -> None:
         """Answers one request."""
         body = await exchange.read_json()
-        await exchange.until_gone(lambda: self._run(exchange, body))
+        await exchange.until_gone(self._run(exchange, body))
 
     @abstractmethod
     def _parse(self, body: Mapping[str, Any], limits: Limits) -> OpenAICall:
@@ -108,7 +113,15 @@ class GenerationEndpoint(ABC):
             "include_usage": call.include_usage,
         }
         responder = self._responder(call, prompts, common)
-        return _Prepared(requests, responder, options.n, call.stream, call.include_usage, timeout_s)
+        return _Prepared(
+            requests=requests,
+            responder=responder,
+            n=options.n,
+            stream=call.stream,
+            include_usage=call.include_usage,
+            due_s=arrival_s + timeout_s + DEADLINE_GRACE_S,
+            usage=Usage(prompt_tokens=sum(map(len, prompts))),
+        )
 
     def _promise(self, exchange: Exchange) -> Promise:
         values = {
@@ -120,41 +133,77 @@ class GenerationEndpoint(ABC):
 
     async def _run(self, exchange: Exchange, body: Mapping[str, Any]) -> None:
         prepared = await self._prepare(exchange, body)
-        usage = Usage(prompt_tokens=sum(len(request.prompt_token_ids) for request in prepared.requests))
-        try:
-            # The service keeps the deadline; this one is for a client that takes its answer too slowly or not at all.
-            async with asyncio.timeout(prepared.timeout_s + DEADLINE_GRACE_S):
-                async with aclosing(self._door.run_all(prepared.requests)) as deltas:
-                    if prepared.stream:
-                        await self._stream(exchange, prepared, deltas, usage)
-                        return
-                    async for prompt, delta in deltas:
-                        usage.add(delta)
-                        prepared.responder.collect(prompt * prepared.n + delta.choice, delta)
-                await exchange.send_json(prepared.responder.body(usage))
-        except TimeoutError:
-            raise DeadlineExceeded(f"the answer was not taken within {prepared.timeout_s:g} s") from None
+        answer = _Stream(exchange, prepared) if prepared.stream else _Whole(exchange, prepared)
+        async with aclosing(self._door.run_all(prepared.requests)) as deltas:
+            async for prompt, delta in deltas:
+                answer.take(prompt * prepared.n + delta.choice, delta)
+                if not exchange.taking:
+                    await self._wait_for_client(exchange, prepared.due_s)
+        await answer.end()
 
-    async def _stream(
-        self,
-        exchange: Exchange,
-        prepared: _Prepared,
-        deltas: AsyncGenerator[tuple[int, Delta], None],
-        usage: Usage,
-    ) -> None:
-        responder = prepared.responder
-        async for prompt, delta in deltas:
-            if not exchange.started:
-                await exchange.start_events()
-                opening = responder.opening_chunks(len(prepared.requests) * prepared.n)
-                await exchange.send_events(server_sent(opening))
-            usage.add(delta)
-            await exchange.send_events(responder.events(prompt * prepared.n + delta.choice, delta))
-        if not exchange.started:
+    async def _wait_for_client(self, exchange: Exchange, due_s: float) -> None:
+        """The service keeps the request's deadline; this is for a client that takes its answer too slowly or not at
+        all.
+        """
+        try:
+            async with asyncio.timeout(due_s - self._door.now_s()):
+                await exchange.drain()
+        except TimeoutError:
+            raise DeadlineExceeded("the answer was not taken within the request's time") from None
+
+
+class _Whole:
+    """An answer that leaves when it is complete."""
+
+    def __init__(self, exchange: Exchange, prepared: _Prepared) -> None:
+        self._exchange = exchange
+        self._responder = prepared.responder
+        self._usage = prepared.usage
+
+    def take(self, choice: int, delta: Delta) -> None:
+        """Keeps it."""
+        self._usage.add(delta)
+        self._responder.collect(choice, delta)
+
+    async def end(self) -> None:
+        """Sends all of it."""
+        await self._exchange.send_json(self._responder.body(self._usage))
+
+
+class _Stream:
+    """An answer that leaves as it comes. The client is told the end with the last choice's last delta: it need not wait
+    until the service has put its things away.
+    """
+
+    def __init__(self, exchange: Exchange, prepared: _Prepared) -> None:
+        self._exchange = exchange
+        self._responder = prepared.responder
+        self._usage = prepared.usage
+        self._include_usage = prepared.include_usage
+        self._choices = self._unfinished = len(prepared.requests) * prepared.n
+
+    def take(self, choice: int, delta: Delta) -> None:
+        """Sends it in one write, with what belongs before the first one and behind the last."""
+        self._usage.add(delta)
+        events = self._responder.events(choice, delta)
+        if not self._exchange.started:
+            self._exchange.start_events()
+            events = server_sent(self._responder.opening_chunks(self._choices)) + events
+        if delta.finish_reason is None:
+            self._exchange.write_events(events)
+            return
+        self._unfinished -= 1
+        if self._unfinished:
+            self._exchange.write_events(events)
+            return
+        if self._include_usage:
+            events += server_sent([self._responder.usage_chunk(self._usage)])
+        self._exchange.end_events(events + DONE)
+
+    async def end(self) -> None:
+        """The service has nothing more to say."""
+        if not self._exchange.complete:
             raise ServiceError("the service ended without an answer")
-        if prepared.include_usage:
-            await exchange.send_events(server_sent([responder.usage_chunk(usage)]))
-        await exchange.end_events(done=True)
 
 
 class ChatEndpoint(GenerationEndpoint):

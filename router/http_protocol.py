@@ -1,38 +1,35 @@
-"""One HTTP connection with bounds on everything a client may take or keep: uvicorn's protocol over httptools leaves out
-the size of a head, the time it takes, the number of connections, and clients that do not read.
+"""One HTTP/1.1 connection on httptools, with bounds on everything that a client may take or keep: the size of a head,
+the time it takes, bodies, requests sent ahead, clients that do not read.
 
 A connection owes a request from its first moment and again after every answer; what is late is closed by `sweep`, which
 the server calls several times a second over all connections, so that none has timers of its own. What is no HTTP is
-answered in OpenAI's error shape.
+answered in OpenAI's error shape. Requests are answered one after the other, each by a task of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import http
 import json
 import logging
-import resource
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
+from urllib.parse import unquote
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from .errors import InvalidRequest, ServiceError, Unavailable
-from .http_exchange import GONE, Gone, error_headers, error_json
+from .http_errors import error_headers, error_json
+from .http_message import Message, head_bytes
 
 _log = logging.getLogger(__name__)
 
 MAX_PIPELINED = 16
 """Requests that a client may send ahead of its answers."""
 MAX_AHEAD_BYTES = 32 * 1024
-"""Of the body of such a request: below where uvicorn stops reading, and with it seeing that the client went."""
-FD_SHARE = 0.75
-"""Of the process's file descriptors, how many may be HTTP connections: accepting must not fail for want of one."""
+"""Of the body of such a request: below where a connection is no longer read, and nobody would see its client go."""
 
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
 
@@ -72,47 +69,76 @@ class HttpLimits:
     """How long a closed connection may still take what was written."""
 
 
-def connection_limit(limits: HttpLimits) -> int:
-    """Connections to grant in this process."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return limits.connections if soft == resource.RLIM_INFINITY else min(limits.connections, int(soft * FD_SHARE))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The server, as a connection needs it."""
+
+    limits: HttpLimits
+    admit: Callable[[HttpConnection], bool]
+    """A connection began; False: there are too many."""
+    leave: Callable[[HttpConnection], None]
+    """It ended."""
+    handle: Callable[[Message], None]
+    """Begins to answer, in a task."""
+    date: Callable[[], bytes]
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """What uvicorn makes of each connection."""
+class HttpConnection(asyncio.Protocol):
+    """What the server makes of each connection. Also the `Wire` of its messages."""
 
-    def __init__(self, limits: HttpLimits, max_connections: int, **of_server: Any) -> None:
-        super().__init__(**of_server)
-        self._limits = limits
-        self._max_connections = max_connections
+    def __init__(self, host: Host) -> None:
+        self.transport: asyncio.Transport = None  # type: ignore[assignment]  # until connection_made
+        self.date = host.date
+        self._host = host
+        self._limits = host.limits
+        self._parser = httptools.HttpRequestParser(self)
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._arriving: Message | None = None
+        """The request that came last."""
+        self._answering: Message | None = None
+        self._ahead: deque[Message] = deque()
+        """Requests that came before the answers to those before them; bounded by MAX_PIPELINED."""
         self._owed_since_s: float | None = None
         """Since when the client owes the head of a request; None while one is being answered."""
+        self._idle_since_s: float | None = None
+        """Since when it has sent nothing behind its last answer."""
         self._stalled_since_s: float | None = None
         self._closing_since_s: float | None = None
         self._head_bytes = 0
         """Received since the last byte that was of use: heads, trailers and chunk headers must come to an end."""
         self._refusal: ServiceError | None = None
-        self._answering: RequestResponseCycle | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._held = False
 
-    # -- bounds that are looked at when something happens -----------------------------------------------------------
+    # -- the transport's calls --------------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Admits the connection or ends it."""
-        if len(self.connections) >= self._max_connections:
-            self.transport, self.flow = transport, FlowControl(transport)
+        self.transport = cast("asyncio.Transport", transport)
+        if not self._host.admit(self):
             self._refuse(Unavailable("the router has too many open connections", retry_after_s=1.0))
             return
-        super().connection_made(transport)
         self._owed_since_s = time.monotonic()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends the request being answered."""
+        self._host.leave(self)
+        self._ahead.clear()
+        self.resume_writing()
+        if self._answering is not None:
+            self._answering.lost()
+            self._answering = None
 
     def data_received(self, data: bytes) -> None:
         """Parses; a client that sends no HTTP, or too much of a head, is told and cut off."""
-        self._unset_keepalive_if_required()
+        self._idle_since_s = None
         self._head_bytes += len(data)
         try:
-            self.parser.feed_data(data)
+            self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self.cycle.keep_alive = False  # answered as plain HTTP/1.1; what follows is not parsed
+            if self._arriving is not None:
+                self._arriving.keep_alive = False  # answered as plain HTTP/1.1; what follows is not parsed
         except httptools.HttpParserError as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             self._refuse(self._refusal or InvalidRequest(f"not a valid HTTP request: {reason}"))
@@ -120,75 +146,119 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_bytes > self._limits.head_bytes:
             self._refuse(self._too_large())
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Bounded in number; trailers count too."""
-        if len(self.headers) >= self._limits.headers:
-            self._refusal = HeadTooLarge(f"more than {self._limits.headers} headers; allowed: {self._limits.headers}")
-            raise ValueError("too many headers")
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Begins a request whose head is within bounds."""
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._limits.head_bytes:
-            self._refusal = self._too_large()
-            raise ValueError("head too large")
-        if not self.url.isascii():
-            self._refusal = InvalidRequest("the request's target is not ASCII; allowed: percent-encoded UTF-8")
-            raise ValueError("target not ASCII")
-        if self.parser.should_upgrade() and any(name in _BODY_HEADERS for name, _ in self.headers):
-            self._refusal = InvalidRequest(
-                "upgrade: a request with a body cannot change the protocol; allowed: HTTP/1.1 without an Upgrade header"
-            )
-            raise ValueError("upgrade with a body")
-        if len(self.pipeline) >= MAX_PIPELINED:
-            self._refusal = InvalidRequest(f"more than {MAX_PIPELINED} requests were sent ahead of their answers")
-            raise ValueError("too many requests ahead")
-        self._owed_since_s = None
-        super().on_headers_complete()
-        self.flow.resume_reading()  # also behind a request sent ahead: else nobody would see the client go
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answering = cycle
-        cast("dict[str, Any]", cycle.scope)[GONE] = Gone()
-        super()._start_asgi_task(cycle, app)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the request being answered; uvicorn tells only the one that came last."""
-        self.pipeline.clear()
-        if self._answering is not None and not self._answering.response_complete:
-            self._answering.disconnected = True
-            self._answering.message_event.set()
-            cast("dict[str, Any]", self._answering.scope)[GONE].leave()
-        super().connection_lost(exc)
-
-    def on_body(self, body: bytes) -> None:
-        """A part of the body: of use."""
-        self._head_bytes = 0
-        super().on_body(body)
-        if self.pipeline and len(self.cycle.body) > MAX_AHEAD_BYTES:
-            self._refusal = InvalidRequest(f"more than {MAX_AHEAD_BYTES} bytes of a body were sent ahead of answers")
-            raise ValueError("too much sent ahead")
-
-    def on_message_complete(self) -> None:
-        """The request is whole."""
-        self._head_bytes = 0
-        super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        """The client owes the next request, unless it has sent it already."""
-        super().on_response_complete()
-        if self.cycle.response_complete:
-            self._owed_since_s = time.monotonic()
-
     def pause_writing(self) -> None:
         """The client does not take what is written."""
         self._stalled_since_s = time.monotonic()
-        super().pause_writing()
 
     def resume_writing(self) -> None:
         """It does again."""
         self._stalled_since_s = None
-        super().resume_writing()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    # -- the parser's calls; what they raise ends in `data_received` ------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request."""
+        self._url, self._headers = b"", []
+
+    def on_url(self, url: bytes) -> None:
+        """A part of its target."""
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Bounded in number; trailers count too."""
+        if len(self._headers) >= self._limits.headers:
+            raise self._no(HeadTooLarge(f"more than {self._limits.headers} headers; allowed: {self._limits.headers}"))
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """Begins a request whose head is within bounds."""
+        if len(self._url) + sum(len(name) + len(value) for name, value in self._headers) > self._limits.head_bytes:
+            raise self._no(self._too_large())
+        if not self._url.isascii():
+            raise self._no(InvalidRequest("the request's target is not ASCII; allowed: percent-encoded UTF-8"))
+        headers = dict(self._headers)
+        if self._parser.should_upgrade() and any(name in headers for name in _BODY_HEADERS):
+            text = "a request with a body cannot change the protocol; allowed: HTTP/1.1 without an Upgrade header"
+            raise self._no(InvalidRequest(f"upgrade: {text}"))
+        if len(self._ahead) >= MAX_PIPELINED:
+            raise self._no(InvalidRequest(f"more than {MAX_PIPELINED} requests were sent ahead of their answers"))
+        self._owed_since_s = None
+        version = self._parser.get_http_version()
+        message = self._arriving = Message(
+            self,
+            self._parser.get_method().decode("ascii"),
+            unquote(httptools.parse_url(self._url).path.decode("ascii")),
+            headers,
+            version=version,
+            keep_alive=version != "1.0" and self._parser.should_keep_alive(),
+        )
+        if self._answering is None:
+            self._answer(message)
+        else:
+            self._ahead.append(message)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body: of use."""
+        self._head_bytes = 0
+        assert self._arriving is not None
+        self._arriving.arrived(body)
+        if self._ahead and self._arriving.unread_bytes > MAX_AHEAD_BYTES:
+            text = f"more than {MAX_AHEAD_BYTES} bytes of a body were sent ahead of answers"
+            raise self._no(InvalidRequest(text))
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._head_bytes = 0
+        assert self._arriving is not None
+        self._arriving.arrived_whole()
+
+    def _no(self, refusal: ServiceError) -> ValueError:
+        """What a parser's call raises to end the connection with this answer."""
+        self._refusal = refusal
+        return ValueError(refusal.message)
+
+    # -- the messages' calls ----------------------------------------------------------------------------------------
+
+    @property
+    def taking(self) -> bool:
+        return self._stalled_since_s is None
+
+    async def drain(self) -> None:
+        while self._stalled_since_s is not None:
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
+
+    def hold_reading(self) -> None:
+        if not self._held:
+            self._held = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._held:
+            self._held = False
+            self.transport.resume_reading()
+
+    def answered(self) -> None:
+        """The client owes the next request, unless it has sent it already."""
+        message, self._answering = self._answering, None
+        if message is None or self.transport.is_closing():
+            return
+        if not message.keep_alive:
+            self.transport.close()
+            return
+        self.resume_reading()
+        if self._ahead:
+            self._answer(self._ahead.popleft())
+        else:
+            self._owed_since_s = self._idle_since_s = time.monotonic()
+
+    def _answer(self, message: Message) -> None:
+        self._answering = message
+        self._host.handle(message)
+
+    # -- endings ----------------------------------------------------------------------------------------------------
 
     def _too_large(self) -> HeadTooLarge:
         return HeadTooLarge(f"request line and headers are over {self._limits.head_bytes} bytes")
@@ -197,7 +267,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answers and closes; in the middle of an answer it can only cut off."""
         if self.transport.is_closing():
             return
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+        if self._answering is not None and self._answering.started:
             self.transport.abort()
             return
         body = json.dumps(error_json(error)).encode()
@@ -207,12 +277,17 @@ class BoundedProtocol(HttpToolsProtocol):
             "connection": "close",
             **error_headers(error),
         }
-        head = f"HTTP/1.1 {error.http_status} {http.HTTPStatus(error.http_status).phrase}\r\n"
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self.transport.write(f"{head}{lines}\r\n".encode() + body)
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.transport.write(head_bytes(error.http_status, pairs, self.date()) + body)
         self.transport.close()
 
-    # -- bounds in time ---------------------------------------------------------------------------------------------
+    def finish(self) -> None:
+        """The server stops: nothing more is answered here than what is being answered."""
+        self._ahead.clear()
+        if self._answering is None:
+            self.transport.close()
+        else:
+            self._answering.keep_alive = False
 
     def sweep(self, now_s: float) -> None:
         """Ends the connection where it is late with anything."""
@@ -224,15 +299,10 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._stalled_since_s is not None and now_s - self._stalled_since_s > limits.write_stall_s:
             _log.debug("a client took nothing for %g s", limits.write_stall_s)
             self.transport.abort()
+        elif self._idle_since_s is not None and now_s - self._idle_since_s > limits.idle_timeout_s:
+            self.transport.close()
         elif self._owed_since_s is not None and now_s - self._owed_since_s > limits.head_timeout_s:
             if self._head_bytes:
                 self._refuse(HeadTimeout(f"no complete request head came within {limits.head_timeout_s:g} s"))
             else:
                 self.transport.close()
-
-
-def sweep(connections: Iterable[Any], now_s: float) -> None:
-    """Looks at every connection of a server."""
-    for connection in list(connections):
-        if isinstance(connection, BoundedProtocol):
-            connection.sweep(now_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 from typing import Any
 
 from tandem.cluster.bench.sse import read_events
@@ -12,8 +11,10 @@ from tandem.cluster.proto import tandem_v1_pb2 as public_pb
 from tandem.router.chat_template import MAX_PROMPT_CHARS, compile_chat_template, render_chat
 from tandem.router.errors import ServiceError
 from tandem.router.grpc_api import _plain
-from tandem.router.http_exchange import parse_json_object
-from tandem.router.http_protocol import BoundedProtocol, HttpLimits
+from tandem.router.http_json import parse_json_object
+from tandem.router.http_message import Message
+from tandem.router.http_protocol import HttpConnection, HttpLimits
+from tandem.router.http_server import HttpServer
 from tandem.router.openai_requests import parse_chat, parse_completion, parse_messages
 from tandem.router.params import Fields, Limits, parse_options, parse_top_logprobs
 
@@ -108,47 +109,40 @@ class _Transport(asyncio.Transport):
         pass
 
 
-async def _echo(scope: Any, receive: Any, send: Any) -> None:
-    await receive()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-    await send({"type": "http.response.body", "body": b""})
+async def _echo(message: Message) -> None:
+    await message.read()
+    message.start(200, (), 0)
+    message.end()
 
 
 @functools.cache
-def _http() -> tuple[asyncio.AbstractEventLoop, Any, Any]:
-    import uvicorn
-    from uvicorn.server import ServerState
-
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    config = uvicorn.Config(_echo, log_config=None, ws="none", lifespan="off")
-    config.load()
-    return asyncio.new_event_loop(), config, ServerState()
+def _http() -> tuple[asyncio.AbstractEventLoop, HttpServer]:
+    return asyncio.new_event_loop(), HttpServer(_echo, HttpLimits(connections=10))
 
 
 def http_wire(data: bytes) -> None:
     """A connection is answered, or closed; nothing is raised into the event loop."""
-    loop, config, state = _http()
+    loop, server = _http()
     failures: list[Any] = []
     loop.set_exception_handler(lambda _, context: failures.append(context))
 
     async def feed() -> None:
-        protocol = BoundedProtocol(HttpLimits(), 10, config=config, server_state=state, app_state={}, _loop=loop)
+        protocol = HttpConnection(server.host)
         transport = _Transport()
-        protocol.connection_made(transport)
+        protocol.connection_made(transport)  # type: ignore[arg-type]
         for start in range(0, len(data), 4096):
             if not transport.closing:
                 protocol.data_received(data[start : start + 4096])
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         transport.closing = True
-        protocol._unset_keepalive_if_required()
         protocol.connection_lost(None)
         for _ in range(3):
             await asyncio.sleep(0)
 
     loop.run_until_complete(feed())
     assert not failures, failures
-    assert not state.connections
+    assert not server.connections
 
 
 HTTP_SEEDS = (

@@ -304,7 +304,7 @@ class Target:
         """No block, stream, task, connection, descriptor or byte of a body."""
         self.cluster.wait_clean()
         frontend = self.cluster.router.runtime.frontend
-        self.wait(lambda: not frontend._http.server_state.connections, "connections to close")
+        self.wait(lambda: not frontend._http.connections, "connections to close")
         self.wait(lambda: frontend._door.bodies.held_bytes == 0, "bodies to be given back")
         self.wait(lambda: self.router_tasks() <= self.tasks, "the router's tasks to end")
         self.wait(lambda: descriptors() <= self.descriptors, "descriptors to close")

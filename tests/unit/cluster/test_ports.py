@@ -10,7 +10,7 @@ from tandem.cluster.config import ConfigError, RouterConfig
 from tandem.cluster.launch.checks import check_ports, check_shared_ports
 from tandem.cluster.launch.state import LaunchError
 from tandem.cluster.ports import bind, pin_ports
-from tandem.router.frontend import bind as listen
+from tandem.router.http_server import bind as listen
 
 FREE = RouterConfig(processes=3, http_port=0, grpc_port=0, registry_port=0)
 

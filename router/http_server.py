@@ -1,0 +1,170 @@
+"""The HTTP server: a listening socket, its connections (`http_protocol`), and their end. Nothing of what is served.
+
+start -> connections -> stop. Signals are not its business: who owns the process decides what Ctrl-C means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from email.utils import formatdate
+
+from .http_message import Message
+from .http_protocol import Host, HttpConnection, HttpLimits
+
+_log = logging.getLogger(__name__)
+
+BACKLOG_CONNECTIONS = 2048
+FD_SHARE = 0.75
+"""Of the process's file descriptors, how many may be HTTP connections: accepting must not fail for want of one."""
+SWEEP_S = 0.1
+STOP_TIMEOUT_S = 5.0
+"""For answers under way when the server stops."""
+
+App = Callable[[Message], Awaitable[None]]
+
+
+def connection_limit(limits: HttpLimits) -> int:
+    """Connections to grant in this process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limits.connections if soft == resource.RLIM_INFINITY else min(limits.connections, int(soft * FD_SHARE))
+
+
+class HttpServer:
+    """Answers every request by `app`, which must complete its message. Used from one event loop."""
+
+    def __init__(self, app: App, limits: HttpLimits, context: ssl.SSLContext | None = None) -> None:
+        """`context`: for https."""
+        self.connections: set[HttpConnection] = set()
+        self.answered = 0
+        """Requests, so far."""
+        self.host = Host(limits=limits, admit=self._admit, leave=self._leave, handle=self._handle, date=self._date_line)
+        self._app = app
+        self._limits = limits
+        self._context = context
+        self._max_connections = connection_limit(limits)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._sweeping: asyncio.Task[None] | None = None
+        self._empty = asyncio.Event()
+        """Set when it stops and nobody is left."""
+        self._date_s = 0
+        self._date = b""
+
+    async def start(self, listener: socket.socket) -> None:
+        """Serves on `listener`, which it closes in the end."""
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: HttpConnection(self.host),
+            sock=listener,
+            ssl=self._context,
+            backlog=BACKLOG_CONNECTIONS,
+            ssl_handshake_timeout=self._limits.head_timeout_s if self._context is not None else None,
+        )
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> None:
+        """Accepts no more connections, lets answers under way end for STOP_TIMEOUT_S, and ends the rest. Idempotent."""
+        server, self._server = self._server, None
+        if server is None or self._sweeping is None:
+            return
+        server.close()
+        for connection in list(self.connections):
+            connection.finish()
+        self._tell_if_empty()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._empty.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in list(self.connections):  # clients that took no answer
+            connection.transport.abort()
+        self._sweeping.cancel()
+        await asyncio.gather(self._sweeping, return_exceptions=True)
+
+    def _admit(self, connection: HttpConnection) -> bool:
+        if len(self.connections) >= self._max_connections:
+            return False
+        self.connections.add(connection)
+        return True
+
+    def _leave(self, connection: HttpConnection) -> None:
+        self.connections.discard(connection)
+        self._tell_if_empty()
+
+    def _handle(self, message: Message) -> None:
+        task = asyncio.get_running_loop().create_task(self._answer(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._tell_if_empty()
+
+    def _tell_if_empty(self) -> None:
+        if self._server is None and not self.connections and not self._tasks:
+            self._empty.set()
+
+    async def _answer(self, message: Message) -> None:
+        try:
+            await self._app(message)
+        except Exception:
+            _log.exception("an HTTP request ended without an answer")
+        finally:
+            self.answered += 1
+            message.abandon()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now_s = time.monotonic()
+            for connection in list(self.connections):
+                connection.sweep(now_s)
+
+    def _date_line(self) -> bytes:
+        now_s = int(time.time())
+        if now_s != self._date_s:
+            self._date_s, self._date = now_s, f"date: {formatdate(now_s, usegmt=True)}\r\n".encode()
+        return self._date
+
+
+def tls_context(cert: str, key: str, client_ca: str | None) -> ssl.SSLContext:
+    """Of PEM files that were checked before; `client_ca`: who signs the certificates that clients must show."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(os.path.expanduser(cert), os.path.expanduser(key))
+    if client_ca is not None:
+        context.load_verify_locations(os.path.expanduser(client_ca))
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening TCP socket; port 0 takes any free one. `shared`: other processes of this user may listen there too,
+    and the kernel gives each connection to one of them (Linux: SO_REUSEPORT). Raises OSError naming the address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG_CONNECTIONS)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port} for HTTP: {error.strerror}") from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """`host:port` of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
