@@ -42,7 +42,7 @@ def activate(
                 if kind == SILU:
                     value = _silu(gate)
                 elif kind == RELU:
-                    value = maximum(gate, zeros())
+                    value = maximum(zeros(), gate)  # in this order, NaN stays
                 else:
                     value = _gelu(gate)
                 if gated:

@@ -245,8 +245,8 @@ def _weigh(
 
 @kernel(inline=True)
 def _exp(x):  # type: ignore[no-untyped-def]
-    """e ** x for x <= 0, within 2 ulp; 0 below -86. As `simd.exp`, without what only larger x need."""
-    clamped = maximum(x, full(np.float32(-86.0)))
+    """e ** x for x <= 0, within 2 ulp; 0 below -86; NaN of NaN. As `simd.exp`, without what only larger x need."""
+    clamped = maximum(full(np.float32(-86.0)), x)  # in this order, NaN stays
     n = rint(multiply(clamped, full(np.float32(1.4426950408889634))))
     r = fma(n, full(np.float32(2.12194440e-4)), fma(n, full(np.float32(-0.693359375)), clamped))
     p = fma(full(np.float32(1.9875691500e-4)), r, full(np.float32(1.3981999507e-3)))

@@ -83,13 +83,16 @@ def scratch_bytes(kind: str, in_features: int, rows: int) -> int:
 
 @kernel
 def quantize_row(x, inputs, staged, unsigned):
-    """One row of float32 -> int8 in [-127, 127] as int16, or as uint8 with 128 added; returns its scale.
+    """One row of float32 -> int8 in [-127, 127] as int16, or as uint8 with 128 added; returns its scale: NaN, and so
+    the row's every output, where an input is no finite number.
 
     Writes whole vectors; what lies behind the last input is 0 (or 128).
     """
-    largest = simd.zeros()
+    largest, strange = simd.zeros(), simd.zeros()
     for k in range(0, inputs, simd.W):
-        largest = simd.maximum(simd.absolute(simd.load_part(x + 4 * k, min(simd.W, inputs - k))), largest)
+        values = simd.load_part(x + 4 * k, min(simd.W, inputs - k))
+        largest = simd.maximum(simd.absolute(values), largest)
+        strange = simd.fma(values, simd.zeros(), strange)
     top = simd.max_lanes(largest)
     factor = simd.full(np.float32(127) / top if top > 0 else np.float32(0))
     offset = simd.full_i32(128)
@@ -100,7 +103,7 @@ def quantize_row(x, inputs, staged, unsigned):
             simd.store_int8(staged + k, simd.add_i32(integers, offset))
         else:
             simd.store_int16(staged + 2 * k, integers)
-    return top / np.float32(127)
+    return top / np.float32(127) + simd.sum_lanes(strange)
 
 
 @kernel

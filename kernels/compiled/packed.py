@@ -198,7 +198,10 @@ def pack_bf16_dot(w, out):
 
 @kernel
 def pack_int8(w, out, scale, sums, group):
-    """[O, I] -> [P][I / group][NR][group] int8, with each output's scale and sum of integers; a missing input is 0."""
+    """[O, I] -> [P][I / group][NR][group] int8, with each output's scale and sum of integers; a missing input is 0.
+
+    An output with a weight that is no finite number has the scale NaN.
+    """
     outputs, inputs = w.shape
     steps = (inputs + group - 1) // group
     factors = np.empty(NR, np.float32)
@@ -206,11 +209,12 @@ def pack_int8(w, out, scale, sums, group):
         base = panel * steps * NR * group
         for j in range(NR):
             o = panel * NR + j
-            largest = np.float32(0)
+            largest, finite = np.float32(0), True
             if o < outputs:
                 for k in range(inputs):
                     largest = max(largest, abs(w[o, k]))
-            scale[o] = largest / np.float32(127)
+                    finite &= abs(w[o, k]) < np.inf
+            scale[o] = largest / np.float32(127) if finite else np.float32(np.nan)
             factors[j] = np.float32(127) / largest if largest > 0 else np.float32(0)
         for first in range(0, steps * group, _K_BLOCK):
             for j in range(NR):

@@ -103,6 +103,26 @@ def test_a_row_of_zeros_is_no_number_problem_for_integers() -> None:
     assert product(packed, np.zeros((2, 12), F32)).tolist() == [[0.0] * NR] * 2
 
 
+@pytest.mark.parametrize("kind", packing.KINDS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", [0, 9, 40])
+def test_what_is_not_a_number_spoils_its_own_row_alone(kind: str, value: float, where: int) -> None:
+    packed, x = packing.pack_weight(random(NR, 41), kind), random(MAX_ROWS + 1, 41, seed=1)
+    x[1, where] = value
+    got = product(packed, x)
+    assert not np.isfinite(got[1]).any()
+    assert np.isfinite(np.delete(got, 1, 0)).all()
+
+
+@pytest.mark.parametrize("kind", packing.KINDS)
+def test_a_weight_that_is_not_a_number_spoils_its_output(kind: str) -> None:
+    weight = random(NR, 41)
+    weight[3, 17] = np.nan
+    got = product(packing.pack_weight(weight, kind), random(2, 41, seed=1))
+    assert np.isnan(got[:, 3]).all()
+    assert np.isfinite(np.delete(got, 3, 1)).all()
+
+
 def test_integers_reach_the_ends_of_their_range() -> None:
     """127 x 127 over many inputs, of either sign, is exact: no instruction saturates on the way."""
     weight = np.ones((2, 4096), F32)

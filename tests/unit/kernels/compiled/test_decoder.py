@@ -151,6 +151,48 @@ def test_tables_of_another_packing_are_refused() -> None:
                 CompiledModel.from_arrays(shape_of(config), "float32", {**model.arrays(), name: wrong})
 
 
+class Poisoned(DummyWeights):
+    """One element of one tensor is not a number."""
+
+    def __init__(self, config: ModelConfig, name: str) -> None:
+        super().__init__(config)
+        self._poisoned = name
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = super().read(name).clone()
+        if name == self._poisoned:
+            tensor.view(-1)[7] = float("nan")
+        return tensor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_what_is_not_a_number_stays_so(name: str, kind: str) -> None:
+    """Wherever it comes into being: a logit that is no number fails its request, a plausible one would be an answer."""
+    config = CONFIGS[name]
+    dtype = np.float32 if kind == "float32" else np.uint16
+    up = ["gate", "up"] if config.gated_mlp else ["up"]
+    layer = ["attention_norm", "q", "k", "v", "attention_out", "mlp_norm", *up, "down"]
+    for tensor in [*(f"layers.1.{part}.weight" for part in layer), "final_norm.weight"]:
+        steps = CompiledSteps(compiled(config, Poisoned(config, tensor), kind), dtype)
+        logits = steps.run((prompt(9), 0, steps.table(9), True), (prompt(1), 0, steps.table(1), True))
+        assert torch.isnan(logits).all(-1).all(), tensor
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("new_tokens", [1, 20])
+def test_a_key_that_is_not_a_number_spoils_its_own_row_alone(kind: str, half: int, new_tokens: int) -> None:
+    config = CONFIGS["tied-long-head"]
+    steps = CompiledSteps(make(config, kind), np.float32 if kind == "float32" else np.uint16)
+    bad, good = steps.table(120), steps.table(120)
+    steps.run((prompt(90), 0, bad, False), (prompt(90), 0, good, False))
+    steps.kv[bad[3], 1, half, 0, 2, 5] = np.nan if kind == "float32" else 0x7FC0
+    logits = steps.run((prompt(new_tokens), 90, bad, True), (prompt(new_tokens), 90, good, True))
+    assert torch.isnan(logits[0]).all()
+    assert torch.isfinite(logits[1]).all()
+
+
 def test_a_step_allocates_nothing_but_logits() -> None:
     model = make(LLAMA)
     steps = CompiledSteps(model)
