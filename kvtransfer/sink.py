@@ -392,6 +392,7 @@ class SinkDriver:
 
     async def _confirm(self, ticket: Ticket, peer: Peer) -> None:
         try:
+            await asyncio.sleep(0)  # the first step's tokens leave before it
             for _ in range(CONFIRM_TRIES):
                 try:
                     await self._transport.confirm(peer, ticket, timeout_s=self._call_timeout_s)

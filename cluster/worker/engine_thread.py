@@ -125,7 +125,6 @@ class EngineThread:
                 self._publish()
                 if plan is not None:
                     self._step(plan)
-                    self._publish()
                 elif not self._commands:
                     self._idle()
         except BaseException as error:
@@ -139,7 +138,8 @@ class EngineThread:
         self._device.launch(plan)
         output = self._device.collect()
         self._scheduler.complete(output)
-        self._observe(plan, output.duration_s)
+        self._publish()
+        self._observe(plan, output.duration_s)  # after its tokens have left
 
     def _observe(self, plan: StepPlan, duration_s: float) -> None:
         shape = step_shape(plan)
