@@ -143,13 +143,14 @@ def gather_machine(model: str, url: str) -> Machine:
 
 
 def _kernels() -> tuple[str, str]:
-    from ..kernels.dispatch import pick
+    from ..kernels.dispatch import numba_problem, pick
 
-    if importlib.util.find_spec("numba") is None and importlib.util.find_spec("torch") is None:
-        return "", "only the paced device can run: neither numba nor torch is installed"
     try:
+        problem = numba_problem()
+        if problem is not None and importlib.util.find_spec("torch") is None:
+            return "", f"only the paced device can run: torch is not installed, and {problem}"
         picked = pick("auto")
-    except (ImportError, ValueError) as error:  # numba that does not load; a TANDEM_CPU_ISA that does not exist
+    except ValueError as error:  # a TANDEM_CPU_ISA that does not exist
         return "torch", f"compiled kernels cannot be had: {error}"
     return picked.kernels, picked.reason
 

@@ -30,6 +30,24 @@ class Picked:
     """One line for people."""
 
 
+@functools.cache
+def numba_problem() -> str | None:
+    """Why what compiles the kernels cannot be had here, or None. Imports it, so that what would stop a start shows now.
+
+    Raises ValueError for a TANDEM_CPU_ISA that does not exist.
+    """
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install 'tandem-serve[engine]')"
+    try:
+        from .compiled import target  # noqa: F401
+    except ValueError:
+        raise
+    except Exception as error:  # whatever numba, llvmlite or a library that they load finds wrong here
+        first_line = str(error).strip().partition("\n")[0]
+        return f"numba cannot be imported ({type(error).__name__}: {first_line})"
+    return None
+
+
 def pick(kernels: str, quantization: str | None = None, unsupported: str | None = None) -> Picked:
     """The implementation for a CPU. `kernels`: one of KERNELS; `unsupported`: why the compiled kernels cannot run the
     model, None: they can.
@@ -38,9 +56,7 @@ def pick(kernels: str, quantization: str | None = None, unsupported: str | None 
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels: {kernels!r} is not allowed; allowed: one of {', '.join(KERNELS)}")
-    obstacle = unsupported
-    if importlib.util.find_spec("numba") is None:
-        obstacle = "numba is not installed (pip install 'tandem-serve[engine]')"
+    obstacle = (numba_problem() or unsupported) if kernels in ("auto", "compiled") else unsupported
     if kernels in ("auto", "compiled") and obstacle is None:
         from .compiled import check
 

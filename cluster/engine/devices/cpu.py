@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import threading
 import time
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ....kernels.dispatch import Picked, pick
+from ....kernels.dispatch import Picked, numba_problem, pick
 from ....kvtransfer.store import KVStore
 from ...models.config import ModelConfig
 from ...models.reference import ModelFiles
@@ -44,9 +43,10 @@ def _check_processors(cpus: Sequence[int]) -> None:
 
 
 def _obstacle(config: ModelConfig) -> str | None:
-    """Why the compiled kernels cannot run a model, where they are installed; None: they can."""
-    if importlib.util.find_spec("numba") is None:
-        return None
+    """Why the compiled kernels cannot run a model; None: they can."""
+    problem = numba_problem()
+    if problem is not None:
+        return problem
     from ..compiled import decoder_shape, unsupported
 
     return unsupported(decoder_shape(config))
