@@ -48,6 +48,11 @@ class StepArrays:
     """Indices into T, ascending, of the tokens whose logits are wanted."""
 
 
+def _power_of_two(count: int) -> int:
+    """The smallest that is not less: memory grows a few times in a life, however slowly steps do."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def _check(shape: DecoderShape) -> None:
     reason = unsupported(shape)
     if reason is not None:
@@ -123,7 +128,7 @@ class CompiledModel:
         """
         tokens, sampled = len(batch.tokens_T), len(batch.sampled_R)
         if tokens > self._tokens or sampled > self._sampled:
-            self._grow(max(tokens, self._tokens), max(sampled, self._sampled))
+            self._grow(max(_power_of_two(tokens), self._tokens), max(_power_of_two(sampled), self._sampled))
         logits = np.empty((sampled, padded(self.shape.vocab_size) + _APART), np.float32)
         self._plan(batch, kv)
         self._set(

@@ -4,47 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tandem.cluster.engine.compiled import decoder_shape
 from tandem.cluster.engine.model import Model
 from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
-from tandem.cluster.engine.positions import OPT_POSITION_OFFSET, inverse_frequencies
 from tandem.cluster.engine.runner import Runner
 from tandem.cluster.engine.weight_source import WeightSource
 from tandem.cluster.models.config import ModelConfig
 from tandem.cluster.types import SamplingParams
 from tandem.kernels.compiled.decoder import CompiledModel, StepArrays
-from tandem.kernels.compiled.decoder_weights import DecoderShape
 
 BLOCK_SIZE = 4
 
 
-def shape_of(c: ModelConfig) -> DecoderShape:
-    return DecoderShape(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        num_layers=c.num_layers,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.intermediate_size,
-        norm=c.norm,
-        norm_eps=c.norm_eps,
-        norm_before=c.norm_before,
-        activation=c.activation,
-        gated_mlp=c.gated_mlp,
-        rotary_frequencies=None if c.learned_positions else tuple(inverse_frequencies(c).tolist()),
-        position_offset=OPT_POSITION_OFFSET if c.learned_positions else 0,
-        qkv_bias=c.qkv_bias,
-        attention_out_bias=c.attention_out_bias,
-        mlp_bias=c.mlp_bias,
-        qk_norm=c.qk_norm,
-        tie_word_embeddings=c.tie_word_embeddings,
-        sliding_window=c.sliding_window,
-        embed_dim=c.embed_dim,
-    )
-
-
 def compiled(config: ModelConfig, source: WeightSource, kind: str, threads: int = 1) -> CompiledModel:
-    return CompiledModel.build(shape_of(config), kind, lambda name: source.read(name).float().numpy(), threads=threads)
+    return CompiledModel.build(
+        decoder_shape(config), kind, lambda name: source.read(name).float().numpy(), threads=threads
+    )
 
 
 class CompiledSteps:

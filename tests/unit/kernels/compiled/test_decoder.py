@@ -9,7 +9,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from decoder_cases import BLOCK_SIZE, CompiledSteps, TorchSteps, compiled, shape_of
+from decoder_cases import BLOCK_SIZE, CompiledSteps, TorchSteps, compiled
+from tandem.cluster.engine.compiled import decoder_shape
 from tandem.cluster.engine.hf_weights import DummyWeights
 from tandem.cluster.engine.weights import build_model
 from tandem.cluster.models.config import Architecture, ModelConfig
@@ -126,19 +127,19 @@ def test_arrays_make_the_same_model(name: str, kind: str) -> None:
     model = make(config, kind)
     for array in model.arrays().values():
         array.flags.writeable = False
-    again = CompiledModel.from_arrays(shape_of(config), kind, model.arrays())
+    again = CompiledModel.from_arrays(decoder_shape(config), kind, model.arrays())
     steps, others = CompiledSteps(model), CompiledSteps(again)
     table = steps.table(20)
     assert same(others.run((prompt(20), 0, table, True)), steps.run((prompt(20), 0, table, True)))
     arrays = model.arrays()
     del arrays["layers.1.up.data"]
     with pytest.raises(ValueError, match=r"layers\.1\.up"):
-        CompiledModel.from_arrays(shape_of(config), kind, arrays)
+        CompiledModel.from_arrays(decoder_shape(config), kind, arrays)
     for wrong in ("attention_norm.weight", "qkv.data", "down.data"):
         arrays = model.arrays()
         arrays[f"layers.1.{wrong}"] = arrays[f"layers.1.{wrong}"][:-1]
         with pytest.raises(ValueError, match=rf"layers\.1\.{wrong.split('.')[0]}"):
-            CompiledModel.from_arrays(shape_of(config), kind, arrays)
+            CompiledModel.from_arrays(decoder_shape(config), kind, arrays)
 
 
 def test_tables_of_another_packing_are_refused() -> None:
@@ -148,7 +149,7 @@ def test_tables_of_another_packing_are_refused() -> None:
     for name in {"embed.weight", "positions.weight"} & set(model.arrays()):
         for wrong in (model.arrays()[name][:, :-1], model.arrays()[name].astype(np.float16), np.float32(1)):
             with pytest.raises(ValueError, match=name):
-                CompiledModel.from_arrays(shape_of(config), "float32", {**model.arrays(), name: wrong})
+                CompiledModel.from_arrays(decoder_shape(config), "float32", {**model.arrays(), name: wrong})
 
 
 class Poisoned(DummyWeights):
@@ -203,6 +204,16 @@ def test_a_step_allocates_nothing_but_logits() -> None:
     assert {name: buffer.ctypes.data for name, buffer in model._buffers.items()} == before
 
 
+def test_buffers_grow_a_few_times_however_slowly_steps_do() -> None:
+    model = make(LLAMA)
+    steps = CompiledSteps(model)
+    table, seen = steps.table(40), set()
+    for length in range(1, 34):
+        steps.run((prompt(length), 0, table, True))
+        seen.add(model._buffers["x"].shape[0])
+    assert seen == {1, 2, 4, 8, 16, 32, 64}
+
+
 def test_a_shared_prefix_is_read_not_written() -> None:
     steps = CompiledSteps(make(LLAMA))
     prefix = steps.table(16)
@@ -213,7 +224,7 @@ def test_a_shared_prefix_is_read_not_written() -> None:
 
 
 def test_what_is_not_supported_is_said() -> None:
-    shape = shape_of(LLAMA)
+    shape = decoder_shape(LLAMA)
     assert unsupported(shape) is None
     for changes, reason in [
         ({"activation": "tanh"}, "activation 'tanh' is not one of silu, relu, gelu"),
