@@ -30,6 +30,9 @@ def handoff(
     ] = None,
     rows: Annotated[int, typer.Option(help="--engine-pace: sequences in its batch.")] = 8,
     rounds: Annotated[int, typer.Option(help="--engine-pace: batches of each condition, in turns.")] = 4,
+    kv_mover: Annotated[
+        str, typer.Option(help="Who moves a worker's KV: process, thread, or auto, as `tandem serve` would.")
+    ] = "auto",
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
     """Hand KV from one real worker process to another and report reserve, dispatch, transfer, confirm and GB/s."""
@@ -37,8 +40,11 @@ def handoff(
     from .bench.handoff import HandoffOptions
     from .bench.handoff_pace import PaceOptions
 
+    if kv_mover not in ("auto", "process", "thread"):
+        raise ValueError(f"kv_mover: {kv_mover!r} is not allowed; allowed: auto, process, thread")
     if engine_pace:
-        _run_pace(PaceOptions(model=model, rows=rows, rounds=rounds, token_bytes=token_bytes), save_result)
+        pace = PaceOptions(model=model, rows=rows, rounds=rounds, token_bytes=token_bytes, kv_mover=kv_mover)
+        _run_pace(pace, save_result)
         return
 
     try:
@@ -51,6 +57,7 @@ def handoff(
         repeats=repeats,
         token_bytes=token_bytes,
         seed=seed,
+        kv_mover=kv_mover,
     )
     _run(options, save_result)
 
@@ -89,7 +96,9 @@ def _run_pace(options: PaceOptions, save_result: str | None) -> None:
 
     display = Display()
     what = "a paced device: nothing is computed" if options.model is None else f"{options.model} on the CPU device"
-    display.line(f"{what}; {options.rows} sequences a step, {options.rounds} x {options.steps} steps of each condition")
+    display.line(
+        f"{what}; {options.rows} sequences a step, up to {options.rounds} x {options.steps} steps of each condition"
+    )
     with display.count("batches", options.rounds * len(CONDITIONS)) as advance:
         paces = uvloop.run(run_pace(options, advance))
     display.line(pace_table(paces))

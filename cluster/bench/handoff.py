@@ -53,6 +53,8 @@ class HandoffOptions:
     step_s: float = 0.01
     """A step takes at least this long, as a model's would: what is sent beside it is not waited for."""
     seed: int = 0
+    kv_mover: str = "auto"
+    """As `WorkerConfig.kv_mover`."""
 
     def __post_init__(self) -> None:
         for name in self.transports:
@@ -107,6 +109,7 @@ def _spec(options: HandoffOptions, role: str, transport: str) -> WorkerSpec:
         num_blocks=most_tokens // options.block_size + 8,
         block_size=options.block_size,
         step_s=options.step_s,
+        kv_mover=options.kv_mover,
     )
 
 

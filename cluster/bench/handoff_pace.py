@@ -1,20 +1,21 @@
 """Whether an engine keeps its pace while its process moves KV and streams tokens.
 
 One worker decodes batch after batch, the same each time: `rows` sequences from short prompts. Beside some of them the
-same process, on its event loop, pulls KV at full rate from another worker, or serves its own to one. What is told is
-the time from one step's launch to the next one's. The conditions take turns, so that a machine that changes its pace
-changes it for all of them.
+same worker, by its mover or on its own loop (`kv_mover`), pulls KV at full rate from another one, or serves its own.
+What is told is the time from one step's launch to the next one's. The conditions take turns, so that a machine that
+changes its pace changes it for all of them.
 
     alone       no token leaves the engine, no KV moves
     tokens      every step's tokens go to a router
-    pull grpc   and KV is pulled into this process over gRPC
-    pull mapped and KV is copied out of another process's memory
-    serve grpc  and this process's KV is pulled by another one over gRPC
-    beside grpc and KV moves between two other processes: what a process of its own for the engine could reach at best,
-                where processors are shared as here
+    pull grpc   and KV is pulled into this worker over gRPC
+    pull mapped and KV is copied out of another worker's memory
+    serve grpc  and this worker's KV is pulled by another one over gRPC
+    beside grpc and KV moves between two other workers: what the machine itself costs, where processors are shared as
+                here
 
 The engine's thread has a processor of its own where there are two; everything else shares the others. The step is the
-paced device's, which needs no processor, or a model's on the CPU device.
+paced device's, which needs no processor, or a model's on the CPU device; then a batch has as many steps as `batch_s`
+holds. After `limit_s` no further round begins.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -43,6 +44,7 @@ HELD_TOKENS = 704
 """Of the KV that is moved over and over: 16 MB in SmolLM2's layout."""
 TIMEOUT_S = 600.0
 MAX_ROWS = 48
+MIN_STEPS = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +60,25 @@ class PaceOptions:
     """Batches of each condition."""
     step_s: float = 0.01
     """Of the paced device."""
+    batch_s: float = 3.0
+    """A batch of slower steps has fewer of them, down to `MIN_STEPS`."""
+    limit_s: float = 150.0
     token_bytes: int = 23040
     pin: bool = True
+    kv_mover: str = "auto"
+    """As `WorkerConfig.kv_mover`."""
 
     def __post_init__(self) -> None:
         for name, most in (("rows", MAX_ROWS), ("steps", 10_000), ("rounds", 1000)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed; allowed: 1…{most}")
+        for name in ("batch_s", "limit_s"):
+            if not 0 < getattr(self, name) <= 3600:
+                raise ValueError(f"{name}: {getattr(self, name):g} is not allowed; allowed: above 0, to 3600 seconds")
+
+    def fitting(self, step_s: float) -> int:
+        """Steps of a batch where one takes so long."""
+        return min(self.steps, max(MIN_STEPS, round(self.batch_s / step_s)))
 
 
 @dataclass(slots=True)
@@ -83,15 +97,20 @@ class Pace:
 
 async def run_pace(options: PaceOptions, on_batch: Callable[[], None] = lambda: None) -> list[Pace]:
     """Measures all conditions, in turns."""
+    end_s = time.monotonic() + options.limit_s
     async with AsyncExitStack() as stack:
         engine = await _start(stack, options, "engine", options.model)
-        peer = await _start(stack, options, "peer", None)
-        reader = await _start(stack, options, "reader", None)
+        peer = await _start(stack, options, "peer", options.model)
+        reader = await _start(stack, options, "reader", options.model)
         peers, engines = (peer, await _hold(peer)), (engine, await _hold(engine))
         traffic = _Traffic({"pull": (engine, *peers), "serve": (reader, *engines), "beside": (reader, *peers)})
         paces = {condition: Pace(condition) for condition in CONDITIONS}
-        await _batch(options, engine, traffic, Pace("alone"), "warm")
+        warm = Pace("alone")
+        await _batch(replace(options, steps=min(options.steps, MIN_STEPS)), engine, traffic, warm, "warm")
+        options = replace(options, steps=options.fitting(warm.ms(50) / 1000))
         for index in range(options.rounds):
+            if index and time.monotonic() > end_s:
+                break
             for condition in CONDITIONS:
                 await _batch(options, engine, traffic, paces[condition], f"{condition}-{index}")
                 on_batch()
@@ -101,14 +120,16 @@ async def run_pace(options: PaceOptions, on_batch: Callable[[], None] = lambda: 
 async def _start(stack: AsyncExitStack, options: PaceOptions, name: str, model: str | None) -> WorkerProcess:
     processors = sorted(os.sched_getaffinity(0))
     pinned = options.pin and name == "engine" and len(processors) > 1
-    blocks = options.rows * ((PROMPT_TOKENS + options.steps) // 16 + 2) + 4 * HELD_TOKENS // 16
+    blocks = options.rows * ((PROMPT_TOKENS + options.steps) // 16 + 2) + 2 * HELD_TOKENS // 16
     spec = WorkerSpec(
         worker_id=name,
         role="mixed",
-        transport="grpc",
+        transport="auto",
         checksum=True,
         token_bytes=options.token_bytes,
         num_blocks=blocks,
+        spare_blocks=-(-HELD_TOKENS // 16),
+        kv_mover=options.kv_mover,
         step_s=options.step_s if name == "engine" else 0.0,
         model=model,
         engine_cpu=processors[0] if pinned else None,
@@ -161,7 +182,6 @@ class _Traffic:
             request_id=request_id,
             num_tokens=HELD_TOKENS,
             fingerprint=holder.fingerprint,
-            layout=holder.kv_layout,
             peer=(holder.spec.worker_id, holder.epoch, holder.kv_address),
             transport=transport,
             until_s=time.monotonic() + seconds,

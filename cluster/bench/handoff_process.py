@@ -32,7 +32,7 @@ class WorkerProcess:
         self._process = process
         self.address = self.kv_address = ""
         self.epoch = 0
-        self.fingerprint = self.kv_layout = ""
+        self.fingerprint = ""
         self.stub: Any = None
         self.commands = Commands(spec.worker_id, 0)
         """What the router asks, on the stream that it has with every worker."""
@@ -56,7 +56,7 @@ class WorkerProcess:
         try:
             facts = await worker._ask(json.dumps(asdict(spec)), START_S)
             worker.address, worker.kv_address, worker.epoch = facts["address"], facts["kv_address"], facts["epoch"]
-            worker.fingerprint, worker.kv_layout = facts["fingerprint"], facts["kv_layout"]
+            worker.fingerprint = facts["fingerprint"]
             worker._channel = open_channel(worker.address)
             worker.stub = WorkerStub(worker._channel)
             worker.commands = Commands(spec.worker_id, worker.epoch)

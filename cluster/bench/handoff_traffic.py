@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from ...kvtransfer.grpc_transport import GrpcKVTransport
-from ...kvtransfer.layout import KVLayout
-from ...kvtransfer.mapped.transport import MappedKVTransport
-from ...kvtransfer.memory_store import MemoryKVStore
-from ...kvtransfer.ticket import PROTOCOL_VERSION, Hello, Peer, Ticket
-from ...kvtransfer.transport import EndFrame, KVTransport, PullRequest
-from ...kvtransfer.wire import check_block
+from ...kvtransfer.store import KVStore
+from ...kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
+from ...kvtransfer.transport import EndFrame, KVTransport, PullRequest, WrittenBlocks
+from ...kvtransfer.wire import check_blocks
 
 CALL_S = 60.0
 
@@ -26,8 +24,6 @@ class Traffic:
     """A held prefill of the peer, its attempt 1."""
     num_tokens: int
     fingerprint: str
-    layout: str
-    """Of the peer's KV, in hex."""
     peer: tuple[str, int, str]
     """`Peer`: id, epoch, address."""
     transport: str
@@ -37,53 +33,70 @@ class Traffic:
     """Counts up over all traffic with one ticket: the newest attempt is served."""
 
 
-async def pull_over_and_over(traffic: Traffic) -> dict[str, Any]:
-    """Pulls the KV into memory of its own until the time is over: bytes, pulls and seconds."""
-    layout, peer = KVLayout.from_bytes(bytes.fromhex(traffic.layout)), Peer(*traffic.peer)
-    store = MemoryKVStore(layout, layout.blocks_for(traffic.num_tokens))
-    transport: KVTransport = GrpcKVTransport(block_bytes=layout.block_bytes)
-    if traffic.transport == "mapped":
-        transport = MappedKVTransport(GrpcKVTransport(block_bytes=layout.block_bytes), layout, required=True)
+async def pull_over_and_over(
+    traffic: Traffic, transport: KVTransport, store: KVStore, block_ids: Sequence[int]
+) -> dict[str, Any]:
+    """Pulls the KV into blocks that nobody else has until the time is over: bytes, pulls and seconds.
+
+    `transport` is a worker's of the kind `auto`: from a peer that it has met it pulls mapped memory, from one that it
+    has not over gRPC.
+    """
+    worker_id, epoch, address = traffic.peer
+    peer = Peer(f"{worker_id} over {traffic.transport}", epoch, address)
     mine = Hello(
         protocol_version=PROTOCOL_VERSION,
         worker_id="traffic",
         epoch=1,
         fingerprint=traffic.fingerprint,
-        layout=layout.to_bytes(),
+        layout=store.layout.to_bytes(),
     )
     moved_bytes = pulls = 0
     begin_s = time.monotonic()
-    try:
+    if traffic.transport == "mapped":
         await transport.hello(peer, mine, timeout_s=CALL_S)
-        while time.monotonic() < traffic.until_s:
-            moved_bytes += await _pull(traffic, transport, peer, store, traffic.first_attempt + pulls)
-            pulls += 1
-    finally:
-        await transport.close()
+    while time.monotonic() < traffic.until_s:
+        moved_bytes += await _pull(traffic, transport, peer, store, block_ids, traffic.first_attempt + pulls)
+        pulls += 1
     return {"bytes": moved_bytes, "pulls": pulls, "seconds": time.monotonic() - begin_s}
 
 
-async def _pull(traffic: Traffic, transport: KVTransport, peer: Peer, store: MemoryKVStore, attempt: int) -> int:
+async def _pull(
+    traffic: Traffic,
+    transport: KVTransport,
+    peer: Peer,
+    store: KVStore,
+    block_ids: Sequence[int],
+    attempt: int,
+) -> int:
+    """Bytes of one pull. `HandoffRefused` where it failed, or came another way than it should."""
+    into = tuple(block_ids[: store.layout.blocks_for(traffic.num_tokens)])
     ticket = Ticket(
         request_id=traffic.request_id,
         choice=0,
         prefill_attempt=1,
         decode_attempt=attempt,
-        prefill_worker=peer.worker_id,
+        prefill_worker=traffic.peer[0],
         epoch=peer.epoch,
         num_tokens=traffic.num_tokens,
         fingerprint=traffic.fingerprint,
     )
-    moved_bytes = 0
-    async with aclosing(transport.pull(peer, PullRequest(ticket=ticket, first_block=0), timeout_s=CALL_S)) as frames:
+    request = PullRequest(ticket=ticket, first_block=0, into=into)
+    blocks = 0
+    async with aclosing(transport.pull(peer, request, timeout_s=CALL_S)) as frames:
         async for came in frames:
             if isinstance(came, EndFrame):
+                if came.transport != traffic.transport:
+                    text = f"KV came over {came.transport}, not {traffic.transport}"
+                    raise HandoffRefused(RefusalReason.TRANSPORT_MISMATCH, text)
                 break
+            if isinstance(came, WrittenBlocks):
+                blocks += len(came.block_ids)
+                continue
+            check_blocks(came, store.layout.block_bytes, checksum=True)
             for frame in came:
-                check_block(frame, store.layout.block_bytes)
-                store.write_block(frame.block_index, frame.payload)
+                store.write_block(into[frame.block_index], frame.payload)
             for verify in dict.fromkeys(frame.verify for frame in came):
                 if verify is not None:
                     verify()
-            moved_bytes += store.layout.block_bytes * len(came)
-    return moved_bytes
+            blocks += len(came)
+    return blocks * store.layout.block_bytes

@@ -24,9 +24,11 @@ from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...kvtransfer.mapped.fd_passing import share
 from ...kvtransfer.mapped.transport import MappedKVTransport
+from ...kvtransfer.mover.worker import KVMover, spawn_mover
 from ...kvtransfer.ticket import HandoffRefused, Hello, Peer, Ticket
-from ...kvtransfer.transport import EndFrame, KVFrames, KVTransport, PullRequest
+from ...kvtransfer.transport import EndFrame, KVFrames, KVTransport, PullRequest, WrittenBlocks
 from ...prefill_worker.service import PrefillService
+from ..auth import OPEN
 from ..clock import MonotonicClock
 from ..config import EngineConfig, WorkerConfig
 from ..engine.block_pool import BlockPool
@@ -59,7 +61,7 @@ class WorkerSpec:
     worker_id: str
     role: str
     transport: str
-    """`grpc` or `mapped`."""
+    """`grpc`, `mapped` or `auto`."""
     checksum: bool
     token_bytes: int
     """KV of one token."""
@@ -67,6 +69,10 @@ class WorkerSpec:
     block_size: int = 16
     step_s: float = 0.0
     """What every step takes at least."""
+    spare_blocks: int = 0
+    """Beyond those that the engine has: where KV that is pulled for its own sake goes."""
+    kv_mover: str = "auto"
+    """As `WorkerConfig.kv_mover`."""
     model: str | None = None
     """Computed by the `cpu` device; None: nothing is, the device is paced."""
     engine_cpu: int | None = None
@@ -115,7 +121,7 @@ class PullMark:
     """When the last one was written."""
     bytes: int
     cpu_s: float
-    """Processor time of the reader's event loop between the two."""
+    """Processor time of the reader's event loop between the two; 0 where its mover reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +186,10 @@ class MarkedDevice(Device):
 class MarkedTransport(KVTransport):
     """Another transport, whose pulls and confirmations are recorded."""
 
-    def __init__(self, transport: KVTransport, marks: Marks) -> None:
+    def __init__(self, transport: KVTransport, marks: Marks, block_bytes: int) -> None:
         self._transport = transport
         self._marks = marks
+        self._block_bytes = block_bytes
 
     async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
         return await self._transport.hello(peer, mine, timeout_s=timeout_s)
@@ -199,11 +206,17 @@ class MarkedTransport(KVTransport):
                     )
                     yield came
                     return
+                if isinstance(came, WrittenBlocks):
+                    first_s = first_s or time.monotonic() - came.arrived_age_s
+                    last_s = time.monotonic() - came.written_age_s
+                    total_bytes += len(came.block_ids) * self._block_bytes
+                    yield came
+                    continue
                 if not first_s:
                     first_s, first_cpu_s = time.monotonic(), time.thread_time()
                 yield came
                 last_s, last_cpu_s = time.monotonic(), time.thread_time()
-                total_bytes += sum(len(frame.payload) for frame in came)
+                total_bytes += len(came) * self._block_bytes
 
     async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
         sent_s = time.monotonic()
@@ -237,13 +250,13 @@ def _device(spec: WorkerSpec) -> Device:
         from ..engine.devices.cpu import CpuDevice
         from ..models.reference import resolve_model
 
-        kv_cache_bytes = spec.num_blocks * spec.block_size * spec.token_bytes
+        kv_cache_bytes = (spec.num_blocks + spec.spare_blocks) * spec.block_size * spec.token_bytes
         files = resolve_model(spec.model)
         return CpuDevice(files, dtype="bfloat16", block_size=spec.block_size, kv_cache_bytes=kv_cache_bytes)
     return PacedDevice(
         VOCAB_SIZE,
         block_size=spec.block_size,
-        num_blocks=spec.num_blocks,
+        num_blocks=spec.num_blocks + spec.spare_blocks,
         coefficients=StepTimeCoefficients(
             step_s=spec.step_s, prefill_token_s=0.0, decode_row_s=0.0, context_token_s=0.0
         ),
@@ -251,11 +264,22 @@ def _device(spec: WorkerSpec) -> Device:
     )
 
 
+def _transport(spec: WorkerSpec, device: Device, mover: KVMover | None) -> KVTransport:
+    layout = device.kv.layout
+    if mover is not None:
+        return mover.transport
+    control = GrpcKVTransport(block_bytes=layout.block_bytes)
+    if spec.transport == "grpc":
+        return control
+    return MappedKVTransport(control, layout, required=spec.transport == "mapped")
+
+
 async def serve(spec: WorkerSpec) -> None:
     """Serves until stdin ends."""
     marks = Marks()
     if spec.other_cpus:
         os.sched_setaffinity(0, spec.other_cpus)
+    mover = await spawn_mover(spec.kv_mover)
     device = MarkedDevice(_device(spec), marks, spec.engine_cpu)
     engine_config = EngineConfig(
         device="paced", block_size=spec.block_size, max_batched_tokens=MAX_MODEL_LEN, prefix_cache=False
@@ -270,7 +294,10 @@ async def serve(spec: WorkerSpec) -> None:
     )
     segment = device.kv.segment
     assert segment is not None
-    pool = BlockPool(device.kv.num_blocks, spec.block_size, segment.generations)
+    if mover is not None:
+        await mover.attach(device.kv, transport=spec.transport, credentials=OPEN)
+    num_blocks = device.kv.num_blocks - spec.spare_blocks
+    pool = BlockPool(num_blocks, spec.block_size, segment.generations[:num_blocks])
     clock = MonotonicClock()
     scheduler = Scheduler(
         block_pool=pool,
@@ -280,7 +307,7 @@ async def serve(spec: WorkerSpec) -> None:
         max_batched_tokens=engine_config.max_batched_tokens,
         max_running=engine_config.max_running,
         max_waiting=engine_config.max_waiting,
-        max_model_len=min(MAX_MODEL_LEN, device.kv.num_blocks * spec.block_size),
+        max_model_len=min(MAX_MODEL_LEN, num_blocks * spec.block_size),
         eos_token_ids=(),
     )
     facts = WorkerFacts(
@@ -299,16 +326,17 @@ async def serve(spec: WorkerSpec) -> None:
     shell = WorkerShell(config, facts, clock)
     muted = Muted(shell)
     engine = EngineThread(scheduler, device, on_events=muted.events, on_failure=shell.failure_from_engine)
-    layout = device.kv.layout
-    transport: KVTransport = GrpcKVTransport(block_bytes=layout.block_bytes)
-    if spec.transport == "mapped":
-        transport = MappedKVTransport(GrpcKVTransport(block_bytes=layout.block_bytes), layout, required=True)
-    offer = None if segments is None else segments.offer
-    prefill = PrefillService(shell, engine, device.kv, pool.generation, offer)
-    decode = DecodeService(shell, engine, device.kv, MarkedTransport(transport, marks))
+    transport = _transport(spec, device, mover)
+    prefill = PrefillService(shell, engine, device.kv, pool.generation, None if segments is None else segments.offer)
+    block_bytes = device.kv.layout.block_bytes
+    decode = DecodeService(shell, engine, device.kv, MarkedTransport(transport, marks, block_bytes))
     shell.assemble(engine, (prefill, decode))
-    kv_server = GrpcKVServer(prefill.source, block_bytes=layout.block_bytes)
-    kv_port = await kv_server.start()
+    kv_server = None if mover is not None else GrpcKVServer(prefill.source, block_bytes=block_bytes)
+    if mover is not None:
+        mover.on_lost = shell.failure_from_engine
+        kv_port = await mover.listen(prefill.source, "127.0.0.1:0")
+    elif kv_server is not None:
+        kv_port = await kv_server.start()
     server = make_server()
     add_WorkerServicer_to_server(Servicer(shell, prefill, decode), server)
     port = shell.credentials.listen(server, "127.0.0.1:0")
@@ -316,7 +344,7 @@ async def serve(spec: WorkerSpec) -> None:
     shell.address, shell.kv_address = f"127.0.0.1:{port}", f"127.0.0.1:{kv_port}"
     shell.start(_die)
     gc.freeze()
-    about = {"epoch": facts.epoch, "fingerprint": facts.fingerprint, "kv_layout": facts.kv_layout.hex()}
+    about = {"epoch": facts.epoch, "fingerprint": facts.fingerprint}
     _say({"address": shell.address, "kv_address": shell.kv_address, **about})
     while line := await asyncio.to_thread(sys.stdin.readline):
         command = Command(**json.loads(line))
@@ -325,12 +353,17 @@ async def serve(spec: WorkerSpec) -> None:
             _say(marks.take())
             continue
         try:
-            _say(await pull_over_and_over(Traffic(**command.pull)))
+            traffic = Traffic(**command.pull)
+            spare = tuple(range(num_blocks, device.kv.num_blocks))
+            _say(await pull_over_and_over(traffic, transport, device.kv, spare))
         except HandoffRefused as refused:
             _say({"error": str(refused)})
     await shell.stop()
     await server.stop(0.2)
-    await kv_server.stop()
+    if kv_server is not None:
+        await kv_server.stop()
+    if mover is not None:
+        await mover.stop()
     if segments is not None:
         await segments.stop()
     device.close()
