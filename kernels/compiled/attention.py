@@ -7,8 +7,9 @@ An *item* is a tile of neighbouring tokens of one sequence, with one kv head. Ke
 positions. Of each chunk: scores of all n rows (lanes over D), the softmax's running maximum and sum (Milakov and
 Gimelshein 2018, algorithm 3), values added to the rescaled outputs key by key. A key that a row does not see has weight
 0 exactly, and adds nothing. So a token's result depends on its own position alone: not on the tile, the batch, the
-chunk of the prompt, or the thread. With few rows, keys and values are widened in registers; with more, once, into
-scratch memory that stays in the first-level cache.
+chunk of the prompt, or the thread. With few rows, keys and values are widened in registers, and those of the next chunk
+are fetched line by line meanwhile: blocks lie apart, where no processor looks ahead. With more, they are widened once,
+into scratch memory that stays in the first-level cache.
 
 `geometry` is the address of int64 fields (`GEOMETRY`); an item is int64 fields too (`ITEM`).
 """
@@ -36,6 +37,7 @@ from .simd import (
     maximum,
     multiply,
     power_of_two,
+    prefetch,
     rint,
     store,
     store_float,
@@ -87,7 +89,7 @@ def scratch_bytes(group: int, head_dim: int) -> int:
     """Scratch memory that `attend` needs, 64-byte aligned."""
     rows = tile_tokens(group) * group
     padded = padded_head_dim(head_dim)
-    return 4 * (2 * rows * padded + rows * CHUNK + 3 * (rows + 16) + 2 * CHUNK * padded) + 16 * CHUNK + 64
+    return 4 * (2 * rows * padded + rows * CHUNK + 3 * (rows + 16) + 2 * CHUNK * padded) + 32 * CHUNK + 64
 
 
 @kernel
@@ -145,7 +147,9 @@ def _point(
     last: int,
     start: int,
 ) -> None:
-    """Addresses of a chunk's keys and, `CHUNK` places behind, values. Places outside first … last-1 repeat an end."""
+    """Addresses of a chunk's keys and, `CHUNK` places behind, values. Keys' places outside first … last-1, and values'
+    behind them, repeat an end.
+    """
     index = (start + first) // slots
     slot = (start + first) - index * slots
     at = kv + load_int64(table + 8 * index) * block_bytes + slot * slot_bytes
@@ -160,8 +164,9 @@ def _point(
         store_int64(keys + 8 * (CHUNK + place), at + to_value)
         slot += 1
         at += slot_bytes
-    for place in range(last, (last + KEYS - 1) // KEYS * KEYS):
+    for place in range(last, CHUNK):
         store_int64(keys + 8 * place, at - slot_bytes)
+        store_int64(keys + 8 * (CHUNK + place), at - slot_bytes + to_value)
 
 
 @kernel
@@ -187,9 +192,22 @@ def _widen(table: int, first: int, last: int, head_dim: int, padded: int, half: 
         store_int64(table + 8 * place, to + 4 * min(max(place, first), last - 1) * padded)
 
 
+@kernel(inline=True)
+def _fetch(table, vector_bytes):  # type: ignore[no-untyped-def]
+    """Asks for the `KEYS` vectors that `table` points at."""
+    for key in range(KEYS):
+        at = load_int64(table + 8 * key)
+        for line in range(0, vector_bytes, 64):
+            prefetch(at + line)
+
+
 @kernel
-def _score(q: int, rows: int, padded: int, half: int, table: int, first: int, last: int, scores: int) -> None:
-    """Scores of all rows and keys first … last-1, at least; tiles of three rows, the rest in two or one."""
+def _score(
+    q: int, rows: int, padded: int, half: int, table: int, ahead: int, first: int, last: int, scores: int
+) -> None:
+    """Scores of all rows and keys first … last-1, at least; tiles of three rows, the rest in two or one. Keys as they
+    are stored (`half`): those of table `ahead`, of the next chunk, are fetched meanwhile.
+    """
     row = 0
     stride = 4 * padded
     while row < rows:
@@ -199,6 +217,8 @@ def _score(q: int, rows: int, padded: int, half: int, table: int, first: int, la
         for key in range(first // KEYS * KEYS, last, KEYS):
             at, to = table + 8 * key, out + 4 * key
             if half:
+                if row == 0:
+                    _fetch(ahead + 8 * key, 2 * padded)
                 if size == 3:
                     _scores_3_half(queries, stride, at, to, 4 * CHUNK, padded)
                 elif size == 2:
@@ -216,9 +236,20 @@ def _score(q: int, rows: int, padded: int, half: int, table: int, first: int, la
 
 @kernel
 def _weigh(
-    weights: int, rows: int, padded: int, half: int, factors: int, table: int, first: int, last: int, sums: int
+    weights: int,
+    rows: int,
+    padded: int,
+    half: int,
+    factors: int,
+    table: int,
+    ahead: int,
+    first: int,
+    last: int,
+    sums: int,
 ) -> None:
-    """Adds the weighted values of keys first … last-1 to the rescaled sums of all rows; tiles as in `_score`."""
+    """Adds the weighted values of keys first … last-1 to the rescaled sums of all rows; tiles and `ahead` as in
+    `_score`.
+    """
     row = 0
     stride = 4 * padded
     while row < rows:
@@ -229,17 +260,17 @@ def _weigh(
             offset, to = (2 if half else 4) * i, sums + row * stride + 4 * i
             if half:
                 if size == 3:
-                    _values_3_half(source, 4 * CHUNK, factor, table, first, last, offset, to, stride)
+                    _values_3_half(source, 4 * CHUNK, factor, table, ahead, first, last, offset, to, stride)
                 elif size == 2:
-                    _values_2_half(source, 4 * CHUNK, factor, table, first, last, offset, to, stride)
+                    _values_2_half(source, 4 * CHUNK, factor, table, ahead, first, last, offset, to, stride)
                 else:
-                    _values_1_half(source, 4 * CHUNK, factor, table, first, last, offset, to, stride)
+                    _values_1_half(source, 4 * CHUNK, factor, table, ahead, first, last, offset, to, stride)
             elif size == 3:
-                _values_3(source, 4 * CHUNK, factor, table, first, last, offset, to, stride)
+                _values_3(source, 4 * CHUNK, factor, table, ahead, first, last, offset, to, stride)
             elif size == 2:
-                _values_2(source, 4 * CHUNK, factor, table, first, last, offset, to, stride)
+                _values_2(source, 4 * CHUNK, factor, table, ahead, first, last, offset, to, stride)
             else:
-                _values_1(source, 4 * CHUNK, factor, table, first, last, offset, to, stride)
+                _values_1(source, 4 * CHUNK, factor, table, ahead, first, last, offset, to, stride)
         row += size
 
 
@@ -303,8 +334,8 @@ def attend(geometry: int, kv: int, item: int, head: int, scratch: int) -> None:
     slot_bytes = (2 if half else 4) * head_dim
     pairs = 1 if half and padded == head_dim else 0
     widen = rows >= _WIDEN_ROWS or padded != head_dim
-    keys = scratch
-    queries = keys + 16 * CHUNK
+    keys, ahead = scratch, scratch + 16 * CHUNK
+    queries = scratch + 32 * CHUNK
     sums = queries + 4 * rows * padded
     scores = sums + 4 * rows * padded
     wide = scores + 4 * rows * CHUNK
@@ -319,18 +350,26 @@ def attend(geometry: int, kv: int, item: int, head: int, scratch: int) -> None:
         store_float(totals + 4 * row, np.float32(0.0))
     oldest = max(0, start - window + 1) if window else 0
     kv += head * slots * slot_bytes
-    for chunk in range(oldest // CHUNK, (start + count - 1) // CHUNK + 1):
-        origin = chunk * CHUNK
-        first, last = max(0, oldest - origin), min(CHUNK, start + count - origin)
-        _point(keys, kv_heads * slots * slot_bytes, table, kv, block_bytes, slots, slot_bytes, first, last, origin)
+    to_value, origin = kv_heads * slots * slot_bytes, oldest // CHUNK * CHUNK
+    last = min(CHUNK, start + count - origin)
+    _point(keys, to_value, table, kv, block_bytes, slots, slot_bytes, oldest - origin, last, origin)
+    while last > 0:
+        first, after = max(0, oldest - origin), min(CHUNK, start + count - origin - CHUNK)
+        if after > 0:
+            _point(ahead, to_value, table, kv, block_bytes, slots, slot_bytes, 0, after, origin + CHUNK)
+        else:
+            ahead = keys
         if widen:
             _widen(keys, first, last, head_dim, padded, half, wide)
             _widen(keys + 8 * CHUNK, first, last, head_dim, padded, half, wide + 4 * CHUNK * padded)
-        _score(queries, rows, padded, pairs and not widen, keys, first, last, scores)
+        _score(queries, rows, padded, pairs and not widen, keys, ahead, first, last, scores)
         for token in range(count):
             begin = start + token - window + 1 - origin if window else 0
             end = start + token + 1 - origin
             for row in range(token * group, (token + 1) * group):
                 _soften(scores + 4 * row * CHUNK, begin, end, maxima + 4 * row, totals + 4 * row, factors + 4 * row)
-        _weigh(scores, rows, padded, pairs and not widen, factors, keys + 8 * CHUNK, first, last, sums)
+        values, next_values = keys + 8 * CHUNK, ahead + 8 * CHUNK
+        _weigh(scores, rows, padded, pairs and not widen, factors, values, next_values, first, last, sums)
+        keys, ahead = ahead, keys
+        origin, last = origin + CHUNK, after
     _write_outputs(sums, totals, count, group, head_dim, padded, pairs, out, out_stride)

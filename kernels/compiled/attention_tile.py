@@ -26,6 +26,7 @@ from .emit import (
     VECTOR_BYTES,
     W,
     emit_fma,
+    emit_prefetch,
     f32,
     load_as,
     operation,
@@ -40,6 +41,7 @@ KEYS = 4
 """Keys of one score tile."""
 PARTS = 4
 """Vectors of values of one output tile: it covers 4 W of the head dim."""
+_LINE_BYTES = 64
 
 
 def _pair(b: ir.IRBuilder, address: Any, half: bool) -> tuple[Any, Any]:
@@ -134,6 +136,7 @@ def _weigh_parts(
     weights: Sequence[Any],
     factors: Any,
     table: Any,
+    ahead: Any,
     first: Any,
     last: Any,
     offset: Any,
@@ -153,6 +156,10 @@ def _weigh_parts(
     sums = [[b.phi(F32_VECTOR) for _ in parts] for _ in rows]
     new: list[list[Any]] = [[] for _ in rows]
     at = b.add(load_as(b, b.add(table, b.mul(key, I64(8))), I64, 8), offset)
+    if half:
+        near = b.add(load_as(b, b.add(ahead, b.mul(key, I64(8))), I64, 8), offset)
+        for line in range(parts.start // 2 * VECTOR_BYTES, parts.stop // 2 * VECTOR_BYTES, _LINE_BYTES):
+            emit_prefetch(b, b.add(near, I64(line)))
     key_at = b.mul(key, I64(4))
     of_rows = [spread(b, load_as(b, b.add(row, key_at), FLOAT, 4), W) for row in weights]
     for pair in range(parts.start // 2, parts.stop // 2):
@@ -174,28 +181,27 @@ def _weigh_parts(
 
 
 def value_tile(rows: int, half: bool) -> Any:
-    """Kernel function (weights, weights_stride, factors, table, first, last, offset, out, out_stride): of each row
-    out = out * factor + sum over keys first … last-1 of weight[key] * value[key], for 4 W of the head dim.
+    """Kernel function (weights, weights_stride, factors, table, ahead, first, last, offset, out, out_stride): of each
+    row out = out * factor + sum over keys first … last-1 of weight[key] * value[key], for 4 W of the head dim.
 
     `weights`: float32, one a key of the chunk; `factors`: float32, one a row; `table`: addresses of the chunk's values,
-    to which `offset` bytes are added. At least one key.
+    to which `offset` bytes are added. At least one key. `half`: as many bytes are fetched from where `ahead` points.
     """
 
     @intrinsic
     def tile(  # type: ignore[no-untyped-def]
-        _context, weights, weights_stride, factors, table, first, last, offset, out, out_stride
+        _context, weights, weights_stride, factors, table, ahead, first, last, offset, out, out_stride
     ):
         def generate(context: Any, b: ir.IRBuilder, _signature: Any, values: Sequence[Any]) -> Any:
-            weights, weights_stride, factors, table, first, last, offset, out, out_stride = values
+            weights, weights_stride, factors, table, ahead, first, last, offset, out, out_stride = values
             row_weights = [b.add(weights, b.mul(weights_stride, I64(row))) for row in range(rows)]
             outs = [b.add(out, b.mul(out_stride, I64(row))) for row in range(rows)]
             at_once = 2 if half and rows == 3 and W < 16 else PARTS  # what fits into 16 registers
             for begin in range(0, PARTS, at_once):
-                _weigh_parts(
-                    b, half, range(begin, begin + at_once), row_weights, factors, table, first, last, offset, outs
-                )
+                parts = range(begin, begin + at_once)
+                _weigh_parts(b, half, parts, row_weights, factors, table, ahead, first, last, offset, outs)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), generate
+        return types.void(*[types.int64] * 10), generate
 
     return tile
