@@ -10,6 +10,11 @@ two, not their sum: weights are read once and kernels launched once for both (Sa
 the reading that favors colocation. A chunk of a prompt costs `end² - start²` of Σ l², so that the chunks of a prompt
 add up to the whole. From `large_batch_rows` on decode follows other terms. The form is that of DistServe (OSDI '24,
 appendix A).
+
+The terms are those of the whole step, through all `pipeline_stages`. A stage is taken for the terms' share of it, and the
+first one for the overhead as well:
+
+    stage = (whole - overhead) / pipeline_stages + overhead
 """
 
 from __future__ import annotations
@@ -21,7 +26,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..types import StepTimeCoefficients
+from .interface import run_of_steps
 
 MAX_FILE_BYTES = 2**20
 MAX_STEP_S = 3600.0
@@ -44,7 +53,7 @@ class DecodeTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProfile:
-    """The terms above, seconds. ValueError names one that is negative, not finite or above an hour."""
+    """The terms above, seconds: a `StepCosts`. ValueError names one that is negative, not finite or above an hour."""
 
     prefill_step_s: float
     prefill_token_s: float
@@ -55,22 +64,39 @@ class StepProfile:
     large_batch_rows: int
     overhead_s: float = 0.0
     overhead_token_s: float = 0.0
+    pipeline_stages: int = 1
     source: str = ""
     """Where the numbers are from, for whoever reads the file."""
 
     def __post_init__(self) -> None:
         _check_seconds(self)
-        if type(self.large_batch_rows) is not int or self.large_batch_rows < 1:
-            raise ValueError(f"large_batch_rows: {self.large_batch_rows!r} is not allowed; allowed: an integer >= 1")
+        for name in ("large_batch_rows", "pipeline_stages"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: {value!r} is not allowed; allowed: an integer >= 1")
 
     def step_time_s(self, prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
-        """Seconds of one step; its shape as `cluster.engine.step_shape` counts it."""
+        """Seconds of one whole step; its shape as `cluster.engine.step_shape` counts it."""
         decode = self.decode if decode_rows < self.large_batch_rows else self.large_decode
         fixed_s = max(self.prefill_step_s if prefill_tokens else 0.0, decode.step_s if decode_rows else 0.0)
         prefill_s = self.prefill_token_s * prefill_tokens + self.prefill_square_s * prefill_squares
         decode_s = decode.row_s * decode_rows + decode.context_token_s * context_tokens
         overhead_s = self.overhead_s + self.overhead_token_s * (prefill_tokens + context_tokens)
         return fixed_s + prefill_s + decode_s + overhead_s
+
+    def stage_time_s(self, prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
+        """Seconds that the first stage, the slowest one, is taken."""
+        whole_s = self.step_time_s(prefill_tokens, prefill_squares, decode_rows, context_tokens)
+        if self.pipeline_stages == 1:
+            return whole_s
+        overhead_s = self.overhead_s + self.overhead_token_s * (prefill_tokens + context_tokens)
+        return (whole_s - overhead_s) / self.pipeline_stages + overhead_s
+
+    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+        """Ends of consecutive decode steps of the same rows, [steps]; see `StepCosts.decode_steps`."""
+        decode = self.decode if rows < self.large_batch_rows else self.large_decode
+        growth_s = (decode.context_token_s + self.overhead_token_s) * rows
+        return run_of_steps(self.step_time_s(0, 0, rows, context_tokens), growth_s, steps)
 
     @classmethod
     def linear(cls, terms: StepTimeCoefficients) -> StepProfile:
@@ -104,9 +130,10 @@ def distserve_profile(
 ) -> StepProfile:
     """A profile out of a file of DistServe's simulator (milliseconds by model and tensor parallelism).
 
-    Prefill = (a + b·Σ l + c·Σ l²)/pp + pp; decode = (a + b·Σ context + c·rows)/pp, with other coefficients from a
-    batch of `decoding_large_small_bs_threshold` on; and at the first stage 2 + 1e-4·Σ tokens. ValueError naming what
-    the file lacks.
+    Its worker of each stage takes (a + b·Σ l + c·Σ l²)/pp + pp for prefill, (a + b·Σ context + c·rows)/pp for decode,
+    with other coefficients from a batch of `decoding_large_small_bs_threshold` on; and the first stage 2 + 1e-4·Σ tokens
+    more. So the whole is a + b·Σ l + c·Σ l² + pp², or a + b·Σ context + c·rows, and the overhead once. ValueError naming
+    what the file lacks.
     """
     data = _read_json(path)
     entry: Any = data
@@ -118,15 +145,13 @@ def distserve_profile(
                 f"profile: {path} has no {model!r} at tensor parallelism {tensor_parallel}; it has {known}"
             )
     try:
-        a, b, c = (float(value) * _MS / pipeline_stages for value in entry["prefill"])
-        small, large = (
-            _decode_terms(entry[name], pipeline_stages) for name in ("decoding_smallbs", "decoding_largebs")
-        )
+        a, b, c = (float(value) * _MS for value in entry["prefill"])
+        small, large = (_decode_terms(entry[name]) for name in ("decoding_smallbs", "decoding_largebs"))
         threshold = entry["decoding_large_small_bs_threshold"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"profile: {path}: {model!r} is not what DistServe's files hold ({error!r})") from None
     return StepProfile(
-        prefill_step_s=a + pipeline_stages * _MS,
+        prefill_step_s=a + pipeline_stages**2 * _MS,
         prefill_token_s=b,
         prefill_square_s=c,
         decode=small,
@@ -134,12 +159,13 @@ def distserve_profile(
         large_batch_rows=threshold,
         overhead_s=_FIRST_STAGE_S,
         overhead_token_s=_FIRST_STAGE_TOKEN_S,
+        pipeline_stages=pipeline_stages,
         source=f"DistServe's simulator, {Path(path).name}: {model}, TP {tensor_parallel}, PP {pipeline_stages}",
     )
 
 
-def _decode_terms(coefficients: Any, pipeline_stages: int) -> DecodeTerms:
-    a, b, c = (float(value) * _MS / pipeline_stages for value in coefficients)
+def _decode_terms(coefficients: Any) -> DecodeTerms:
+    a, b, c = (float(value) * _MS for value in coefficients)
     return DecodeTerms(step_s=a, context_token_s=b, row_s=c)
 
 

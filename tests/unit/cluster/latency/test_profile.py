@@ -62,6 +62,26 @@ def test_the_linear_model_is_a_profile() -> None:
         assert profile.step_time_s(prefill, 10**6, rows, context) == model.step_time_s(prefill, rows, context)
 
 
+def test_a_stage_is_taken_for_its_share_and_the_overhead() -> None:
+    staged = replace(PROFILE, pipeline_stages=4)
+    assert PROFILE.stage_time_s(10, 100, 2, 30) == PROFILE.step_time_s(10, 100, 2, 30)
+    assert staged.step_time_s(10, 100, 2, 30) == PROFILE.step_time_s(10, 100, 2, 30)
+    overhead_s = 0.002 + 40e-7
+    share_s = (PROFILE.step_time_s(10, 100, 2, 30) - overhead_s) / 4
+    assert staged.stage_time_s(10, 100, 2, 30) == pytest.approx(share_s + overhead_s)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8])
+def test_a_run_of_decode_steps_ends_where_its_steps_add_up_to(rows: int) -> None:
+    ends, now = PROFILE.decode_steps(rows, 100, 50), 0.0
+    for step in range(50):
+        now += PROFILE.step_time_s(0, 0, rows, 100 + step * rows)
+        assert ends[step] == pytest.approx(now)
+    for steps in (0, 10**9):
+        with pytest.raises(ValueError, match=f"steps: {steps}"):
+            PROFILE.decode_steps(rows, 100, steps)
+
+
 def test_a_scaled_profile_takes_that_many_times_as_long() -> None:
     slower = PROFILE.scaled(2.5)
     for shape in ((10, 100, 0, 0), (0, 0, 2, 30), (10, 100, 9, 30)):
@@ -88,7 +108,10 @@ def test_distserve_files_are_milliseconds_by_model_and_parallelism(tmp_path: Pat
         (7.0 + 5e-4 * 5000 + 0.16 * 95 + 2 + 1e-4 * 5000) / 1000
     )
     staged = distserve_profile(path, "org/model", tensor_parallel=2, pipeline_stages=2)
-    assert staged.step_time_s(100, 0, 0, 0) == pytest.approx((28.0 / 2 + 2 + 2 + 0.01) / 1000)
+    assert staged.stage_time_s(100, 0, 0, 0) == pytest.approx((28.0 / 2 + 2 + 2 + 0.01) / 1000)
+    assert staged.step_time_s(100, 0, 0, 0) == pytest.approx((2 * (28.0 / 2 + 2) + 2 + 0.01) / 1000)
+    assert staged.stage_time_s(0, 0, 10, 50) == pytest.approx((20.43 / 2 + 2 + 0.005) / 1000)
+    assert staged.step_time_s(0, 0, 10, 50) == pytest.approx((20.43 + 2 + 0.005) / 1000)
     assert "TP 2, PP 2" in staged.source
 
 
@@ -113,6 +136,7 @@ def test_a_distserve_entry_that_is_none_is_refused(tmp_path: Path) -> None:
         ({"overhead_s": 1e9}, "overhead_s"),
         ({"large_batch_rows": 0}, "large_batch_rows"),
         ({"large_batch_rows": 1.5}, "large_batch_rows"),
+        ({"pipeline_stages": 0}, "pipeline_stages"),
         ({"decode": {"step_s": 1}}, "decode"),
         ({"decode": None}, "decode"),
         ({"large_decode": {"step_s": 1, "row_s": None, "context_token_s": 0}}, "large_decode.*row_s"),

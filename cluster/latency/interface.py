@@ -1,0 +1,52 @@
+"""What a simulator, a planner and the paced device ask of a latency model, whatever it was made from.
+
+A model replica has one pipeline stage or several. **Whole** is the time from a step's start in the first stage to its
+tokens out of the last one: what a token waits for. **Stage** is how long the slowest stage is taken by the step: the
+next step of *other* sequences may enter that much later. With one stage they are the same. A step through p even stages
+takes p stage times and, where several steps follow each other closely, one comes out every stage time (DistServe,
+OSDI '24, §4.1 and appendix A, which models a stage as the whole divided by p).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_RUN_STEPS = 1_000_000
+
+
+class StepCosts(Protocol):
+    """Seconds of steps. Sizes are those of `cluster.engine.step_shape.StepShape`: prompt tokens and Σ (end² - start²)
+    of their chunks, decode rows and Σ of their context, each with the token it computes; either half may be zero.
+
+    Called once for each step of a simulated cluster: implementations hold plain numbers, decide nothing, never block and
+    keep no state. A step of nothing takes no less than a step's fixed cost.
+    """
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Stages that a step passes through, at least 1."""
+
+    def step_time_s(self, prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
+        """The whole step, through all stages."""
+
+    def stage_time_s(self, prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
+        """How long the slowest stage is taken by the step; at most `step_time_s`."""
+
+    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+        """When each of `steps` decode steps of the same rows ends, [steps], counted from the first one's start.
+
+        The first reads `context_tokens`; each further one `rows` more. Every step waits for the one before it, so these
+        are whole steps. ValueError if `steps` is not in 1…MAX_RUN_STEPS.
+        """
+
+
+def run_of_steps(first_s: float, growth_s: float, steps: int) -> NDArray[np.float64]:
+    """Ends of steps that follow each other, [steps]: the first takes `first_s`, each further one `growth_s` more."""
+    if not 1 <= steps <= MAX_RUN_STEPS:
+        raise ValueError(f"steps: {steps} is not allowed; allowed: 1 to {MAX_RUN_STEPS}")
+    count = np.arange(1, steps + 1, dtype=np.float64)
+    ends: NDArray[np.float64] = count * (first_s + 0.5 * growth_s * (count - 1.0))
+    return ends

@@ -1,0 +1,49 @@
+"""What moves KV and activations between devices: named links, each with a bandwidth and a latency. Pure.
+
+    transfer time = latency + bytes · sharers / bandwidth        (the α-β model: Hockney 1994)
+
+DistServe's own simulator lets a transfer cost nothing; its paper says why that may be close (§3.3: 512 tokens of
+OPT-66B are 1.13 GB, 10 requests/s of them want 90 Gb/s), which a slow link between nodes is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from ..config_schema import Text, Within, check, parse
+
+Seconds = Annotated[float, Within(0.0, 3600.0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One way between two devices. ConfigError (a ValueError) names a field out of range."""
+
+    name: Annotated[str, Text()]
+    bandwidth_bytes_s: Annotated[float, Within(0.0, 1e15, above=True)]
+    """One direction, achieved rather than nominal."""
+    latency_s: Seconds = 0.0
+    """Of one transfer, whatever its size: protocol, first byte."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def transfer_time_s(self, size_bytes: float, sharers: int = 1) -> float:
+        """Seconds for `size_bytes` while `sharers` transfers, this one included, share the link evenly.
+
+        Nothing to move takes no time.
+        """
+        if size_bytes <= 0:
+            return 0.0
+        return self.latency_s + size_bytes * max(sharers, 1) / self.bandwidth_bytes_s
+
+
+INSTANT = Link(name="instant", bandwidth_bytes_s=1e15)
+"""As good as infinitely fast: what DistServe's simulator assumes."""
+
+
+def read_links(sections: Mapping[str, Any], path: str = "links") -> dict[str, Link]:
+    """Links by name out of a section of a YAML or JSON file. ConfigError names what is wrong with it."""
+    return {name: parse(Link, {"name": name, **section}, f"{path}.{name}") for name, section in sections.items()}
