@@ -304,6 +304,21 @@ class Attempt:
             if (tokens := self._heard(await self._inbox.get())) is not None:
                 return tokens
 
+    def offer(self, take: Callable[[pb.TokensEvent], bool]) -> None:
+        """From now on tokens that end nothing are offered to `take` in the call that brings them, while `next_event`
+        waits; what it leaves (False) is that one's.
+        """
+
+        def tap(item: WorkerEvent | LinkLost | Refused) -> bool:
+            if not isinstance(item, WorkerEvent) or item.event.WhichOneof("kind") != "tokens":
+                return False
+            if item.event.tokens.finish_reason:
+                return False
+            tokens = self._heard(item)
+            return tokens is not None and take(tokens)
+
+        self._inbox.tap = tap
+
     def events_here(self) -> Iterator[pb.TokensEvent]:
         """Those that need not be waited for. Raises what `next_event` raises."""
         while not self._inbox.empty():

@@ -3,7 +3,8 @@
 1. `Dispatcher.place` waits for workers and a credit.
 2. `Attempt.submit` dispatches both halves.
 3. Tokens come in, become text (`OutputStream`) and go out as deltas, the first from the prefill worker, the rest from
-   the decode worker.
+   the decode worker: in the call that brings them (`_hear`), so that no task is woken for a token. What ends something
+   wakes the coroutine.
 4. Whatever way this ends, the attempt's other half is told.
 
 When a worker is lost, a new attempt goes on behind the tokens already sent: prompt and output stay apart, and a token
@@ -52,6 +53,8 @@ class ChoiceTools:
     max_attempts: int
     spawn: Callable[[Coroutine[Any, Any, None]], None]
     """Runs a clean-up in the background, bounded, until it is done."""
+    at_end_of_turn: Callable[[Callable[[], None]], None]
+    """See `Turn`."""
     on_lost: Callable[[AttemptLost, Path, bool], None]
     """An attempt was lost on this path; True: another one follows."""
     on_kept: Callable[[], None]
@@ -84,6 +87,8 @@ class ChoiceRun:
         self._deadline_s = arrival_s + request.timeout_s
         self._sent: list[int] = []
         self._unsent: list[OutputChunk] = []
+        self._broken: Exception | None = None
+        """What went wrong with tokens that were taken where they arrived, to be raised in the task."""
         self._times = _Times()
         self._number = 0
         self._lost = 0
@@ -132,6 +137,7 @@ class ChoiceRun:
         failed = False
         try:
             self._times.dispatched(self._tools.clock.now_s())
+            attempt.offer(self._hear)
             await attempt.submit(self._remaining_s())
             while not self._output.finished:
                 self._take_all(await attempt.next_event(), attempt.events_here())
@@ -199,9 +205,27 @@ class ChoiceRun:
             self._half.close(self._tools.spawn)
             self._half = None
 
+    def _hear(self, event: pb.TokensEvent) -> bool:
+        """Takes tokens in the call that brought them, while the task waits. False: the task must look, because they
+        end the choice or cannot be taken.
+        """
+        try:
+            self._take(event)
+        except Exception as error:
+            self._broken = error
+            return False
+        if self._output.finished:
+            return False
+        if len(self._unsent) == 1:
+            self._tools.at_end_of_turn(self._send)
+        return True
+
     def _take_all(self, event: pb.TokensEvent, more: Iterable[pb.TokensEvent] = ()) -> None:
         """Tokens arrived, maybe more than one step's: to text, to the client, to the waterfall."""
         try:
+            if (broken := self._broken) is not None:
+                self._broken = None
+                raise broken
             self._take(event)
             for event in more:
                 self._take(event)

@@ -31,9 +31,10 @@ from .members import Membership
 from .output import OutputStream
 from .placement import missing, pair
 from .placer import Placer
-from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness
+from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness, Tap
 from .slo_classes import Promise, SLOClasses
 from .tokenizer_base import Tokenizer
+from .turn import Turn
 
 logger = logging.getLogger(__name__)
 MAX_CLEANUPS = 4096
@@ -78,13 +79,14 @@ class RouterCore(GenerationService):
             clock=clock,
             max_attempts=config.max_attempts,
             spawn=self._spawn,
+            at_end_of_turn=Turn().at_end,
             on_lost=self._on_lost,
             on_kept=metrics.count_prefill_kept,
         )
 
     # --- the service ------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest, tap: Tap | None = None) -> AsyncGenerator[Delta, None]:
         """See `GenerationService.generate`."""
         arrival_s = self._clock.now_s() if request.arrival_s is None else request.arrival_s
         key = f"{request.request_id}:{secrets.token_hex(4)}"
@@ -92,6 +94,8 @@ class RouterCore(GenerationService):
         standing = self._admit(request, promise, key, arrival_s)
         self._count_in_flight(+1)
         deltas: Mailbox[Delta | None] = Mailbox()  # bounded by n x max_tokens
+        if tap is not None:
+            deltas.tap = lambda delta: delta is not None and delta.finish_reason is None and tap(delta)
         task = asyncio.create_task(self._run_choices(request, promise, standing, key, arrival_s, deltas))
         task.add_done_callback(lambda _: self._ended(standing, deltas))
         unfinished = request.n

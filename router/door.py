@@ -20,7 +20,7 @@ from .body_budget import MAX_HELD_BYTES, BodyBudget
 from .chat_template import render_chat
 from .errors import InvalidRequest, ModelNotFound, ServiceError, Unauthenticated, Unavailable
 from .params import Limits, show
-from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness
+from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness, Tap
 from .siblings import Siblings
 from .tokenizer_base import Tokenizer
 
@@ -207,23 +207,39 @@ class Door:
             raise InvalidRequest(error.message, param=param) from None
         return await self.encode(text, add_special=False, param=param)
 
-    async def run(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def run(self, request: GenerateRequest, tap: Tap | None = None) -> AsyncGenerator[Delta, None]:
         """The service's deltas, with the time between tokens observed. Close it (`aclosing`) to cancel the request."""
         last_s: dict[int, float] = {}
-        deltas = cast("AsyncGenerator[Delta, None]", self.service.generate(request))
+
+        def observe(delta: Delta) -> None:
+            if delta.tokens:
+                now_s = self._clock.now_s()
+                if delta.choice in last_s:
+                    self.metrics.observe_inter_token(now_s - last_s[delta.choice], len(delta.tokens))
+                last_s[delta.choice] = now_s
+
+        def observed(delta: Delta) -> bool:
+            assert tap is not None
+            if not tap(delta):
+                return False
+            observe(delta)
+            return True
+
+        offered = None if tap is None else observed
+        deltas = cast("AsyncGenerator[Delta, None]", self.service.generate(request, offered))
         async with aclosing(deltas):
             async for delta in deltas:
-                if delta.tokens:
-                    now_s = self._clock.now_s()
-                    if delta.choice in last_s:
-                        self.metrics.observe_inter_token(now_s - last_s[delta.choice], len(delta.tokens))
-                    last_s[delta.choice] = now_s
+                observe(delta)
                 yield delta
 
-    async def run_all(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Runs several prompts at once; yields (index in `requests`, delta). The first error ends all of them."""
+    async def run_all(
+        self, requests: Sequence[GenerateRequest], tap: Tap | None = None
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Runs several prompts at once; yields (index in `requests`, delta). The first error ends all of them. `tap`:
+        is offered deltas of a prompt that is alone.
+        """
         if len(requests) == 1:
-            async with aclosing(self.run(requests[0])) as deltas:
+            async with aclosing(self.run(requests[0], tap)) as deltas:
                 async for delta in deltas:
                     yield 0, delta
             return

@@ -134,7 +134,17 @@ class GenerationEndpoint(ABC):
     async def _run(self, exchange: Exchange, body: Mapping[str, Any]) -> None:
         prepared = await self._prepare(exchange, body)
         answer = _Stream(exchange, prepared) if prepared.stream else _Whole(exchange, prepared)
-        async with aclosing(self._door.run_all(prepared.requests)) as deltas:
+
+        def tap(delta: Delta) -> bool:
+            if not exchange.taking:
+                return False
+            try:
+                answer.take(delta.choice, delta)
+            except Exception:
+                return False  # comes again below, and is raised there
+            return True
+
+        async with aclosing(self._door.run_all(prepared.requests, tap)) as deltas:
             async for prompt, delta in deltas:
                 answer.take(prompt * prepared.n + delta.choice, delta)
                 if not exchange.taking:

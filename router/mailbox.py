@@ -6,28 +6,35 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """First in, first out."""
+    """First in, first out. `tap`, while the reader waits and nothing is here, is offered an item in the call that
+    brings it; what it takes (True) the reader never sees, and no task is woken for it. It must not raise.
+    """
 
-    __slots__ = ("_items", "_reader")
+    __slots__ = ("_items", "_reader", "tap")
 
     def __init__(self) -> None:
+        self.tap: Callable[[T], bool] | None = None
         self._items: deque[T] = deque()
         self._reader: asyncio.Future[None] | None = None
 
     def put_nowait(self, item: T) -> None:
-        """Wakes the reader."""
-        self._items.append(item)
+        """Wakes the reader, unless the tap takes the item."""
         reader = self._reader
-        if reader is not None:
-            self._reader = None
-            if not reader.done():
-                reader.set_result(None)
+        if reader is None or reader.done():
+            self._items.append(item)
+            return
+        if self.tap is not None and self.tap(item):
+            return
+        self._items.append(item)
+        self._reader = None
+        reader.set_result(None)
 
     async def get(self) -> T:
         """The next item; waits for one. One task at a time."""

@@ -5,7 +5,7 @@ out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from ..cluster.types import FinishReason, SampledToken, SamplingParams, Timings
@@ -51,6 +51,12 @@ class Delta:
     timings: Timings | None = None
 
 
+Tap = Callable[[Delta], bool]
+"""Takes a delta (True) in the call that brings its tokens, before any task runs, or leaves it to who iterates: that one
+gets whatever ends a choice. It neither blocks nor raises.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What `/v1/models` and ListModels say."""
@@ -75,8 +81,9 @@ class GenerationService(ABC):
     """Implemented by the router core, called by the front ends, once a request."""
 
     @abstractmethod
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
-        """Runs the request. Deltas of the `n` choices interleave. Closing the iterator (`aclose`) or cancelling the
+    def generate(self, request: GenerateRequest, tap: Tap | None = None) -> AsyncIterator[Delta]:
+        """Runs the request. `tap` may be offered, in order, deltas that nobody has to wait for; the rest is iterated.
+        Deltas of the `n` choices interleave. Closing the iterator (`aclose`) or cancelling the
         task that iterates cancels the request on every worker. Raises `router.errors.ServiceError` subclasses, before
         the first delta or between deltas.
         """

@@ -18,7 +18,7 @@ from tandem.router.byte_tokenizer import ByteTokenizer
 from tandem.router.errors import ServiceError
 from tandem.router.frontend import Addresses, Frontend
 from tandem.router.http_protocol import HttpLimits
-from tandem.router.service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness
+from tandem.router.service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness, Tap
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder's own modules
 
@@ -51,7 +51,7 @@ class ScriptedService(GenerationService):
         self.hanging = threading.Event()
         self.running = 0
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest, tap: Tap | None = None) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
         self.running += 1
         finished = False

@@ -58,7 +58,7 @@ def test_a_client_that_does_not_read_is_ended_at_its_deadline(front: Any, monkey
     """What the service makes meanwhile stays within HTTP/2's windows."""
     ended, made = threading.Event(), [0]
 
-    async def endless(request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def endless(request: GenerateRequest, tap: Any) -> AsyncGenerator[Delta, None]:
         try:
             while True:
                 made[0] += 1

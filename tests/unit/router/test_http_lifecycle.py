@@ -91,7 +91,7 @@ def test_a_client_that_does_not_read_is_ended_at_its_deadline(front: Any, monkey
     """The service may have finished or not: what counts is that nothing of the request stays because of the client."""
     ended = threading.Event()
 
-    async def endless(request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def endless(request: GenerateRequest, tap: Any) -> AsyncGenerator[Delta, None]:
         try:
             while True:
                 yield Delta(choice=0, text="x" * 100_000, tokens=(SampledToken(120),))

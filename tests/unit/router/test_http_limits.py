@@ -215,7 +215,7 @@ def test_a_client_that_takes_nothing_loses_its_stream(
     front = start_front(limits=SHORT, loop=loop and loop())
     ended, yielded = threading.Event(), [0]
 
-    async def endless(request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def endless(request: GenerateRequest, tap: Any) -> AsyncGenerator[Delta, None]:
         try:
             while True:
                 yielded[0] += 1
