@@ -88,6 +88,7 @@ class Link(asyncio.Protocol):
         self._last = 0
         self._bytes = bytearray()
         self._transport: asyncio.Transport | None = None
+        self._heard_s = 0.0
 
     async def join(self, end: socket.socket) -> None:
         """Takes over one end of a socket pair."""
@@ -97,6 +98,18 @@ class Link(asyncio.Protocol):
         """Ends the socket; calls under way are refused. Idempotent."""
         if self._transport is not None:
             self._transport.abort()
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the other end last said anything."""
+        return asyncio.get_running_loop().time() - self._heard_s
+
+    def give_up(self) -> None:
+        """Refuses every call under way PEER_LOST: the other end does not answer. It is told, for when it wakes up."""
+        for number, call in list(self._calls.items()):
+            if not call.over.done():
+                self._send(_Kind.CANCEL, number)
+                call.end(HandoffRefused(RefusalReason.PEER_LOST, f"{self._name} does not answer"))
 
     async def ask(self, method: str, body: bytes, *, timeout_s: float) -> bytes:
         """A call with one item for an answer. `HandoffRefused`: the other end's reason, DEADLINE, PEER_LOST."""
@@ -160,10 +173,12 @@ class Link(asyncio.Protocol):
         """Called by the loop, once."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._heard_s = asyncio.get_running_loop().time()
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop; whole messages are taken at once."""
         self._bytes += data
+        self._heard_s = asyncio.get_running_loop().time()
         begin = 0
         try:
             while len(self._bytes) >= begin + _LENGTH.size:

@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -61,6 +61,9 @@ log = logging.getLogger(__name__)
 
 ASK_S = 60.0
 """How long the worker may take to answer what a peer asks it; the peer's own deadline is shorter."""
+SILENCE_S, LOOK_S = 15.0, 1.0
+"""A worker that says nothing for so long (it is stopped, it speaks every 2 s) is lost to its peers, as it would be
+without a mover by gRPC's pings; how often that is looked at."""
 TELL_BYTES = 16 * 2**20
 """The worker hears of so many written bytes at a time, and of the rest with the end."""
 
@@ -68,7 +71,8 @@ TELL_BYTES = 16 * 2**20
 class Mover:
     """What the process does, on its one event loop."""
 
-    def __init__(self, gift: socket.socket) -> None:
+    def __init__(self, gift: socket.socket, on_lost: Callable[[], None]) -> None:
+        """`gift`: where the memory's descriptor comes from. `on_lost`: the worker has ended, or wants no mover more."""
         self._gift = gift
         self._segment: MappedSegment | None = None
         self._transport: KVTransport | None = None
@@ -84,8 +88,7 @@ class Mover:
             "stop": self._stop,
             "ping": self._ping,
         }
-        # Without its worker it is of no use: what it was doing, nobody wants any more.
-        self.link = Link("the worker", handlers, on_lost=lambda: os._exit(0))
+        self.link = Link("the worker", handlers, on_lost=on_lost)
 
     async def _attach(self, body: bytes) -> AsyncGenerator[bytes, None]:
         attach = decode_attach(body)
@@ -284,10 +287,14 @@ class _Forwarded(KVSource):
 
 
 async def _serve(link_fd: int, gift_fd: int) -> None:
-    mover = Mover(socket.socket(fileno=gift_fd))
+    # Without its worker it is of no use: what it was doing, nobody wants any more.
+    mover = Mover(socket.socket(fileno=gift_fd), on_lost=lambda: os._exit(0))
     await mover.link.join(socket.socket(fileno=link_fd))
     gc.freeze()
-    await asyncio.get_running_loop().create_future()  # until the link ends the process
+    while True:
+        await asyncio.sleep(LOOK_S)
+        if mover.link.silence_s > SILENCE_S:
+            mover.link.give_up()
 
 
 def main(arguments: Sequence[str]) -> None:

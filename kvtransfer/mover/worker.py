@@ -38,7 +38,7 @@ PING_S, PONG_S = 2.0, 10.0
 STOP_S = 5.0
 
 
-class MoverLost(RuntimeError):
+class MoverLost(ConnectionError):
     """The mover has ended, or did not start."""
 
 
