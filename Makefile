@@ -54,7 +54,7 @@ paper: dev
 	$(BIN)/python -m pytest tests/paper
 	$(BIN)/tandem bench kv-waste --dataset-path $(SHAREGPT)
 	timeout 480 $(BIN)/tandem bench batching --dataset-path $(DATA)/workloads/azure2023_conv.csv.gz --profile $(A100)
-	timeout 900 $(BIN)/tandem bench disaggregation --dataset-path $(SHAREGPT) --profile $(A100) $(ARGS)
+	timeout 900 $(BIN)/tandem bench disaggregation --dataset-path $(SHAREGPT) --profile $(A100) --max-minutes 12 $(ARGS)
 
 faults: dev
 	TANDEM_FAULTS_SWEEP=1 $(BIN)/python -m pytest tests/faults $(ARGS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from .cli_bench_claims import batching, disaggregation, kv_waste
+from .cli_bench_claims import batching, kv_waste
+from .cli_bench_disaggregation import disaggregation
 from .cli_bench_engine import engine
 from .cli_bench_handoff import handoff
 from .cli_bench_router import router

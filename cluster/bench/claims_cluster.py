@@ -39,7 +39,9 @@ class System:
     prefill_engine: EngineConfig | None = None
     """None: `engine`."""
     prefill_gpus: int = 1
-    """That a prefill worker stands for; all others are one."""
+    """That a prefill worker stands for."""
+    worker_gpus: int = 1
+    """That any other worker stands for."""
 
     @property
     def workers(self) -> int:
@@ -49,7 +51,7 @@ class System:
     @property
     def gpus(self) -> int:
         """Devices in all."""
-        return self.prefill * self.prefill_gpus + self.decode + self.mixed
+        return self.prefill * self.prefill_gpus + (self.decode + self.mixed) * self.worker_gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,8 @@ class RunningSystem:
     def __init__(self, system: System) -> None:
         self._system = system
         self._stack = ExitStack()
-        self.pids: list[int] = []
+        self.processes: dict[str, int] = {}
+        """Their ids, by name."""
         self.url = ""
 
     def __enter__(self) -> RunningSystem:
@@ -105,7 +108,7 @@ class RunningSystem:
             max_waiting=MAX_WAITING,
             request_timeout_s=3600.0,
         )
-        addresses = self._start(folder, "router", router)
+        addresses = self._start(folder, "router", "router", router)
         self.url = f"http://{addresses['http']}"
         pools = ((Role.PREFILL, system.prefill), (Role.DECODE, system.decode), (Role.MIXED, system.mixed))
         first = WorkerConfig(worker_id="first", role=Role.MIXED, routers=(addresses["registry"],))
@@ -113,7 +116,7 @@ class RunningSystem:
             own = system.prefill_engine if role is Role.PREFILL else None
             for index in range(count):
                 worker = replace(first, worker_id=f"{role.value}-{index}", role=role, engine=own or system.engine)
-                self._start(folder, "worker", worker)
+                self._start(folder, "worker", worker.worker_id, worker)
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not self._is_ready():
             if time.monotonic() > deadline_s:
@@ -127,13 +130,13 @@ class RunningSystem:
             return False  # it answers 503 until a request could be served
         return [worker["state"] for worker in workers].count("ready") == self._system.workers
 
-    def _start(self, folder: Path, kind: str, config: RouterConfig | WorkerConfig) -> dict[str, Any]:
-        path = folder / f"{kind}-{len(self.pids)}.json"
+    def _start(self, folder: Path, kind: str, name: str, config: RouterConfig | WorkerConfig) -> dict[str, Any]:
+        path = folder / f"{name}.json"
         path.write_text(json.dumps(to_dict(config)), encoding="utf-8")
         command = [sys.executable, "-m", "tandem.cluster.launch.process", kind, "--config", str(path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
         self._stack.callback(_end, process)
-        self.pids.append(process.pid)
+        self.processes[name] = process.pid
         assert process.stdout is not None
         patience = threading.Timer(START_TIMEOUT_S, process.kill)
         patience.start()

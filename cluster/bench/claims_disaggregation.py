@@ -1,158 +1,193 @@
 """What disaggregation buys: attainment against rate of pools of prefill and decode workers, and of the same number of
 mixed ones, with real processes, a real router and real sockets (DistServe, OSDI '24, §6.2).
 
-Every system gets the same requests at the same times: Poisson arrivals whose rate climbs a staircase, so that a system
-comes to each rate from the one below and not from empty (a short run from empty flatters). A request belongs to the
-stair on which it arrived. The router refuses nobody, in no system. One run is judged under several promises.
-
-On the paced device time may be stretched: steps, arrivals and promises alike take `time_scale` times as long, and what
-is reported is scaled back. A result whose steps ran late, or whose client did, is void and says so.
+Every system climbs the same staircase (`claims_load`) under as many seeds as the time allows, one run is judged under
+several promises, and the router refuses nobody. A stair on which the machine limited what was measured (late steps of
+the paced device, a late client, processes that waited for a processor) is void: it is marked, counts nowhere, and its
+run is made once more if there is time. Each run is kept on disk as it ends, so that an interrupted comparison goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import math
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .claims_cluster import RunningSystem, StepCount, System
+from .claims_load import TARGET, Promise, Staircase, crossing, judge, sweep_of
+from .claims_machine import Sample, Strain, strain, take_sample
 from .datasets import BenchRequest
-from .load import run_load
+from .interrupt import Stop
+from .load import Load, run_load
 from .options import BenchOptions
 from .report import RequestRecord, distortion, summarize
 from .run import connect, warm_up
-from .sweep import SweepPoint, SweepResult, sweep_run
-from .traces import draw_rows, fit_trace, read_trace, trace_requests
+from .sweep import SweepResult, SweepRun
 
 MAX_LATE_STEPS = 0.02
-"""Share of late steps above which a result is void."""
-MAX_REQUESTS = 20_000
-HEARTBEAT_S = 0.6
-"""After which the router has heard what the workers counted."""
+"""Share of late steps above which a stair is void."""
+DRAIN_S = 60.0
+"""After the last stair, for answers that still run; who has none by then keeps no promise."""
+START_S = 20.0
+"""What starting, warming up and ending a system takes at most, for reckoning whether there is time."""
 WARMUPS = 4
-_WARMUP_SEED = 0x5EED
+ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Promise:
-    """TTFT and TPOT, both to be kept."""
+class StairResult:
+    """One system at one rate with one seed."""
 
-    ttft_s: float
-    tpot_s: float
-
-    @property
-    def ms(self) -> dict[str, float]:
-        """As the reports name them."""
-        return {"ttft": self.ttft_s * 1e3, "tpot": self.tpot_s * 1e3}
-
-    def __str__(self) -> str:
-        return f"TTFT {self.ttft_s * 1e3:g} ms, TPOT {self.tpot_s * 1e3:g} ms"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Staircase:
-    """The load, in the time that is reported. ValueError naming the field."""
-
-    dataset_path: str
-    rates: tuple[float, ...]
-    """Requests/s to the whole cluster, ascending."""
-    stair_s: float
-    promises: tuple[Promise, ...]
-    time_scale: float = 1.0
-    max_model_len: int = 2048
-    max_input_tokens: int | None = None
-    max_output_tokens: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.rates or list(self.rates) != sorted(set(self.rates)) or self.rates[0] <= 0:
-            raise ValueError(f"rates: {self.rates} are not allowed; allowed: ascending, above 0")
-        for name, low, high in (("stair_s", 1.0, 600.0), ("time_scale", 0.1, 100.0)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; allowed: {low:g} to {high:g}")
-        if sum(self.counts) > MAX_REQUESTS:
-            raise ValueError(f"rates: they make {sum(self.counts)} requests; allowed: at most {MAX_REQUESTS}")
+    rate: float
+    runs: tuple[SweepRun, ...]
+    """Under each promise, in the staircase's order."""
+    steps: int
+    late_steps: int
+    strain: Strain
+    client: str = ""
+    """What the client itself distorted; empty: nothing."""
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """Requests of each stair."""
-        return tuple(max(1, round(rate * self.stair_s)) for rate in self.rates)
+    def void(self) -> str:
+        """Why the stair says nothing about the system; empty: it does."""
+        reasons = [self.client] if self.client else []
+        if self.steps and self.late_steps > MAX_LATE_STEPS * self.steps:
+            reasons.append(f"{self.late_steps} of {self.steps} steps were late")
+        return "; ".join([*reasons, *self.strain.reasons])
 
-    @property
-    def stairs(self) -> tuple[int, ...]:
-        """For every request, on which stair it comes."""
-        return tuple(place for place, count in enumerate(self.counts) for _ in range(count))
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"void": self.void}
 
-    def arrivals_s(self) -> tuple[float, ...]:
-        """When each is due on the real clock: a Poisson process, given its count on each stair."""
-        draw = np.random.default_rng(self.seed)
-        times = [sorted(self.stair_s * (place + draw.random(count))) for place, count in enumerate(self.counts)]
-        return tuple(float(time_s) * self.time_scale for stair in times for time_s in stair)
-
-    def requests(self, vocabulary: Sequence[int], *, warmups: int) -> tuple[tuple[BenchRequest, ...], ...]:
-        """The warm-ups and the load, with prompts of exactly the trace's lengths. ValueError."""
-        fitted = fit_trace(
-            read_trace(self.dataset_path),
-            max_model_len=self.max_model_len,
-            max_input_tokens=self.max_input_tokens,
-            max_output_tokens=self.max_output_tokens,
-        )
-        if not fitted.rows:
-            raise ValueError(f"dataset_path: nothing in it fits into a context of {self.max_model_len} tokens")
-        rows = [replace(row, block_ids=()) for row in fitted.rows]
-        warm = draw_rows(rows, warmups, self.seed ^ _WARMUP_SEED)
-        load = draw_rows(rows, sum(self.counts), self.seed)
-        return (
-            trace_requests(warm, vocabulary, self.seed ^ _WARMUP_SEED),
-            trace_requests(load, vocabulary, self.seed),
-        )
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> StairResult:
+        """What `as_json` wrote. Raises KeyError, TypeError."""
+        values = {name: saved[name] for name in ("rate", "steps", "late_steps", "client")}
+        runs = tuple(SweepRun(**{**run}) for run in saved["runs"])
+        return cls(**values, runs=runs, strain=Strain(**saved["strain"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemResult:
-    """One system under every promise, in the staircase's order of promises."""
+    """One system: what its runs gave, stair by stair, and what virtual time predicted."""
 
     system: System
-    sweeps: tuple[SweepResult, ...]
-    steps: StepCount
-    client: tuple[str, ...]
-    """What the client itself distorted; empty: nothing."""
-    failed: int
+    load: Staircase
+    stairs: tuple[tuple[StairResult, ...], ...] = ()
+    """By rate, one for each seed and attempt."""
+    predicted: tuple[SweepResult, ...] = ()
+    """Under each promise; empty: nothing was."""
 
-    @property
-    def void(self) -> str:
-        """Why the result says nothing; empty: it does."""
-        reasons = list(self.client)
-        if self.steps.late_share > MAX_LATE_STEPS:
-            reasons.append(f"{self.steps.late} of {self.steps.steps} steps were late")
-        if self.failed:
-            reasons.append(f"{self.failed} requests failed")
-        return "; ".join(reasons)
+    def sweep(self, promise: int) -> SweepResult:
+        """The stairs that count, under one promise."""
+        runs = [[one.runs[promise] for one in stair if not one.void] for stair in self.stairs]
+        return sweep_of(self.system.label, self.load, self.load.promises[promise], runs)
 
-    def goodput(self, promise: int, target: float = 0.9) -> float:
-        """Requests/s per GPU where attainment falls below the target, between two rates by interpolation."""
-        return crossing([(p.rate, p.attainment) for p in self.sweeps[promise].points], target) / self.system.gpus
+    def goodput(self, promise: int) -> Goodput:
+        """At the target, per GPU."""
+        return goodput_of(self.sweep(promise), self.system.gpus)
 
 
-def crossing(points: Sequence[tuple[float, float]], target: float) -> float:
-    """The rate at which attainment first falls below `target`, on the line between the two rates around it; the highest
-    rate if it never does, 0 if it never is above.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodput:
+    """Requests/s per GPU at which attainment crosses the target; a bound where all rates lie on one side of it, NaN
+    where there are none.
     """
-    before: tuple[float, float] | None = None
-    for rate, attainment in points:
-        if attainment < target:
-            if before is None:
-                return 0.0
-            share = (before[1] - target) / (before[1] - attainment)
-            return before[0] + share * (rate - before[0])
-        before = (rate, attainment)
-    return before[0] if before else 0.0
+
+    per_gpu: float
+    bound: str = ""
+    """`<` or `>=`; empty: it was crossed."""
+
+    def __str__(self) -> str:
+        return "-" if math.isnan(self.per_gpu) else f"{self.bound}{self.per_gpu:.2f}"
 
 
-async def run_system(system: System, load: Staircase, say: Callable[[str], None]) -> SystemResult:
+def goodput_of(sweep: SweepResult, gpus: int) -> Goodput:
+    """Between two rates by interpolation."""
+    points = [(point.rate, point.attainment) for point in sweep.points]
+    if not points:
+        return Goodput(per_gpu=math.nan)
+    found = crossing(points, TARGET)
+    if found == 0.0:
+        return Goodput(per_gpu=points[0][0] / gpus, bound="<")
+    never = all(attainment >= TARGET for _, attainment in points)
+    return Goodput(per_gpu=found / gpus, bound=">=" if never else "")
+
+
+@dataclass(slots=True, kw_only=True)
+class Kept:
+    """Runs kept in a file, a line each, so that none is made twice. ValueError where it holds something else."""
+
+    path: Path | None
+    runs: dict[tuple[str, int], list[list[StairResult]]] = field(default_factory=dict)
+    """By (system and load, attempt's seed): the attempts, each with its stairs."""
+
+    def __post_init__(self) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                saved = json.loads(line)
+                stairs = [StairResult.from_json(stair) for stair in saved["stairs"]]
+                self.runs.setdefault((saved["key"], saved["seed"]), []).append(stairs)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"results: {self.path}, line {number}: no saved run ({error!r})") from None
+
+    def add(self, key: str, seed: int, label: str, stairs: list[StairResult]) -> None:
+        """Remembers and writes one. Raises OSError."""
+        self.runs.setdefault((key, seed), []).append(stairs)
+        if self.path is not None:
+            line = {"key": key, "seed": seed, "system": label, "stairs": [stair.as_json() for stair in stairs]}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def run_key(system: System, load: Staircase) -> str:
+    """Names a system under a load, whatever the seed and wherever its profiles lie."""
+    values = asdict(system)
+    for engine in (values["engine"], values["prefill_engine"]):
+        if engine is not None and engine["paced_profile"] is not None:
+            engine["paced_profile"] = Path(engine["paced_profile"]).read_text(encoding="utf-8")
+    text = json.dumps(values, sort_keys=True, default=str) + replace(load, seed=0).key()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+async def compare(
+    systems: Sequence[System],
+    load: Staircase,
+    *,
+    seeds: int,
+    kept: Kept,
+    end_s: float,
+    say: Callable[[str], None],
+) -> list[list[list[StairResult]]]:
+    """Runs every system under every seed, seed by seed, until `end_s` of the monotonic clock; then once more what has
+    void stairs. Returns, by system, the attempts. RuntimeError, ServerUnusable, ValueError.
+    """
+    keys = [run_key(system, load) for system in systems]
+    for attempt in range(1, ATTEMPTS + 1):
+        for seed in range(load.seed, load.seed + seeds):
+            for system, key in zip(systems, keys, strict=True):
+                done = kept.runs.get((key, seed), [])
+                if len(done) >= attempt or any(not any(stair.void for stair in stairs) for stairs in done):
+                    continue
+                own = replace(load, seed=seed)
+                if time.monotonic() + own.edges_s[-1] + START_S + DRAIN_S / 2 > end_s:
+                    say(f"{system.label}, seed {seed}: no time left")
+                    continue
+                kept.add(key, seed, system.label, await run_system(system, own, say))
+    seeds_all = range(load.seed, load.seed + seeds)
+    return [[stairs for seed in seeds_all for stairs in kept.runs.get((key, seed), [])] for key in keys]
+
+
+async def run_system(system: System, load: Staircase, say: Callable[[str], None]) -> list[StairResult]:
     """Starts the system, sends the load, ends the system. RuntimeError, ServerUnusable, ValueError."""
     with RunningSystem(system) as running:
         options = BenchOptions(
@@ -161,67 +196,76 @@ async def run_system(system: System, load: Staircase, say: Callable[[str], None]
         async with connect(options) as served:
             warmups, requests = load.requests(served.vocabulary, warmups=WARMUPS * system.workers)
             await warm_up(warmups, served, options)
-            say(f"{system.label}: {len(requests)} requests in {load.arrivals_s()[-1]:.0f} s")
-            done = await run_load(served.send, requests, load.arrivals_s(), name="claim")
-        await asyncio.sleep(HEARTBEAT_S)
-        steps = running.steps()
-    summary = summarize(done.records, {}, (99.0,), done.stalls_s)
-    late = distortion(summary)
-    return SystemResult(
-        system=system,
-        sweeps=tuple(judge(system.label, done.records, load, promise, bool(late)) for promise in load.promises),
-        steps=steps,
-        client=(late,) if late else (),
-        failed=summary.failed,
+            say(f"{system.label}, seed {load.seed}: {len(requests)} requests in {load.edges_s[-1]:.0f} s")
+            records: list[RequestRecord | None] = [None] * len(requests)
+            waited_for = {place for place, stair in enumerate(load.judged()) if stair is not None}
+            stop = Stop()
+
+            async def send(request: BenchRequest, due_s: float, request_id: str) -> RequestRecord:
+                record = await served.send(request, due_s, request_id)
+                place = int(request_id.rpartition("-")[2])
+                records[place] = record
+                waited_for.discard(place)
+                if not waited_for and watching.done():
+                    stop.set()
+                return record
+
+            watching = asyncio.ensure_future(_watch(running, load))
+            limit_s = load.edges_s[-1] + DRAIN_S * load.time_scale
+            timer = asyncio.get_running_loop().call_later(limit_s, stop.set)
+            try:
+                done = await run_load(send, requests, load.arrivals_s(), name="claim", stop=stop)
+                marks = await watching
+            finally:
+                timer.cancel()
+                watching.cancel()
+    return [_stair(load, place, records, done, marks) for place in range(len(load.rates))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Where things stood at an edge of a stair."""
+
+    steps: StepCount
+    sample: Sample
+
+
+async def _watch(running: RunningSystem, load: Staircase) -> list[_Mark]:
+    """Looks at every edge. Raises ServerUnusable."""
+    begin_s = time.monotonic()
+    processes = running.processes | {"the client": os.getpid()}
+    marks = []
+    for edge_s in load.edges_s:
+        await asyncio.sleep(max(0.0, begin_s + edge_s - time.monotonic()))
+        marks.append(_Mark(await asyncio.to_thread(running.steps), take_sample(processes)))
+    return marks
+
+
+def _stair(
+    load: Staircase, place: int, records: Sequence[RequestRecord | None], done: Load, marks: Sequence[_Mark]
+) -> StairResult:
+    own = [record for record, on in zip(records, load.judged(), strict=True) if on == place and record is not None]
+    begin_s, end_s = (done.begin_s + edge_s for edge_s in load.edges_s[place : place + 2])
+    stalls_s = [late_s for at_s, late_s in zip(done.looked_s, done.stalls_s, strict=True) if begin_s <= at_s < end_s]
+    client = distortion(summarize(own, {}, (99.0,), stalls_s))
+    runs = [judge(records, load, promise, place, client_late=bool(client)) for promise in load.promises]
+    before, after = marks[place], marks[place + 1]
+    return StairResult(
+        rate=load.rates[place],
+        runs=tuple(runs),
+        steps=after.steps.steps - before.steps.steps,
+        late_steps=after.steps.late - before.steps.late,
+        strain=strain(before.sample, after.sample),
+        client=client,
     )
 
 
-def judge(
-    label: str, records: Sequence[RequestRecord], load: Staircase, promise: Promise, client_late: bool
-) -> SweepResult:
-    """What the records, in order of arrival, say under one promise; times are scaled back."""
-    scaled = {name: value * load.time_scale for name, value in promise.ms.items()}
-    points, first = [], 0
-    for rate, count in zip(load.rates, load.counts, strict=True):
-        own = records[first : first + count]
-        first += count
-        metrics = {
-            name: {key: value / load.time_scale for key, value in values.items()}
-            for name, values in summarize(own, scaled, (99.0,)).metrics_ms.items()
-        }
-        run = sweep_run(
-            own,
-            scaled,
-            metrics,
-            seed=load.seed,
-            duration_s=load.stair_s,
-            ended_early=False,
-            client_late=client_late,
-        )
-        points.append(SweepPoint(rate=rate, runs=(run,)))
-    return SweepResult(label=label, target=0.9, promises_ms=promise.ms, points=tuple(points))
-
-
-def show(results: Sequence[SystemResult], load: Staircase) -> str:
-    """A table for each promise: attainment by rate, goodput by GPU, and the ratio to the best that is colocated."""
-    lines = []
-    for place, promise in enumerate(load.promises):
-        best = max((result.goodput(place) for result in results if result.system.mixed), default=0.0)
-        lines.append(f"{promise}: attainment, %, by requests/s offered to all workers; goodput at 90 % per GPU")
-        rates = "".join(f"{rate:>7g}" for rate in load.rates)
-        lines.append(f"{'':<34}{rates}{'goodput':>9}{'ratio':>7}")
-        for result in results:
-            shares = "".join(f"{100 * point.attainment:>7.1f}" for point in result.sweeps[place].points)
-            goodput = result.goodput(place)
-            ratio = f"{goodput / best:.2f}x" if best else "-"
-            lines.append(f"{result.system.label:<34}{shares}{goodput:>9.2f}{ratio:>7}")
-        lines.append("")
-    for result in results:
-        late = f"{result.steps.late} of {result.steps.steps} steps late"
-        lines.append(f"{result.system.label}: {late}" + (f"; VOID: {result.void}" if result.void else ""))
-    if load.time_scale != 1.0:
-        lines.append(f"time ran {load.time_scale:g} times slower and is scaled back")
-    return "\n".join(lines)
+def result_of(
+    system: System, load: Staircase, attempts: Sequence[Sequence[StairResult]], predicted: Sequence[SweepResult]
+) -> SystemResult:
+    """Attempts, each a run up the staircase, by rate."""
+    stairs = tuple(tuple(attempt[place] for attempt in attempts) for place in range(len(load.rates)))
+    return SystemResult(system=system, load=load, stairs=stairs, predicted=tuple(predicted))
 
 
 def as_json(results: Sequence[SystemResult], load: Staircase, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,12 +278,15 @@ def as_json(results: Sequence[SystemResult], load: Staircase, facts: Mapping[str
                 "label": result.system.label,
                 "workers": result.system.workers,
                 "gpus": result.system.gpus,
-                "steps": result.steps.steps,
-                "late_steps": result.steps.late,
-                "void": result.void,
-                "goodput_per_gpu": [result.goodput(place) for place in range(len(load.promises))],
-                "sweeps": [sweep.as_json() for sweep in result.sweeps],
+                "goodput_per_gpu": [str(result.goodput(place)) for place in range(len(load.promises))],
+                "predicted_per_gpu": [str(goodput_of(sweep, result.system.gpus)) for sweep in result.predicted],
+                "sweeps": [result.sweep(place).as_json() for place in range(len(load.promises))],
+                "predicted": [sweep.as_json() for sweep in result.predicted],
+                "stairs": [[one.as_json() for one in stair] for stair in result.stairs],
             }
             for result in results
         ],
     }
+
+
+__all__ = ["Promise", "Staircase", "SystemResult", "as_json", "compare", "goodput_of", "result_of", "run_system"]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..config import EngineConfig
-from ..latency.profile import StepProfile
 from ..models.registry import CONFIGS
-from .arrivals import arrival_times
 from .claims_cluster import System
-from .claims_virtual import EngineShape, Job, Served, VirtualEngine
 
 MODEL = "opt-13b"
 DISTSERVE_MODEL = "facebook/opt-13b"
@@ -20,7 +16,7 @@ KV_TOKENS = {1: 66_144, 2: 163_008, 4: 356_752}
 is 66,144 x 819,200 bytes = 54.2 GB (40 layers x K and V x 40 heads x 128 x 2 bytes) beside 25.7 GB of weights."""
 MAX_RUNNING = 256
 BLOCK_SIZE = 16
-CHUNK_BUDGETS = (256, 512, 1024, 2048)
+CHUNK_BUDGETS = (512, 2048)
 WHOLE_PROMPTS = 2048
 """A budget that never cuts a prompt of this model."""
 
@@ -48,36 +44,73 @@ def paced_engine(
     )
 
 
-def paced_systems(
-    gpus: int, profile: str | Path, *, budget: int, prefill_profile: str | Path | None = None, prefill_tp: int = 1
-) -> tuple[System, ...]:
-    """The split, and all GPUs colocated: chunked with the budget given, and without mixing prompts and decode rows.
-
-    Half of the GPUs prefill, in workers of `prefill_tp`. ValueError if that is no number of workers.
+def split(
+    gpus: int,
+    profiles: Mapping[int, str | Path],
+    *,
+    prefill: int | None = None,
+    prefill_tp: int = 1,
+    decode_tp: int = 1,
+) -> System:
+    """Pools of prefill and decode; `prefill` workers, or those of half of the GPUs. `profiles`: by tensor parallelism.
+    ValueError if that is no number of workers.
     """
-    prefill = max(1, gpus // 2 // prefill_tp)
-    decode = gpus - prefill * prefill_tp
-    if decode < 1 or prefill_tp not in KV_TOKENS:
-        raise ValueError(f"gpus: {gpus} with prefill_tp {prefill_tp} is not allowed; allowed: enough for both pools")
-    whole = paced_engine(profile, budget=WHOLE_PROMPTS)
-    wide = paced_engine(prefill_profile or profile, budget=WHOLE_PROMPTS, tensor_parallel=prefill_tp)
-    parallel = "" if prefill_tp == 1 else f" (TP {prefill_tp})"
-    return (
-        System(
-            label=f"{prefill} prefill{parallel} + {decode} decode",
-            engine=whole,
-            prefill=prefill,
-            decode=decode,
-            prefill_engine=wide,
-            prefill_gpus=prefill_tp,
-        ),
-        System(label=f"{gpus} mixed, chunks of {budget}", engine=replace(whole, max_batched_tokens=budget), mixed=gpus),
-        System(
-            label=f"{gpus} mixed, prompts alone",
-            engine=replace(whole, batching="prompts_alone"),
-            mixed=gpus,
-        ),
+    count = max(1, gpus // 2 // prefill_tp) if prefill is None else prefill
+    left = gpus - count * prefill_tp
+    if prefill_tp not in KV_TOKENS or decode_tp not in KV_TOKENS or count < 1 or left < 1 or left % decode_tp:
+        given = f"{gpus} with prefill {count}, prefill_tp {prefill_tp}, decode_tp {decode_tp}"
+        raise ValueError(f"gpus: {given} is not allowed; allowed: enough for both pools, TP 1, 2 or 4")
+    decode = left // decode_tp
+    return System(
+        label=f"{count} prefill{_tp(prefill_tp)} + {decode} decode{_tp(decode_tp)}",
+        engine=paced_engine(profiles[decode_tp], budget=WHOLE_PROMPTS, tensor_parallel=decode_tp),
+        prefill=count,
+        decode=decode,
+        prefill_engine=paced_engine(profiles[prefill_tp], budget=WHOLE_PROMPTS, tensor_parallel=prefill_tp),
+        prefill_gpus=prefill_tp,
+        worker_gpus=decode_tp,
     )
+
+
+def colocated(
+    gpus: int, profiles: Mapping[int, str | Path], *, budget: int | None, tensor_parallel: int = 1, source: str = ""
+) -> System:
+    """All GPUs mixed; `budget` None: prompts and decode rows never share a step. `source`: said in the label."""
+    how = "prompts alone" if budget is None else f"chunks of {budget}"
+    engine = paced_engine(
+        profiles[tensor_parallel],
+        budget=budget or WHOLE_PROMPTS,
+        batching="prompts_alone" if budget is None else "iteration",
+        tensor_parallel=tensor_parallel,
+    )
+    return System(
+        label=f"{gpus // tensor_parallel} mixed{_tp(tensor_parallel)}, {how}{source}",
+        engine=engine,
+        mixed=gpus // tensor_parallel,
+        worker_gpus=tensor_parallel,
+    )
+
+
+def candidates(gpus: int, profiles: Mapping[int, str | Path]) -> tuple[System, ...]:
+    """Every way to use the GPUs that is worth a prediction: splits, then colocated ones."""
+    splits = [
+        split(gpus, profiles, prefill=prefill, prefill_tp=wide, decode_tp=deep)
+        for wide in profiles
+        for deep in profiles
+        for prefill in range(1, gpus)
+        if (left := gpus - prefill * wide) > 0 and left % deep == 0
+    ]
+    mixed = [
+        colocated(gpus, profiles, budget=budget, tensor_parallel=parallel)
+        for parallel in profiles
+        if gpus % parallel == 0
+        for budget in (*CHUNK_BUDGETS, None)
+    ]
+    return (*splits, *mixed)
+
+
+def _tp(parallel: int) -> str:
+    return "" if parallel == 1 else f" (TP {parallel})"
 
 
 def cpu_systems(model: str, workers: int, *, kv_cache_bytes: int, budget: int) -> tuple[System, ...]:
@@ -93,36 +126,3 @@ def cpu_systems(model: str, workers: int, *, kv_cache_bytes: int, budget: int) -
         ),
         System(label=f"{workers} mixed, chunks of {budget}", engine=engine, mixed=workers),
     )
-
-
-def tuned_budget(
-    lengths: Sequence[tuple[int, int]],
-    profile: StepProfile,
-    *,
-    rate: float,
-    ttft_s: float,
-    tpot_s: float,
-    budgets: Sequence[int] = CHUNK_BUDGETS,
-    seed: int = 0,
-) -> tuple[int, dict[int, float]]:
-    """The chunk budget with the best attainment of one mixed engine at `rate` requests/s, in virtual time, and what
-    each attains.
-    """
-    attained = {}
-    for budget in budgets:
-        shape = EngineShape(
-            num_blocks=KV_TOKENS[1] // BLOCK_SIZE, max_batched_tokens=budget, max_running=min(MAX_RUNNING, budget)
-        )
-        arrivals = arrival_times(len(lengths), rate, 1.0, seed)
-        jobs = [
-            Job(arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
-            for arrival_s, (prompt, output) in zip(arrivals, lengths, strict=True)
-        ]
-        served = VirtualEngine(shape, profile).run(jobs)
-        attained[budget] = sum(keeps(one, ttft_s, tpot_s) for one in served) / len(served)
-    return max(attained, key=lambda budget: (attained[budget], budget)), attained
-
-
-def keeps(served: Served, ttft_s: float, tpot_s: float) -> bool:
-    """Whether a job met both promises; one of a single token has no TPOT."""
-    return served.ttft_s <= ttft_s and (served.tpot_s or 0.0) <= tpot_s

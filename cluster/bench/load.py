@@ -27,6 +27,8 @@ class Load:
     begin_s: float
     stalls_s: list[float] = field(default_factory=list)
     """How late the event loop came back, looked at twenty times a second: what arrives then is stamped late."""
+    looked_s: list[float] = field(default_factory=list)
+    """When that was."""
     cpu_s: float = 0.0
     """Processor time of this process during the load."""
     ended_early: bool = False
@@ -118,6 +120,7 @@ async def _look_on(
         if sending.done():
             return
         load.stalls_s.append(max(0.0, now_s - asked_s - _LOOK_S))
+        load.looked_s.append(now_s)
         if stop is not None and stop.is_set():
             load.interrupted = True
             return
