@@ -14,7 +14,7 @@ from grpc import aio
 
 from .auth import OPEN, MemberCredentials
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised with every incompatible change of `tandem.internal.v1` or of the KV frames; members refuse another one."""
 
 MAX_MESSAGE_BYTES = 64 * 2**20

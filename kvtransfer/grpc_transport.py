@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -144,13 +145,18 @@ class GrpcKVServer:
             self._pulls -= 1
 
     async def _send(self, request: PullRequest, context: grpc.aio.ServicerContext) -> None:
+        unsent = b""
         async with aclosing(self._source.open_pull(request)) as items:
             async for item in items:
                 if isinstance(item, EndFrame):
-                    await context.write(wire.encode_end(item))
+                    await context.write(unsent + wire.encode_end(item))
                     return
                 if request.mapped:
                     message = wire.encode_refs(request.ticket, item.frames[0].block_index, item.refs)
+                    if item.last:  # both in one message: another would cost as much as the first
+                        item.verify()
+                        unsent = message
+                        continue
                 else:
                     message = wire.encode_blocks(item.frames)
                 item.verify()
@@ -211,13 +217,18 @@ class GrpcKVTransport(KVTransport):
         """Like `pull`, where the blocks come as references: `request.mapped` is set."""
         async with aclosing(self.messages(peer, request, timeout_s=timeout_s)) as messages:
             async for message in messages:
+                came_s = time.monotonic()
                 frames = wire.decode_frames(message)
                 if isinstance(frames[0], BlockFrame):
                     raise HandoffRefused(RefusalReason.CORRUPT, "bytes came where references were due")
-                if isinstance(frames[0], EndFrame):
-                    yield frames[0]
+                refs = tuple(frame for frame in frames if isinstance(frame, RefFrame))
+                if refs:
+                    yield refs
+                if isinstance(end := frames[-1], EndFrame):
+                    # It was here while the blocks before it were copied.
+                    age_s = end.prefill_end_age_s + time.monotonic() - came_s
+                    yield replace(end, prefill_end_age_s=age_s)
                     return
-                yield cast("tuple[RefFrame, ...]", frames)
         raise _cut_short(peer)
 
     async def messages(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[bytes, None]:

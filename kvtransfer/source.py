@@ -168,6 +168,8 @@ class SourceDriver(KVSource):
                 if index < view.readable_blocks:
                     stop = min(view.readable_blocks, index + most)
                     run = self._run_of(request, reader, view, index, stop)
+                    if view.first_token is not None and stop == view.readable_blocks:
+                        run = replace(run, last=True)
                     sent_bytes += sum(len(frame.payload) for frame in run.frames)
                     index = stop
                     yield run

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..cluster.types import Side, seq_id
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Of the messages in `kvtransfer.wire` and of the state machines in `kvtransfer.protocol`; compared when workers
 meet."""
 

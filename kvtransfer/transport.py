@@ -110,6 +110,8 @@ class BlockRun:
     """The blocks of the frames in the holder's memory: all that is sent to a reader that has mapped it."""
     verify: Callable[[], None]
     """Raises `HandoffRefused` (WRONG_GENERATION, or why the pull was revoked) if what was copied must not be sent."""
+    last: bool = False
+    """The end frame comes next, and at once."""
 
 
 class KVTransport(ABC):

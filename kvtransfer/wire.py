@@ -1,10 +1,10 @@
 """KV messages as bytes: `u32 header length | u64 xxh3 of the header | msgpack header | raw payload`. No protobuf, no
 pickle; bounds on everything.
 
-A message is one of: HELLO, PULL, TICKET (confirm and abort), ACK, REFUSED, BLOCKS, REFS, END. A header is a msgpack
-array whose first element is the kind and whose second is the protocol version, so that a member of another version is
-told so. Anything that does not parse raises `HandoffRefused(CORRUPT)`, naming the field. Payloads are never copied by
-decoding.
+A message is one of: HELLO, PULL, TICKET (confirm and abort), ACK, REFUSED, BLOCKS, REFS, END; END may follow the last
+REFS of its pull in the same bytes. A header is a msgpack array whose first element is the kind and whose second is the
+protocol version, so that a member of another version is told so. Anything that does not parse raises
+`HandoffRefused(CORRUPT)`, naming the field. Payloads are never copied by decoding.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ NONCE_BYTES = 16
 _PREFIX = struct.Struct("<IQ")
 _U64 = 2**64 - 1
 _U31 = 2**31 - 1
+_Parts = tuple[list[Any], memoryview]
+"""A message's header and what follows it."""
 _REASONS = frozenset(reason.value for reason in RefusalReason)
 
 
@@ -197,17 +199,20 @@ def decode_hello_reply(data: bytes) -> Hello:
 
 
 def decode_frames(data: bytes) -> tuple[KVFrame | RefFrame, ...]:
-    """One message of a pull stream: its frames in order; raises the refusal where it is one. Payloads are views."""
-    kind = _kind(data)
+    """One message of a pull stream: its frames in order, `EndFrame` the last; raises the refusal where it is one.
+    Payloads are views.
+    """
+    parts = _split(data)
+    kind = _kind_of(parts)
     if kind is Kind.REFUSED:
         raise decode_refused(data)
     if kind is Kind.REFS:
-        return _decode_refs(data)
-    return (_decode_end(data),) if kind is Kind.END else _decode_blocks(data)
+        return _decode_refs(parts)
+    return (_decode_end(parts),) if kind is Kind.END else _decode_blocks(parts)
 
 
-def _decode_blocks(data: bytes) -> tuple[BlockFrame, ...]:
-    header, payload = _header(data, Kind.BLOCKS, 4)
+def _decode_blocks(parts: _Parts) -> tuple[BlockFrame, ...]:
+    header, payload = _checked(parts, Kind.BLOCKS, 4)
     ticket, blocks = _ticket(header[2]), header[3]
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= MAX_BLOCKS_PER_MESSAGE:
         raise _corrupt(f"blocks is not a list of 1…{MAX_BLOCKS_PER_MESSAGE}")
@@ -233,8 +238,8 @@ def _decode_blocks(data: bytes) -> tuple[BlockFrame, ...]:
     return tuple(frames)
 
 
-def _decode_refs(data: bytes) -> tuple[RefFrame, ...]:
-    header = _header(data, Kind.REFS, 4)[0]
+def _decode_refs(parts: _Parts) -> tuple[RefFrame | EndFrame, ...]:
+    header, following = _checked(parts, Kind.REFS, 4)
     ticket, blocks = _ticket(header[2]), header[3]
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= MAX_BLOCKS_PER_MESSAGE:
         raise _corrupt(f"blocks is not a list of 1…{MAX_BLOCKS_PER_MESSAGE}")
@@ -250,11 +255,11 @@ def _decode_refs(data: bytes) -> tuple[RefFrame, ...]:
                 generation=_int(block[2], "generation", _U64),
             )
         )
-    return tuple(frames)
+    return (*frames, _decode_end(_split(following))) if len(following) else tuple(frames)
 
 
-def _decode_end(data: bytes) -> EndFrame:
-    header = _header(data, Kind.END, 9)[0]
+def _decode_end(parts: _Parts) -> EndFrame:
+    header = _checked(parts, Kind.END, 9)[0]
     top = header[6]
     if not isinstance(top, list) or len(top) > MAX_TOP_LOGPROBS:
         raise _corrupt(f"top is not a list of at most {MAX_TOP_LOGPROBS}")
@@ -320,7 +325,7 @@ def _message(header: list[object], *payloads: memoryview) -> bytes:
     return b"".join((prefix, packed, *payloads))
 
 
-def _split(data: bytes) -> tuple[list[Any], memoryview]:
+def _split(data: bytes | memoryview) -> _Parts:
     """Header and payload; the header is a list of at least kind and version, both integers."""
     if len(data) < _PREFIX.size:
         raise _corrupt(f"a message of {len(data)} bytes is too short")
@@ -351,14 +356,22 @@ def _split(data: bytes) -> tuple[list[Any], memoryview]:
 
 
 def _kind(data: bytes) -> Kind:
-    value = _split(data)[0][0]
+    return _kind_of(_split(data))
+
+
+def _kind_of(parts: _Parts) -> Kind:
+    value = parts[0][0]
     if value not in list(Kind):
         raise _corrupt(f"kind {value} is not known")
     return Kind(value)
 
 
-def _header(data: bytes, kind: Kind, length: int, *, any_version: bool = False) -> tuple[list[Any], memoryview]:
-    header, payload = _split(data)
+def _header(data: bytes, kind: Kind, length: int, *, any_version: bool = False) -> _Parts:
+    return _checked(_split(data), kind, length, any_version=any_version)
+
+
+def _checked(parts: _Parts, kind: Kind, length: int, *, any_version: bool = False) -> _Parts:
+    header, payload = parts
     if header[0] != kind:
         raise _corrupt(f"kind {header[0]} where {kind.name} was due")
     if header[1] != PROTOCOL_VERSION:
@@ -369,7 +382,7 @@ def _header(data: bytes, kind: Kind, length: int, *, any_version: bool = False) 
         )
     if len(header) != length:
         raise _corrupt(f"{kind.name} has {len(header)} fields, not {length}")
-    if kind is not Kind.BLOCKS and len(payload):
+    if kind not in (Kind.BLOCKS, Kind.REFS) and len(payload):
         raise _corrupt(f"{kind.name} carries {len(payload)} bytes of payload")
     return header, payload
 

@@ -165,7 +165,7 @@ class KVProxy:
                     continue
                 for frame in frames:
                     if isinstance(frame, EndFrame):
-                        yield What.END, message
+                        yield What.END, wire.encode_end(frame)
                     elif isinstance(frame, RefFrame):
                         ref = BlockRef(frame.block_id, frame.generation)
                         yield What.BLOCK, wire.encode_refs(frame.ticket, frame.block_index, [ref])

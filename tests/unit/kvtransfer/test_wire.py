@@ -79,10 +79,22 @@ def test_round_trips() -> None:
     assert wire.decode_frames(wire.encode_end(bare)) == (bare,)
     frames = (block(0, b"a" * 64), changed(block(1, b"b" * 64), checksum=None))
     assert wire.decode_frames(wire.encode_blocks(frames)) == frames
-    assert wire.decode_frames(wire.encode_refs(TICKET, 3, [BlockRef(7, 2**64 - 1), BlockRef(2, 1)])) == (
+    refs = wire.encode_refs(TICKET, 3, [BlockRef(7, 2**64 - 1), BlockRef(2, 1)])
+    named = (
         RefFrame(ticket=TICKET, block_index=3, block_id=7, generation=2**64 - 1),
         RefFrame(ticket=TICKET, block_index=4, block_id=2, generation=1),
     )
+    assert wire.decode_frames(refs) == named
+    assert wire.decode_frames(refs + wire.encode_end(END)) == (*named, END)
+
+
+@pytest.mark.parametrize("following", [b"x", wire.encode_ack(), wire.encode_refs(TICKET, 5, [BlockRef(1, 1)])])
+def test_nothing_but_the_end_follows_references(following: bytes) -> None:
+    refs = wire.encode_refs(TICKET, 3, [BlockRef(7, 2)])
+    with pytest.raises(HandoffRefused):
+        wire.decode_frames(refs + following)
+    with pytest.raises(HandoffRefused):
+        wire.decode_frames(refs + wire.encode_end(END) + following)
 
 
 def changed_end(**fields: Any) -> EndFrame:
@@ -229,7 +241,7 @@ def test_any_fields_are_refused_or_understood(kind: wire.Kind, fields: list[obje
 def test_one_flipped_bit_never_passes(data: st.DataObject) -> None:
     refs = wire.encode_refs(TICKET, 3, [BlockRef(7, 2), BlockRef(2, 1)])
     blocks = wire.encode_blocks([block(0, bytes(range(64)))])
-    good = data.draw(st.sampled_from([blocks, refs, wire.encode_end(END)]))
+    good = data.draw(st.sampled_from([blocks, refs, wire.encode_end(END), refs + wire.encode_end(END)]))
     check_all(good)
     bit = data.draw(st.integers(0, len(good) * 8 - 1))
     bad = bytearray(good)
