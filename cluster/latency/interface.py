@@ -21,8 +21,7 @@ class StepCosts(Protocol):
     """Seconds of steps. Sizes are those of `cluster.engine.step_shape.StepShape`: prompt tokens and Σ (end² - start²)
     of their chunks, decode rows and Σ of their context, each with the token it computes; either half may be zero.
 
-    Called once for each step of a simulated cluster: implementations hold plain numbers, decide nothing, never block and
-    keep no state. A step of nothing takes no less than a step's fixed cost.
+    Called once for each step of a simulated cluster: implementations hold plain numbers, keep no state, never block.
     """
 
     @property

@@ -11,7 +11,7 @@ the reading that favors colocation. A chunk of a prompt costs `end² - start²` 
 add up to the whole. From `large_batch_rows` on decode follows other terms. The form is that of DistServe (OSDI '24,
 appendix A).
 
-The terms are those of the whole step, through all `pipeline_stages`. A stage is taken for the terms' share of it, and the
+The terms are those of the whole step, through all `pipeline_stages`. A stage is taken for its share of them, and the
 first one for the overhead as well:
 
     stage = (whole - overhead) / pipeline_stages + overhead
@@ -130,10 +130,10 @@ def distserve_profile(
 ) -> StepProfile:
     """A profile out of a file of DistServe's simulator (milliseconds by model and tensor parallelism).
 
-    Its worker of each stage takes (a + b·Σ l + c·Σ l²)/pp + pp for prefill, (a + b·Σ context + c·rows)/pp for decode,
-    with other coefficients from a batch of `decoding_large_small_bs_threshold` on; and the first stage 2 + 1e-4·Σ tokens
-    more. So the whole is a + b·Σ l + c·Σ l² + pp², or a + b·Σ context + c·rows, and the overhead once. ValueError naming
-    what the file lacks.
+    Its worker of a stage takes (a + b·Σ l + c·Σ l²)/pp + pp for prefill, (a + b·Σ context + c·rows)/pp for decode, with
+    other coefficients from a batch of `decoding_large_small_bs_threshold` on; and the first stage 2 + 1e-4·Σ tokens
+    more. So the whole is a + b·Σ l + c·Σ l² + pp², or a + b·Σ context + c·rows, and the overhead once. ValueError
+    naming what the file lacks.
     """
     data = _read_json(path)
     entry: Any = data
