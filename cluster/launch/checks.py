@@ -15,6 +15,7 @@ from pathlib import Path
 from ...kvtransfer.layout import DTYPE_BYTES
 from ..config import ClusterConfig, ConfigError, EngineConfig, RouterConfig
 from ..events import check_path
+from ..latency.profile import read_profile
 from ..models.config import ModelConfig
 from ..models.fetch import WHEEL_MODELS
 from ..models.reference import DUMMY_PREFIX, ModelError, ModelFiles, resolve_model
@@ -67,12 +68,15 @@ def pin_config(config: ClusterConfig) -> ClusterConfig:
     )
 
     def engine(own: EngineConfig | None) -> EngineConfig | None:
-        return None if own is None else replace(own, model=model)
+        if own is None:
+            return None
+        profile = own.paced_profile
+        return replace(own, model=model, paced_profile=profile and str(Path(profile).expanduser().absolute()))
 
     return replace(
         config,
         router=router,
-        engine=replace(config.engine, model=model),
+        engine=engine(config.engine) or config.engine,
         prefill_engine=engine(config.prefill_engine),
         decode_engine=engine(config.decode_engine),
         mixed_engine=engine(config.mixed_engine),
@@ -105,7 +109,9 @@ def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
 
 
 def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engine") -> None:
-    """Raises ConfigError for a context that the model does not have, and for KV memory that holds no block."""
+    """Raises ConfigError for a context that the model does not have, for KV memory that holds no block, and for a step
+    profile that cannot be read.
+    """
     if engine.max_model_len is not None and engine.max_model_len > model.max_model_len:
         allowed = f"at most the model's own, {model.max_model_len}"
         raise ConfigError("max_model_len", engine.max_model_len, allowed).under(under)
@@ -114,6 +120,12 @@ def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engi
     if engine.kv_cache_bytes < block_bytes:
         allowed = f"at least one block of this model, {block_bytes} bytes"
         raise ConfigError("kv_cache_bytes", engine.kv_cache_bytes, allowed).under(under)
+    if engine.paced_profile is not None:
+        try:
+            read_profile(Path(engine.paced_profile).expanduser())
+        except ValueError as error:
+            allowed = f"the file of a step profile; {error}"
+            raise ConfigError("paced_profile", engine.paced_profile, allowed).under(under) from None
 
 
 def wait_gone(pids: Iterable[int], timeout_s: float = 5.0) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tandem.cluster.config import ClusterConfig, ConfigError, EngineConfig, WorkerConfig
 from tandem.cluster.config_file import build_config
-from tandem.cluster.launch.checks import check_engines
+from tandem.cluster.latency.profile import StepProfile
+from tandem.cluster.launch.checks import check_engines, pin_config
 from tandem.cluster.launch.members import WorkerMember
 from tandem.cluster.models.reference import resolve_model
-from tandem.cluster.types import Role
+from tandem.cluster.types import Role, StepTimeCoefficients
 
 MODEL = resolve_model("dummy:tiny-llama").config
 BLOCK_BYTES = MODEL.num_layers * 2 * MODEL.num_kv_heads * MODEL.head_dim * 2 * 16
@@ -52,3 +54,24 @@ def test_kv_memory_for_less_than_the_asked_context_is_said() -> None:
         said[longest] = worker.warning()
         worker.stop()
     assert said == {40: "its KV memory holds 32 tokens, so that contexts end there, not at 40", 32: ""}
+
+
+def test_a_step_profile_is_read_before_ray_starts_and_its_path_made_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers run in other folders, and a file that cannot be read would show as workers that die."""
+    monkeypatch.chdir(tmp_path)
+    own = config(device="paced", paced_profile="steps.json")
+    for text in (None, "{}", "not JSON"):
+        if text is not None:
+            Path("steps.json").write_text(text)
+        with pytest.raises(
+            ConfigError, match=r"^engine\.paced_profile: 'steps.json' is not allowed; allowed: the"
+        ):
+            check_engines(own, MODEL)
+    StepProfile.linear(StepTimeCoefficients(step_s=0.01)).save("steps.json")
+    check_engines(own, MODEL)
+    pinned = pin_config(replace(own, decode_engine=own.engine))
+    assert pinned.decode_engine is not None
+    assert pinned.engine.paced_profile == pinned.decode_engine.paced_profile == str(tmp_path / "steps.json")
+    assert pin_config(config()).engine.paced_profile is None
