@@ -25,19 +25,26 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     `prefill`, `decode` and `mixed` are counts or sections `{workers: N, engine: {…}}` whose engine keys win over
     `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`). Raises ConfigError, also for a file that cannot be read.
     """
+    data = read_yaml(path)
+    return _cluster_config({} if data is None else data, overrides or {})
+
+
+def read_yaml(path: str | Path, what: str = "config") -> Any:
+    """The value in a YAML file, None if it is empty. Raises ConfigError, under the name `what`, for a file that cannot
+    be read, is larger than MAX_FILE_BYTES, nested too deeply, or gives a key twice in one section.
+    """
     try:
         if Path(path).is_file() and Path(path).stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError("config", str(path), f"a file of at most {MAX_FILE_BYTES} bytes")
+            raise ConfigError(what, str(path), f"a file of at most {MAX_FILE_BYTES} bytes")
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"a readable YAML file ({error})") from None
+        raise ConfigError(what, str(path), f"a readable YAML file ({error})") from None
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError("config", str(path), " ".join(f"valid YAML ({error})".split())) from None
-    return _cluster_config({} if data is None else data, overrides or {})
+        raise ConfigError(what, str(path), " ".join(f"valid YAML ({error})".split())) from None
 
 
 def build_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
