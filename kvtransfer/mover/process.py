@@ -136,14 +136,17 @@ class Mover:
         task = asyncio.create_task(writer.run(self._peers()))
         task.add_done_callback(lambda _: writer.news.set())
         try:
-            while not writer.ended:
+            while True:
                 await writer.news.wait()
                 writer.news.clear()
                 if writer.ended or writer.untold_bytes >= TELL_BYTES:
-                    yield encode_progress(writer.tell())
+                    progress = writer.tell()
+                    yield encode_progress(progress)
+                    if progress.end is not None:
+                        return
                 elif task.done():
-                    break
-            await task
+                    await task  # it did not come to the end, and says why
+                    return
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -18,6 +18,7 @@ from tandem.kvtransfer.layout import KVLayout
 from tandem.kvtransfer.mapped.fd_passing import SegmentServer
 from tandem.kvtransfer.mapped.segment import SegmentError
 from tandem.kvtransfer.memory_store import MemoryKVStore
+from tandem.kvtransfer.mover import process
 from tandem.kvtransfer.mover.process import Mover
 from tandem.kvtransfer.mover.worker import KVMover, MoverLost
 from tandem.kvtransfer.source import SourceDriver
@@ -48,15 +49,15 @@ class OnThisLoop:
 async def start_mover(store: MemoryKVStore, *, transport: str = "grpc", credentials: Any = SECRET) -> KVMover:
     link, its_link = socket.socketpair()
     gift, its_gift = socket.socketpair()
-    process = OnThisLoop()
+    running = OnThisLoop()
 
     def lost() -> None:
-        process.gone = True
+        running.gone = True
         its_gift.close()
 
-    process.mover = Mover(its_gift, on_lost=lost)
-    mover = KVMover(cast("subprocess.Popen[bytes]", process), gift)
-    await process.mover.link.join(its_link)
+    running.mover = Mover(its_gift, on_lost=lost)
+    mover = KVMover(cast("subprocess.Popen[bytes]", running), gift)
+    await running.mover.link.join(its_link)
     await mover._link.join(link)
     try:
         await mover.attach(store, transport=transport, credentials=credentials)
@@ -173,6 +174,25 @@ def test_kv_goes_from_memory_to_memory(pair_class: Any, layout: KVLayout, transp
         pair.nothing_left()
 
     play(pair_class, scene, transport=transport, checksum=checksum)
+
+
+def test_a_worker_that_hears_of_every_block_alone_hears_of_the_end(
+    pair_class: Any, layout: KVLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks, and the end, come while the worker still takes what it was told before."""
+    monkeypatch.setattr(process, "TELL_BYTES", 1)
+
+    async def scene(there: Scene) -> None:
+        pair = there.pair
+        pair.prefill(num_tokens=40)
+        pair.source.on_advanced(P, 40)
+        pair.source.on_done(P, TOKEN)
+        pair.submit(pair.ticket(num_tokens=40), first=5)
+        await pair.hear("kv_ready", D, TOKEN)
+        assert same_content(pair, layout, 10, to=5)
+        assert (pair.stats.blocks, pair.stats.retries) == (10, 0)
+
+    play(pair_class, scene)
 
 
 def test_a_pull_that_is_aborted_has_ended_before_its_blocks_are_free(pair_class: Any) -> None:
