@@ -257,3 +257,102 @@ async def test_leaving_while_a_worker_is_asked_takes_everything_back(rig: Any, m
             assert not prefill.requests(pb.AbortRequest), "nothing was asked of it"
         assert r.metric("requests_canceled_total") == 1
         r.assert_nothing_left()
+
+
+def tapped(rig: Any, request: Any, *, takes: int = 1000) -> tuple[list[Any], asyncio.Task[list[Any]]]:
+    """What the tap takes, at most so many deltas, and what is iterated."""
+    taken: list[Any] = []
+
+    def tap(delta: Any) -> bool:
+        if len(taken) >= takes:
+            return False
+        taken.append(delta)
+        return True
+
+    async def iterate() -> list[Any]:
+        return [delta async for delta in rig.core.generate(request, tap)]
+
+    return taken, asyncio.create_task(iterate())
+
+
+@scenario
+async def test_tokens_are_offered_where_they_arrive_and_the_end_is_iterated(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        prefill.on_prefill = lambda request: [r.event(request.sequence, P, tokens=(0, list(b"a"), ""))]
+        decode.on_decode = lambda request: [r.event(request.sequence, D, tokens=(0, list(b"ab"), ""))]
+        taken, iterating = tapped(r, r.request())
+        await r.until(lambda: text_of(taken) == "ab", "two tokens")
+        [submitted] = decode.requests(pb.DecodeRequest)
+        events = [r.event(submitted.sequence, D, tokens=(2, list(b"c"), "")) for _ in range(2)]
+        decode.send(*events, r.event(submitted.sequence, D, tokens=(3, list(b"d"), "length")))
+        rest = await iterating
+        assert text_of(taken + rest) == "abcd"
+        assert all(delta.finish_reason is None for delta in taken)
+        assert rest[-1].finish_reason is FinishReason.LENGTH
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_tokens_of_one_frame_are_one_delta(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        prefill.on_prefill = lambda request: [r.event(request.sequence, P, tokens=(0, list(b"a"), ""))]
+        taken, iterating = tapped(r, r.request())
+        await r.until(lambda: decode.requests(pb.DecodeRequest) and text_of(taken) == "a", "the first token")
+        [submitted] = decode.requests(pb.DecodeRequest)
+        decode.send(*[r.event(submitted.sequence, D, tokens=(i, [ids], "")) for i, ids in enumerate(b"abc")])
+        await r.until(lambda: text_of(taken) == "abc", "three tokens")
+        assert [delta.text for delta in taken] == ["a", "bc"]
+        decode.send(r.event(submitted.sequence, D, tokens=(3, list(b"d"), "length")))
+        assert text_of(await iterating) == "d"
+
+
+@scenario
+async def test_what_a_tap_leaves_is_iterated_in_order(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        prefill.on_prefill = lambda request: [r.event(request.sequence, P, tokens=(0, list(b"a"), ""))]
+        taken, iterating = tapped(r, r.request(), takes=1)
+        await r.until(lambda: decode.requests(pb.DecodeRequest) and text_of(taken) == "a", "the first token")
+        [submitted] = decode.requests(pb.DecodeRequest)
+        for index, token in enumerate(b"bcd", start=1):
+            decode.send(r.event(submitted.sequence, D, tokens=(index, [token], "length" if index == 3 else "")))
+        assert text_of(await iterating) == "bcd"
+
+
+@scenario
+async def test_a_stop_string_ends_a_tapped_choice(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        prefill.on_prefill = lambda request: [r.event(request.sequence, P, tokens=(0, list(b"a"), ""))]
+        decode.on_decode = lambda request: [r.event(request.sequence, D, tokens=(0, list(b"abXYZ"), ""))]
+        taken, iterating = tapped(r, r.request(stop=("XY",), sampling={"max_tokens": 9}))
+        rest = await iterating
+        assert text_of(taken + rest) == "ab"
+        assert (rest[-1].finish_reason, rest[-1].stop_reason) == (FinishReason.STOP, "XY")
+        await r.until(lambda: decode.requests(pb.AbortRequest), "the abort")
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_tokens_that_cannot_be_taken_fail_their_own_request(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the worker's stream, on which others run."""
+    async with rig() as r:
+        prefill, decode = await r.split()
+        prefill.on_prefill = lambda request: [r.event(request.sequence, P, tokens=(0, list(b"a"), ""))]
+        decode.on_decode = lambda request: [r.event(request.sequence, D, tokens=(0, [97, 299], ""))]
+
+        def broken(token_id: int) -> bytes:
+            if token_id == 299:
+                raise LookupError("no such token")
+            return bytes([token_id])
+
+        monkeypatch.setattr(r.core._tokenizer, "token_bytes", broken)
+        monkeypatch.setattr(r.core._tokenizer, "is_special", lambda token_id: False)
+        _, iterating = tapped(r, r.request())
+        with pytest.raises(ServiceError, match="internal error: LookupError"):
+            await iterating
+        assert r.link("d0").attached
+        await r.until(lambda: decode.requests(pb.AbortRequest), "the abort")
+        r.assert_nothing_left()
