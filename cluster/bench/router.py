@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -168,16 +169,12 @@ class RouterUnderTest:
 
     def _start(self, command: list[str], cores: list[int]) -> tuple[int, dict[str, Any]]:
         process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd="/"
         )
-        self._stack.callback(_end, process)
+        self._stack.callback(end, process)
         for task in Path(f"/proc/{process.pid}/task").iterdir():
             os.sched_setaffinity(int(task.name), cores)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{command[1]} ended with {process.wait(STOP_TIMEOUT_S)} before it served")
-        return process.pid, json.loads(line)
+        return process.pid, json.loads(first_line(process, command[1]))
 
     def _wait_ready(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -197,7 +194,22 @@ def _all_ready(answer: dict[str, Any]) -> bool:
     return bool(answer["ready"]) and all(account["ready"] for account in answer.get("routers", ()))
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def first_line(process: subprocess.Popen[bytes], name: str) -> bytes:
+    """What it says when it serves. RuntimeError where it ends before, or says nothing within START_TIMEOUT_S."""
+    assert process.stdout is not None
+    line, until_s = b"", time.monotonic() + START_TIMEOUT_S
+    while not line.endswith(b"\n"):
+        if not select.select([process.stdout], [], [], max(until_s - time.monotonic(), 0.0))[0]:
+            raise RuntimeError(f"{name} did not serve within {START_TIMEOUT_S:g} s")
+        part = os.read(process.stdout.fileno(), 65536)
+        if not part:
+            raise RuntimeError(f"{name} ended with {process.wait(STOP_TIMEOUT_S)} before it served")
+        line += part
+    return line
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Closes its standard input, asks it to end, and kills it where it does not."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.close()

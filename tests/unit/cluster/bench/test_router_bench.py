@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+from tandem.cluster.bench import router
 from tandem.cluster.bench.router import RouterBenchOptions, run_router_bench, show
 from tandem.cluster.bench.router_load import HttpConnection, Shape, Tally
 
@@ -82,3 +85,24 @@ def test_a_real_router_is_measured(tmp_path: Any) -> None:
     assert "one more streamed token over http" in show(result)
     result.save(tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["options"]["concurrency"] == 4
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("print('half a line', end='', flush=True); import time; time.sleep(60)", "did not serve within 0.2 s"),
+        ("raise SystemExit(3)", "ended with 3 before it served"),
+    ],
+)
+def test_a_process_that_says_nothing_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, program: str, words: str
+) -> None:
+    if "within" in words:
+        monkeypatch.setattr(router, "START_TIMEOUT_S", 0.2)
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    try:
+        with pytest.raises(RuntimeError, match=f"^it {words}$"):
+            router.first_line(process, "it")
+    finally:
+        router.end(process)
