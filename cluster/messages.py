@@ -146,6 +146,11 @@ def tokens_from_proto(messages: Iterable[pb.SampledToken]) -> tuple[SampledToken
     )
 
 
+def plain_tokens_from_proto(messages: Iterable[pb.SampledToken]) -> tuple[SampledToken, ...]:
+    """The same for who asked for no logprobs: a third of the time, and it is spent for every token."""
+    return tuple([SampledToken(message.token_id) for message in messages])
+
+
 def step_time_to_proto(coefficients: StepTimeCoefficients) -> pb.StepTime:
     """For a worker's status."""
     return pb.StepTime(

@@ -251,6 +251,8 @@ class Attempt:
         self.asked = ""
         """The worker that was asked last; the one that refused if `submit` raises `Refusal`."""
         self._decode_open = decode is not None  # a credit binds the decode side from the start
+        self._decoding = False
+        """Whether the decode worker has sent tokens."""
         own = _QueuedPrompt(self.first_worker, uncached_tokens, work.urgency) if half is None else half.prompt
         self._prompt = own
         if decode is not None:
@@ -312,9 +314,11 @@ class Attempt:
         def tap(item: WorkerEvent | LinkLost | Refused) -> bool:
             if not isinstance(item, WorkerEvent) or item.event.WhichOneof("kind") != "tokens":
                 return False
+            tokens: pb.TokensEvent | None = item.event.tokens
             if item.event.tokens.finish_reason:
                 return False
-            tokens = self._heard(item)
+            if not (self._decoding and item.side is Side.DECODE):  # else it says nothing new of the halves
+                tokens = self._heard(item)
             return tokens is not None and take(tokens)
 
         self._inbox.tap = tap
@@ -379,6 +383,7 @@ class Attempt:
         if item.event.tokens.finish_reason:
             self._decode_open = False
         self._prompt.done()
+        self._decoding = True
         return item.event.tokens
 
     def _prefill_attempt(self) -> int:

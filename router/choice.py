@@ -24,7 +24,7 @@ from typing import Any
 import grpc
 
 from ..cluster.clock import Clock
-from ..cluster.messages import tokens_from_proto
+from ..cluster.messages import plain_tokens_from_proto, tokens_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
 from ..cluster.types import FinishReason, Timings
@@ -80,6 +80,7 @@ class ChoiceRun:
         self._spot = standing.spot
         self._request = request
         self._sampling = replace(request.sampling, choice=choice)
+        self._read = plain_tokens_from_proto if request.sampling.top_logprobs is None else tokens_from_proto
         self._output = output
         self._emit = emit
         self._on_first_token = on_first_token
@@ -235,7 +236,7 @@ class ChoiceRun:
     def _take(self, event: pb.TokensEvent) -> None:
         now_s = self._tools.clock.now_s()
         self._times.heard(event)
-        tokens = tokens_from_proto(event.tokens)
+        tokens = self._read(event.tokens)
         finish = FinishReason(event.finish_reason) if event.finish_reason else None
         stop_token_id = event.stop_token_id if event.HasField("stop_token_id") else None
         try:

@@ -31,10 +31,6 @@ class Wire(Protocol):
     date: Callable[[], bytes]
     """The header line of an answer that begins now."""
 
-    @property
-    def taking(self) -> bool:
-        """Whether the client takes what is written."""
-
     async def drain(self) -> None:
         """Waits until the client takes what is written, or is gone."""
 
@@ -58,7 +54,7 @@ class Message:
 
     __slots__ = (
         *("_body", "_bodiless", "_can_chunk", "_chunked", "_head", "_news", "_wants_continue", "_whole", "_wire"),
-        *("complete", "gone", "headers", "keep_alive", "method", "path", "started", "tell"),
+        *("complete", "gone", "headers", "keep_alive", "method", "path", "started", "taking", "tell"),
     )
 
     def __init__(
@@ -73,6 +69,8 @@ class Message:
         """Whether the connection serves another request after this one."""
         self.started = False
         self.complete = False
+        self.taking = True
+        """Whether the client is there and takes what is written."""
         self.gone = False
         """The client has left."""
         self.tell: Callable[[], object] | None = None
@@ -110,7 +108,7 @@ class Message:
 
     def lost(self) -> None:
         """The connection is. Once."""
-        self.gone = True
+        self.gone, self.taking = True, False
         self._wake()
         if self.tell is not None:
             self.tell()
@@ -140,11 +138,6 @@ class Message:
         self._body.clear()
         self._wire.resume_reading()
         return part, self._whole
-
-    @property
-    def taking(self) -> bool:
-        """Whether the client is there and takes what is written."""
-        return self._wire.taking and not self.gone
 
     async def drain(self) -> None:
         """Waits until the client takes what is written, or is gone."""

@@ -149,10 +149,14 @@ class HttpConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client does not take what is written."""
         self._stalled_since_s = time.monotonic()
+        if self._answering is not None:
+            self._answering.taking = False
 
     def resume_writing(self) -> None:
         """It does again."""
         self._stalled_since_s = None
+        if self._answering is not None:
+            self._answering.taking = True
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
@@ -221,10 +225,6 @@ class HttpConnection(asyncio.Protocol):
 
     # -- the messages' calls ----------------------------------------------------------------------------------------
 
-    @property
-    def taking(self) -> bool:
-        return self._stalled_since_s is None
-
     async def drain(self) -> None:
         while self._stalled_since_s is not None:
             self._drained = asyncio.get_running_loop().create_future()
@@ -256,6 +256,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _answer(self, message: Message) -> None:
         self._answering = message
+        message.taking = self._stalled_since_s is None
         self._host.handle(message)
 
     # -- endings ----------------------------------------------------------------------------------------------------
