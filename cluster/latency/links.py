@@ -14,17 +14,15 @@ from typing import Annotated, Any
 
 from ..config_schema import Text, Within, check, parse
 
-Seconds = Annotated[float, Within(0.0, 3600.0)]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """One way between two devices. ConfigError (a ValueError) names a field out of range."""
 
     name: Annotated[str, Text()]
-    bandwidth_bytes_s: Annotated[float, Within(0.0, 1e15, above=True)]
-    """One direction, achieved rather than nominal."""
-    latency_s: Seconds = 0.0
+    bandwidth_gb_s: Annotated[float, Within(0.0, 1e6, above=True)]
+    """1e9 bytes a second, one direction, achieved rather than nominal."""
+    latency_us: Annotated[float, Within(0.0, 3.6e9)] = 0.0
     """Of one transfer, whatever its size: protocol, first byte."""
 
     def __post_init__(self) -> None:
@@ -37,10 +35,10 @@ class Link:
         """
         if size_bytes <= 0:
             return 0.0
-        return self.latency_s + size_bytes * max(sharers, 1) / self.bandwidth_bytes_s
+        return self.latency_us * 1e-6 + size_bytes * max(sharers, 1) / (self.bandwidth_gb_s * 1e9)
 
 
-INSTANT = Link(name="instant", bandwidth_bytes_s=1e15)
+INSTANT = Link(name="instant", bandwidth_gb_s=1e6)
 """As good as infinitely fast: what DistServe's simulator assumes."""
 
 

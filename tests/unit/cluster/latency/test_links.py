@@ -7,7 +7,7 @@ from tandem.cluster.latency.links import INSTANT, Link, read_links
 
 
 def test_a_transfer_is_latency_and_bytes() -> None:
-    link = Link(name="ib", bandwidth_bytes_s=1e9, latency_s=0.5)
+    link = Link(name="ib", bandwidth_gb_s=1.0, latency_us=5e5)
     assert link.transfer_time_s(2e9) == 2.5
     assert link.transfer_time_s(2e9, sharers=3) == 6.5
     assert link.transfer_time_s(0) == 0.0
@@ -15,18 +15,18 @@ def test_a_transfer_is_latency_and_bytes() -> None:
 
 
 def test_links_are_read_by_name() -> None:
-    links = read_links({"nvlink": {"bandwidth_bytes_s": 3e11, "latency_s": 1e-6}, "tcp": {"bandwidth_bytes_s": 3e9}})
-    assert links["nvlink"] == Link(name="nvlink", bandwidth_bytes_s=3e11, latency_s=1e-6)
-    assert links["tcp"].latency_s == 0.0
+    links = read_links({"nvlink": {"bandwidth_gb_s": 300, "latency_us": 1}, "tcp": {"bandwidth_gb_s": 3}})
+    assert links["nvlink"] == Link(name="nvlink", bandwidth_gb_s=300, latency_us=1)
+    assert links["tcp"].latency_us == 0.0
 
 
 @pytest.mark.parametrize(
     ("section", "error"),
     [
-        ({"bandwidth_bytes_s": 0}, r"links\.a\.bandwidth_bytes_s: 0 is not allowed; allowed: above 0"),
-        ({"bandwidth_bytes_s": 1e9, "latency_s": -1}, r"links\.a\.latency_s: -1 .* at least 0, at most 3600"),
-        ({"bandwith_bytes_s": 1e9}, "did you mean bandwidth_bytes_s"),
-        ({}, "bandwidth_bytes_s: is missing"),
+        ({"bandwidth_gb_s": 0}, r"links\.a\.bandwidth_gb_s: 0 is not allowed; allowed: above 0"),
+        ({"bandwidth_gb_s": 1, "latency_us": -1}, r"links\.a\.latency_us: -1 .* at least 0, at most"),
+        ({"bandwith_gb_s": 1}, "did you mean bandwidth_gb_s"),
+        ({}, "bandwidth_gb_s: is missing"),
     ],
 )
 def test_a_wrong_link_is_named(section: dict[str, float], error: str) -> None:
