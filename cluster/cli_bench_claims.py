@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .bench.claims_batching import BatchingResult
+    from .bench.claims_batching_served import ServedRow
+    from .bench.claims_virtual import EngineShape
     from .cli_display import Display
+    from .latency.profile import StepProfile
 
 Profile = Annotated[
     str | None, typer.Option(metavar="FILE", help="DistServe's profiler-a100-80g.distserve.json, read in place.")
@@ -23,6 +29,10 @@ def batching(
     num_prompts: Annotated[int, typer.Option(help="Requests of a run; a search takes about ten runs.")] = 300,
     batch_sizes: Annotated[str, typer.Option(help="Of request level; the best counts.")] = "8,16,32",
     time_limit_s: Annotated[float, typer.Option(help="No new batch size is searched after this.")] = 240.0,
+    served_s: Annotated[
+        float,
+        typer.Option(help="Then look at the rates found with a real router and worker, for so many seconds each."),
+    ] = 0.0,
     seed: Seed = 0,
     save_result: SaveResult = None,
 ) -> None:
@@ -40,10 +50,11 @@ def batching(
     display = Display()
     shape = EngineShape(num_blocks=KV_TOKENS[1] // BLOCK_SIZE, block_size=BLOCK_SIZE)
     lengths = _lengths(display, dataset_path, num_prompts, shape.max_model_len, seed)
+    steps = distserve_profile(profile, DISTSERVE_MODEL)
     sizes = tuple(int(size) for size in numbers("batch_sizes", batch_sizes))
     result = compare(
         lengths,
-        distserve_profile(profile, DISTSERVE_MODEL),
+        steps,
         shape,
         seed=seed,
         batch_sizes=sizes,
@@ -51,7 +62,42 @@ def batching(
         progress=display.line,
     )
     display.line(show(result))
-    save(display, save_result, asdict(result))
+    served = _served(display, result, lengths, steps, shape, served_s, seed) if served_s > 0 else []
+    save(display, save_result, asdict(result) | {"served": [asdict(row) for row in served]})
+
+
+def _served(
+    display: Display,
+    result: BatchingResult,
+    lengths: Sequence[tuple[int, int]],
+    profile: StepProfile,
+    shape: EngineShape,
+    seconds: float,
+    seed: int,
+) -> list[ServedRow]:
+    """Iteration level, and request level that streams: the two that a client can see, at the rates found."""
+    import signal
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    import uvloop
+
+    from .bench.claims_batching_served import serve_row, show_served
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="tandem-claims-") as folder:
+        for row in (result.rows[0], result.rows[2]):
+            if row.rate == 0:
+                display.line(f"{row.system}: no rate keeps the bound; nothing to look at")
+                continue
+            running = serve_row(
+                row, lengths, profile, shape, Path(folder), seconds=seconds, seed=seed, say=display.line
+            )
+            rows.append(uvloop.run(running))
+    display.line(show_served(rows))
+    return rows
 
 
 def kv_waste(

@@ -25,6 +25,8 @@ STOP_TIMEOUT_S = 10.0
 NEVER_REFUSED_S = 86_400.0
 """The router's own promises, so loose that admission refuses nobody: a refusal would not be compared with anything."""
 MAX_WAITING = 2**16
+HEARTBEAT_S = 0.6
+"""After which the router has heard what the workers counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,10 @@ class StepCount:
 
     steps: int
     late: int
+
+    def since(self, earlier: StepCount) -> StepCount:
+        """Those between two looks."""
+        return StepCount(steps=self.steps - earlier.steps, late=self.late - earlier.late)
 
     @property
     def late_share(self) -> float:

@@ -250,11 +250,12 @@ def _stair(
     client = distortion(summarize(own, {}, (99.0,), stalls_s))
     runs = [judge(records, load, promise, place, client_late=bool(client)) for promise in load.promises]
     before, after = marks[place], marks[place + 1]
+    steps = after.steps.since(before.steps)
     return StairResult(
         rate=load.rates[place],
         runs=tuple(runs),
-        steps=after.steps.steps - before.steps.steps,
-        late_steps=after.steps.late - before.steps.late,
+        steps=steps.steps,
+        late_steps=steps.late,
         strain=strain(before.sample, after.sample),
         client=client,
     )

@@ -88,7 +88,22 @@ class Results:
         ]
         missing = [{"contender": n, "threads": t, "reason": reason} for (n, t), reason in self.reasons.items()]
         loads = [{"contender": n, "threads": t, **facts} for (n, t), facts in self.loads.items()]
-        return {"rows": rows, "skipped": skipped, "unavailable": missing, "loads": loads}
+        return {"steps": self.steps, "rows": rows, "skipped": skipped, "unavailable": missing, "loads": loads}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Results:
+        """What `as_json` wrote, but for contenders that did not run: they are tried again. ValueError."""
+        try:
+            found = cls(steps=saved["steps"])
+            for row in saved["rows"]:
+                found.times[row["contender"], row["threads"], Cell(row["batch"], row["prompt"])] = row["rounds"]
+            for row in saved["skipped"]:
+                found.skip(row["contender"], row["threads"], Cell(row["batch"], row["prompt"]), row["reason"])
+            for load in saved["loads"]:
+                found.ready(load.pop("contender"), load.pop("threads"), load)
+            return found
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no saved comparison ({error!r})") from None
 
 
 def render(results: Results, threads: int) -> str:

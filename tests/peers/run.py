@@ -2,6 +2,7 @@
 
     make peers                                            # all of them, one and two threads
     .venv/bin/python tests/peers/run.py --only tandem,vllm --threads 2 --rounds 5 --save-result peers.json
+    .venv/bin/python tests/peers/run.py … --save-result peers.json --resume      # goes on after an interruption
 
 Environments and converted models are made outside the repository the first time (`peer_venvs`, `peer_models`); every
 engine runs in a process of its own on the same cores with as many threads, loads once, and then they are measured cell
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     root: Path = options.root
     chosen = [c for c in CONTENDERS if not options.only or c.engine in options.only or c.name in options.only]
-    results = Results(steps=options.steps)
+    results = kept(options)
     deadline = time.monotonic() + options.minutes * 60
     for threads in options.threads:
         cores = tuple(sorted(os.sched_getaffinity(0)))[:threads]
@@ -50,18 +51,58 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         running: list[Running] = []
         try:
-            start(running, chosen, options, root, cores, results)
+            start(
+                running,
+                [c for c in chosen if missing(c.name, options, threads, results)],
+                options,
+                root,
+                cores,
+                results,
+            )
             alternate(running, options, threads, results, deadline)
         finally:
             for one in running:
                 one.close()
         print(render(results, threads), flush=True)
     if options.save_result:
-        facts = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "argv": sys.argv[1:]}
-        text = json.dumps(facts | results.as_json(), indent=1)
-        Path(options.save_result).write_text(text + "\n", encoding="utf-8")
+        save(options, results)
         print(f"saved {options.save_result}")
     return 0 if any(name.startswith("tandem") for name, *_ in results.times) else 1
+
+
+def kept(options: argparse.Namespace) -> Results:
+    """What an interrupted run has measured, with `--resume`; else nothing."""
+    if not (options.resume and options.save_result and Path(options.save_result).exists()):
+        return Results(steps=options.steps)
+    found = Results.from_json(json.loads(Path(options.save_result).read_text(encoding="utf-8")))
+    if found.steps != options.steps:
+        raise SystemExit(f"--steps: {options.steps} is not allowed; allowed with --resume: {found.steps}, as before")
+    return found
+
+
+def save(options: argparse.Namespace, results: Results) -> None:
+    """Writes all that was measured so far, whole or not at all."""
+    facts = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "argv": sys.argv[1:]}
+    target = Path(options.save_result)
+    partial = target.with_name(f"{target.name}.partial")
+    partial.write_text(json.dumps(facts | results.as_json(), indent=1) + "\n", encoding="utf-8")
+    partial.replace(target)
+
+
+def missing(name: str, options: argparse.Namespace, threads: int, results: Results) -> bool:
+    """Whether a contender has a cell left to measure in some round."""
+    return any(
+        is_missing(name, cell, turn, options, threads, results)
+        for cell in options.grid
+        for turn in range(options.rounds)
+    )
+
+
+def is_missing(name: str, cell: Cell, turn: int, options: argparse.Namespace, threads: int, results: Results) -> bool:
+    """Whether a cell is to be measured in a round: not left out, not slow, not measured before an interruption."""
+    if results.is_skipped(name, threads, cell) or (results.took_s(name, threads, cell) or 0.0) > options.repeat_seconds:
+        return False
+    return len(results.times.get((name, threads, cell), [])) <= turn
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,7 +119,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat-seconds", type=float, default=25.0, help="what takes longer is measured once")
     parser.add_argument("--minutes", type=float, default=60.0, help="no new round begins after this")
     parser.add_argument("--root", type=Path, default=default_root(), help="where environments and models are kept")
-    parser.add_argument("--save-result", metavar="FILE")
+    parser.add_argument("--save-result", metavar="FILE", help="written after every cell")
+    parser.add_argument("--resume", action="store_true", help="what the saved result has is not measured again")
     return parser.parse_args(argv)
 
 
@@ -167,13 +209,11 @@ def alternate(
         for number, cell in enumerate(options.grid):
             for one in running:
                 name = one.contender.name
-                if name in dead or results.is_skipped(name, threads, cell):
+                if name in dead or not is_missing(name, cell, turn, options, threads, results):
                     continue
                 if time.monotonic() > deadline:
                     print(f"  {options.minutes:g} minutes are over: round {turn + 1} stays incomplete", flush=True)
                     return
-                if (results.took_s(name, threads, cell) or 0.0) > options.repeat_seconds:
-                    continue
                 slow = results.forecast_s(name, threads, cell)
                 if slow is not None and slow > options.cell_seconds:
                     results.skip(name, threads, cell, f"would take about {slow:.0f} s")
@@ -193,6 +233,8 @@ def alternate(
                     results.unavailable(name, threads, str(error))
                     continue
                 store(results, name, threads, cell, answer)
+                if options.save_result:
+                    save(options, results)
 
 
 def store(results: Results, name: str, threads: int, cell: Cell, answer: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
     make peers-served                      # vLLM in its forms, ours split and mixed: about an hour
     .venv/bin/python tests/peers/serve.py --only 'tandem mixed bf16','vllm fp32' --sweep-duration 30
+    .venv/bin/python tests/peers/serve.py … --save-result served.json --resume     # goes on after an interruption
 
 One server after the other, pinned to the same cores as the client (`tandem bench serve`). Of each: seconds from the
 start of its process until it says that it is ready, the first time and once its caches are warm; TTFT and TPOT of
@@ -77,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     cores = tuple(sorted(os.sched_getaffinity(0)))[: options.cores]
     os.sched_setaffinity(0, cores)
-    rows = []
+    rows = kept(options)
     for server in SERVERS:
-        if options.only and server.name not in options.only:
+        if (options.only and server.name not in options.only) or any(row["server"] == server.name for row in rows):
             continue
         print(f"{server.name} on cores {','.join(map(str, cores))}", flush=True)
         try:
@@ -87,12 +88,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (PeerUnavailable, OSError, ValueError, subprocess.SubprocessError) as error:
             print(f"  cannot be measured: {error}", flush=True)
             rows.append({"server": server.name, "error": str(error)})
+        save(rows, options)
     print(table(rows, options))
     if options.save_result:
-        facts = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "argv": sys.argv[1:]}
-        Path(options.save_result).write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
         print(f"saved {options.save_result}")
     return 0 if any("error" not in row and row["server"].startswith("tandem") for row in rows) else 1
+
+
+def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """With `--resume`, the servers that an interrupted run has measured under the same load."""
+    if not (options.resume and options.save_result and Path(options.save_result).exists()):
+        return []
+    saved = json.loads(Path(options.save_result).read_text(encoding="utf-8"))
+    if saved["load"] != load_of(options):
+        raise SystemExit(f"--resume: {options.save_result} has another load, {saved['load']}")
+    return [row for row in saved["rows"] if "error" not in row]
+
+
+def load_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What two servers must share to be compared."""
+    names = ("model", "cores", "input_len", "output_len", "ttft_ms", "tpot_ms", "seeds", "seed", "sweep_duration")
+    return {name: getattr(options, name) for name in names}
+
+
+def save(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Writes all that was measured so far, whole or not at all."""
+    if not options.save_result:
+        return
+    facts = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "argv": sys.argv[1:]}
+    target = Path(options.save_result)
+    partial = target.with_name(f"{target.name}.partial")
+    text = json.dumps({**facts, "load": load_of(options), "rows": list(rows)}, indent=1)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(target)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,9 +138,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sweep-duration", type=float, default=40.0, help="seconds that each run sends")
+    parser.add_argument("--sweep-rates", help="measure these, comma-separated, in place of a search")
+    parser.add_argument("--sweep-resolution", type=float, default=0.05, help="gap between kept and failed that ends it")
     parser.add_argument("--sweep-timeout", type=float, default=900.0, help="seconds of a server's search at most")
     parser.add_argument("--root", type=Path, default=default_root(), help="where environments and models are kept")
-    parser.add_argument("--save-result", metavar="FILE")
+    parser.add_argument("--save-result", metavar="FILE", help="written after every server")
+    parser.add_argument("--resume", action="store_true", help="servers that the saved result has are not run again")
     return parser.parse_args(argv)
 
 
@@ -140,6 +171,8 @@ def measure(server: Server, options: argparse.Namespace, cores: tuple[int, ...])
             found["sweep"] = client.sweep(options)
             found["best_rate"] = found["sweep"]["best_rate"]
             found["memory_bytes"] = memory_bytes(pid)
+            for point in found["sweep"]["points"]:
+                print(f"  {point['rate']:g}/s: {point['attainment']:.1%} kept their promises", flush=True)
             print(f"  keeps {found['best_rate']} requests/s", flush=True)
             return found
 
@@ -306,6 +339,9 @@ class Client:
         """The search for the highest rate at 90 %."""
         promises = ["--goodput", f"ttft:{options.ttft_ms:g}", f"tpot:{options.tpot_ms:g}"]
         search = ["--sweep", "--request-rate", str(options.start_rate), "--sweep-seeds", str(options.seeds)]
+        search += ["--sweep-resolution", str(options.sweep_resolution)]
+        if options.sweep_rates:
+            search += ["--sweep-rates", options.sweep_rates]
         bounds = ["--sweep-duration", str(options.sweep_duration), "--sweep-timeout", str(options.sweep_timeout)]
         limit_s = options.sweep_timeout + 1200
         return self.run("sweep", *promises, *search, *bounds, seed=options.seed, timeout_s=limit_s)

@@ -177,3 +177,38 @@ def test_served_cluster_is_one_that_can_be_configured(engine, threads):
 def test_unknown_contenders_are_refused(script):
     with pytest.raises(argparse.ArgumentTypeError, match="'triton' is not allowed; allowed: "):
         script.names("tandem,triton" if script is run else "vllm bf16,triton")
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
+    options = run.parse(["--save-result", str(tmp_path / "p.json"), "--resume", "--grid", "1x64,8x64", "--rounds", "2"])
+    results, cell = run.kept(options), Cell(1, 64)
+    assert not results.times
+    answer = {"prefill_s": 0.1, "decode_s": [0.01], "decode_cpu_s": [0.01], "rss_bytes": 1}
+    results.ready("tandem bf16", 1, {"process_ready_s": 2.0})
+    results.add("tandem bf16", 1, cell, answer)
+    results.skip("vllm bf16", 1, Cell(8, 64), "too slow")
+    run.save(options, results)
+    again = run.kept(options)
+    assert (again.times, again.skipped, again.loads) == (results.times, results.skipped, results.loads)
+    asked = [run.is_missing("tandem bf16", cell, turn, options, 1, again) for turn in (0, 1)]
+    assert asked == [False, True]
+    assert not run.is_missing("vllm bf16", Cell(8, 64), 0, options, 1, again)
+    assert run.missing("tandem bf16", options, 1, again)
+    again.add("tandem bf16", 1, cell, answer)
+    again.skip("tandem bf16", 1, Cell(8, 64), "too slow")
+    assert not run.missing("tandem bf16", options, 1, again)
+    options.steps = 99
+    with pytest.raises(SystemExit, match="--steps: 99 is not allowed"):
+        run.kept(options)
+
+
+def test_servers_that_were_measured_are_not_started_again(tmp_path):
+    command = ["--save-result", str(tmp_path / "s.json"), "--resume"]
+    options = serve.parse(command)
+    assert serve.kept(options) == []
+    measured = {"server": "vllm fp32", "best_rate": 1.0}
+    serve.save([measured, {"server": "vllm w8a8", "error": "not ready"}], options)
+    assert serve.kept(options) == [measured]  # what failed is tried again
+    assert serve.kept(serve.parse(command[:2])) == []
+    with pytest.raises(SystemExit, match="has another load"):
+        serve.kept(serve.parse([*command, "--seeds", "9"]))

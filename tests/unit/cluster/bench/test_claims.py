@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from tandem.cluster.bench import claims_disaggregation
-from tandem.cluster.bench.claims_cluster import System
+from tandem.cluster.bench.claims_batching_served import ServedRow, show_served
+from tandem.cluster.bench.claims_cluster import StepCount, System
 from tandem.cluster.bench.claims_disaggregation import Kept, StairResult, compare, goodput_of, result_of
 from tandem.cluster.bench.claims_load import Promise, Staircase, sweep_of
 from tandem.cluster.bench.claims_machine import Strain, strain, take_sample
@@ -187,3 +188,15 @@ def test_kv_waits_with_prefill_until_decode_has_room() -> None:
 def test_pools_that_cannot_serve_are_refused() -> None:
     with pytest.raises(ValueError, match="pools: are not allowed"):
         VirtualPools([pool(Role.PREFILL)])
+
+
+def test_batching_that_was_served_stands_beside_its_prediction() -> None:
+    iteration = ServedRow(
+        system="iteration level", rate=4.0, requests=240, normalized_s=0.05, predicted_s=0.046, void=""
+    )
+    request = replace(iteration, system="request level, streamed", rate=0.5)
+    assert "one worker took 8.0x the requests by iteration" in show_served([iteration, request])
+    limited = show_served([iteration, replace(request, void="router used 97 % of a processor")])
+    assert "VOID: router used 97 %" in limited
+    assert "one worker took" not in limited
+    assert StepCount(steps=10, late=3).since(StepCount(steps=6, late=1)) == StepCount(steps=4, late=2)
