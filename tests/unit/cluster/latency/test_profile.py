@@ -115,6 +115,12 @@ def test_distserve_files_are_milliseconds_by_model_and_parallelism(tmp_path: Pat
     assert "TP 2, PP 2" in staged.source
 
 
+def test_a_coefficient_below_zero_is_taken_for_zero(tmp_path: Path) -> None:
+    entry = {**DISTSERVE["org/model"]["2"], "prefill": [18.0, 0.1, -7e-6]}
+    path = written(tmp_path / "distserve.json", {"org/model": {"2": entry}})
+    assert distserve_profile(path, "org/model", tensor_parallel=2).prefill_square_s == 0.0
+
+
 @pytest.mark.parametrize(("model", "parallel"), [("org/model", 1), ("org/other", 2)])
 def test_what_a_distserve_file_lacks_is_named(tmp_path: Path, model: str, parallel: int) -> None:
     path = written(tmp_path / "distserve.json", DISTSERVE)

@@ -1,0 +1,198 @@
+"""From measured steps to a `StepProfile`: least squares on relative errors, no term below zero. Pure.
+
+Each sample says Σ_j x_j·t_j ≈ y; divided by y this is a linear least-squares problem in the terms t >= 0 (Lawson and
+Hanson's NNLS). Two things about a profile are not linear and are searched for: a mixed step pays the larger of the two
+fixed costs, so the fit is repeated with the side that the last one says; and decode may follow other terms from some
+batch on (DistServe, OSDI '24, appendix A, fits them apart), so every break that leaves enough samples on both sides is
+tried, and taken only if it explains the samples much better.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from .profile import MAX_FILE_BYTES, DecodeTerms, StepProfile
+
+Array = NDArray[np.float64]
+HELD_OUT_EVERY = 5
+MIN_SAMPLES = 4
+"""Of prompts, and of decode: as many as there are terms, and one more."""
+MIN_BREAK_SAMPLES = 6
+BREAK_GAIN = 0.5
+"""A break must leave at most this share of the squared error."""
+_ROUNDS = 4
+_PREFILL, _SMALL, _LARGE = slice(0, 3), slice(3, 6), slice(6, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """One measured step: its shape as `cluster.engine.step_shape` counts it, and how long it took."""
+
+    prefill_tokens: int
+    prefill_squares: int
+    decode_rows: int
+    context_tokens: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        sizes = (self.prefill_tokens, self.prefill_squares, self.decode_rows, self.context_tokens)
+        if min(sizes) < 0 or self.prefill_tokens + self.decode_rows == 0:
+            raise ValueError(f"sample: sizes {sizes} are not allowed; allowed: at least 0, and a token to compute")
+        if not (math.isfinite(self.seconds) and self.seconds > 0.0):
+            raise ValueError(f"sample: seconds {self.seconds!r} is not allowed; allowed: above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class RelativeErrors:
+    """Of predicted against measured: |predicted / measured - 1|."""
+
+    median: float
+    p90: float
+    worst: float
+    points: int
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """How well a profile says what was measured."""
+
+    held_out: RelativeErrors
+    """On every fifth sample, by a fit of the others."""
+    fitted: RelativeErrors
+    """On all samples, by the profile, which is fitted to all of them."""
+    large_batch_rows: int | None
+    """Where decode's other terms begin; None: one set is enough."""
+
+
+def fit_profile(
+    samples: Sequence[StepSample], *, pipeline_stages: int = 1, source: str = ""
+) -> tuple[StepProfile, FitReport]:
+    """The profile that says the samples best, and its errors; `samples` are whole steps, in any order.
+
+    ValueError if there are fewer than MIN_SAMPLES of prompts or of decode steps, beside what is held out.
+    """
+    kept = [sample for number, sample in enumerate(samples) if number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+    held_out = [sample for number, sample in enumerate(samples) if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    for kind, count in (
+        ("prompts", sum(sample.prefill_tokens > 0 for sample in kept)),
+        ("decode steps", sum(sample.decode_rows > 0 for sample in kept)),
+    ):
+        if count < MIN_SAMPLES:
+            raise ValueError(f"samples: {count} of {kind} are too few; allowed: {MIN_SAMPLES} beside every fifth")
+    judged = _profile(*_best(kept), pipeline_stages, source)
+    terms, large_batch_rows = _best(samples)
+    profile = _profile(terms, large_batch_rows, pipeline_stages, source)
+    report = FitReport(relative_errors(judged, held_out), relative_errors(profile, samples), large_batch_rows)
+    return profile, report
+
+
+def relative_errors(profile: StepProfile, samples: Sequence[StepSample]) -> RelativeErrors:
+    """A profile's errors on samples; at least one."""
+    error = np.array([abs(profile.step_time_s(*astuple(s)[:4]) / s.seconds - 1.0) for s in samples])
+    p90 = float(np.quantile(error, 0.9))
+    return RelativeErrors(float(np.median(error)), p90, float(error.max()), len(samples))
+
+
+def write_samples(path: str | Path, samples: Iterable[StepSample]) -> None:
+    """A CSV of the samples' fields, with a header. Raises OSError."""
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(item.name for item in fields(StepSample))
+        writer.writerows(astuple(sample) for sample in samples)
+
+
+def read_samples(path: str | Path) -> list[StepSample]:
+    """What `write_samples` wrote. ValueError naming the file and the line that is wrong."""
+    names = [item.name for item in fields(StepSample)]
+    try:
+        if Path(path).stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"samples: {path} is larger than {MAX_FILE_BYTES} bytes")
+        lines = list(csv.reader(Path(path).read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"samples: {path} cannot be read ({error})") from None
+    if not lines or lines[0] != names:
+        raise ValueError(f"samples: {path} has no header {','.join(names)}")
+    samples = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            *sizes, seconds = line
+            samples.append(StepSample(*(int(size) for size in sizes), seconds=float(seconds)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"samples: {path}, line {number}: {error}") from None
+    return samples
+
+
+def _best(samples: Sequence[StepSample]) -> tuple[Array, int | None]:
+    """(terms [9], where large batches begin, if they do)."""
+    data = np.array([astuple(sample) for sample in samples], dtype=np.float64)
+    terms, cost = _fit(data, None)
+    best: tuple[Array, int | None] = (terms, None)
+    bound = cost * BREAK_GAIN
+    for rows in _breaks(data):
+        terms, cost = _fit(data, rows)
+        if cost < bound:
+            best, bound = (terms, rows), cost
+    return best
+
+
+def _breaks(data: Array) -> list[int]:
+    """Numbers of decode rows that leave enough samples, of different batches, below and from there on."""
+    rows = data[data[:, 2] > 0, 2]
+    found = []
+    for start in np.unique(rows)[1:]:
+        sides = rows[rows < start], rows[rows >= start]
+        if all(len(side) >= MIN_BREAK_SAMPLES and len(np.unique(side)) > 1 for side in sides):
+            found.append(int(start))
+    return found
+
+
+def _fit(data: Array, large_batch_rows: int | None) -> tuple[Array, float]:
+    """(terms [9], sum of squared relative errors) of samples [N, 5]."""
+    prefill, squares, rows, context, seconds = data.T
+    large = rows >= (math.inf if large_batch_rows is None else large_batch_rows)
+    decode = np.stack([rows > 0, rows, context], axis=1).astype(np.float64)
+    mixed = (prefill > 0) & (rows > 0)
+    prompt_is_larger = np.ones_like(mixed)
+    terms, cost = np.zeros(9), math.inf
+    for _ in range(_ROUNDS):
+        x = np.zeros((len(data), 9))
+        x[:, _PREFILL] = np.stack([prefill > 0, prefill, squares], axis=1)
+        x[~large, _SMALL], x[large, _LARGE] = decode[~large], decode[large]
+        x[mixed & ~prompt_is_larger, 0] = 0.0
+        x[np.ix_(mixed & prompt_is_larger, [3, 6])] = 0.0
+        x /= seconds[:, None]
+        scale = np.abs(x).max(axis=0)
+        scale[scale == 0.0] = 1.0
+        terms, residual = nnls(x / scale, np.ones(len(data)))
+        terms, cost = terms / scale, residual**2
+        larger = terms[0] >= np.where(large, terms[6], terms[3])
+        if np.array_equal(larger[mixed], prompt_is_larger[mixed]):
+            break
+        prompt_is_larger = larger
+    return terms, cost
+
+
+def _profile(terms: Array, large_batch_rows: int | None, pipeline_stages: int, source: str) -> StepProfile:
+    def decode(values: Array) -> DecodeTerms:
+        step_s, row_s, context_token_s = values.tolist()
+        return DecodeTerms(step_s=step_s, row_s=row_s, context_token_s=context_token_s)
+
+    step_s, token_s, square_s = terms[_PREFILL].tolist()
+    return StepProfile(
+        prefill_step_s=step_s,
+        prefill_token_s=token_s,
+        prefill_square_s=square_s,
+        decode=decode(terms[_SMALL]),
+        large_decode=decode(terms[_SMALL if large_batch_rows is None else _LARGE]),
+        large_batch_rows=large_batch_rows or 1,
+        pipeline_stages=pipeline_stages,
+        source=source,
+    )
