@@ -74,6 +74,7 @@ def check_live(live: Live) -> list[Finding]:
         _ledger(live.workers),
         _stuck(live),
         *_handoffs(live),
+        _movers(live.workers),
         _paths(live),
         _late(live.workers),
         *_keys(live),
@@ -250,6 +251,11 @@ def _paths(live: Live) -> Finding:
         do = "meant, if local_prefill_threshold is set or mixed workers serve; else a pool was away: metrics, logs"
         return Finding(Level.WARN, "split", f"{text} of {total:g}: {around:g} went round the prefill pool", do)
     return Finding(Level.OK, "split", f"{text} of {total:g} finished")
+
+
+def _movers(workers: Sequence[Worker]) -> Finding:
+    own = sum(1 for worker in workers if worker.get("kv_mover_pid"))
+    return Finding(Level.OK, "KV movers", f"{own} of {len(workers)} workers move KV in a process of its own")
 
 
 def _late(workers: Sequence[Worker]) -> Finding:

@@ -19,7 +19,7 @@ from .tls import ClientTLS
 
 _COLUMNS = ("worker", "role", "state", "device", "epoch", "KV use", "running", "waiting", "held", "leases")
 _LEDGER = ("blocks", "held", "cached", "free", "credited", "proven")
-_HANDOFFS = ("handoffs", "leases", "pulls", "giving", "taking", "moved", "ended early")
+_HANDOFFS = ("handoffs", "leases", "pulls", "giving", "taking", "moved", "ended early", "moved by")
 _TIMEOUT_S = 10.0
 
 
@@ -184,6 +184,7 @@ def _handoffs(worker: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         *(str(worker.get(name, "-")) for name in ("worker_id", "leases", "pulls")),
         *(counts(name) for name in names),
+        f"process {pid}" if (pid := int(worker.get("kv_mover_pid") or 0)) else "its loop",
     )
 
 

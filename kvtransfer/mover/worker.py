@@ -24,7 +24,7 @@ from ..source import SourceDriver
 from ..store import KVStore
 from ..ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from ..transport import EndFrame, KVFrames, KVTransport, PullRequest, WrittenBlocks
-from .link import Link
+from .link import CANCEL_S, Link
 from .messages import Attach, Pull, decode_progress, encode_attach, encode_call, encode_pull
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class MoverLost(ConnectionError):
 class KVMover:
     """One mover process. `spawn`, `attach`, `listen`, `stop` in this order, on one event loop."""
 
-    def __init__(self, process: subprocess.Popen[bytes], gift: socket.socket) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], gift: socket.socket, *, cancel_s: float = CANCEL_S) -> None:
+        """`cancel_s`: how long a call that was cancelled may take to end before the process is killed."""
         self._process = process
         self._gift = gift
         self._source: SourceDriver | None = None
@@ -54,7 +55,7 @@ class KVMover:
         self.on_lost: Callable[[MoverLost], None] = lambda error: None
         """Called once, on the loop, when the mover ends before `stop`."""
         handlers = {"hello": self._hello, "pull": self._pull, "confirm": self._confirm, "abort": self._abort}
-        self._link = Link("the KV mover", handlers, on_lost=self._link_lost, on_stuck=self._kill)
+        self._link = Link("the KV mover", handlers, on_lost=self._link_lost, on_stuck=self._kill, cancel_s=cancel_s)
         self.transport: KVTransport = _MoverTransport(self._link)
         """Pulls into the attached memory."""
 
@@ -64,10 +65,10 @@ class KVMover:
         return self._process.pid
 
     @classmethod
-    async def spawn(cls) -> KVMover:
+    async def spawn(cls, *, cancel_s: float = CANCEL_S) -> KVMover:
         """Starts the process, and does not wait for it. OSError if it cannot be started."""
         link, gift, process = _start()
-        mover = cls(process, gift)
+        mover = cls(process, gift, cancel_s=cancel_s)
         await mover._link.join(link)
         return mover
 

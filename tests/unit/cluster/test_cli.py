@@ -230,7 +230,15 @@ def test_status_table() -> None:
     lines = text.splitlines()
     assert lines[1] == "6 requests inside; waiting for a worker: batch 4"
     assert lines[7].split() == ["decode-0", "50", "50", "100", "7", "of", "200", "3", "s", "ago"]
-    assert lines[10].split(maxsplit=4) == ["decode-0", "4", "2", "-", "pulling 2  grpc 5, mapped 9  -"]
+    assert lines[10].split(maxsplit=4) == [
+        "decode-0",
+        "4",
+        "2",
+        "-",
+        "pulling 2  grpc 5, mapped 9  -            its loop",
+    ]
+    moved = cli_status.render("u", {"ready": True, "workers": [worker | {"kv_mover_pid": 42}]}).splitlines()
+    assert moved[-1].endswith("process 42")
     samples |= {"tandem:requests_in_flight": [({"router": "0"}, 6.0), ({"router": "1"}, 2.0)]}
     up = {"process": 0, "registry": "h:1", "ready": True, "pid": 7, "requests_inside": 6}
     away = {"process": 1, "registry": "h:2", "ready": False, "reason": "it does not answer"}
