@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import datetime
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .bench.engine import EngineBenchOptions
+    from .config import EngineConfig
 
 
 def engine(
@@ -31,19 +36,8 @@ def engine(
     save_trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write the steps as a Chrome trace.")] = None,
 ) -> None:
     """Measure one engine without network: step times over grids, with the share of the machine's bounds they reach."""
-    import datetime
-    import json
-    from dataclasses import asdict, replace
-    from pathlib import Path
-
-    from .bench.chrome_trace import save_trace as write_trace
-    from .bench.engine import EngineBenchOptions, blocks_needed, cells, check_device, run_engine_bench
-    from .bench.engine_show import HEAD, bounds_line, header, machine_facts, row_line
-    from .cli_display import Display
+    from .bench.engine import EngineBenchOptions
     from .config import EngineConfig
-    from .engine.devices.kv_memory import kv_layout
-    from .launch.compose import build_device
-    from .models.reference import resolve_model
 
     options = EngineBenchOptions(
         batch_sizes=_numbers("batch_sizes", batch_sizes),
@@ -66,11 +60,28 @@ def engine(
         cpus=_numbers("cpus", cpus),
         block_size=block_size,
     )
-    files = resolve_model(model)
+    _run(config, options, save_result, save_trace)
+
+
+def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | None, save_trace: str | None) -> None:
+    """Builds the engine with KV memory for the largest cell, measures it, prints and writes."""
+    import json
+    from dataclasses import asdict, replace
+    from pathlib import Path
+
+    from .bench.chrome_trace import save_trace as write_trace
+    from .bench.engine import blocks_needed, cells, check_device, run_engine_bench
+    from .bench.engine_show import HEAD, bounds_line, header, machine_facts, row_line
+    from .cli_display import Display
+    from .engine.devices.kv_memory import kv_layout
+    from .launch.compose import build_device
+    from .models.reference import resolve_model
+
+    files = resolve_model(config.model)
     found = cells(options)
     check_device(config, files.config, found)
-    block_bytes = kv_layout(files.config, dtype, block_size).block_bytes
-    config = replace(config, kv_cache_bytes=blocks_needed(found, block_size) * block_bytes)
+    block_bytes = kv_layout(files.config, config.dtype, config.block_size).block_bytes
+    config = replace(config, kv_cache_bytes=blocks_needed(found, config.block_size) * block_bytes)
     display = Display()
     built = build_device(config, files, None)
     try:
@@ -90,7 +101,7 @@ def engine(
         result = run_engine_bench(config, files.config, options, built, lambda row: display.line(row_line(row)), facts)
     finally:
         built.close()
-    display.line(bounds_line(result.bounds, threads))
+    display.line(bounds_line(result.bounds, config.threads))
     if save_result is not None:
         Path(save_result).write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
         display.line(f"saved       {save_result}")

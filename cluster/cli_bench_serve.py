@@ -4,10 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .cli_bench_serve_options import (
+    AttainmentTarget,
+    Backend,
+    BaseUrl,
+    Burstiness,
+    DatasetName,
+    DatasetPath,
+    Endpoint,
+    ExtraBody,
+    Goodput,
+    Header,
+    IgnoreEos,
+    Label,
+    MaxConcurrency,
+    MaxInputLen,
+    MaxOutputLen,
+    Metadata,
+    MetricPercentiles,
+    Model,
+    NumPrompts,
+    NumWarmups,
+    OutputLen,
+    OverLength,
+    PercentileMetrics,
+    RampUpEndRps,
+    RampUpStartRps,
+    RampUpStrategy,
+    RandomInputLen,
+    RandomOutputLen,
+    RandomRangeRatio,
+    RateScale,
+    RequestRate,
+    ResultDir,
+    ResultFilename,
+    SaveDetailed,
+    SavePlot,
+    SaveResult,
+    SaveTrace,
+    Seed,
+    ServerEvents,
+    SloClass,
+    Sweep,
+    SweepDuration,
+    SweepMaxPoints,
+    SweepRates,
+    SweepResolution,
+    SweepSeeds,
+    SweepTimeout,
+    Temperature,
+    VocabSize,
+)
 from .cli_options import Ca, Key
 
 if TYPE_CHECKING:
@@ -30,79 +81,55 @@ def join_goodput(argv: Sequence[str]) -> list[str]:
 
 def serve(
     context: typer.Context,
-    base_url: Annotated[
-        str | None, typer.Option("--base-url", "--url", help="Default: http://127.0.0.1:8000; gRPC 127.0.0.1:8001.")
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(help="openai (completions), openai-chat or tandem-grpc. Default: chat for prompts, else openai."),
-    ] = None,
-    endpoint: Annotated[str | None, typer.Option(help="Path. Default: the backend's.")] = None,
-    model: Annotated[str | None, typer.Option(help="Default: the first that is served.")] = None,
-    dataset_name: Annotated[str, typer.Option(help="prompts, random or trace.")] = "prompts",
-    dataset_path: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="prompts: .jsonl[.gz]; trace: Mooncake .jsonl or CSV[.gz]. Default: ours."),
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Requests to send.")] = 100,
-    output_len: Annotated[int, typer.Option(help="max_tokens of real prompts.")] = 64,
-    random_input_len: Annotated[int, typer.Option(help="Tokens of a random prompt.")] = 1024,
-    random_output_len: Annotated[int, typer.Option(help="Tokens of its answer.")] = 128,
-    random_range_ratio: Annotated[float, typer.Option(help="Lengths vary by this share, 0 to below 1.")] = 0.0,
-    max_input_len: Annotated[int | None, typer.Option(help="Cap on a trace's prompts, tokens.")] = None,
-    max_output_len: Annotated[int | None, typer.Option(help="Cap on a trace's answers, tokens.")] = None,
-    over_length: Annotated[str, typer.Option(help="What the caps do: clip or drop.")] = "clip",
-    rate_scale: Annotated[float, typer.Option(help="Replay a trace this many times faster than recorded.")] = 1.0,
-    request_rate: Annotated[
-        float, typer.Option(help="Requests per second; inf: all at once, or as the trace has it.")
-    ] = math.inf,
-    burstiness: Annotated[float, typer.Option(help="Shape of the gamma arrivals; 1: Poisson; inf: a clock.")] = 1.0,
-    ramp_up_strategy: Annotated[str | None, typer.Option(help="linear or exponential, in place of a rate.")] = None,
-    ramp_up_start_rps: Annotated[float | None, typer.Option(help="Rate of the first request.")] = None,
-    ramp_up_end_rps: Annotated[float | None, typer.Option(help="Rate of the last request.")] = None,
-    max_concurrency: Annotated[int | None, typer.Option(help="Requests under way at most; closes the loop.")] = None,
-    goodput: Annotated[
-        list[str] | None, typer.Option(metavar="METRIC:MS...", help="Promises: ttft:MS tpot:MS e2el:MS.")
-    ] = None,
-    percentile_metrics: Annotated[str, typer.Option(help="Metrics to report.")] = "ttft,tpot,itl,e2el",
-    metric_percentiles: Annotated[str, typer.Option(help="Comma-separated.")] = "90,99",
-    num_warmups: Annotated[int, typer.Option(help="Requests beforehand, not counted.")] = 1,
-    temperature: Annotated[float | None, typer.Option(help="Default: the server's.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Real prompts too are answered to the end.")] = False,
-    extra_body: Annotated[str | None, typer.Option(metavar="JSON", help="More fields of each request's body.")] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Random token ids are below it. Default: the server's /tokenize is asked.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of arrivals and prompts.", min=0)] = 0,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Find the highest rate at the target, from --request-rate (or 1) on.")
-    ] = False,
-    attainment_target: Annotated[float, typer.Option(help="Share that must keep every promise.")] = 0.9,
-    sweep_seeds: Annotated[int, typer.Option(help="Runs at each rate.")] = 3,
-    sweep_duration: Annotated[float, typer.Option(help="Seconds that each run sends.")] = 60.0,
-    sweep_rates: Annotated[
-        str | None, typer.Option(help="Measure these, comma-separated, in place of a search.")
-    ] = None,
-    sweep_resolution: Annotated[float, typer.Option(help="Gap between kept and failed at which it ends.")] = 0.05,
-    sweep_max_points: Annotated[int, typer.Option(help="Rates to try at most.")] = 12,
-    sweep_timeout: Annotated[float, typer.Option(help="Seconds after which no further run starts.")] = 3600.0,
-    label: Annotated[str | None, typer.Option(help="Name of the result, in files and pictures.")] = None,
-    metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Added to the saved result.")] = None,
-    save_result: Annotated[bool, typer.Option("--save-result", help="Write the result as JSON.")] = False,
-    save_detailed: Annotated[bool, typer.Option("--save-detailed", help="With every request's times.")] = False,
-    result_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where. Default: here.")] = None,
-    result_filename: Annotated[str | None, typer.Option(metavar="FILE", help="Default: by label, rate, time.")] = None,
-    save_plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf.")] = None,
-    save_trace: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Every request on a time line, for ui.perfetto.dev.")
-    ] = None,
-    server_events: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The router's `--events` file: its waterfalls join the trace.")
-    ] = None,
-    slo_class: Annotated[str | None, typer.Option(help="SLO class of the requests. Default: interactive.")] = None,
-    header: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Sent with every request, e.g. x-slo-ttft-ms=500.")
-    ] = None,
+    base_url: BaseUrl = None,
+    backend: Backend = None,
+    endpoint: Endpoint = None,
+    model: Model = None,
+    dataset_name: DatasetName = "prompts",
+    dataset_path: DatasetPath = None,
+    num_prompts: NumPrompts = 100,
+    output_len: OutputLen = 64,
+    random_input_len: RandomInputLen = 1024,
+    random_output_len: RandomOutputLen = 128,
+    random_range_ratio: RandomRangeRatio = 0.0,
+    max_input_len: MaxInputLen = None,
+    max_output_len: MaxOutputLen = None,
+    over_length: OverLength = "clip",
+    rate_scale: RateScale = 1.0,
+    request_rate: RequestRate = math.inf,
+    burstiness: Burstiness = 1.0,
+    ramp_up_strategy: RampUpStrategy = None,
+    ramp_up_start_rps: RampUpStartRps = None,
+    ramp_up_end_rps: RampUpEndRps = None,
+    max_concurrency: MaxConcurrency = None,
+    goodput: Goodput = None,
+    percentile_metrics: PercentileMetrics = "ttft,tpot,itl,e2el",
+    metric_percentiles: MetricPercentiles = "90,99",
+    num_warmups: NumWarmups = 1,
+    temperature: Temperature = None,
+    ignore_eos: IgnoreEos = False,
+    extra_body: ExtraBody = None,
+    vocab_size: VocabSize = None,
+    seed: Seed = 0,
+    sweep: Sweep = False,
+    attainment_target: AttainmentTarget = 0.9,
+    sweep_seeds: SweepSeeds = 3,
+    sweep_duration: SweepDuration = 60.0,
+    sweep_rates: SweepRates = None,
+    sweep_resolution: SweepResolution = 0.05,
+    sweep_max_points: SweepMaxPoints = 12,
+    sweep_timeout: SweepTimeout = 3600.0,
+    label: Label = None,
+    metadata: Metadata = None,
+    save_result: SaveResult = False,
+    save_detailed: SaveDetailed = False,
+    result_dir: ResultDir = None,
+    result_filename: ResultFilename = None,
+    save_plot: SavePlot = None,
+    save_trace: SaveTrace = None,
+    server_events: ServerEvents = None,
+    slo_class: SloClass = None,
+    header: Header = None,
     api_key: Key = None,
     ca: Ca = None,
 ) -> None:
