@@ -23,6 +23,10 @@ MAX_CONCURRENT_CALLS = 4096
 CONTROL_TIMEOUT_S = 5.0
 """Deadline of a control call (reserve, submit, abort, status) between members."""
 HEARTBEAT_TIMEOUT_S = 1.0
+SMALL_WAIT_S = 0.001
+"""How long after a frame what nobody waits for is kept for the next one: a frame takes as much of both loops as many
+messages in it.
+"""
 
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -1,17 +1,19 @@
 """Commands to one worker that wait for their answers: they leave together, one frame for all of one turn of the loop,
-and each has a deadline.
+and each has a deadline. What nothing waits for leaves with the next frame where one has just left.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 
 import grpc
 
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
-from ..cluster.rpc import CONTROL_TIMEOUT_S, MAX_CONCURRENT_CALLS, Refusal
+from ..cluster.rpc import CONTROL_TIMEOUT_S, MAX_CONCURRENT_CALLS, SMALL_WAIT_S, Refusal
 
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -30,6 +32,10 @@ class Commands:
         self._outgoing: list[pb.Command] = []
         self._news: asyncio.Future[None] | None = None
         """What the writer waits for."""
+        self._left_s = -math.inf
+        """When the last frame left, on the monotonic clock."""
+        self._waker: asyncio.TimerHandle | None = None
+        """Wakes the writer for commands that could wait."""
         self._due: deque[tuple[float, int]] = deque()
         """Deadlines, the first first: all commands are given the same time."""
         self._timer: asyncio.TimerHandle | None = None
@@ -37,8 +43,9 @@ class Commands:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def send(self, command: pb.Command, on_answer: OnAnswer) -> int:
-        """Sends it and returns its id. `on_answer` is called once, maybe at once: with the answer, or with a `Refusal`:
+    def send(self, command: pb.Command, on_answer: OnAnswer, *, at_once: bool = True) -> int:
+        """Sends it and returns its id; not `at_once`: where a frame has just left, with the next one, which is soon.
+        `on_answer` is called once, maybe at once: with the answer, or with a `Refusal`:
         the worker's, DEADLINE_EXCEEDED, UNAVAILABLE where the stream breaks, RESOURCE_EXHAUSTED where too many wait
         already. It must neither block nor raise.
         """
@@ -51,9 +58,19 @@ class Commands:
         self._waiting[number] = on_answer
         self._keep_time(number)
         self._outgoing.append(command)
+        wait_s = self._left_s + SMALL_WAIT_S - time.monotonic()
+        if at_once or wait_s <= 0:
+            self._wake()
+        elif self._waker is None:
+            self._waker = asyncio.get_running_loop().call_later(wait_s, self._wake)
+        return number
+
+    def _wake(self) -> None:
+        if self._waker is not None:
+            self._waker.cancel()
+            self._waker = None
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
-        return number
 
     async def ask(self, command: pb.Command) -> pb.Answer:
         """Sends it and waits for its answer. `Refusal` as above."""
@@ -72,6 +89,7 @@ class Commands:
         while not self._outgoing:
             self._news = asyncio.get_running_loop().create_future()
             await self._news
+        self._left_s = time.monotonic()
         commands, self._outgoing = self._outgoing, []
         return pb.RouterFrame(commands=commands)
 
@@ -93,6 +111,9 @@ class Commands:
         """The stream is broken: nothing that was asked is answered, and nothing that has not left yet leaves."""
         self._outgoing.clear()
         self._due.clear()
+        if self._waker is not None:
+            self._waker.cancel()
+            self._waker = None
         waiting, self._waiting = self._waiting, {}
         for on_answer in waiting.values():
             on_answer(Refusal(grpc.StatusCode.UNAVAILABLE, f"{self._worker_id}: {message}"))

@@ -43,6 +43,11 @@ MAX_METADATA_BYTES = 32 * 1024
 MAX_REQUEST_ID_CHARS = 128
 HEALTH_POLL_S = 0.25
 """How soon `Watch`ers of the health service are told of a change; `Check` always asks anew."""
+MESSAGE_S = 0.00015
+"""About what a message takes of the event loop, whatever is in it. Between two of its messages a stream leaves so much
+time to every other one: where that is longer than a step, the loop could not send each token by itself, and what has
+come meanwhile leaves as one.
+"""
 
 
 class TandemServicer(pb_grpc.TandemServicer):
@@ -51,6 +56,8 @@ class TandemServicer(pb_grpc.TandemServicer):
     def __init__(self, door: Door) -> None:
         self._door = door
         self._slo_classes = SLOClasses(door.config)
+        self._streams = 0
+        """Answers that are streamed now."""
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
@@ -61,7 +68,11 @@ class TandemServicer(pb_grpc.TandemServicer):
             with self._door.admitted(), self._door.bodies.holding(request.ByteSize()):
                 prepared = await self._prepare(request, _remaining_s(context))
                 async with asyncio.timeout(prepared.timeout_s + DEADLINE_GRACE_S):
-                    await self._run(prepared, context)
+                    self._streams += 1
+                    try:
+                        await self._run(prepared, context)
+                    finally:
+                        self._streams -= 1
         except ServiceError as error:
             await abort(context, error, self._door)
         except TimeoutError:
@@ -141,7 +152,7 @@ class TandemServicer(pb_grpc.TandemServicer):
         self, request: GenerateRequest, context: aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> None:
         usage = Usage(prompt_tokens=len(request.prompt_token_ids))
-        unfinished = request.n
+        unfinished, messages = request.n, 0
         async with aclosing(self._door.run(request)) as deltas:
             async for delta in deltas:
                 usage.add(delta)
@@ -154,6 +165,9 @@ class TandemServicer(pb_grpc.TandemServicer):
                     response.usage.completion_tokens = usage.completion_tokens
                     response.usage.cached_tokens = usage.cached_tokens
                 await context.write(response)
+                messages += 1
+                if unfinished and messages > 1 and self._streams > 1:  # the first tokens wait for nobody
+                    await asyncio.sleep(self._streams * MESSAGE_S)
 
     def _response(self, request: GenerateRequest, delta: Delta) -> pb.GenerateResponse:
         response = pb.GenerateResponse(

@@ -161,7 +161,8 @@ class WorkerLink:
                 inbox.put_nowait(Refused(Side.DECODE, answer))
 
         if self.attached:
-            self._commands.send(pb.Command(decode=request), on_answer)
+            # The first chunk of the prompt takes longer than this may wait.
+            self._commands.send(pb.Command(decode=request), on_answer, at_once=False)
         else:
             on_answer(self._not_attached())
 

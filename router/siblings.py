@@ -61,6 +61,10 @@ class Siblings(SiblingServicer):
         self._readiness: Callable[[], Readiness] = lambda: Readiness(ready=False, reason="starting")
         self._credentials = credentials
         host = _LOOPBACK.get(config.host, config.host)
+        tls, self._hint = credentials.tls, ""
+        if host != config.host and tls is not None and tls.server_name is None:
+            # Under no name that the operator gave: who listens everywhere has only this one for sure.
+            self._hint = f"; asked at {host}: its certificate must hold that, or security.tls_server_name a name in it"
         shown = f"[{host}]" if ":" in host else host
         self._addresses = [f"{shown}:{port}" for port in config.registry_ports]
         self._channels: dict[int, aio.Channel] = {}
@@ -108,7 +112,7 @@ class Siblings(SiblingServicer):
             request = pb.ReportRequest(metrics=metrics)
             report = await SiblingStub(self._channels[index]).Report(request, timeout=ANSWER_S)
         except aio.AioRpcError as error:
-            return Account(index, address, error=f"it does not answer its siblings: {error.code().name}")
+            return Account(index, address, error=f"it does not answer its siblings: {error.code().name}{self._hint}")
         return Account(index, address, report)
 
     def _own(self, *, metrics: bool) -> pb.RouterReport:

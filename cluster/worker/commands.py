@@ -1,7 +1,8 @@
 """What routers ask of a worker, as commands of their stream: run here, answered with the stream's next frame.
 
 One task for each prompt, because the engine's answer comes between two steps; credits and aborts are answered in the
-turn of the loop that brings them. When the stream ends, what is not answered is canceled.
+turn of the loop that brings them. Credits and refusals leave at once, what the router does not wait for may leave with
+the next frame. When the stream ends, what is not answered is canceled.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Commands:
             task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, command: pb.Command) -> None:
+        if not self._stream.open:  # ended since the command came: its router is gone, nobody would end what began now
+            return
         try:
             credit_id = await self._run(command)
         except Refusal as refusal:
@@ -80,7 +83,8 @@ class Commands:
             logger.exception("a command broke")
             self._refuse(command, grpc.StatusCode.UNKNOWN, f"unexpected {type(error).__name__}: {error}")
         else:
-            self._outbox.answer(self._stream, pb.Answer(id=command.id, epoch=self._epoch, credit_id=credit_id))
+            answer = pb.Answer(id=command.id, epoch=self._epoch, credit_id=credit_id)
+            self._outbox.answer(self._stream, answer, at_once=command.HasField("reserve"))
 
     async def _run(self, command: pb.Command) -> int:
         handler = self._handler

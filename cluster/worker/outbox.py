@@ -7,8 +7,11 @@ does not read is cut off at a bounded number of frames: its stream ends, and wit
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 
 from ..proto import tandem_internal_v1_pb2 as pb
+from ..rpc import SMALL_WAIT_S
 
 MAX_BUFFERED_FRAMES = 4096
 MAX_MERGED_FRAMES = 64
@@ -24,6 +27,8 @@ class RouterStream:
         self.answers: list[pb.Answer] = []
         """To its commands; leave with the next frame."""
         self.open = True
+        self.left_s = -math.inf
+        """When the last frame was pushed, on the monotonic clock."""
 
     async def next_frame(self) -> pb.StepFrame | None:
         """The next frame; what waits behind it, because the router did not read it, comes in one with it. None: the
@@ -64,6 +69,8 @@ class Outbox:
         self._streams: dict[str, RouterStream] = {}
         self._pending: dict[str, list[pb.Event]] = {}
         self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+        """For answers that may wait."""
 
     def attach(self, router_id: str) -> RouterStream:
         """Opens a stream; an older one of the same router is ended."""
@@ -93,25 +100,41 @@ class Outbox:
         if router_id in self._streams:
             self._pending.setdefault(router_id, []).append(event)
 
-    def answer(self, stream: RouterStream, answer: pb.Answer) -> None:
-        """Answers a command; leaves in a frame with whatever else there is by the end of this turn of the loop."""
+    def answer(self, stream: RouterStream, answer: pb.Answer, *, at_once: bool = True) -> None:
+        """Answers a command; leaves in a frame with whatever else there is by the end of this turn of the loop. Not
+        `at_once`: where a frame has just left, with the next one, which is soon.
+        """
         stream.answers.append(answer)
-        if not self._flushing:
+        if self._flushing:
+            return
+        loop = asyncio.get_running_loop()
+        wait_s = stream.left_s + SMALL_WAIT_S - time.monotonic()
+        if at_once or wait_s <= 0:
             self._flushing = True
-            asyncio.get_running_loop().call_soon(self.flush)
+            loop.call_soon(self.flush)
+        elif self._timer is None:
+            self._timer = loop.call_later(wait_s, self.flush)
 
     def flush(self) -> None:
         """Sends what was posted and answered: one frame per router."""
         self._flushing = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         pending, self._pending = self._pending, {}
+        now_s = time.monotonic()
         for router_id, stream in self._streams.items():
             events = pending.get(router_id, ())
             if stream.open and (events or stream.answers):
                 answers, stream.answers = stream.answers, []
+                stream.left_s = now_s
                 stream.push(pb.StepFrame(epoch=self._epoch, events=events, answers=answers))
 
     def close(self) -> None:
         """Ends every stream."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         for stream in list(self._streams.values()):
             stream.close()
 

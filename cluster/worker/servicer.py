@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
@@ -14,11 +15,15 @@ from ..proto import tandem_internal_v1_pb2 as pb
 from ..proto.tandem_internal_v1_pb2_grpc import WorkerServicer
 from ..rpc import PROTOCOL_VERSION, Refusal, abort_with
 from .commands import Commands
+from .outbox import RouterStream
 from .services import DecodeHandler, PrefillHandler
 from .shell import WorkerShell
 
+logger = logging.getLogger(__name__)
 Reply = TypeVar("Reply")
 MAX_LEAVE_S = 86400.0
+INTRODUCTION_S = 5.0
+"""How long a router may take to say who it is on a stream that it has opened."""
 
 
 class Servicer(WorkerServicer):
@@ -33,7 +38,7 @@ class Servicer(WorkerServicer):
         self, request_iterator: AsyncIterator[pb.RouterFrame], context: aio.ServicerContext
     ) -> AsyncIterator[pb.StepFrame]:
         """The router's one stream; when it ends, by whatever cause, its sequences end too."""
-        request = await anext(request_iterator, pb.RouterFrame())
+        request = await self._introduction(request_iterator, context)
         if request.protocol_version != PROTOCOL_VERSION:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -54,6 +59,7 @@ class Servicer(WorkerServicer):
         stream = self._shell.outbox.attach(request.router_id)
         commands = Commands(self, self._shell.outbox, stream, self._shell.facts.epoch)
         reading = asyncio.create_task(commands.read(request_iterator))
+        reading.add_done_callback(lambda task: _reading_ended(stream, task))
         try:
             # An empty frame says that the worker knows this router now: the router waits for it before it submits.
             yield pb.StepFrame(epoch=self._shell.facts.epoch)
@@ -64,6 +70,17 @@ class Servicer(WorkerServicer):
             commands.cancel()
             if self._shell.outbox.detach(stream):
                 self._router_gone(request.router_id)
+
+    async def _introduction(
+        self, frames: AsyncIterator[pb.RouterFrame], context: aio.ServicerContext
+    ) -> pb.RouterFrame:
+        try:
+            async with asyncio.timeout(INTRODUCTION_S):
+                return await anext(frames, pb.RouterFrame())
+        except TimeoutError:
+            text = f"router_id: no first frame within {INTRODUCTION_S:g} s"
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
+            raise AssertionError("context.abort returned") from None
 
     def _router_gone(self, router_id: str) -> None:
         self._shell.router_gone(router_id)
@@ -131,6 +148,16 @@ class Servicer(WorkerServicer):
                 self._shell.on_leave(timeout_s)
         self._shell.begin_drain()
         return pb.DrainReply()
+
+
+def _reading_ended(stream: RouterStream, task: asyncio.Task[None]) -> None:
+    """Whose commands cannot be read any more shall not send them into the void: its stream ends."""
+    error = None if task.cancelled() else task.exception()
+    if error is None:
+        return
+    if stream.open:
+        logger.error("the commands of router %s cannot be read", stream.router_id, exc_info=error)
+    stream.close()
 
 
 async def _or_refuse(answer: Awaitable[Reply], context: aio.ServicerContext) -> Reply:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from prometheus_client.parser import text_string_to_metric_families
-from tandem.cluster.auth import MemberCredentials
+from tandem.cluster.auth import MemberCredentials, MemberTLS
 from tandem.cluster.config import RouterConfig, SecurityConfig
 from tandem.cluster.metrics import RouterMetrics
 from tandem.cluster.ports import pin_ports
 from tandem.cluster.proto.tandem_internal_v1_pb2_grpc import add_SiblingServicer_to_server
 from tandem.cluster.rpc import make_server
+from tandem.cluster.tls import Identity
 from tandem.router.service import Readiness
 from tandem.router.siblings import Siblings, merge_expositions
 
@@ -90,3 +91,19 @@ def test_one_process_alone_has_no_label() -> None:
     text = asyncio.run(Siblings(RouterConfig(), metrics).render_metrics())
     assert b'tandem:requests_in_flight{model_name="m"} 0.0' in text
     assert b"router=" not in text
+
+
+def test_a_sibling_that_listens_everywhere_says_what_its_certificate_must_hold() -> None:
+    async def scene(host: str, server_name: str | None) -> str:
+        tls = MemberTLS(identity=Identity(cert=b"", key=b""), ca=b"", server_name=server_name)
+        config = RouterConfig(host=host, processes=2, http_port=1, grpc_port=2, registry_port=3)
+        siblings = Siblings(config, RouterMetrics("m"), credentials=MemberCredentials(tls=tls))
+        account = (await siblings.accounts())[1]
+        await siblings.close()
+        return account.error
+
+    hint = "asked at 127.0.0.1: its certificate must hold that, or security.tls_server_name a name in it"
+    assert hint in asyncio.run(scene("0.0.0.0", None))
+    for host, name in (("0.0.0.0", "member"), ("127.0.0.1", None)):
+        assert asyncio.run(scene(host, name)).startswith("it does not answer its siblings: ")
+        assert "certificate" not in asyncio.run(scene(host, name))

@@ -124,3 +124,28 @@ def test_closing_ends_every_stream_once() -> None:
     outbox.post("a", event("late"))
     outbox.flush()
     assert [frames(stream) for stream in streams] == [[None], [None]]
+
+
+@scenario
+async def test_an_answer_that_may_wait_leaves_with_the_next_frame_or_soon() -> None:
+    outbox = Outbox(7)
+    stream = outbox.attach("a")
+    outbox.answer(stream, pb.Answer(id=1), at_once=False)  # nothing has just left
+    assert await answers(stream) == [1]
+    outbox.answer(stream, pb.Answer(id=2), at_once=False)
+    outbox.post("a", event("1"))
+    outbox.flush()
+    assert await answers(stream) == [2]
+    outbox.answer(stream, pb.Answer(id=3), at_once=False)
+    outbox.answer(stream, pb.Answer(id=4), at_once=True)
+    assert await answers(stream) == [3, 4]
+    outbox.answer(stream, pb.Answer(id=5), at_once=False)
+    assert await answers(stream) == [5]
+    outbox.close()
+
+
+async def answers(stream: RouterStream) -> list[int]:
+    frame = await asyncio.wait_for(stream.next_frame(), 10)
+    assert frame is not None
+    assert stream.frames.empty()
+    return [answer.id for answer in frame.answers]

@@ -12,6 +12,8 @@ from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import PROTOCOL_VERSION
 from tandem.cluster.types import Role
+from tandem.cluster.worker import servicer
+from tandem.cluster.worker.commands import Commands
 
 Code = grpc.StatusCode
 
@@ -40,6 +42,32 @@ async def test_a_router_that_means_another_worker_is_refused(
         got, details = await refusal(stream.read())
         assert got is code
         assert message in details
+        assert len(worker.shell.outbox) == 1
+
+
+@scenario
+async def test_who_opens_a_stream_and_does_not_say_who_it_is_is_turned_away(bench: Any) -> None:
+    async with bench(Role.PREFILL) as worker:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(servicer, "INTRODUCTION_S", 0.05)
+            code, details = await refusal(worker.stub.Attach().read())
+        assert (code, "no first frame within 0.05 s" in details) == (Code.DEADLINE_EXCEEDED, True)
+        assert len(worker.shell.outbox) == 1
+
+
+@scenario
+async def test_a_stream_whose_commands_cannot_be_read_ends(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(_: Any, frames: Any) -> None:
+        await anext(frames, None)
+        raise RuntimeError("no such frame")
+
+    async with bench(Role.PREFILL) as worker:
+        fields = {"router_id": "r2", "protocol_version": PROTOCOL_VERSION, "epoch": worker.shell.facts.epoch}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Commands, "read", broken)
+            stream = worker.stub.Attach(iter([pb.RouterFrame(**fields)]))
+            assert [frame.epoch async for frame in stream] == [worker.shell.facts.epoch]
+        assert "the commands of router r2 cannot be read" in caplog.text
         assert len(worker.shell.outbox) == 1
 
 

@@ -1,0 +1,49 @@
+"""Commands to a worker: what leaves at once, and what with the next frame."""
+
+from __future__ import annotations
+
+import asyncio
+
+from scenario import scenario
+from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
+from tandem.cluster.rpc import Refusal
+from tandem.router.commands import Commands
+
+
+def ignore(answer: pb.Answer | Refusal) -> None:
+    """Nobody waits for it."""
+
+
+async def ids(commands: Commands) -> list[int]:
+    frame = await asyncio.wait_for(commands.next_frame(), 10)
+    return [command.id for command in frame.commands]
+
+
+@scenario
+async def test_a_command_that_may_wait_leaves_with_the_next_frame_or_soon() -> None:
+    commands = Commands("w", 7)
+    commands.send(pb.Command(), ignore, at_once=False)
+    assert await ids(commands) == [1]  # nothing has just left
+    writer = asyncio.create_task(ids(commands))
+    await asyncio.sleep(0)
+    commands.send(pb.Command(), ignore, at_once=False)
+    commands.send(pb.Command(), ignore)
+    assert await writer == [2, 3]
+    writer = asyncio.create_task(ids(commands))
+    await asyncio.sleep(0)
+    commands.send(pb.Command(), ignore, at_once=False)
+    assert await writer == [4]
+    commands.fail("it is over")
+
+
+@scenario
+async def test_what_waits_when_the_stream_breaks_is_refused_and_never_leaves() -> None:
+    commands, heard = Commands("w", 7), []
+    commands.send(pb.Command(), ignore)
+    await ids(commands)
+    commands.send(pb.Command(), heard.append, at_once=False)
+    commands.fail("it broke")
+    assert [type(answer) for answer in heard] == [Refusal]
+    commands.send(pb.Command(), ignore)
+    assert await ids(commands) == [3]
+    commands.fail("it is over")
