@@ -106,7 +106,8 @@ def load_hardware(reference: str) -> Hardware:
         return read_hardware(Path(reference).expanduser())
     path = FOLDER / f"{reference.lower()}.yaml"
     if reference.lower() not in known_hardware():
-        near = difflib.get_close_matches(reference.lower(), known_hardware(), n=1, cutoff=0.3)
+        near = [name for name in known_hardware() if name.startswith(reference.lower()[:4])]
+        near = near or difflib.get_close_matches(reference.lower(), known_hardware(), n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
             "hardware", reference, f"{hint}a path to a .yaml file, or one of {', '.join(known_hardware())}"

@@ -74,7 +74,8 @@ def worker_memory(
     blocks = kv // block
     arithmetic = (
         f"{_gib(hardware.memory_bytes)} of {hardware.name} x {utilization:g} "
-        f"- {_gib(hardware.reserved_bytes)} reserved - {_gib(weights)} weights - {_gib(activations)} activations ({max_batched_tokens} tokens) "
+        f"- {_gib(hardware.reserved_bytes)} reserved - {_gib(weights)} weights "
+        f"- {_gib(activations)} activations ({max_batched_tokens} tokens) "
         f"= {_gib(usable - weights - activations)} for KV, {blocks} blocks of {block_size} tokens"
     )
     if blocks * block_size < min_tokens or blocks < 1:

@@ -27,7 +27,9 @@ MIN_SAMPLES = 4
 """Of prompts, and of decode: as many as there are terms, and one more."""
 MIN_BREAK_SAMPLES = 6
 BREAK_GAIN = 0.5
-"""A break must leave at most this share of the squared error."""
+"""A break must leave at most this share of the squared error …"""
+GOOD_ENOUGH = 0.01
+"""… and is not looked for where the relative error (root mean square) is below this without one."""
 _ROUNDS = 4
 _PREFILL, _SMALL, _LARGE = slice(0, 3), slice(3, 6), slice(6, 9)
 
@@ -136,7 +138,7 @@ def _best(samples: Sequence[StepSample]) -> tuple[Array, int | None]:
     terms, cost = _fit(data, None)
     best: tuple[Array, int | None] = (terms, None)
     bound = cost * BREAK_GAIN
-    for rows in _breaks(data):
+    for rows in _breaks(data) if cost > len(data) * GOOD_ENOUGH**2 else []:
         terms, cost = _fit(data, rows)
         if cost < bound:
             best, bound = (terms, rows), cost
