@@ -79,7 +79,7 @@ class ChoiceRun:
         self._standing = standing
         self._spot = standing.spot
         self._request = request
-        self._sampling = replace(request.sampling, choice=choice)
+        self._sampling = replace(request.sampling, choice=choice) if choice else request.sampling
         self._read = plain_tokens_from_proto if request.sampling.top_logprobs is None else tokens_from_proto
         self._output = output
         self._emit = emit

@@ -61,7 +61,7 @@ class RouterCore(GenerationService):
         self._metrics = metrics
         self._log = log
         self._clock = clock
-        self._card = card
+        self._card = self._shown_card = card
         self._default_promise = SLOClasses(config).promise()
         self._admission = Admission(config.max_waiting)
         self._in_flight = 0
@@ -182,7 +182,10 @@ class RouterCore(GenerationService):
     def models(self) -> tuple[ModelCard, ...]:
         """The one model this router serves; its context is what every worker can hold."""
         lengths = [member.status.max_model_len for member in self._members.members() if member.status.max_model_len]
-        return (replace(self._card, max_model_len=min(lengths, default=self._card.max_model_len)),)
+        shortest = min(lengths, default=self._card.max_model_len)
+        if shortest != self._shown_card.max_model_len:
+            self._shown_card = replace(self._card, max_model_len=shortest)
+        return (self._shown_card,)
 
     def readiness(self) -> Readiness:
         """Ready: a prefill and a decode worker whose KV matches, or a mixed worker, can take work now."""

@@ -26,8 +26,10 @@ from .tokenizer_base import Tokenizer
 
 MERGED_DELTAS = 64
 """Deltas of one HTTP request with several prompts that may wait for a slow client; then its prompts are held up."""
-INLINE_ENCODE_CHARS = 32_768
-"""Longer texts are tokenized off the event loop, one at a time, so that they do not hold up other streams."""
+INLINE_ENCODE_CHARS = 4096
+"""Longer texts, which take milliseconds, are tokenized off the event loop, so that they do not hold up streams."""
+LONG_ENCODE_CHARS = 65_536
+"""Texts beyond this, and those below it, are tokenized one at a time each, so that neither waits for the other."""
 DEADLINE_GRACE_S = 5.0
 """The service ends a request at its deadline; this much later the door does (a client that does not read)."""
 
@@ -66,7 +68,7 @@ class Door:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._long_encodes = asyncio.Semaphore(1)
+        self._middle_encodes, self._long_encodes = asyncio.Semaphore(1), asyncio.Semaphore(1)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -184,7 +186,7 @@ class Door:
         try:
             if len(text) <= INLINE_ENCODE_CHARS:
                 return tuple(self.tokenizer.encode(text, add_special=add_special))
-            async with self._long_encodes:
+            async with self._long_encodes if len(text) > LONG_ENCODE_CHARS else self._middle_encodes:
                 return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special=add_special))
         except InvalidRequest as error:
             raise InvalidRequest(f"{param}: {error.message}", param=param) from None

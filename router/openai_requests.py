@@ -72,7 +72,7 @@ _NOT_BUILT: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def refuse_what_is_not_built(fields: Fields) -> None:
     """InvalidRequest for a field that asks for something Tandem does not do."""
-    for name in filter(fields.has, _NOT_BUILT):
+    for name in fields.among(_NOT_BUILT):
         value, (is_harmless, allowed) = fields.raw(name), _NOT_BUILT[name]
         if not is_harmless(value):
             raise fields.refuse(name, f"{show(value)} is not supported", allowed)

@@ -6,9 +6,8 @@ place and in the same words. `None` means absent, as in OpenAI's API. Pure.
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -67,9 +66,9 @@ class Fields:
         """The value as it came; None if absent."""
         return self._values.get(name)
 
-    def has(self, name: str) -> bool:
-        """Whether the field is there, null or not."""
-        return name in self._values
+    def among(self, names: Container[str]) -> list[str]:
+        """Those of them that are there, null or not, as they came."""
+        return [name for name in self._values if name in names]
 
     def refuse(self, name: str, problem: str, allowed: str) -> InvalidRequest:
         """The error to raise about a field."""
@@ -81,24 +80,23 @@ class Fields:
         value = self.raw(name)
         if value is None:
             return None
-        allowed = f"an integer from {low} to {high}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.refuse(name, f"{show(value)} is not an integer", allowed)
-        if not low <= value <= high:
-            raise self.refuse(name, f"{show(value)} is out of range", allowed)
-        return value
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if is_integer and low <= value <= high:
+            return int(value)
+        problem = "is out of range" if is_integer else "is not an integer"
+        raise self.refuse(name, f"{show(value)} {problem}", f"an integer from {low} to {high}")
 
     def number(self, name: str, low: float, high: float, *, above_low: bool = False) -> float | None:
         """A finite number in [low, high], or in (low, high]."""
         value = self.raw(name)
         if value is None:
             return None
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and low <= value <= high and not (above_low and value == low):
+            return float(value)
+        problem = "is out of range" if is_number else "is not a number"
         allowed = f"a number {'above' if above_low else 'from'} {low:g} {'up ' if above_low else ''}to {high:g}"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refuse(name, f"{show(value)} is not a number", allowed)
-        if not low <= value <= high or (above_low and value == low) or math.isnan(value):
-            raise self.refuse(name, f"{show(value)} is out of range", allowed)
-        return float(value)
+        raise self.refuse(name, f"{show(value)} {problem}", allowed)
 
     def boolean(self, name: str, default: bool) -> bool:
         """True or false."""

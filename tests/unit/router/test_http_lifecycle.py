@@ -257,10 +257,22 @@ def test_tokenize_and_back(front: Any) -> None:
     assert bytes(chat.json()["tokens"]) == b"user: Hi\n"
 
 
-def test_a_long_text_is_tokenized_off_the_loop(start_front: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("chars", "on_loop"), [(4096, True), (4097, False), (100_000, False)])
+def test_a_long_text_is_tokenized_off_the_loop(
+    start_front: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, chars: int, on_loop: bool
+) -> None:
+    """A short one pays no change of threads."""
     front = start_front(max_body_bytes=2**20)
-    answer = httpx.post(f"{front.url}/tokenize", json={"prompt": "x" * 100_000}, timeout=WAIT_S).json()
-    assert answer["count"] == 100_000
+    encode, threads = front.tokenizer.encode, []
+
+    def encode_there(text: str, *, add_special: bool) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return encode(text, add_special=add_special)
+
+    monkeypatch.setattr(front.tokenizer, "encode", encode_there)
+    answer = httpx.post(f"{front.url}/tokenize", json={"prompt": "x" * chars}, timeout=WAIT_S).json()
+    assert answer["count"] == chars
+    assert [name == "front" for name in threads] == [on_loop]
 
 
 def test_a_prompt_may_carry_any_character(front: Any) -> None:
