@@ -151,7 +151,7 @@ def decode_attention_s(
     return terms.launch_us * _US + padding + kv_bytes / (peaks.bytes_s * terms.bandwidth_share)
 
 
-def elementwise_s(launch_us: float, share: float, peaks: Peaks, moved_bytes: Sizes, kernels: int = 1) -> Sizes:
+def elementwise_s(launch_us: float, share: Sizes, peaks: Peaks, moved_bytes: Sizes, kernels: int = 1) -> Sizes:
     """Seconds of kernels that read and write `moved_bytes` in all."""
     return kernels * launch_us * _US + moved_bytes / (peaks.bytes_s * share)
 

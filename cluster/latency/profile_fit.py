@@ -125,9 +125,9 @@ def read_samples(path: str | Path) -> list[StepSample]:
     samples = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            *sizes, seconds = line
-            samples.append(StepSample(*(int(size) for size in sizes), seconds=float(seconds)))
-        except (ValueError, TypeError) as error:
+            tokens, squares, rows, context, seconds = line
+            samples.append(StepSample(int(tokens), int(squares), int(rows), int(context), float(seconds)))
+        except ValueError as error:
             raise ValueError(f"samples: {path}, line {number}: {error}") from None
     return samples
 

@@ -67,8 +67,9 @@ def fit(model: Model, start: Mapping[str, float], fitted: Sequence[data.Samples]
 
     def residuals(logs: Array) -> Array:
         terms = dict(zip(start, np.exp(logs), strict=True))
-        ratios = [np.log(model(terms, source) / source.seconds) for source in chosen]
-        return np.concatenate(ratios) * weights
+        logs_of_ratios = [np.log(model(terms, source) / source.seconds) for source in chosen]
+        weighted: Array = np.concatenate(logs_of_ratios) * weights
+        return weighted
 
     found = least_squares(residuals, np.log(list(start.values())), loss="soft_l1", f_scale=_LOSS_SCALE)
     return {name: _rounded(value) for name, value in zip(start, np.exp(found.x), strict=True)}
@@ -153,7 +154,7 @@ def fit_elementwise(folder: Path, files: data.OperatorFiles, peaks: Peaks) -> Fi
 
     def model(terms: Mapping[str, float], samples: data.Samples) -> Any:
         share = np.array([terms[kind] for kind in kinds])[samples.sizes["kind"].astype(int)]
-        return elementwise_s(terms["launch_us"], share, peaks, samples.sizes["bytes"])  # type: ignore[arg-type]
+        return elementwise_s(terms["launch_us"], share, peaks, samples.sizes["bytes"])
 
     terms = fit(model, {"launch_us": 2.0} | dict.fromkeys(kinds, 0.5), read(files.fitted_models))
     out = read(files.held_out_models)
