@@ -87,11 +87,11 @@ def uniform_batch(
         raise ValueError(f"n_lanes: {n_lanes} is not in 0…2**32-1")
     if not len(choices) == len(indices) == rows:
         raise ValueError(f"choices, indices: {len(choices)} and {len(indices)} entries for {rows} seeds")
-    seed = _checked("seed", seeds, 2**64)
+    seed, choice, index = checked_words(seeds, choices, indices)
     counter = np.empty((rows, blocks, 4), dtype=np.uint64)
     counter[..., 0] = np.arange(blocks, dtype=np.uint64)
-    counter[..., 1] = _checked("output_index", indices, 2**32)[:, None]
-    counter[..., 2] = _checked("choice", choices, 2**32)[:, None]
+    counter[..., 1] = index[:, None]
+    counter[..., 2] = choice[:, None]
     counter[..., 3] = np.uint64(purpose)
     key = np.stack((seed & _LOW, seed >> _WORD), axis=-1)[:, None, :]
     words = philox4x32(counter, key).astype(np.uint64).reshape(rows, blocks * 2, 2)
@@ -104,6 +104,14 @@ def uniform(
 ) -> NDArray[np.float64]:
     """`n_lanes` uniforms in [0, 1) for one (seed, choice, output index, purpose). ValueError as `uniform_batch`."""
     return uniform_batch((seed,), (choice,), (index,), purpose, n_lanes)[0]
+
+
+def checked_words(
+    seeds: Sequence[int], choices: Sequence[int], indices: Sequence[int]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]:
+    """The coordinates of draws as words. ValueError as `uniform_batch`."""
+    seed, index = _checked("seed", seeds, 2**64), _checked("output_index", indices, 2**32)
+    return seed, _checked("choice", choices, 2**32), index
 
 
 def _checked(name: str, values: Sequence[int], limit: int) -> NDArray[np.uint64]:

@@ -32,6 +32,8 @@ from ..types import SampledToken, SamplingParams
 from .plan import SampleSpec
 from .sampler_penalties import apply_processors, is_plain
 
+Row = NDArray[np.float32]
+"""[V]."""
 GREEDY_TEMPERATURE = 1e-5
 """Below it, sampling is greedy (as vLLM's `_SAMPLING_EPS`)."""
 
@@ -43,19 +45,29 @@ class SampleFailure:
     reason: str
 
 
-class RowDraw(Protocol):
-    """A faster `kernels.sampling.draw` for rows that nothing is cut from."""
+class RowDraws(Protocol):
+    """Uniforms, steps 6 to 8 and the normalizers of logprobs, of many rows in one call: `kernels.compiled.sampling`.
+    -1 and NaN stand for rows that are no distribution; no row is changed.
+    """
 
-    def __call__(self, z: NDArray[np.float32], temperature: float, u: float) -> int:
-        """The index drawn from the logits of one row; -1: it cannot be drawn from."""
+    def uniforms(self, seeds: Sequence[int], choices: Sequence[int], indices: Sequence[int]) -> list[float]:
+        """`kernels.philox.uniform_batch`'s for drawing tokens, to the bit."""
+        ...
+
+    def draw(self, rows: Sequence[Row], wants: NDArray[np.float64]) -> list[int]:
+        """The index drawn from each of R rows [V]; `wants`: [R, 5] temperature, uniform, top-k, min-p, top-p."""
+        ...
+
+    def normalizers(self, rows: Sequence[Row]) -> list[float]:
+        """log(sum(exp(row))) of each row [V]."""
         ...
 
 
 class Sampler:
     """Draws the next token of every row. One thread; no draw depends on an earlier one."""
 
-    def __init__(self, draw_row: RowDraw | None = None) -> None:
-        self._draw_row = draw_row
+    def __init__(self, rows: RowDraws | None = None) -> None:
+        self._rows = rows
 
     def sample(self, logits: NDArray[np.float32], specs: Sequence[SampleSpec]) -> list[SampledToken | SampleFailure]:
         """One token, or one failure, per row.
@@ -76,9 +88,66 @@ class Sampler:
         for r, token in zip(greedy, _argmax(logits, greedy), strict=True):
             drawn[r] = token
         others = sorted(set(range(len(specs))).difference(greedy))
-        for r, u in zip(others, _uniforms([specs[r] for r in others]), strict=True):
-            drawn[r] = _sample_row(logits[r], specs[r], u, self._draw_row)
-        return [_finish(row, spec, token) for row, spec, token in zip(logits, specs, drawn, strict=True)]
+        for r, token in zip(others, self._draw([(logits[r], specs[r]) for r in others]), strict=True):
+            drawn[r] = token
+        return self._finish(logits, specs, drawn)
+
+    def _draw(self, rows: list[tuple[Row, SampleSpec]]) -> list[int | SampleFailure]:
+        """Steps 2 to 8."""
+        changed = [(_processed(row, spec), spec) for row, spec in rows]
+        random = [
+            (row, spec) for row, spec in changed if not isinstance(row, SampleFailure) and not is_greedy(spec.params)
+        ]
+        indices = iter(self._draw_random(random))
+        drawn: list[int | SampleFailure] = []
+        for row, spec in changed:
+            if isinstance(row, SampleFailure):
+                drawn.append(row)
+            else:
+                drawn.append(_likeliest(row) if is_greedy(spec.params) else next(indices))
+        return drawn
+
+    def _draw_random(self, rows: list[tuple[Row, SampleSpec]]) -> list[int | SampleFailure]:
+        """Steps 6 to 8 on rows that are not greedy: in one call where that can be done."""
+        if not rows:
+            return []
+        uniforms = self._uniforms([spec for _, spec in rows])
+        if self._rows is None:
+            return [_draw_one(row, spec.params, u) for (row, spec), u in zip(rows, uniforms, strict=True)]
+        params = [spec.params for _, spec in rows]
+        wants = [(p.temperature, u, p.top_k, p.min_p, p.top_p) for p, u in zip(params, uniforms, strict=True)]
+        indices = self._rows.draw([row for row, _ in rows], np.array(wants, dtype=np.float64))
+        return [
+            index if index >= 0 else _bad_peak(float(row.max())) for (row, _), index in zip(rows, indices, strict=True)
+        ]
+
+    def _uniforms(self, specs: list[SampleSpec]) -> list[float]:
+        seeds = [spec.params.seed for spec in specs]
+        choices = [spec.params.choice for spec in specs]
+        indices = [spec.output_index for spec in specs]
+        if self._rows is not None:
+            return self._rows.uniforms(seeds, choices, indices)
+        uniforms: list[float] = uniform_batch(seeds, choices, indices, Purpose.SAMPLE)[:, 0].tolist()
+        return uniforms
+
+    def _finish(
+        self, logits: NDArray[np.float32], specs: Sequence[SampleSpec], drawn: list[int | SampleFailure]
+    ) -> list[SampledToken | SampleFailure]:
+        """Adds logprobs of the raw distribution where the request asks for them."""
+        asked = [
+            r
+            for r, spec in enumerate(specs)
+            if spec.params.top_logprobs is not None and not isinstance(drawn[r], SampleFailure)
+        ]
+        rows = [logits[r] for r in asked]
+        normalizers = self._rows.normalizers(rows) if self._rows is not None and asked else map(log_normalizer, rows)
+        found: dict[int, float] = dict(zip(asked, normalizers, strict=True))
+        return [
+            token
+            if isinstance(token, SampleFailure)
+            else _with_logprobs(logits[r], token, specs[r].params, found.get(r))
+            for r, token in enumerate(drawn)
+        ]
 
 
 def is_greedy(params: SamplingParams) -> bool:
@@ -98,47 +167,38 @@ def _argmax(rows: NDArray[np.float32], chosen: list[int]) -> list[int | SampleFa
     ]
 
 
-def _uniforms(specs: Sequence[SampleSpec]) -> list[float]:
-    """The uniform of each spec; a greedy one's is never looked at."""
-    seeds = [spec.params.seed for spec in specs]
-    choices = [spec.params.choice for spec in specs]
-    indices = [spec.output_index for spec in specs]
-    uniforms: list[float] = uniform_batch(seeds, choices, indices, Purpose.SAMPLE)[:, 0].tolist()
-    return uniforms
+def _processed(row: Row, spec: SampleSpec) -> Row | SampleFailure:
+    """Steps 2 to 5: the row itself where they change nothing, else a changed copy."""
+    if is_plain(spec):
+        return row
+    peak = float(row.max())
+    if not math.isfinite(peak):  # what a ban would hide
+        return _bad_peak(peak)
+    changed = row.copy()
+    try:
+        apply_processors(changed, spec)
+    except ValueError as error:
+        return SampleFailure(str(error))
+    return changed
 
 
-def _sample_row(
-    logits: NDArray[np.float32], spec: SampleSpec, u: float, draw_row: RowDraw | None
-) -> int | SampleFailure:
-    """Steps 2 to 8 on one row, [V], which is not changed."""
-    params, z = spec.params, logits
-    if not is_plain(spec):
-        z = logits.copy()
-        try:
-            apply_processors(z, spec)
-        except ValueError as error:
-            return SampleFailure(str(error))
-    if draw_row is not None and not is_greedy(params) and _draws_whole(params):
-        index = draw_row(z, params.temperature, u)
-        if index >= 0:
-            return index
+def _likeliest(z: Row) -> int | SampleFailure:
+    """Step 6 of a greedy row."""
     best = int(z.argmax())
-    peak = float(z[best])
+    return best if math.isfinite(z[best]) else _bad_peak(float(z[best]))
+
+
+def _draw_one(z: Row, params: SamplingParams, u: float) -> int | SampleFailure:
+    """Steps 6 to 8 on a row that is not greedy."""
+    peak = float(z.max())
     if not math.isfinite(peak):
         return _bad_peak(peak)
-    if is_greedy(params):
-        return best
     z = z - np.float32(peak)
     if params.temperature != 1.0:
         z /= np.float32(params.temperature)
     ids, left = truncate(z, top_k=params.top_k, min_p=params.min_p, top_p=params.top_p)
     index = draw(left, u)
     return index if ids is None else int(ids[index])
-
-
-def _draws_whole(params: SamplingParams) -> bool:
-    """Whether no token is cut off before the draw."""
-    return params.top_k <= 0 and params.min_p <= 0.0 and params.top_p >= 1.0
 
 
 def _bad_peak(peak: float) -> SampleFailure:
@@ -150,13 +210,13 @@ def _bad_peak(peak: float) -> SampleFailure:
     return SampleFailure("logits: every token is at -inf, there is nothing to draw from")
 
 
-def _finish(logits: NDArray[np.float32], spec: SampleSpec, token: int | SampleFailure) -> SampledToken | SampleFailure:
-    """Adds logprobs of the raw distribution where the request asks for them."""
-    top_logprobs = spec.params.top_logprobs
-    if isinstance(token, SampleFailure) or top_logprobs is None:
-        return token if isinstance(token, SampleFailure) else SampledToken(token)
-    normalizer = log_normalizer(logits)
+def _with_logprobs(
+    logits: Row, token: int, params: SamplingParams, normalizer: float | None
+) -> SampledToken | SampleFailure:
+    """`normalizer`: None where no logprobs are asked for."""
+    if normalizer is None or params.top_logprobs is None:
+        return SampledToken(token)
     if not math.isfinite(normalizer):
         return SampleFailure("logits: no finite normalizer for logprobs in the row")
-    top = tuple((int(i), float(logits[i]) - normalizer) for i in most_likely(logits, top_logprobs))
+    top = tuple((int(i), float(logits[i]) - normalizer) for i in most_likely(logits, params.top_logprobs))
     return SampledToken(token, float(logits[token]) - normalizer, top)

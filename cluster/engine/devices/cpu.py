@@ -113,8 +113,7 @@ class CpuDevice(Device):
             from ....kernels.compiled.sampling import RowSampler
             from ..compiled import CompiledForward
 
-            self._sampler = Sampler(RowSampler(self.vocab_size))
-            return CompiledForward(
+            forward = CompiledForward(
                 files,
                 quantization or dtype,
                 store.array,
@@ -123,6 +122,8 @@ class CpuDevice(Device):
                 cpus=tuple(sorted(self._cpus)),
                 stage=stage,
             )
+            self._sampler = Sampler(RowSampler(self.vocab_size))  # compiles as well, in the same stage
+            return forward
         from ..runner import TorchForward
 
         progress = None if stage is None else lambda share: stage("loading weights", share)

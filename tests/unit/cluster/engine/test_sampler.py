@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,6 +271,16 @@ def test_rows_that_cannot_be_sampled_fail_alone() -> None:
         assert sample(rows[r : r + 1], [specs[r]]) == [results[r]]
 
 
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"repetition_penalty": 1.2}, {"top_logprobs": 2}])
+def test_a_ban_does_not_hide_what_is_not_a_number(params: dict[str, Any]) -> None:
+    rows = logits(2)
+    rows[0, 5] = float("nan")
+    failed, fine = sample(rows, [spec(0, banned=(5,), **params), spec(1, banned=(5,), **params)])
+    assert isinstance(failed, SampleFailure)
+    assert "NaN" in failed.reason
+    assert isinstance(fine, SampledToken)
+
+
 def test_strided_rows_are_taken() -> None:
     wide = logits(6, size=2 * V)[::2, :V]
     warm = [spec(i, seed=i) for i in range(3)]
@@ -284,7 +295,7 @@ def test_wrong_shapes_are_refused_and_an_empty_batch_is_empty() -> None:
 
 
 def test_rows_drawn_by_compiled_code_are_the_same() -> None:
-    """Whole rows go to it, also behind penalties; what it refuses is named, what is cut off stays numpy's."""
+    """With every cut, also behind penalties; what it refuses is named as numpy's path names it."""
     from tandem.kernels.compiled.sampling import RowSampler
 
     rows = logits(120).numpy()
@@ -293,3 +304,19 @@ def test_rows_drawn_by_compiled_code_are_the_same() -> None:
     assert Sampler(RowSampler(V)).sample(rows, specs) == Sampler().sample(rows, specs)
     rows[5], rows[6], rows[7, 9] = np.nan, -np.inf, np.inf
     assert Sampler(RowSampler(V)).sample(rows, specs) == Sampler().sample(rows, specs)
+
+
+def test_logprobs_by_compiled_code_are_numpys() -> None:
+    from tandem.kernels.compiled.sampling import RowSampler
+
+    rows = logits(6).numpy()
+    rows[2, 3] = np.inf
+    specs = [spec(i, seed=i, temperature=i % 2, top_logprobs=None if i == 1 else i) for i in range(6)]
+    for found, expected in zip(Sampler(RowSampler(V)).sample(rows, specs), Sampler().sample(rows, specs), strict=True):
+        if isinstance(expected, SampleFailure):
+            assert found == expected
+            continue
+        assert isinstance(found, SampledToken)
+        assert found.token_id == expected.token_id
+        assert found.logprob == pytest.approx(expected.logprob, abs=1e-5)
+        assert [i for i, _ in found.top] == [i for i, _ in expected.top]
