@@ -1,9 +1,8 @@
 """Calls between two processes over one socket pair, both ways at once: `u32 length | msgpack [kind, call, …]`.
 
-A call names a method and is answered by items, one at a time and each only when it was asked for, then by its end or by
-a refusal. A caller that leaves early cancels; the end that comes then says that the handler has ended, so that whatever
-it wrote to is the caller's again. Bounded: calls of each direction, items on their way (one a call), the length of a
-message.
+A call names a method and is answered by items, at most `WINDOW` of them ahead of its caller, then by its end or by a
+refusal. A caller that leaves early cancels; the end that comes then says that the handler has ended, so that whatever
+it wrote to is the caller's again. Bounded: calls of each direction, items on their way, the length of a message.
 
 The socket's end is the other process's end: every call under way is refused PEER_LOST. One event loop an end.
 """
@@ -15,9 +14,10 @@ import enum
 import logging
 import socket
 import struct
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
@@ -29,6 +29,8 @@ Handler = Callable[[bytes], AsyncGenerator[bytes, None]]
 MAX_CALLS = 8192
 """Under way in one direction."""
 MAX_MESSAGE_BYTES = 2**22
+WINDOW = 2
+"""Items of a call that its caller has not taken."""
 CANCEL_S = 5.0
 """How long a call that was cancelled may take to end."""
 _LENGTH = struct.Struct("<I")
@@ -40,10 +42,10 @@ class _Kind(enum.IntEnum):
 
 
 class _Call:
-    """A call of this end: at most one item waits to be taken."""
+    """A call of this end, and its items that wait to be taken."""
 
     def __init__(self) -> None:
-        self.item: bytes | None = None
+        self.items: deque[bytes] = deque()
         self.news = asyncio.Event()
         self.over: asyncio.Future[HandoffRefused | None] = asyncio.get_running_loop().create_future()
         """The other end has ended the call, and why where it refused it."""
@@ -58,7 +60,7 @@ class _Served:
     """A call of the other end."""
 
     def __init__(self) -> None:
-        self.wanted = asyncio.Event()
+        self.room = asyncio.Semaphore(WINDOW)
         self.task: asyncio.Task[None] | None = None
 
 
@@ -133,17 +135,16 @@ class Link(asyncio.Protocol):
         self._send(_Kind.CALL, number, method, body)
         try:
             while True:
-                await call.news.wait()
-                call.news.clear()
-                item, call.item = call.item, None
-                if item is not None:
-                    yield item
+                while call.items:
+                    yield call.items.popleft()
                     if not call.over.done():
                         self._send(_Kind.NEXT, number)
-                if call.over.done() and call.item is None:
+                if call.over.done():
                     if (refusal := call.over.result()) is not None:
                         raise refusal
                     return
+                await call.news.wait()
+                call.news.clear()
         finally:
             try:
                 if not call.over.done():
@@ -171,8 +172,7 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop, once."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass
         self._heard_s = asyncio.get_running_loop().time()
 
     def data_received(self, data: bytes) -> None:
@@ -214,12 +214,13 @@ class Link(asyncio.Protocol):
             if served is None or served.task is None:
                 return
             if kind == _Kind.NEXT:
-                served.wanted.set()
+                served.room.release()
             else:
                 served.task.cancel()
         elif (call := self._calls.get(number)) is not None:
             if kind == _Kind.ITEM:
-                (call.item,) = rest
+                (item,) = rest
+                call.items.append(item)
                 call.news.set()
             elif kind == _Kind.REFUSED:
                 reason, text = rest
@@ -241,10 +242,10 @@ class Link(asyncio.Protocol):
 
     async def _serve(self, number: int, served: _Served, items: AsyncGenerator[bytes, None]) -> None:
         async with aclosing(items):
+            await served.room.acquire()
             async for item in items:
                 self._send(_Kind.ITEM, number, item)
-                await served.wanted.wait()
-                served.wanted.clear()
+                await served.room.acquire()
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:
         """The handler is over, its generator included: what is said now is said after its last effect."""

@@ -26,6 +26,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+import uvloop
+
 from ...cluster.auth import MemberCredentials
 from ...cluster.parent import die_with_parent
 from ...cluster.types import BlockRef
@@ -54,6 +56,7 @@ from .messages import (
     decode_attach,
     decode_call,
     decode_pull,
+    decode_run,
     encode_progress,
 )
 
@@ -251,11 +254,10 @@ class _Forwarded(KVSource):
     async def open_pull(self, request: PullRequest) -> AsyncGenerator[BlockRun | EndFrame, None]:
         async with aclosing(self._link.stream("pull", wire.encode_pull(request))) as items:
             async for item in items:
-                frames = wire.decode_frames(item)
-                if isinstance(frames[0], EndFrame):
-                    yield frames[0]
+                refs = decode_run(item, time.monotonic())
+                if isinstance(refs, EndFrame):
+                    yield refs
                     return
-                refs = [frame for frame in frames if isinstance(frame, RefFrame)]
                 most = len(refs) if request.mapped else self._most
                 for start in range(0, len(refs), most):
                     yield self._run_of(request, refs[start : start + most])
@@ -310,7 +312,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     keep_freed_memory()
     link_fd, gift_fd = map(int, arguments)
-    asyncio.run(_serve(link_fd, gift_fd))
+    uvloop.run(_serve(link_fd, gift_fd))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ..store import KVStore
 from ..ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from ..transport import EndFrame, KVFrames, KVTransport, PullRequest, WrittenBlocks
 from .link import CANCEL_S, Link
-from .messages import Attach, Pull, decode_progress, encode_attach, encode_call, encode_pull
+from .messages import Attach, Pull, decode_progress, encode_attach, encode_call, encode_end, encode_pull, encode_refs
 
 log = logging.getLogger(__name__)
 
@@ -150,9 +150,9 @@ class KVMover:
         async with aclosing(self._decider().open_pull(request, own_reader=True)) as items:
             async for item in items:
                 if isinstance(item, EndFrame):
-                    yield wire.encode_end(item)
+                    yield encode_end(item, time.monotonic())
                     return
-                message = wire.encode_refs(request.ticket, item.frames[0].block_index, item.refs)
+                message = encode_refs(request.ticket, item.frames[0].block_index, item.refs)
                 item.verify()
                 yield message
 
