@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Set
+from contextlib import ExitStack
 from dataclasses import replace
 
 from .config import RouterConfig
@@ -24,30 +26,37 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def pin_ports(router: RouterConfig) -> RouterConfig:
-    """Replaces ports that are 0 by free ones; registry ports in a row, one for each process. Raises OSError."""
-    taken = [bind(router.host, 0) for name in ("http_port", "grpc_port") if getattr(router, name) == 0]
-    free = iter([sock.getsockname()[1] for sock in taken])
-    ports = {name: getattr(router, name) or next(free) for name in ("http_port", "grpc_port")}
-    try:
-        row = _bind_row(router.host, router.processes) if router.registry_port == 0 else []
-    finally:
-        for sock in taken:
-            sock.close()
-    first = row[0].getsockname()[1] if row else router.registry_port
-    for sock in row:
-        sock.close()
-    return replace(router, **ports, registry_port=first)
+    """Replaces ports that are 0 by free ones, all different and none that is named; registry ports in a row, one for
+    each process. Raises OSError.
+    """
+    ports = {name: getattr(router, name) for name in ("http_port", "grpc_port")}
+    taken = {port for port in (*ports.values(), *router.registry_ports) if port}
+    with ExitStack() as held:
+        for name, port in ports.items():
+            if port == 0:
+                (ports[name],) = _bind_row(router.host, 1, taken, held)
+                taken.add(ports[name])
+        row = router.registry_ports
+        if router.registry_port == 0:
+            row = _bind_row(router.host, router.processes, taken, held)
+    return replace(router, **ports, registry_port=row[0])
 
 
-def _bind_row(host: str, count: int) -> list[socket.socket]:
-    """Sockets on free ports that count up by one."""
+def _bind_row(host: str, count: int, taken: Set[int], held: ExitStack) -> tuple[int, ...]:
+    """Free ports that count up by one, none of them in `taken`; `held` keeps them, and those that would not do, so that
+    they do not come again.
+    """
     for _ in range(_ROW_TRIES):
-        row = [bind(host, 0)]
+        first = held.enter_context(bind(host, 0)).getsockname()[1]
+        row = tuple(range(first, first + count))
+        if not taken.isdisjoint(row):
+            continue
         try:
-            while len(row) < count:
-                row.append(bind(host, row[-1].getsockname()[1] + 1))
+            for port in row[1:]:
+                held.enter_context(bind(host, port))
             return row
         except (OSError, OverflowError):
-            for sock in row:
-                sock.close()
+            continue
+    if count == 1:
+        raise OSError(f"no free port on {host}")
     raise OSError(f"registry_port: no {count} free ports in a row on {host}; name the first of them")

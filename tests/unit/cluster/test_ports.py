@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 import sys
+from dataclasses import replace
 
 import pytest
+from tandem.cluster import ports
 from tandem.cluster.config import ConfigError, RouterConfig
 from tandem.cluster.launch.checks import check_ports, check_shared_ports
 from tandem.cluster.launch.state import LaunchError
@@ -64,3 +66,40 @@ def test_where_the_kernel_does_not_spread_connections_there_is_one_process(monke
     with pytest.raises(ConfigError, match=r"^processes: 2"):
         check_shared_ports(two)
     check_shared_ports(RouterConfig())
+
+
+@pytest.mark.parametrize(
+    ("named", "draws"),
+    [
+        ({"http_port": 21000}, [21000, 21100, 21200]),
+        ({"grpc_port": 21000}, [21000, 21100, 21200]),
+        ({}, [21100, 21000, 21098, 21200]),
+        ({"registry_port": 21000}, [21002, 21100, 21200]),
+    ],
+)
+def test_no_port_is_drawn_that_is_named_or_drawn_already(
+    monkeypatch: pytest.MonkeyPatch, named: dict[str, int], draws: list[int]
+) -> None:
+    """The kernel gives whatever nobody listens at, and does so here in this order."""
+    order = iter(draws)
+    monkeypatch.setattr(ports, "bind", lambda host, port: Bound(port or next(order)))
+    pinned = pin_ports(replace(FREE, **named))
+    assert len({pinned.http_port, pinned.grpc_port, *pinned.registry_ports}) == 5
+    assert {name: getattr(pinned, name) for name in named} == named
+    assert next(order, None) is None
+
+
+class Bound:
+    """A socket that holds a port."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def getsockname(self) -> tuple[str, int]:
+        return "127.0.0.1", self._port
+
+    def __enter__(self) -> Bound:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was bound."""
