@@ -31,12 +31,13 @@ def handoff(
     rows: Annotated[int, typer.Option(help="--engine-pace: sequences in its batch.")] = 8,
     rounds: Annotated[int, typer.Option(help="--engine-pace: batches of each condition, in turns.")] = 4,
     kv_mover: Annotated[
-        str, typer.Option(help="Who moves a worker's KV: process, thread, or auto, as `tandem serve` would.")
+        str, typer.Option(help="Who moves a worker's KV: process, thread, or auto, as for a device that computes.")
     ] = "auto",
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
     """Hand KV from one real worker process to another and report reserve, dispatch, transfer, confirm and GB/s."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it remarks on every process that is started beside its threads
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # and holds them up: those processes never use its state
     from .bench.handoff import HandoffOptions
     from .bench.handoff_pace import PaceOptions
 

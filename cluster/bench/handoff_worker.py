@@ -279,7 +279,7 @@ async def serve(spec: WorkerSpec) -> None:
     marks = Marks()
     if spec.other_cpus:
         os.sched_setaffinity(0, spec.other_cpus)
-    mover = await spawn_mover(spec.kv_mover)
+    mover = await spawn_mover(spec.kv_mover, computes=True)
     device = MarkedDevice(_device(spec), marks, spec.engine_cpu)
     engine_config = EngineConfig(
         device="paced", block_size=spec.block_size, max_batched_tokens=MAX_MODEL_LEN, prefix_cache=False

@@ -122,7 +122,7 @@ class WorkerRuntime:
         files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
         check_engine(config.engine, files.config)
         say("device", None)
-        self._mover = await spawn_mover(config.kv_mover)
+        self._mover = await spawn_mover(config.kv_mover, computes=config.engine.device != "paced")
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
         say("services", None)
         self._device = device

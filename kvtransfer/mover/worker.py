@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -169,20 +170,28 @@ class KVMover:
         return self._source
 
 
-async def spawn_mover(kv_mover: str) -> KVMover | None:
-    """A mover where `WorkerConfig.kv_mover` wants one; None: the worker's own loop moves its KV. OSError where it wants
-    one that cannot be.
+async def spawn_mover(kv_mover: str, *, computes: bool) -> KVMover | None:
+    """A mover where `WorkerConfig.kv_mover` wants one; None: the worker's own loop moves its KV. `computes`: the device
+    is not a paced one. OSError where it wants one that cannot be.
     """
-    if kv_mover == "thread" or (kv_mover == "auto" and not _pays()):
+    if kv_mover == "thread" or (kv_mover == "auto" and not _pays(computes)):
         return None
     if not have_shared_memory():
         raise OSError("kv_mover: 'process' needs memory that processes share (Linux's memfd); allowed here: thread")
     return await KVMover.spawn()
 
 
-def _pays() -> bool:
-    """Whether another process would find a processor beside the engine's."""
-    return False
+def _pays(computes: bool) -> bool:
+    """Whether `auto` means a process: it can share the memory, finds a processor beside the engine's, and the engine's
+    steps are real. Paced workers are run by the dozen on a few processors.
+    """
+    return computes and _processors() > 1 and have_shared_memory()
+
+
+def _processors() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _start() -> tuple[socket.socket, socket.socket, subprocess.Popen[bytes]]:
