@@ -77,6 +77,17 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExposedWait:
+    """What the passage of KV adds to answers that two workers made, from the server's own timings."""
+
+    requests: int
+    exposed_ms_p50: float
+    """Last KV byte minus end of prefill."""
+    share_of_ttft: float
+    """That, over the median TTFT of the same requests as the client saw it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """The whole run.
 
@@ -95,6 +106,8 @@ class Summary:
     max_concurrent_requests: int = 0
     max_output_tokens_per_s: float = 0.0
     """In the busiest second; the tokens of a request count evenly over its pieces."""
+    exposed_wait: ExposedWait | None = None
+    """None: the server told of no handoff."""
 
     @property
     def request_throughput(self) -> float:
@@ -182,7 +195,18 @@ def summarize(
         goodput_slo_ms=dict(promises_ms),
         max_concurrent_requests=_most_at_once(done),
         max_output_tokens_per_s=_busiest_second(done),
+        exposed_wait=exposed_wait(done),
     )
+
+
+def exposed_wait(done: Sequence[RequestRecord]) -> ExposedWait | None:
+    """Of the requests whose KV was handed over. Fields that the server leaves out are 0."""
+    split = [record for record in done if record.timings.get("path") == "split" and record.ttft_s is not None]
+    if not split:
+        return None
+    exposed_s = float(np.median([float(record.timings.get("exposed_transfer_s", 0.0)) for record in split]))
+    ttft_s = float(np.median([record.ttft_s for record in split if record.ttft_s is not None]))
+    return ExposedWait(requests=len(split), exposed_ms_p50=exposed_s * 1e3, share_of_ttft=exposed_s / max(ttft_s, 1e-9))
 
 
 def distortion(summary: Summary, *, closed_loop: bool = False) -> str:
@@ -268,6 +292,9 @@ def result_json(
         "max_concurrent_requests": summary.max_concurrent_requests,
         "attainment": summary.attainment,
         "goodput_slo_ms": dict(summary.goodput_slo_ms),
+        "handoffs": summary.exposed_wait.requests if summary.exposed_wait else None,
+        "median_exposed_transfer_ms": summary.exposed_wait.exposed_ms_p50 if summary.exposed_wait else None,
+        "exposed_transfer_share_of_ttft": summary.exposed_wait.share_of_ttft if summary.exposed_wait else None,
         "client_warning": distortion(summary, closed_loop=facts.get("max_concurrency") is not None),
     }
     for metric in (*metrics, "lateness", "stall"):

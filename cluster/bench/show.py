@@ -37,6 +37,11 @@ def table(
             f"attainment  {summary.attainment:.1%} of requests kept {promised(summary.goodput_slo_ms)}",
             f"goodput     {summary.request_goodput:.2f} requests/s",
         ]
+    if (wait := summary.exposed_wait) is not None:
+        lines.append(
+            f"handoff     {wait.requests} requests: KV came {wait.exposed_ms_p50:.1f} ms after the end of prefill (p50), "
+            f"{wait.share_of_ttft:.1%} of TTFT p50"
+        )
     if spoilt := distortion(summary, closed_loop=closed_loop):
         lines.append(f"WARNING     {spoilt}")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from tandem.cluster.bench.report import (
@@ -149,6 +150,30 @@ def test_table_reads() -> None:
     assert "3 completed, 1 failed in 2.0 s" in text
     assert "50.0% of requests kept TTFT <= 250 ms and TPOT <= 160 ms" in text
     assert "goodput     1.00 requests/s" in text
+
+
+def test_the_exposed_wait_is_a_share_of_the_ttft_of_what_was_handed_over() -> None:
+    """Medians: 10 of 300 ms; what was served without a handoff does not count."""
+    split = {"path": "split", "exposed_transfer_s": 0.01}
+    served = (
+        replace(FIRST, timings=split),
+        replace(SINGLE, timings={"path": "mixed", "exposed_transfer_s": 9.0}),
+        replace(SLOW, timings=split),
+        replace(FAILED, timings=split),
+    )
+    summary = summarize(served, {})
+    assert summary.exposed_wait is not None
+    assert summary.exposed_wait.requests == 2
+    assert summary.exposed_wait.exposed_ms_p50 == pytest.approx(10.0)
+    assert summary.exposed_wait.share_of_ttft == pytest.approx(10 / 300)
+    assert "KV came 10.0 ms after the end of prefill (p50), 3.3% of TTFT p50" in table(summary)
+    result = result_json(summary, served, {})
+    assert (result["handoffs"], result["exposed_transfer_share_of_ttft"]) == (2, pytest.approx(10 / 300))
+    hidden = summarize((replace(FIRST, timings={"path": "split"}),), {}).exposed_wait
+    assert hidden is not None
+    assert hidden.share_of_ttft == 0.0
+    assert summarize(ALL, {}).exposed_wait is None
+    assert "handoff" not in table(summarize(ALL, {}))
 
 
 def test_peaks() -> None:
