@@ -124,11 +124,8 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends the request being answered."""
         self._host.leave(self)
-        self._ahead.clear()
         self.resume_writing()
-        if self._answering is not None:
-            self._answering.lost()
-            self._answering = None
+        self._let_go()
 
     def data_received(self, data: bytes) -> None:
         """Parses; a client that sends no HTTP, or too much of a head, is told and cut off."""
@@ -281,6 +278,14 @@ class HttpConnection(asyncio.Protocol):
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.transport.write(head_bytes(error.http_status, pairs, self.date()) + body)
         self.transport.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Nobody reads another answer."""
+        self._ahead.clear()
+        message, self._answering = self._answering, None
+        if message is not None:
+            message.lost()
 
     def finish(self) -> None:
         """The server stops: nothing more is answered here than what is being answered."""
