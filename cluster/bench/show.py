@@ -39,8 +39,8 @@ def table(
         ]
     if (wait := summary.exposed_wait) is not None:
         lines.append(
-            f"handoff     {wait.requests} requests: KV came {wait.exposed_ms_p50:.1f} ms after the end of prefill (p50), "
-            f"{wait.share_of_ttft:.1%} of TTFT p50"
+            f"handoff     {wait.requests} requests: KV came {wait.exposed_ms_p50:.1f} ms after the end of prefill "
+            f"(p50), {wait.share_of_ttft:.1%} of TTFT p50"
         )
     if spoilt := distortion(summary, closed_loop=closed_loop):
         lines.append(f"WARNING     {spoilt}")
