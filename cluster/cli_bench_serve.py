@@ -164,12 +164,15 @@ def _allow_many_connections() -> None:
 def _options(given: Mapping[str, Any]) -> BenchOptions:
     """What was given becomes BenchOptions: fields of the same name, and those that are written otherwise."""
     from dataclasses import fields
+    from pathlib import Path
 
     from .bench.options import BenchOptions, parse_headers, parse_pairs
     from .bench.report import parse_goodput
     from .cli_status import first_key
     from .tls import ClientTLS
 
+    if given["ca"] is not None and not Path(given["ca"]).is_file():
+        raise ValueError(f"ca: {given['ca']!r} is not allowed; allowed: a file of certificates")
     same = {field.name for field in fields(BenchOptions)} & given.keys()
     values = {name: given[name] for name in same} | {
         "goodput_ms": parse_goodput(given["goodput"] or ()),

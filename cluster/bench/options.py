@@ -93,6 +93,11 @@ class BenchOptions:
         for name in ("max_concurrency", "max_input_len", "max_output_len", "vocab_size"):
             if getattr(self, name) is not None:
                 _within(name, getattr(self, name), 1, None)
+        for name in ("request_rate", "burstiness"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; allowed: above 0, or inf")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: {self.temperature} is not allowed; allowed: 0 or more")
         if not 0 <= self.random_range_ratio < 1:
             raise ValueError(f"random_range_ratio: {self.random_range_ratio} is not allowed; allowed: 0 to below 1")
         if not 0 < self.rate_scale < math.inf:
@@ -108,13 +113,19 @@ class BenchOptions:
         for name, value in edges.items():
             if self.ramp_up_strategy is None and value is not None:
                 raise ValueError(f"{name}: {value} is not allowed without ramp_up_strategy")
-            if self.ramp_up_strategy is not None and (value is None or not 0 < value < math.inf):
+            if self.ramp_up_strategy is not None and value is None:
+                raise ValueError(f"{name}: is missing; allowed with ramp_up_strategy: above 0")
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: {value} is not allowed; allowed with ramp_up_strategy: above 0")
         if self.ramp_up_strategy is not None and not math.isinf(self.request_rate):
             raise ValueError(f"request_rate: {self.request_rate:g} is not allowed with ramp_up_strategy")
 
     def _check_endpoint(self) -> None:
         chosen = self.chosen_backend
+        if chosen != "tandem-grpc" and not self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"base_url: {self.base_url!r} is not allowed; allowed: http://host:port, https://host:port"
+            )
         if self.endpoint is not None:
             if chosen == "tandem-grpc":
                 raise ValueError(f"endpoint: {self.endpoint!r} is not allowed; allowed with HTTP backends")

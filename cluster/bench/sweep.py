@@ -155,7 +155,7 @@ class RateSearch:
 
     def __init__(self, *, start: float, resolution: float, max_points: int) -> None:
         """`resolution`: 0.05 ends when the lowest failed rate is within 5 % of the highest kept one."""
-        for name, value in (("sweep_start", start), ("sweep_resolution", resolution)):
+        for name, value in (("request_rate", start), ("sweep_resolution", resolution)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name}: {value} is not allowed; allowed: above 0")
         if max_points < 1:

@@ -100,8 +100,8 @@ def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not (options.resume and options.save_result and Path(options.save_result).exists()):
         return []
     saved = json.loads(Path(options.save_result).read_text(encoding="utf-8"))
-    if saved["load"] != load_of(options):
-        raise SystemExit(f"--resume: {options.save_result} has another load, {saved['load']}")
+    if saved.get("load") != load_of(options):
+        raise SystemExit(f"--resume: {options.save_result} has another load, {saved.get('load')}")
     return [row for row in saved["rows"] if "error" not in row]
 
 
@@ -209,6 +209,8 @@ def prepared(
     venv = prepare("vllm", options.root)
     environment |= vllm_environment(venv, cores)
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "PYTHONPATH": str(stub(options.root))}
+    # What this version compiles ahead of time it cannot load again, and compiles once more at every start.
+    environment |= {"VLLM_USE_AOT_COMPILE": "0"}
     longest = options.input_len + options.output_len + 64
     command = [str(venv.python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
     command += [

@@ -72,10 +72,13 @@ def test_points_are_bounded_and_an_unfinished_search_says_so() -> None:
     assert not seeking.settled
 
 
-@pytest.mark.parametrize(("name", "value"), [("start", 0.0), ("start", math.inf), ("resolution", 0.0)])
-def test_what_cannot_be_searched_is_refused(name: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "option"),
+    [("start", 0.0, "request_rate"), ("start", math.inf, "request_rate"), ("resolution", 0.0, "sweep_resolution")],
+)
+def test_what_cannot_be_searched_is_refused(name: str, value: float, option: str) -> None:
     options = {"start": 1.0, "resolution": 0.05, "max_points": 3} | {name: value}
-    with pytest.raises(ValueError, match=f"sweep_{name}"):
+    with pytest.raises(ValueError, match=option):
         RateSearch(**options)
 
 
