@@ -119,14 +119,14 @@ def fit_prefill(folder: Path, files: data.OperatorFiles, peaks: Peaks) -> Fit:
 
     def model(terms: Mapping[str, float], samples: data.Samples) -> Any:
         s = samples.sizes
-        tokens = s["batch"] * s["length"]
-        moved = 2 * _ELEMENT_BYTES * tokens * (s["heads"] + s["kv_heads"]) * s["head_dim"]
-        chosen = PrefillAttentionTerms(**terms)
-        return prefill_attention_s(chosen, peaks, tokens * s["length"], moved, s["heads"], s["head_dim"])
+        start = s.get("start", np.zeros(len(samples)))
+        moved = 2 * _ELEMENT_BYTES * s["batch"] * (s["length"] - start) * (s["heads"] + s["kv_heads"]) * s["head_dim"]
+        squares = s["batch"] * (s["length"] ** 2 - start**2)
+        return prefill_attention_s(PrefillAttentionTerms(**terms), peaks, squares, moved, s["heads"], s["head_dim"])
 
     fitted, out = split(data.prefill_samples(folder / files.prefill))
     terms = fit(model, {"launch_us": 10.0, "compute_share": 0.5, "length_ns": 1.0, "bandwidth_share": 0.8}, [fitted])
-    return Fit(terms, {"prefill_attention": errors(model, terms, out)})
+    return Fit(terms, {"prefill_attention": errors(model, terms, out)} | _older(model, terms, folder, files, True))
 
 
 def fit_decode(folder: Path, files: data.OperatorFiles, peaks: Peaks) -> Fit:
@@ -139,7 +139,18 @@ def fit_decode(folder: Path, files: data.OperatorFiles, peaks: Peaks) -> Fit:
 
     fitted, out = split(data.decode_samples(folder / files.decode))
     terms = fit(model, {"launch_us": 10.0, "bandwidth_share": 0.8, "row_ns": 20.0}, [fitted])
-    return Fit(terms, {"decode_attention": errors(model, terms, out)})
+    return Fit(terms, {"decode_attention": errors(model, terms, out)} | _older(model, terms, folder, files, False))
+
+
+def _older(
+    model: Model, terms: Mapping[str, float], folder: Path, files: data.OperatorFiles, prompts: bool
+) -> dict[str, dict[str, float]]:
+    """Errors on Vidur's attention, where there is a file of it."""
+    if files.attention is None:
+        return {}
+    samples = data.model_attention_samples(folder / files.attention, prompts=prompts)
+    name = f"{'prefill' if prompts else 'decode'}_attention of Vidur, older kernels"
+    return {name: errors(model, terms, samples)}
 
 
 def fit_elementwise(folder: Path, files: data.OperatorFiles, peaks: Peaks) -> Fit:

@@ -59,6 +59,8 @@ class OperatorFiles:
     """Vidur's, that the fit never sees."""
     all_reduce: str
     send_recv: str
+    attention: str | None = None
+    """Vidur's, of the kernels of early 2024; never in the fit."""
 
 
 FILES = {
@@ -74,6 +76,7 @@ FILES = {
         ),
         all_reduce="vidur/network_a100_dgx_all_reduce.csv.gz",
         send_recv="vidur/network_a100_dgx_send_recv.csv.gz",
+        attention="vidur/history_e2d00e9_a100_attention_llama2-70b-shape_tp2.csv.gz",
     ),
     "h100": OperatorFiles(
         gemm="aiconfigurator/h100_vllm0.24.0_gemm_bf16_fp8.csv.gz",
@@ -136,6 +139,24 @@ def _served_heads(path: Path) -> Iterator[dict[str, str]]:
 def _attention_sizes(table: Callable[[str], Array]) -> dict[str, Array]:
     names = {"batch": "batch_size", "heads": "num_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
     return {name: table(column) for name, column in names.items()}
+
+
+def model_attention_samples(path: Path, *, prompts: bool) -> Samples:
+    """Vidur's attention of a batch: the sizes of `prefill_samples` and `start` (tokens before a chunk, `length` with
+    them), or those of `decode_samples`.
+    """
+    table = _table(row for row in read_rows(path) if (row["is_prefill"] == "True") is prompts)
+    ranks = table("num_tensor_parallel_workers")
+    sizes = {
+        "batch": table("batch_size"),
+        "heads": table("n_q_head") / ranks,
+        "kv_heads": table("n_kv_head") / ranks,
+        "head_dim": table("n_embd") / table("n_q_head"),
+    }
+    cached = table("kv_cache_size")
+    sizes |= {"start": cached, "length": cached + table("prefill_chunk_size")} if prompts else {"context": cached}
+    seconds = table(f"time_stats.attn_{'prefill' if prompts else 'decode'}.median") * _MS
+    return Samples(sizes, seconds, _groups(cached))
 
 
 def model_gemm_samples(path: Path) -> Samples:
