@@ -51,6 +51,13 @@ def mapped_lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactor
     yield from _lanes(runner, tmp_path_factory, 2, transport="mapped", **grants)
 
 
+@pytest.fixture(scope="module")
+def moved_lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Rig]]:
+    """Pairs of workers whose KV moves in processes of its own."""
+    grants = {"lease_s": 120.0, "pull_wait_s": 120.0, "credit_ttl_s": 120.0}
+    yield from _lanes(runner, tmp_path_factory, 2, kv_mover="process", **grants)
+
+
 @pytest.fixture
 def start(runner: asyncio.Runner, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     """Clusters that end with the test."""

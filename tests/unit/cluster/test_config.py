@@ -59,6 +59,7 @@ BAD_ENGINE = [
 ]
 
 BAD_WORKER = [
+    ("kv_mover", "fork"),
     ("worker_id", " "),
     ("role", "prefill"),
     ("engine", None),

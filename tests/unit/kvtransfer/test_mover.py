@@ -18,7 +18,7 @@ from tandem.kvtransfer.layout import KVLayout
 from tandem.kvtransfer.mapped.fd_passing import SegmentServer
 from tandem.kvtransfer.mapped.segment import SegmentError
 from tandem.kvtransfer.memory_store import MemoryKVStore
-from tandem.kvtransfer.mover import process
+from tandem.kvtransfer.mover import process, worker
 from tandem.kvtransfer.mover.process import Mover
 from tandem.kvtransfer.mover.worker import KVMover, MoverLost
 from tandem.kvtransfer.source import SourceDriver
@@ -304,3 +304,30 @@ def test_more_blocks_than_were_wanted_are_written_nowhere(pair_class: Any) -> No
         assert not bytes(pair.pulled.read_block(5)).strip(b"\0")
 
     play(pair_class, scene)
+
+
+def test_who_is_given_a_mover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto`: devices that compute, where a processor is left for it and memory can be shared with it."""
+    spawned: list[str] = []
+
+    async def spawn() -> str:
+        spawned.append("mover")
+        return "mover"
+
+    monkeypatch.setattr(worker.KVMover, "spawn", spawn)
+    monkeypatch.setattr(worker, "_processors", lambda: 2)
+
+    def made(kv_mover: str, *, computes: bool = True) -> bool:
+        return asyncio.run(worker.spawn_mover(kv_mover, computes=computes)) is not None
+
+    assert made("auto")
+    assert made("process", computes=False)
+    assert not made("thread")
+    assert not made("auto", computes=False)
+    monkeypatch.setattr(worker, "_processors", lambda: 1)
+    assert not made("auto")
+    assert made("process")
+    monkeypatch.setattr(worker, "have_shared_memory", lambda: False)
+    with pytest.raises(OSError, match="kv_mover"):
+        made("process")
+    assert spawned == ["mover"] * 3
