@@ -4,16 +4,14 @@ one installation, started together: nothing here has versions, and what does not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import msgpack
 
 from ...cluster.auth import MemberCredentials, MemberTLS
 from ...cluster.tls import Identity
-from ...cluster.types import BlockRef
 from .. import wire
-from ..ticket import HandoffRefused, Peer, RefusalReason, Ticket
+from ..ticket import HandoffRefused, Peer, RefusalReason
 from ..transport import EndFrame, PullRequest, RefFrame
 
 
@@ -101,23 +99,21 @@ def decode_pull(body: bytes) -> Pull:
     return Pull(peer=Peer(*peer), request=wire.decode_pull(request), block_ids=tuple(block_ids), timeout_s=timeout_s)
 
 
-def encode_refs(ticket: Ticket, first_block: int, refs: Sequence[BlockRef]) -> bytes:
-    """An item of the worker's `pull`: blocks that may be read now."""
-    return _pack([wire.encode_refs(ticket, first_block, refs), None])
+def encode_run(message: bytes, now_s: float) -> bytes:
+    """An item of the worker's `pull`: REFS, blocks that may be read now; with the last of them, or alone, END. `now_s`:
+    on the machine's monotonic clock.
+    """
+    return _pack([message, now_s])
 
 
-def encode_end(end: EndFrame, now_s: float) -> bytes:
-    """The last item of the worker's `pull`. `now_s`: on the machine's monotonic clock."""
-    return _pack([wire.encode_end(end), now_s])
-
-
-def decode_run(item: bytes, now_s: float) -> list[RefFrame] | EndFrame:
-    """Inverse of `encode_refs` and `encode_end`; an end has aged meanwhile."""
+def decode_run(item: bytes, now_s: float) -> tuple[list[RefFrame], EndFrame | None]:
+    """Inverse of `encode_run`; an end has aged meanwhile."""
     message, said_s = msgpack.unpackb(item)
     frames = wire.decode_frames(message)
-    if isinstance(end := frames[0], EndFrame):
-        return replace(end, prefill_end_age_s=end.prefill_end_age_s + max(0.0, now_s - said_s))
-    return [frame for frame in frames if isinstance(frame, RefFrame)]
+    refs = [frame for frame in frames if isinstance(frame, RefFrame)]
+    if not isinstance(end := frames[-1], EndFrame):
+        return refs, None
+    return refs, replace(end, prefill_end_age_s=end.prefill_end_age_s + max(0.0, now_s - said_s))
 
 
 def encode_progress(progress: Progress) -> bytes:

@@ -254,13 +254,16 @@ class _Forwarded(KVSource):
     async def open_pull(self, request: PullRequest) -> AsyncGenerator[BlockRun | EndFrame, None]:
         async with aclosing(self._link.stream("pull", wire.encode_pull(request))) as items:
             async for item in items:
-                refs = decode_run(item, time.monotonic())
-                if isinstance(refs, EndFrame):
-                    yield refs
-                    return
-                most = len(refs) if request.mapped else self._most
+                came_s = time.monotonic()
+                refs, end = decode_run(item, came_s)
+                most = max(1, len(refs)) if request.mapped else self._most
                 for start in range(0, len(refs), most):
-                    yield self._run_of(request, refs[start : start + most])
+                    run = self._run_of(request, refs[start : start + most])
+                    yield replace(run, last=end is not None and start + most >= len(refs))
+                if end is not None:
+                    age_s = end.prefill_end_age_s + time.monotonic() - came_s
+                    yield replace(end, prefill_end_age_s=age_s)
+                    return
 
     async def confirm(self, ticket: Ticket) -> None:
         await self._link.ask("confirm", wire.encode_ticket(ticket), timeout_s=ASK_S)

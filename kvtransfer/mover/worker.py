@@ -26,7 +26,7 @@ from ..store import KVStore
 from ..ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from ..transport import EndFrame, KVFrames, KVTransport, PullRequest, WrittenBlocks
 from .link import CANCEL_S, Link
-from .messages import Attach, Pull, decode_progress, encode_attach, encode_call, encode_end, encode_pull, encode_refs
+from .messages import Attach, Pull, decode_progress, encode_attach, encode_call, encode_pull, encode_run
 
 log = logging.getLogger(__name__)
 
@@ -148,14 +148,18 @@ class KVMover:
 
     async def _pull(self, body: bytes) -> AsyncGenerator[bytes, None]:
         request = wire.decode_pull(body)
+        unsent = b""
         async with aclosing(self._decider().open_pull(request, own_reader=True)) as items:
             async for item in items:
                 if isinstance(item, EndFrame):
-                    yield encode_end(item, time.monotonic())
+                    yield encode_run(unsent + wire.encode_end(item), time.monotonic())
                     return
-                message = encode_refs(request.ticket, item.frames[0].block_index, item.refs)
+                message = wire.encode_refs(request.ticket, item.frames[0].block_index, item.refs)
                 item.verify()
-                yield message
+                if item.last:
+                    unsent = message
+                    continue
+                yield encode_run(message, time.monotonic())
 
     async def _confirm(self, body: bytes) -> AsyncGenerator[bytes, None]:
         await self._decider().confirm(wire.decode_ticket(body))
