@@ -246,11 +246,16 @@ def _run(display: Display, systems: Sequence[System], load: Staircase, given: Ma
 
 def _draw(display: Display, results: Sequence[SystemResult], load: Staircase, file: Path) -> None:
     """A picture for each promise: what was measured, beside what virtual time predicted."""
+    from dataclasses import replace
+
     from .bench.plots import plot_sweeps
 
     for place, promise in enumerate(load.promises):
         name = file if place == 0 else file.with_stem(f"{file.stem}-{place + 1}")
         sweeps = [sweep for result in results if (sweep := result.sweep(place)).points]
+        sweeps += [
+            replace(one, label=f"virtual: {one.label}") for r in results for one in r.predicted[place : place + 1]
+        ]
         plot_sweeps(sweeps, name, title=f"{promise}")
         display.line(f"drawn       {name}")
 

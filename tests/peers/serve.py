@@ -237,6 +237,7 @@ def tandem_config(server: Server, model: str, cores: tuple[int, ...], ports: lis
     return {
         "engine": engine,
         "router": {"model": model, **dict(zip(("http_port", "grpc_port", "registry_port"), ports, strict=True))},
+        "start_timeout_s": READY_TIMEOUT_S,
         **workers,
     }
 
