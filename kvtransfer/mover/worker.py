@@ -205,7 +205,8 @@ def _start() -> tuple[socket.socket, socket.socket, subprocess.Popen[bytes]]:
     numbers = (its_link.fileno(), its_gift.fileno())
     command = [sys.executable, "-m", "tandem.kvtransfer.mover.process", *map(str, numbers)]
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers)
+        # A group of its own: Ctrl-C is for the worker, which drains first.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers, process_group=0)
     except BaseException:
         link.close()
         gift.close()
