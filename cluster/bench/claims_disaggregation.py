@@ -179,7 +179,7 @@ async def compare(
                 if len(done) >= attempt or any(not any(stair.void for stair in stairs) for stairs in done):
                     continue
                 own = replace(load, seed=seed)
-                if time.monotonic() + own.edges_s[-1] + START_S + DRAIN_S / 2 > end_s:
+                if time.monotonic() + own.edges_s[-1] + START_S + DRAIN_S * load.time_scale / 2 > end_s:
                     say(f"{system.label}, seed {seed}: no time left")
                     continue
                 kept.add(key, seed, system.label, await run_system(system, own, say))

@@ -27,6 +27,7 @@ from .traces import TraceRequest, draw_rows, fit_trace, read_trace, trace_reques
 MAX_REQUESTS = 20_000
 TARGET = 0.9
 _WARMUP_SEED = 0x5EED
+_WARMUP_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +114,11 @@ class Staircase:
         return draw_rows(self._pool(), sum(self.counts), self.seed)
 
     def requests(self, vocabulary: Sequence[int], *, warmups: int) -> tuple[tuple[BenchRequest, ...], ...]:
-        """The warm-ups and the load, with prompts of exactly the trace's lengths. ValueError."""
-        warm = draw_rows(self._pool(), warmups, self.seed ^ _WARMUP_SEED)
+        """The warm-ups, whose answers are short, and the load, with prompts of exactly the trace's lengths. ValueError."""
+        warm = [
+            replace(row, output_tokens=min(row.output_tokens, _WARMUP_TOKENS))
+            for row in draw_rows(self._pool(), warmups, self.seed ^ _WARMUP_SEED)
+        ]
         return (
             trace_requests(warm, vocabulary, self.seed ^ _WARMUP_SEED),
             trace_requests(self.rows(), vocabulary, self.seed),

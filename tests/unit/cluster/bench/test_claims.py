@@ -200,3 +200,17 @@ def test_batching_that_was_served_stands_beside_its_prediction() -> None:
     assert "VOID: router used 97 %" in limited
     assert "one worker took" not in limited
     assert StepCount(steps=10, late=3).since(StepCount(steps=6, late=1)) == StepCount(steps=4, late=2)
+
+
+def test_requests_have_the_traces_lengths_and_warm_ups_are_short(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,30,40\n1,50,3\n2,3000,9\n")
+    load = replace(LOAD, dataset_path=str(path), rates=(1.0,))
+    warm, sent = load.requests(range(100, 200), warmups=5)
+    assert all(request.max_tokens in (3, 8) for request in warm)
+    assert {(len(request.prompt), request.max_tokens) for request in sent} == {(30, 40), (50, 3)}
+    assert [row.input_tokens for row in load.rows()] == [len(request.prompt) for request in sent]
+    assert load.key() == replace(load).key() != replace(load, seed=1).key()
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,3000,40\n")
+    with pytest.raises(ValueError, match="dataset_path: nothing in it fits into a context of 2048 tokens"):
+        load.rows()
