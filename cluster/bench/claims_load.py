@@ -114,7 +114,7 @@ class Staircase:
         return draw_rows(self._pool(), sum(self.counts), self.seed)
 
     def requests(self, vocabulary: Sequence[int], *, warmups: int) -> tuple[tuple[BenchRequest, ...], ...]:
-        """The warm-ups, whose answers are short, and the load, with prompts of exactly the trace's lengths. ValueError."""
+        """The warm-ups, whose answers are short, and the load, with prompts of the trace's lengths. ValueError."""
         warm = [
             replace(row, output_tokens=min(row.output_tokens, _WARMUP_TOKENS))
             for row in draw_rows(self._pool(), warmups, self.seed ^ _WARMUP_SEED)
