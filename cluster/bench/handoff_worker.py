@@ -274,43 +274,37 @@ def _transport(spec: WorkerSpec, device: Device, mover: KVMover | None) -> KVTra
     return MappedKVTransport(control, layout, required=spec.transport == "mapped")
 
 
-async def serve(spec: WorkerSpec) -> None:
-    """Serves until stdin ends."""
-    marks = Marks()
-    if spec.other_cpus:
-        os.sched_setaffinity(0, spec.other_cpus)
-    mover = await spawn_mover(spec.kv_mover, computes=True)
-    device = MarkedDevice(_device(spec), marks, spec.engine_cpu)
-    engine_config = EngineConfig(
+def _config(spec: WorkerSpec) -> WorkerConfig:
+    engine = EngineConfig(
         device="paced", block_size=spec.block_size, max_batched_tokens=MAX_MODEL_LEN, prefix_cache=False
     )
-    config = WorkerConfig(
+    return WorkerConfig(
         worker_id=spec.worker_id,
         role=Role(spec.role),
-        engine=engine_config,
+        engine=engine,
         transport=spec.transport,
         checksum=spec.checksum,
         lease_s=LEASE_S,
     )
-    segment = device.kv.segment
-    assert segment is not None
-    if mover is not None:
-        await mover.attach(device.kv, transport=spec.transport, credentials=OPEN)
-    num_blocks = device.kv.num_blocks - spec.spare_blocks
-    pool = BlockPool(num_blocks, spec.block_size, segment.generations[:num_blocks])
-    clock = MonotonicClock()
-    scheduler = Scheduler(
+
+
+def _scheduler(config: WorkerConfig, pool: BlockPool, clock: MonotonicClock) -> Scheduler:
+    engine = config.engine
+    return Scheduler(
         block_pool=pool,
         prefix_cache=PrefixCache(pool, enabled=False),
         policy=policy_for(config.role),
         clock=clock,
-        max_batched_tokens=engine_config.max_batched_tokens,
-        max_running=engine_config.max_running,
-        max_waiting=engine_config.max_waiting,
-        max_model_len=min(MAX_MODEL_LEN, num_blocks * spec.block_size),
+        max_batched_tokens=engine.max_batched_tokens,
+        max_running=engine.max_running,
+        max_waiting=engine.max_waiting,
+        max_model_len=min(MAX_MODEL_LEN, pool.num_blocks * pool.block_size),
         eos_token_ids=(),
     )
-    facts = WorkerFacts(
+
+
+def _facts(spec: WorkerSpec, device: Device) -> WorkerFacts:
+    return WorkerFacts(
         worker_id=spec.worker_id,
         epoch=new_epoch(),
         model="paced",
@@ -321,6 +315,23 @@ async def serve(spec: WorkerSpec) -> None:
         vocab_size=device.vocab_size,
         device=device.name,
     )
+
+
+async def serve(spec: WorkerSpec) -> None:
+    """Serves until stdin ends."""
+    marks = Marks()
+    if spec.other_cpus:
+        os.sched_setaffinity(0, spec.other_cpus)
+    mover = await spawn_mover(spec.kv_mover, computes=True)
+    device = MarkedDevice(_device(spec), marks, spec.engine_cpu)
+    segment = device.kv.segment
+    assert segment is not None
+    if mover is not None:
+        await mover.attach(device.kv, transport=spec.transport, credentials=OPEN)
+    num_blocks = device.kv.num_blocks - spec.spare_blocks
+    pool = BlockPool(num_blocks, spec.block_size, segment.generations[:num_blocks])
+    config, facts, clock = _config(spec), _facts(spec, device), MonotonicClock()
+    scheduler = _scheduler(config, pool, clock)
     segment.publish(facts.epoch)
     segments = await share(segment)
     shell = WorkerShell(config, facts, clock)
@@ -346,18 +357,7 @@ async def serve(spec: WorkerSpec) -> None:
     gc.freeze()
     about = {"epoch": facts.epoch, "fingerprint": facts.fingerprint}
     _say({"address": shell.address, "kv_address": shell.kv_address, **about})
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        command = Command(**json.loads(line))
-        muted.muted = command.mute
-        if command.pull is None:
-            _say(marks.take())
-            continue
-        try:
-            traffic = Traffic(**command.pull)
-            spare = tuple(range(num_blocks, device.kv.num_blocks))
-            _say(await pull_over_and_over(traffic, transport, device.kv, spare))
-        except HandoffRefused as refused:
-            _say({"error": str(refused)})
+    await _obey(marks, muted, transport, device, spare_blocks=tuple(range(num_blocks, device.kv.num_blocks)))
     await shell.stop()
     await server.stop(0.2)
     if kv_server is not None:
@@ -367,6 +367,22 @@ async def serve(spec: WorkerSpec) -> None:
     if segments is not None:
         await segments.stop()
     device.close()
+
+
+async def _obey(
+    marks: Marks, muted: Muted, transport: KVTransport, device: Device, *, spare_blocks: tuple[int, ...]
+) -> None:
+    """Answers commands until stdin ends."""
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        command = Command(**json.loads(line))
+        muted.muted = command.mute
+        if command.pull is None:
+            _say(marks.take())
+            continue
+        try:
+            _say(await pull_over_and_over(Traffic(**command.pull), transport, device.kv, spare_blocks))
+        except HandoffRefused as refused:
+            _say({"error": str(refused)})
 
 
 def _say(message: dict[str, Any]) -> None:
