@@ -108,6 +108,8 @@ class OperatorTerms:
     """What makes a device's operators slower than its data sheet."""
 
     gemm: GemmTerms
+    gemm_8bit: GemmTerms | None = None
+    """Of fp8 and int8; None: those of `gemm`."""
     prefill_attention: PrefillAttentionTerms
     decode_attention: DecodeAttentionTerms
     elementwise: ElementwiseTerms

@@ -187,7 +187,8 @@ class Roofline:
 
     def _gemm_s(self, tokens: Array, n: float, k: float) -> Array:
         weight, element = self.facts.weight_dtype_bytes, self.facts.activation_bytes
-        seconds: Array = gemm_s(self.hardware.terms.gemm, self._peaks, tokens, n, k, weight, element)
+        terms = (self.hardware.terms.gemm_8bit if weight == 1 else None) or self.hardware.terms.gemm
+        seconds: Array = gemm_s(terms, self._peaks, tokens, n, k, weight, element)
         return seconds
 
     def _pass_s(self, share: float, moved_bytes: Array, kernels: int = 1) -> Array:

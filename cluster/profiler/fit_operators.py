@@ -4,8 +4,8 @@
 
 DATA holds `aiconfigurator/` and `vidur/`. Every fifth group of samples (a weight shape, a set of heads, a size) and
 whole models of Vidur are left out of the fit; the errors on them are printed and stored beside the constants. The fit
-minimizes the logarithm of predicted over measured, with a loss that outliers hardly move; the sources of one operator
-count alike. One set of constants for each device, whatever the model.
+minimizes the logarithm of predicted over measured, with a loss that outliers hardly move, and takes as many points of
+each source of an operator. One set of constants for each device, whatever the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,16 @@ Model = Callable[[Mapping[str, float], data.Samples], Any]
 
 def fit(model: Model, start: Mapping[str, float], fitted: Sequence[data.Samples]) -> dict[str, float]:
     """Constants > 0 that predict the samples best, from `start`; see the module."""
-    chosen = [_at_most(source, MAX_POINTS) for source in fitted]
-    weights = np.concatenate([np.full(len(source), 1.0 / np.sqrt(len(source))) for source in chosen])
-    weights *= np.sqrt(len(weights) / len(chosen))
+    points = min(MAX_POINTS, *(len(source) for source in fitted))
+    chosen = [_at_most(source, points) for source in fitted]
 
     def residuals(logs: Array) -> Array:
         terms = dict(zip(start, np.exp(logs), strict=True))
-        logs_of_ratios = [np.log(model(terms, source) / source.seconds) for source in chosen]
-        weighted: Array = np.concatenate(logs_of_ratios) * weights
-        return weighted
+        ratios: Array = np.concatenate([model(terms, source) / source.seconds for source in chosen])
+        return np.log(ratios)
 
     found = least_squares(residuals, np.log(list(start.values())), loss="soft_l1", f_scale=_LOSS_SCALE)
-    return {name: _rounded(value) for name, value in zip(start, np.exp(found.x), strict=True)}
+    return _rounded_terms(dict(zip(start, np.exp(found.x).tolist(), strict=True)))
 
 
 def errors(model: Model, terms: Mapping[str, float], samples: data.Samples) -> dict[str, float]:
@@ -91,27 +89,40 @@ def split(samples: data.Samples) -> tuple[data.Samples, data.Samples]:
     return samples.where(~out), samples.where(out)
 
 
-def fit_gemm(folder: Path, files: data.OperatorFiles, peaks: Peaks, peak_fp8: float | None) -> Fit:
-    """Matrix products. FP8's are predicted with the constants of bfloat16, to see how far they carry."""
+GEMM_START = {"launch_us": 4.0, "compute_share": 0.7, "inner_ns": 0.3, "bandwidth_share": 0.8, "overlap_power": 1.0}
+"""Where fits begin; the power counts from 1, below which it has no meaning."""
 
-    def model(terms: Mapping[str, float], samples: data.Samples, weight: int = 2, peak: Peaks = peaks) -> Any:
-        values = dict(terms) | {"overlap_power": 1.0 + terms["overlap_power"]}
-        s = samples.sizes
-        return gemm_s(_gemm_terms(values), peak, s["m"], s["n"], s["k"], weight, _ELEMENT_BYTES)
 
+def fit_gemm(folder: Path, files: data.OperatorFiles, peaks: Peaks) -> Fit:
+    """Matrix products of bfloat16, of both sources."""
     fitted, out = split(data.gemm_samples(folder / files.gemm))
     models = [data.model_gemm_samples(folder / name) for name in files.fitted_models]
-    start = {"launch_us": 4.0, "compute_share": 0.7, "inner_ns": 0.3, "bandwidth_share": 0.8, "overlap_power": 1.0}
-    terms = fit(model, start, [fitted, _joined(models)])
+    model = _gemm_model(peaks, _ELEMENT_BYTES)
+    terms = fit(model, GEMM_START, [fitted, _joined(models)])
     held = {"gemm": errors(model, terms, out)}
     for name in files.held_out_models:
         held[f"gemm of {_model_name(name)}"] = errors(model, terms, data.model_gemm_samples(folder / name))
-    if peak_fp8 is not None:
-        fp8 = data.gemm_samples(folder / files.gemm, "fp8")
-        held["gemm in fp8 with bfloat16's constants"] = errors(
-            lambda t, s: model(t, s, 1, Peaks(peak_fp8, peaks.bytes_s)), terms, fp8
-        )
-    return Fit(terms | {"overlap_power": _rounded(1.0 + terms["overlap_power"])}, held)
+    return Fit(_rounded_terms(_gemm_terms(terms)), held)
+
+
+def fit_gemm_8bit(folder: Path, files: data.OperatorFiles, peaks: Peaks) -> Fit:
+    """Matrix products of fp8, without quantizing what goes in; `peaks` are those of fp8."""
+    fitted, out = split(data.gemm_samples(folder / files.gemm, "fp8"))
+    model = _gemm_model(peaks, 1)
+    terms = fit(model, GEMM_START, [fitted])
+    return Fit(_rounded_terms(_gemm_terms(terms)), {"gemm_8bit": errors(model, terms, out)})
+
+
+def _gemm_terms(found: Mapping[str, float]) -> dict[str, float]:
+    return dict(found) | {"overlap_power": 1.0 + found["overlap_power"]}
+
+
+def _gemm_model(peaks: Peaks, weight_bytes: int) -> Model:
+    def model(terms: Mapping[str, float], samples: data.Samples) -> Any:
+        s = samples.sizes
+        return gemm_s(GemmTerms(**_gemm_terms(terms)), peaks, s["m"], s["n"], s["k"], weight_bytes, _ELEMENT_BYTES)
+
+    return model
 
 
 def fit_prefill(folder: Path, files: data.OperatorFiles, peaks: Peaks) -> Fit:
@@ -202,12 +213,14 @@ def fit_device(folder: Path, name: str) -> dict[str, Any]:
     tflops = facts["peak_tflops"]
     peaks = Peaks(tflops["bfloat16"] * 1e12, facts["memory_bandwidth_gb_s"] * 1e9)
     fits = {
-        "gemm": fit_gemm(folder, files, peaks, tflops["fp8"] * 1e12 if "fp8" in tflops else None),
+        "gemm": fit_gemm(folder, files, peaks),
         "prefill_attention": fit_prefill(folder, files, peaks),
         "decode_attention": fit_decode(folder, files, peaks),
         "elementwise": fit_elementwise(folder, files, peaks),
         "all_reduce": fit_all_reduce(folder, files),
     }
+    if "fp8" in tflops:
+        fits["gemm_8bit"] = fit_gemm_8bit(folder, files, replace(peaks, flops_s=tflops["fp8"] * 1e12))
     links = {
         where: fit_link(folder, files, inside_node=where == "intra_node") for where in ("intra_node", "inter_node")
     }
@@ -251,10 +264,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _gemm_terms(values: Mapping[str, float]) -> GemmTerms:
-    return GemmTerms(**values)
-
-
 def _at_most(samples: data.Samples, points: int) -> data.Samples:
     if len(samples) <= points:
         return samples
@@ -275,6 +284,10 @@ def _marked(samples: data.Samples, kind: int) -> data.Samples:
 
 def _model_name(path: str) -> str:
     return Path(path).name.removeprefix("compute_").partition("_")[2].removesuffix("_mlp.csv.gz")
+
+
+def _rounded_terms(terms: Mapping[str, float]) -> dict[str, float]:
+    return {name: _rounded(value) for name, value in terms.items()}
 
 
 def _rounded(value: float) -> float:
