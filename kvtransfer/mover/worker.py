@@ -203,10 +203,12 @@ def _start() -> tuple[socket.socket, socket.socket, subprocess.Popen[bytes]]:
     link, its_link = socket.socketpair()
     gift, its_gift = socket.socketpair()
     numbers = (its_link.fileno(), its_gift.fileno())
-    command = [sys.executable, "-m", "tandem.kvtransfer.mover.process", *map(str, numbers)]
+    # What this process imports from, and not the folder that it stands in.
+    command = [sys.executable, "-P", "-m", "tandem.kvtransfer.mover.process", *map(str, numbers)]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         # A group of its own: Ctrl-C is for the worker, which drains first.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers, process_group=0)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=numbers, process_group=0, env=paths)
     except BaseException:
         link.close()
         gift.close()
