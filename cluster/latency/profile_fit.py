@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from .interface import StepCosts
 from .profile import MAX_FILE_BYTES, DecodeTerms, StepProfile
 
 Array = NDArray[np.float64]
@@ -94,6 +95,29 @@ def fit_profile(
     profile = _profile(terms, large_batch_rows, pipeline_stages, source)
     report = FitReport(relative_errors(judged, held_out), relative_errors(profile, samples), large_batch_rows)
     return profile, report
+
+
+def profile_of(
+    costs: StepCosts, *, max_tokens: int = 8192, max_rows: int = 512, max_context: int = 4096, source: str = ""
+) -> tuple[StepProfile, FitReport]:
+    """A profile that stands for other costs where a file is wanted (the paced device's): fitted to their steps up to
+    these sizes. The report says how much is lost.
+    """
+    lengths, rows = _sizes_to(max_tokens), _sizes_to(max_rows)
+    contexts = [context for context in _sizes_to(max_context)[::2] if context > 1]
+    shapes = [(length, length**2, 0, 0) for length in lengths]
+    shapes += [(tokens, tokens * 128, 0, 0) for tokens in lengths if tokens > 128]  # of prompts of 128 tokens each
+    shapes += [(0, 0, count, count * context) for count in rows for context in contexts]
+    mixed = [(length, count) for length in lengths[::3] for count in rows[::3]]
+    shapes += [(length, length**2, count, count * contexts[-1]) for length, count in mixed]
+    samples = [StepSample(*shape, seconds=costs.step_time_s(*shape)) for shape in shapes]
+    return fit_profile(samples, pipeline_stages=costs.pipeline_stages, source=source)
+
+
+def _sizes_to(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12 … up to `most`, which is the last one."""
+    sizes = sorted({2**power * factor // 2 for power in range(most.bit_length() + 1) for factor in (2, 3)} | {most})
+    return [size for size in sizes if 1 <= size <= most]
 
 
 def relative_errors(profile: StepProfile, samples: Sequence[StepSample]) -> RelativeErrors:

@@ -7,8 +7,11 @@ from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
+from tandem.cluster.latency.hardware import load_hardware
+from tandem.cluster.latency.model_facts import model_facts
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
-from tandem.cluster.latency.profile_fit import StepSample, fit_profile, read_samples, write_samples
+from tandem.cluster.latency.profile_fit import StepSample, fit_profile, profile_of, read_samples, write_samples
+from tandem.cluster.latency.roofline import Roofline
 
 SMALL = DecodeTerms(step_s=0.02, row_s=4e-5, context_token_s=6e-7)
 TRUE = StepProfile(
@@ -63,6 +66,22 @@ def test_no_term_is_below_zero() -> None:
     profile, _ = fit_profile(falling)
     assert (profile.prefill_token_s, profile.prefill_square_s, profile.decode.row_s) == (0.0, 0.0, 0.0)
     assert profile.prefill_step_s == pytest.approx(0.1, rel=0.02)
+
+
+def test_a_profile_stands_for_a_roofline_where_a_file_is_wanted() -> None:
+    costs = Roofline(model_facts("llama-3.1-8b"), load_hardware("h100"), 1, 2)
+    profile, report = profile_of(costs, source="llama-3.1-8b on h100")
+    assert report.held_out.median < 0.05
+    assert report.held_out.p90 < 0.12
+    assert (profile.pipeline_stages, profile.source) == (2, "llama-3.1-8b on h100")
+    for shape in ((700, 700**2, 0, 0), (0, 0, 40, 40 * 900)):
+        assert profile.step_time_s(*shape) == pytest.approx(costs.step_time_s(*shape), rel=0.1)
+        assert profile.stage_time_s(*shape) == pytest.approx(costs.stage_time_s(*shape), rel=0.15)
+
+
+def test_a_profile_of_a_profile_is_the_profile() -> None:
+    profile, _ = profile_of(TRUE, max_tokens=500, max_rows=33)
+    assert profile.step_time_s(300, 300**2, 10, 5000) == pytest.approx(TRUE.step_time_s(300, 300**2, 10, 5000))
 
 
 def test_stages_are_kept() -> None:
