@@ -97,14 +97,12 @@ def known_hardware() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-@cache
 def load_hardware(reference: str) -> Hardware:
     """A device by the name of its file, or by the path of another one. ConfigError names the nearest known device, or
     what is wrong with the file.
     """
     if reference.endswith((".yaml", ".yml")):
         return read_hardware(Path(reference).expanduser())
-    path = FOLDER / f"{reference.lower()}.yaml"
     if reference.lower() not in known_hardware():
         near = [name for name in known_hardware() if name.startswith(reference.lower()[:4])]
         near = near or difflib.get_close_matches(reference.lower(), known_hardware(), n=1, cutoff=0.3)
@@ -112,7 +110,12 @@ def load_hardware(reference: str) -> Hardware:
         raise ConfigError(
             "hardware", reference, f"{hint}a path to a .yaml file, or one of {', '.join(known_hardware())}"
         )
-    return read_hardware(path)
+    return _packaged(reference.lower())
+
+
+@cache
+def _packaged(name: str) -> Hardware:
+    return read_hardware(FOLDER / f"{name}.yaml")
 
 
 def read_hardware(path: Path) -> Hardware:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ..config_schema import Text, Within, check, parse
+from ..config_schema import ConfigError, Text, Within, check, parse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,4 +44,9 @@ INSTANT = Link(name="instant", bandwidth_gb_s=1e6)
 
 def read_links(sections: Mapping[str, Any], path: str = "links") -> dict[str, Link]:
     """Links by name out of a section of a YAML or JSON file. ConfigError names what is wrong with it."""
-    return {name: parse(Link, {"name": name, **section}, f"{path}.{name}") for name, section in sections.items()}
+    links = {}
+    for name, section in sections.items():
+        if not isinstance(section, Mapping) or "name" in section:
+            raise ConfigError(f"{path}.{name}", section, "a section of bandwidth_gb_s and latency_us")
+        links[name] = parse(Link, {"name": name, **section}, f"{path}.{name}")
+    return links

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tandem.cluster.latency.links import INSTANT, Link, read_links
 
@@ -27,8 +29,10 @@ def test_links_are_read_by_name() -> None:
         ({"bandwidth_gb_s": 1, "latency_us": -1}, r"links\.a\.latency_us: -1 .* at least 0, at most"),
         ({"bandwith_gb_s": 1}, "did you mean bandwidth_gb_s"),
         ({}, "bandwidth_gb_s: is missing"),
+        (25, r"links\.a: 25 is not allowed; allowed: a section of bandwidth_gb_s and latency_us"),
+        ({"name": "b", "bandwidth_gb_s": 1}, r"links\.a: .*a section of bandwidth_gb_s and latency_us"),
     ],
 )
-def test_a_wrong_link_is_named(section: dict[str, float], error: str) -> None:
+def test_a_wrong_link_is_named(section: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         read_links({"a": section})
