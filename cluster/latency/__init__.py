@@ -3,6 +3,6 @@ planner predict from the same models.
 
 `interface` is what is asked of one (`StepCosts`: whole steps, stages, runs of decode steps). Its sources: `profile`
 (measured terms, DistServe's published ones; `profile_fit` fits them to steps), `roofline` (from `model_facts` and
-`hardware` through `operators`). `links` costs transfers, `memory` says what a worker holds. `linear` is the coarse model
-that workers fit to their own steps and routers predict from.
+`hardware` through `operators`). `links` costs transfers, `memory` says what a worker holds. `linear` is the coarse
+model that workers fit to their own steps and routers predict from.
 """
