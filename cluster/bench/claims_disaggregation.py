@@ -210,7 +210,7 @@ async def run_system(system: System, load: Staircase, say: Callable[[str], None]
                     stop.set()
                 return record
 
-            watching = asyncio.ensure_future(_watch(running, load))
+            watching = asyncio.ensure_future(_watch(_watched(system, running), running, load))
             limit_s = load.edges_s[-1] + DRAIN_S * load.time_scale
             timer = asyncio.get_running_loop().call_later(limit_s, stop.set)
             try:
@@ -230,10 +230,14 @@ class _Mark:
     sample: Sample
 
 
-async def _watch(running: RunningSystem, load: Staircase) -> list[_Mark]:
+def _watched(system: System, running: RunningSystem) -> dict[str, int]:
+    """Processes that must not wait for a processor: all, but none where processors are what is measured."""
+    return running.processes | {"the client": os.getpid()} if system.engine.device == "paced" else {}
+
+
+async def _watch(processes: Mapping[str, int], running: RunningSystem, load: Staircase) -> list[_Mark]:
     """Looks at every edge. Raises ServerUnusable."""
     begin_s = time.monotonic()
-    processes = running.processes | {"the client": os.getpid()}
     marks = []
     for edge_s in load.edges_s:
         await asyncio.sleep(max(0.0, begin_s + edge_s - time.monotonic()))

@@ -9,7 +9,7 @@ from .claims_disaggregation import Goodput, SystemResult, goodput_of
 from .claims_load import Staircase
 from .sweep import SweepResult
 
-_WIDTH = 40
+_WIDTH = 50
 
 
 def show(results: Sequence[SystemResult], load: Staircase) -> str:
