@@ -37,7 +37,6 @@ from .tile import (
     BF16,
     BF16_DOT,
     FLOAT32,
-    INT8_DOT,
     MAX_ROWS,
     NR,
     PANELS_AT_ONCE,
@@ -57,11 +56,11 @@ def _staged_row_bytes(form, inputs):
     """Bytes of one row of x as the tiles read it; 0 where they read the caller's."""
     if form in (FLOAT32, BF16):
         return 0
-    size = 1 if form == INT8_DOT else 2
+    size = 2 if form == BF16_DOT else 1
     return (inputs + _STAGED - 1) // _STAGED * _STAGED * size
 
 
-_STAGED = max(simd.W, 4)
+_STAGED = max(simd.W, 8)
 """Staged rows are whole vectors of inputs."""
 
 
@@ -82,11 +81,11 @@ def scratch_bytes(kind: str, in_features: int, rows: int) -> int:
 
 
 @kernel
-def quantize_row(x, inputs, staged, unsigned):
-    """One row of float32 -> int8 in [-127, 127] as int16, or as uint8 with 128 added; returns its scale: NaN, and so
+def quantize_row(x, inputs, staged):
+    """One row of float32 -> int8 in [-127, 127], as uint8 with 128 added; returns its scale: NaN, and so
     the row's every output, where an input is no finite number.
 
-    Writes whole vectors; what lies behind the last input is 0 (or 128).
+    Writes whole vectors; what lies behind the last input is 128.
     """
     largest, strange = simd.zeros(), simd.zeros()
     for k in range(0, inputs, simd.W):
@@ -99,10 +98,7 @@ def quantize_row(x, inputs, staged, unsigned):
     for k in range(0, inputs, simd.W):
         values = simd.load_part(x + 4 * k, min(simd.W, inputs - k))
         integers = simd.to_int(simd.multiply(values, factor))
-        if unsigned:
-            simd.store_int8(staged + k, simd.add_i32(integers, offset))
-        else:
-            simd.store_int16(staged + 2 * k, integers)
+        simd.store_int8(staged + k, simd.add_i32(integers, offset))
     return top / np.float32(127) + simd.sum_lanes(strange)
 
 
@@ -115,7 +111,7 @@ def _stage(form, inputs, x, ldx, rows, staged, row_bytes, scales):
             for k in range(0, inputs, simd.W):
                 simd.store_bf16(target + 2 * k, simd.load_part(source + 4 * k, min(simd.W, inputs - k)))
         else:
-            simd.store_float(scales + 4 * r, quantize_row(source, inputs, target, form == INT8_DOT))
+            simd.store_float(scales + 4 * r, quantize_row(source, inputs, target))
 
 
 @kernel
@@ -146,7 +142,7 @@ def _block(desc, x, x_row, scales, rows, y, ldy, accumulate, first, last):
                     steps,
                     x + row * x_row,
                     x_row,
-                    X_STEP_BYTES,
+                    X_STEP_BYTES[form],
                     data + p * panel_bytes,
                     panel_bytes,
                     y + 4 * row * ldy + column,

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import llvmlite.ir as ir
 import numpy as np
 from numba import types
 
@@ -60,10 +59,9 @@ def _peak(form: int) -> Any:
 
     def peak(b, rounds, operands, to):
         vector = emit.I32_VECTOR if form in (INT8, INT8_DOT) else emit.F32_VECTOR
-        wide = ir.VectorType(emit.I16, 2 * simd.W)
         x, w = (emit.load_as(b, b.add(operands, emit.I64(at)), emit.I32_VECTOR, 4) for at in (0, simd.VECTOR_BYTES))
         if form == INT8:
-            w = b.bitcast(w, wide)
+            w = (w, x)
         elif STEP_INPUTS[form] == 1:
             x, w = b.bitcast(x, emit.F32_VECTOR), b.bitcast(w, emit.F32_VECTOR)
         before, loop, done = b.block, b.append_basic_block("rounds"), b.append_basic_block("done")
@@ -72,7 +70,7 @@ def _peak(form: int) -> Any:
         count = b.phi(emit.I64)
         totals = [b.phi(vector) for _ in range(_CHAINS)]
         # The integers' product is apart from its sum: of one operand twice it would be computed once for all rounds.
-        xs = [b.bitcast(total, wide) if form == INT8 else x for total in totals]
+        xs = [(total, total) if form == INT8 else x for total in totals]
         moved = [accumulate(b, form, total, x, w) for total, x in zip(totals, xs, strict=True)]
         following = b.add(count, emit.I64(1))
         count.add_incoming(emit.I64(0), before)

@@ -19,6 +19,7 @@ from .tile import (
     BF16,
     BF16_DOT,
     FLOAT32,
+    GROUP_LIMIT,
     INT8,
     INT8_DOT,
     NR,
@@ -32,7 +33,7 @@ KINDS = ("float32", "bfloat16", "w8a8")
 FIELDS = 10
 """int64 words that describe a packed weight to kernels."""
 D_FORM, D_IN, D_OUT, D_PANELS, D_STEPS, D_PANEL_BYTES, D_DATA, D_SCALE, D_BIAS, D_COMPENSATION = range(FIELDS)
-PACKING = 1
+PACKING = 2
 """Raised with every change of what lies where in packed arrays (here, in `tile`, in `decoder_weights`)."""
 _ALIGN = 64
 
@@ -55,7 +56,7 @@ class PackedWeight:
     bias: Floats | None = None
     """[P * NR]."""
     compensation: NDArray[np.int32] | None = None
-    """w8a8 where activations are unsigned: [P * NR], 128 times the sum of an output's weights."""
+    """w8a8, whose activations are unsigned: [P * NR], 128 times the sum of an output's weights."""
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +76,6 @@ class PackedWeight:
         wanted = {"data": f"{panels * steps * STEP_BYTES[form]} of uint8"}
         if form in (INT8, INT8_DOT):
             wanted["scale"] = f"{panels * NR} of float32"
-        if form == INT8_DOT:
             wanted["compensation"] = f"{panels * NR} of int32"
         if "bias" in arrays:
             wanted["bias"] = f"{panels * NR} of float32"
@@ -138,9 +138,8 @@ def pack_weight(weight_OI: Floats, kind: str, bias: Floats | None = None) -> Pac
         pack(weight.view(np.uint32), data.view(np.uint16))
         return PackedWeight(kind, in_features, out_features, data, bias=padded_bias)
     scale, sums = np.zeros(columns, np.float32), np.zeros(columns, np.int32)
-    pack_int8(weight, data.view(np.int8), scale, sums, STEP_INPUTS[form])
-    compensation = sums * 128 if form == INT8_DOT else None
-    return PackedWeight(kind, in_features, out_features, data, scale, padded_bias, compensation)
+    pack_int8(weight, data.view(np.int8), scale, sums, _steps(form, in_features) * STEP_INPUTS[form], form == INT8)
+    return PackedWeight(kind, in_features, out_features, data, scale, padded_bias, sums * 128)
 
 
 _K_BLOCK = 16
@@ -197,16 +196,46 @@ def pack_bf16_dot(w, out):
 
 
 @kernel
-def pack_int8(w, out, scale, sums, group):
-    """[O, I] -> [P][I / group][NR][group] int8, with each output's scale and sum of integers; a missing input is 0.
+def _largest_group(row, factor, whole):
+    """The most that weights of one sign, times `factor` (and rounded, if `whole`), add up to in a group of INT8."""
+    largest = np.float32(0)
+    for step in range(0, len(row), 8):
+        for half in range(step, step + 4, 2):
+            positive, negative = np.float32(0), np.float32(0)
+            for k in (half, half + 1, half + 4, half + 5):
+                if k < len(row):
+                    value = row[k] * factor
+                    if whole:
+                        value = np.rint(value)
+                    positive += max(value, np.float32(0))
+                    negative -= min(value, np.float32(0))
+            largest = max(largest, max(positive, negative))
+    return largest
 
-    An output with a weight that is no finite number has the scale NaN.
+
+@kernel
+def _limited(row, largest):
+    """(weight, levels): a weight becomes weight * levels / this one, at most 127, and groups keep `GROUP_LIMIT`.
+
+    Rounding adds at most half to each of four weights: at most two levels less suffice, and often none.
+    """
+    group = _largest_group(row, np.float32(1), False)
+    levels = min(np.float32(GROUP_LIMIT), np.float32(127) * group / largest)
+    while _largest_group(row, levels / group, True) > GROUP_LIMIT:
+        levels -= np.float32(1)
+    return group, levels
+
+
+@kernel
+def pack_int8(w, out, scale, sums, columns, limited):
+    """[O, I] -> [P][columns / 4][NR][4] int8, with each output's scale and sum of integers; a missing input is 0.
+
+    An output with a weight that is no finite number has the scale NaN. `limited`: groups keep `GROUP_LIMIT`.
     """
     outputs, inputs = w.shape
-    steps = (inputs + group - 1) // group
     factors = np.empty(NR, np.float32)
     for panel in range((outputs + NR - 1) // NR):
-        base = panel * steps * NR * group
+        base = panel * columns * NR
         for j in range(NR):
             o = panel * NR + j
             largest, finite = np.float32(0), True
@@ -214,17 +243,20 @@ def pack_int8(w, out, scale, sums, group):
                 for k in range(inputs):
                     largest = max(largest, abs(w[o, k]))
                     finite &= abs(w[o, k]) < np.inf
-            scale[o] = largest / np.float32(127) if finite else np.float32(np.nan)
-            factors[j] = np.float32(127) / largest if largest > 0 else np.float32(0)
-        for first in range(0, steps * group, _K_BLOCK):
+            levels = np.float32(127)
+            if limited and finite and largest > 0:
+                largest, levels = _limited(w[o], largest)
+            scale[o] = largest / levels if finite else np.float32(np.nan)
+            factors[j] = levels / largest if largest > 0 else np.float32(0)
+        for first in range(0, columns, _K_BLOCK):
             for j in range(NR):
                 o = panel * NR + j
-                for k in range(first, min(first + _K_BLOCK, steps * group)):
+                for k in range(first, min(first + _K_BLOCK, columns)):
                     value = np.int32(0)
                     if o < outputs and k < inputs:
                         value = np.int32(np.rint(w[o, k] * factors[j]))
                     sums[o] += value
-                    out[base + (k // group * NR + j) * group + k % group] = np.int8(value)
+                    out[base + (k // 4 * NR + j) * 4 + k % 4] = np.int8(value)
 
 
 def describe(packed: PackedWeight) -> NDArray[np.int64]:
@@ -257,8 +289,7 @@ def unpack_output(desc, output, to):
         for k in range(inputs):
             simd.store_float(to + 4 * k, simd.load_bf16_float(data + 2 * ((k // 2 * NR + j) * 2 + k % 2)))
     else:
-        group = 4 if form == INT8_DOT else 2
         scale = simd.load_float(simd.load_int64(desc + 8 * D_SCALE) + 4 * output)
         for k in range(inputs):
-            value = simd.load_int8_scalar(data + (k // group * NR + j) * group + k % group)
+            value = simd.load_int8_scalar(data + (k // 4 * NR + j) * 4 + k % 4)
             simd.store_float(to + 4 * k, np.float32(value) * scale)
