@@ -166,8 +166,8 @@ class TandemServicer(pb_grpc.TandemServicer):
                     response.usage.cached_tokens = usage.cached_tokens
                 await context.write(response)
                 messages += 1
-                if unfinished and messages > 1 and self._streams > 1:  # the first tokens wait for nobody
-                    await asyncio.sleep(self._streams * MESSAGE_S)
+                if unfinished and (pause := pause_s(messages, self._streams)):
+                    await asyncio.sleep(pause)
 
     def _response(self, request: GenerateRequest, delta: Delta) -> pb.GenerateResponse:
         response = pb.GenerateResponse(
@@ -195,6 +195,13 @@ class TandemServicer(pb_grpc.TandemServicer):
                 for token_id, logprob in token.top
             ],
         )
+
+
+def pause_s(messages: int, streams: int) -> float:
+    """How long a stream that has sent so many messages, one of so many streams, leaves the loop to the others before it
+    sends the next. The first tokens wait for nobody.
+    """
+    return streams * MESSAGE_S if messages > 1 and streams > 1 else 0.0
 
 
 def timings_to_proto(timings: Timings) -> pb.Timings:
