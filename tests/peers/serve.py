@@ -108,6 +108,7 @@ def kept(options: argparse.Namespace) -> list[dict[str, Any]]:
 def load_of(options: argparse.Namespace) -> dict[str, Any]:
     """What two servers must share to be compared."""
     names = ("model", "cores", "input_len", "output_len", "ttft_ms", "tpot_ms", "seeds", "seed", "sweep_duration")
+    names += ("vllm_args",)
     return {name: getattr(options, name) for name in names}
 
 
@@ -141,6 +142,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep-rates", help="measure these, comma-separated, in place of a search")
     parser.add_argument("--sweep-resolution", type=float, default=0.05, help="gap between kept and failed that ends it")
     parser.add_argument("--sweep-timeout", type=float, default=900.0, help="seconds of a server's search at most")
+    parser.add_argument("--vllm-args", default="", help="more for its server, e.g. --vllm-args=--enforce-eager")
     parser.add_argument("--root", type=Path, default=default_root(), help="where environments and models are kept")
     parser.add_argument("--save-result", metavar="FILE", help="written after every server")
     parser.add_argument("--resume", action="store_true", help="servers that the saved result has are not run again")
@@ -221,7 +223,7 @@ def prepared(
         "--dtype",
         "float32" if int8 and not has_bfloat16() else DTYPES[server.form],
     ]
-    return [*command, "--max-model-len", str(longest)], environment, ports[0]
+    return [*command, "--max-model-len", str(longest), *options.vllm_args.split()], environment, ports[0]
 
 
 def tandem_config(server: Server, model: str, cores: tuple[int, ...], ports: list[int]) -> dict[str, Any]:
