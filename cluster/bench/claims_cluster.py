@@ -20,7 +20,7 @@ from ..config import EngineConfig, RouterConfig, WorkerConfig, to_dict
 from ..types import SLO, Role
 from .server import ServerUnusable, ask
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
 NEVER_REFUSED_S = 86_400.0
 """The router's own promises, so loose that admission refuses nobody: a refusal would not be compared with anything."""
