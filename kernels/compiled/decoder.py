@@ -79,7 +79,7 @@ class CompiledModel:
         self._step = np.zeros(words.STEP, np.int64)
         self._geometry = np.zeros(attention.GEOMETRY, np.int64)
         self._counters = np.zeros(shape.num_layers, np.int64)
-        linear_scratch = max(scratch_bytes(kind, w.in_features, 1 << 30) for w in weights.linears.values())
+        linear_scratch = max(scratch_bytes(w.kind, w.in_features, 1 << 30) for w in weights.linears.values())
         group = shape.num_heads // shape.num_kv_heads
         rank_bytes = max(linear_scratch, attention.scratch_bytes(group, shape.head_dim))
         rank_bytes = -(-rank_bytes // 4096) * 4096 + 64  # ranks do not share a cache line, nor all places of a cache

@@ -14,13 +14,14 @@ buffers are padded with zeros to whole panels.
 from __future__ import annotations
 
 from .activation import activate
+from .atomics import atomic_add
 from .attention import ITEM
 from .embedding import embed
 from .entry import entry_call
 from .kv_write import kv_write
 from .norm import head_norm, layer_norm, rms_norm
 from .rotary import rotary_table, rotate
-from .simd import VECTOR_BYTES, atomic_add, load, load_float, load_int64, store
+from .simd import VECTOR_BYTES, load, load_float, load_int64, store
 from .target import kernel
 from .team import barrier
 

@@ -90,6 +90,14 @@ class DecoderWeights:
         return named
 
 
+def kind_of(name: str, kind: str) -> str:
+    """The kind in which a linear of a model of `kind` is packed: W8A8 keeps q, k and v in bfloat16.
+
+    Of all linears these lose most as integers (half of what W8A8 costs in perplexity), and they are an eighth of it.
+    """
+    return "bfloat16" if kind == "w8a8" and name.endswith(".qkv") else kind
+
+
 def linear_shapes(shape: DecoderShape) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of every packed linear."""
     s = shape
@@ -170,7 +178,7 @@ def _pack_layer(shape: DecoderShape, kind: str, read: Read, prefix: str) -> Iter
         return np.concatenate([read(f"{prefix}{name}.bias") for name in names]) if there else None
 
     qkv = np.concatenate([read(f"{prefix}{name}.weight") for name in ("q", "k", "v")])
-    yield f"{prefix}qkv", pack_weight(qkv, kind, vector(("q", "k", "v"), shape.qkv_bias))
+    yield f"{prefix}qkv", pack_weight(qkv, kind_of(f"{prefix}qkv", kind), vector(("q", "k", "v"), shape.qkv_bias))
     out_bias = vector(("attention_out",), shape.attention_out_bias)
     yield f"{prefix}attention_out", pack_weight(read(f"{prefix}attention_out.weight"), kind, out_bias)
     up, up_bias = read(f"{prefix}up.weight"), vector(("up",), shape.mlp_bias)
@@ -192,7 +200,7 @@ def weights_from_arrays(shape: DecoderShape, kind: str, arrays: Mapping[str, Arr
         for name, (inputs, outputs) in linear_shapes(shape).items():
             parts = ("data", "scale", "bias", "compensation")
             found = {part: arrays[f"{name}.{part}"] for part in parts if f"{name}.{part}" in arrays}
-            weights.linears[name] = _linear_from_arrays(name, kind, inputs, outputs, found)
+            weights.linears[name] = _linear_from_arrays(name, kind_of(name, kind), inputs, outputs, found)
     except KeyError as error:
         raise ValueError(f"arrays: {error.args[0]} is missing") from None
     return weights

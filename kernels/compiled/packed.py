@@ -33,7 +33,7 @@ KINDS = ("float32", "bfloat16", "w8a8")
 FIELDS = 10
 """int64 words that describe a packed weight to kernels."""
 D_FORM, D_IN, D_OUT, D_PANELS, D_STEPS, D_PANEL_BYTES, D_DATA, D_SCALE, D_BIAS, D_COMPENSATION = range(FIELDS)
-PACKING = 2
+PACKING = 3
 """Raised with every change of what lies where in packed arrays (here, in `tile`, in `decoder_weights`)."""
 _ALIGN = 64
 

@@ -195,12 +195,6 @@ def store_int8(b, address, value):
     store_as(b, address, b.trunc(value, ir.VectorType(I8, W)), 1)
 
 
-@operation(types.void, ADDRESS, i32)
-def store_int16(b, address, value):
-    """Write the low 16 bits of each lane."""
-    store_as(b, address, b.trunc(value, ir.VectorType(I16, W)), 2)
-
-
 @operation(types.void, ADDRESS)
 def prefetch(b, address):
     """Ask for the cache line of an address, to be read once soon. Any address is allowed."""
@@ -380,39 +374,3 @@ def store_part(address, value, count):
         store(address, value)
     else:
         store_first(address, value, count)
-
-
-# Threads.
-
-
-@operation(types.int64, ADDRESS, types.int64)
-def atomic_add(b, address, value):
-    """Add to the int64 at an 8-aligned address; what it held before. Sequentially consistent, as all of these."""
-    return b.atomic_rmw("add", pointer(b, address, I64), value, "seq_cst")
-
-
-@operation(types.int64, ADDRESS)
-def atomic_load(b, address):
-    """The int64 at an 8-aligned address, as another thread wrote it."""
-    return b.load_atomic(pointer(b, address, I64), "seq_cst", 8)
-
-
-@operation(types.void, ADDRESS, types.int64)
-def atomic_store(b, address, value):
-    """Write an int64 for other threads to see."""
-    b.store_atomic(value, pointer(b, address, I64), "seq_cst", 8)
-
-
-@operation(types.void)
-def pause(b):
-    """Tell the processor that this thread spins."""
-    if b.module.triple.startswith(("x86_64", "i686")):
-        call(b, "llvm.x86.sse2.pause", ir.VoidType())
-    elif b.module.triple.startswith(("aarch64", "arm64")):
-        call(b, "llvm.aarch64.hint", ir.VoidType(), I32(1))
-
-
-@operation(types.void)
-def sched_yield(b):
-    """Let another thread run on this core (POSIX sched_yield)."""
-    call(b, "sched_yield", I32)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .simd import atomic_add, atomic_load, atomic_store, pause, sched_yield
+from .atomics import atomic_add, atomic_load, atomic_store, pause, sched_yield
 from .target import kernel
 
 BARRIER_BYTES = 128

@@ -184,17 +184,17 @@ def test_arrays_make_the_same_weight_again(kind: str) -> None:
 
 
 PACKED = {
-    "float32-0x16v2": "64d3b58844a27507",
-    "bfloat16-1x16v2": "c65f66cdf8c01dff",
-    "w8a8-3x16v2": "8c52af3088106fae",
-    "float32-0x8v2": "5a81bc1884dfb739",
-    "bfloat16-1x8v2": "ee6b770a6f25c3f9",
-    "w8a8-3x8v2": "d7929c9301d14fc9",
-    "float32-0x32v2": "66a69b9eceb9d186",
-    "bfloat16-1x32v2": "bcc2eb6c1fa140e8",
-    "bfloat16-2x32v2": "179950b12acec0ee",
-    "w8a8-3x32v2": "dba27004953b03ab",
-    "w8a8-4x32v2": "04a850182242eace",
+    "float32-0x16v3": "64d3b58844a27507",
+    "bfloat16-1x16v3": "c65f66cdf8c01dff",
+    "w8a8-3x16v3": "8c52af3088106fae",
+    "float32-0x8v3": "5a81bc1884dfb739",
+    "bfloat16-1x8v3": "ee6b770a6f25c3f9",
+    "w8a8-3x8v3": "d7929c9301d14fc9",
+    "float32-0x32v3": "66a69b9eceb9d186",
+    "bfloat16-1x32v3": "bcc2eb6c1fa140e8",
+    "bfloat16-2x32v3": "179950b12acec0ee",
+    "w8a8-3x32v3": "dba27004953b03ab",
+    "w8a8-4x32v3": "04a850182242eace",
 }
 """Digest of one weight under each layout. Where this differs, raise `packed.PACKING`: files hold the old one."""
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from tandem.kernels.compiled import functions, simd
+from tandem.kernels.compiled import atomics, functions, simd
 from tandem.kernels.compiled.target import kernel
 
 W = simd.W
@@ -127,16 +127,16 @@ def test_integers_round_to_even_and_keep_their_sign() -> None:
 
 
 @kernel
-def atomics(address):
-    before = simd.atomic_add(address, 5)
-    simd.pause()
-    simd.sched_yield()
-    simd.atomic_store(address + 8, simd.atomic_load(address) * 10 + before)
+def count_up(address):
+    before = atomics.atomic_add(address, 5)
+    atomics.pause()
+    atomics.sched_yield()
+    atomics.atomic_store(address + 8, atomics.atomic_load(address) * 10 + before)
 
 
 def test_atomics() -> None:
     words = np.array([2, 0], np.int64)
-    atomics(words.ctypes.data)
+    count_up(words.ctypes.data)
     assert words.tolist() == [7, 72]
 
 
