@@ -256,6 +256,9 @@ def _draw(display: Display, results: Sequence[SystemResult], load: Staircase, fi
         sweeps += [
             replace(one, label=f"virtual: {one.label}") for r in results for one in r.predicted[place : place + 1]
         ]
+        if not sweeps:
+            display.line(f"not drawn   {name}: no stair counts")
+            continue
         plot_sweeps(sweeps, name, title=f"{promise}")
         display.line(f"drawn       {name}")
 
