@@ -19,6 +19,7 @@ import logging
 import os
 import pickle
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -64,6 +65,7 @@ class CodeCache(NullCache):  # type: ignore[misc]  # numba has no types
         hold(self._folder)
         path = self._path(sig, target_context.codegen())
         try:
+            _check_owner(path)
             payload = _checked(path.read_bytes(), path.name)
             return CompileResult._rebuild(target_context, *pickle.loads(payload))
         except FileNotFoundError:
@@ -109,6 +111,13 @@ def _digest(name: str, payload: bytes | memoryview) -> bytes:
     digest = hashlib.blake2b(name.encode() + b"\0", digest_size=_DIGEST_BYTES)
     digest.update(payload)
     return digest.digest()
+
+
+def _check_owner(path: Path) -> None:
+    """ValueError where others could have written it: it is code, and will run."""
+    found = path.stat()
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f"the file is owned by user {found.st_uid} or can be written by others")
 
 
 def _checked(content: bytes, name: str) -> memoryview:

