@@ -79,17 +79,13 @@ def step_cost(config: ModelConfig, rows: Sequence[RowShape], *, weight_bytes: in
 
 def step_weight_bytes(config: ModelConfig, precision: str) -> int:
     """Weights that a step reads whole: all linears and the output head. `precision`: `float32`, `bfloat16` or `w8a8`
-    (a byte each, and a float32 scale for each output).
+    (a byte each and a float32 scale for each output; q, k and v in bfloat16, see `kernels.compiled.decoder_weights`).
     """
     c = config
     first, rest = layer_flops_per_token(c)
     embed_dim = c.embed_dim or c.hidden_size
     elements = c.num_layers * (first + rest) // 2 + c.vocab_size * embed_dim
-    outputs = c.num_layers * (
-        (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        + 2 * c.hidden_size
-        + c.intermediate_size * (2 if c.gated_mlp else 1)
-    )
     if precision == "w8a8":
-        return elements + 4 * (outputs + c.vocab_size)
+        scales = c.num_layers * (2 * c.hidden_size + c.intermediate_size * (2 if c.gated_mlp else 1)) + c.vocab_size
+        return elements + c.num_layers * first // 2 + 4 * scales
     return elements * {"float32": 4, "bfloat16": 2}[precision]

@@ -44,4 +44,4 @@ def test_weights_of_a_step_by_precision():
     elements = 2 * (4 * 8 + 4 * 4 + 4 * 12 + 6 * 4) + 10 * 4
     assert step_weight_bytes(CONFIG, "float32") == 4 * elements
     assert step_weight_bytes(CONFIG, "bfloat16") == 2 * elements
-    assert step_weight_bytes(CONFIG, "w8a8") == elements + 4 * (2 * (8 + 4 + 12 + 4) + 10)
+    assert step_weight_bytes(CONFIG, "w8a8") == elements + 2 * (4 * 8) + 4 * (2 * (4 + 12 + 4) + 10)
