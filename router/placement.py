@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from ..cluster.latency.linear import StepTimeModel
 from ..cluster.types import Role, StepTimeCoefficients, Urgency
 
+ANSWER_TOKENS = 128
+"""What an answer is taken for where its length decides; about the mean of conversations."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
@@ -109,19 +112,34 @@ def rank_prefill(
     return tuple(sorted(views, key=cost))
 
 
+def rank_mixed(
+    views: Iterable[WorkerView], context_tokens: int, cached_tokens: Mapping[str, int]
+) -> tuple[WorkerView, ...]:
+    """Best first, of workers that prefill and decode it: as `rank_decode`, but by when an answer of some length would
+    be whole, so that neither a queue of prompts nor a full batch is overlooked.
+    """
+
+    def cost(view: WorkerView) -> tuple[bool, bool, float, int, str]:
+        uncached = max(1, context_tokens - cached_tokens.get(view.worker_id, 0))
+        whole_s = predicted_ttft_s(view, uncached) + ANSWER_TOKENS * predicted_tpot_s(view, context_tokens)
+        return (*_has_no_room(view, context_tokens), whole_s, view.running + view.waiting, view.worker_id)
+
+    return tuple(sorted(views, key=cost))
+
+
+def _has_no_room(view: WorkerView, context_tokens: int) -> tuple[bool, bool]:
+    """Neither a credit, nor KV that is free now: what is false is better."""
+    blocks = -(-context_tokens // view.block_size)
+    has_credit = view.credited_blocks + blocks <= view.credit_limit_blocks
+    has_blocks = view.available_blocks - view.credited_blocks >= blocks
+    return not has_credit, not has_blocks
+
+
 def rank_decode(views: Iterable[WorkerView], context_tokens: int) -> tuple[WorkerView, ...]:
     """Best first: those with KV free for the context now, then those whose credits allow it, by predicted TPOT."""
 
     def cost(view: WorkerView) -> tuple[bool, bool, float, int, str]:
-        blocks = -(-context_tokens // view.block_size)
-        has_credit = view.credited_blocks + blocks <= view.credit_limit_blocks
-        has_blocks = view.available_blocks - view.credited_blocks >= blocks
-        return (
-            not has_credit,
-            not has_blocks,
-            predicted_tpot_s(view, context_tokens),
-            view.running + view.waiting,
-            view.worker_id,
-        )
+        tpot_s = predicted_tpot_s(view, context_tokens)
+        return (*_has_no_room(view, context_tokens), tpot_s, view.running + view.waiting, view.worker_id)
 
     return tuple(sorted(views, key=cost))

@@ -23,7 +23,7 @@ from .attempt import Attempt, Path, PrefillHalf, Work
 from .errors import Unavailable
 from .link import WorkerLink
 from .members import Membership
-from .placement import WorkerView, keeps_tpot, missing, pair, rank_decode, rank_prefill
+from .placement import WorkerView, keeps_tpot, missing, pair, rank_decode, rank_mixed, rank_prefill
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Placer:
         able = tuple(view for view in able if view.fingerprint == half.fingerprint)
         if not able:
             raise NoWorkers("decode worker")
-        granted = await self._reserve(work, able)
+        granted = await self._reserve(work, rank_decode(_keeping(work, able), work.context_tokens))
         return None if granted is None else self._attempt(work, Path.SPLIT, half=half, granted=granted)
 
     async def _place_split(
@@ -97,7 +97,7 @@ class Placer:
         if near := self._with_little_to_prefill(work, decode):
             return await self._place_alone(work, near, Path.LOCAL)
         matching = tuple(view for view in decode if view.fingerprint == best.fingerprint)
-        granted = await self._reserve(work, matching)
+        granted = await self._reserve(work, rank_decode(_keeping(work, matching), work.context_tokens))
         if granted is None:
             return None
         return self._attempt(work, Path.SPLIT, prefill=best, granted=granted, uncached_tokens=uncached_tokens)
@@ -112,14 +112,15 @@ class Placer:
 
     async def _place_alone(self, work: Work, views: tuple[WorkerView, ...], path: Path) -> Attempt | None:
         """On one worker that prefills and decodes."""
-        granted = await self._reserve(work, views)
+        cached_tokens = self.cached_tokens(work, views)
+        granted = await self._reserve(work, rank_mixed(_keeping(work, views), work.context_tokens, cached_tokens))
         if granted is None:
             return None
-        cached = self.cached_tokens(work, (granted.view,))[granted.view.worker_id]
-        return self._attempt(work, path, granted=granted, uncached_tokens=work.context_tokens - cached)
+        uncached_tokens = work.context_tokens - cached_tokens[granted.view.worker_id]
+        return self._attempt(work, path, granted=granted, uncached_tokens=uncached_tokens)
 
-    async def _reserve(self, work: Work, views: tuple[WorkerView, ...]) -> _Granted | None:
-        """The first decode worker, best first, that grants a credit."""
+    async def _reserve(self, work: Work, ranked: tuple[WorkerView, ...]) -> _Granted | None:
+        """The first worker, best first, that grants a credit."""
         request = pb.ReserveRequest(
             request_id=work.request_id,
             choice=work.sampling.choice,
@@ -128,8 +129,6 @@ class Placer:
             context_tokens=work.context_tokens,
             urgency=urgency_to_proto(work.urgency, self._members.clock.now_s()),
         )
-        able = (view for view in views if keeps_tpot(view, work.context_tokens, work.tpot_s))
-        ranked = rank_decode(able, work.context_tokens)
         for view in sorted(ranked, key=lambda view: view.worker_id in work.avoid):
             link = self._members.link(view.worker_id)
             if link is None:
@@ -212,3 +211,8 @@ class Placer:
             token_ids = work.prompt_token_ids + work.output_token_ids
             work.block_keys[view.block_size] = block_keys(token_ids, view.block_size)
         return work.block_keys[view.block_size]
+
+
+def _keeping(work: Work, views: tuple[WorkerView, ...]) -> tuple[WorkerView, ...]:
+    """Those that could decode it within its promise, and within those of the others there."""
+    return tuple(view for view in views if keeps_tpot(view, work.context_tokens, work.tpot_s))

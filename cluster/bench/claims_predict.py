@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from ...router.slo_classes import Promise
 from ..config import EngineConfig
+from ..latency.links import INSTANT
 from ..latency.profile import read_profile
+from ..sim.cluster import ClusterSpec, SimCluster
+from ..sim.request import Asked, Outcome
+from ..sim.router import RouterSpec
+from ..sim.worker import WorkerSpec
 from ..types import Role
 from .claims_cluster import System
 from .claims_load import Staircase, judge, sweep_of
 from .claims_systems import token_bytes
-from .claims_virtual import EngineShape, Job, Served
-from .claims_virtual_pools import Pool, VirtualPools
+from .claims_virtual import MAX_JOBS
 from .report import RequestRecord
 from .sweep import SweepResult
 
+_NO_PROMISE = Promise(slo_class="", share=1.0, ttft_s=None, tpot_s=None)
+
 
 def predict(system: System, load: Staircase) -> tuple[SweepResult, ...]:
-    """Attainment against rate under each promise. ValueError for a system that is not on a step profile."""
-    jobs = [
-        Job(arrival_s=arrival_s, prompt_tokens=row.input_tokens, output_tokens=row.output_tokens)
-        for arrival_s, row in zip(load.arrivals_s(), load.rows(), strict=True)
+    """Attainment against rate under each promise. ValueError for a system that is not on a step profile.
+
+    Nobody is refused, calls and transfers take no time, and neither does the host's work between two steps.
+    """
+    asked = [
+        Asked(
+            request_id=str(place),
+            arrival_s=arrival_s,
+            prompt_token_ids=(0,) * row.input_tokens,
+            output_tokens=row.output_tokens,
+        )
+        for place, (arrival_s, row) in enumerate(zip(load.arrivals_s(), load.rows(), strict=True))
     ]
-    served = {id(one.job): one for one in VirtualPools(_pools(system, load.max_model_len)).run(jobs)}
-    records = [_record(served[id(job)]) for job in jobs]
+    router = RouterSpec(promises={"": _NO_PROMISE}, refuses=False)
+    workers = _workers(system, load.max_model_len)
+    spec = ClusterSpec(workers=workers, router=router, inside=INSTANT, between=INSTANT)
+    records = [_record(outcome) for outcome in SimCluster(spec).run(asked)]
     return tuple(
         sweep_of(
             system.label,
@@ -35,35 +50,44 @@ def predict(system: System, load: Staircase) -> tuple[SweepResult, ...]:
     )
 
 
-def _pools(system: System, max_model_len: int) -> Sequence[Pool]:
+def _workers(system: System, max_model_len: int) -> tuple[WorkerSpec, ...]:
     pools = (
         (Role.PREFILL, system.prefill, system.prefill_engine or system.engine),
         (Role.DECODE, system.decode, system.engine),
         (Role.MIXED, system.mixed, system.engine),
     )
-    return [_pool(role, count, engine, max_model_len) for role, count, engine in pools if count]
+    return tuple(
+        _worker(f"{role}-{number}", role, engine, max_model_len)
+        for role, count, engine in pools
+        for number in range(count)
+    )
 
 
-def _pool(role: Role, count: int, engine: EngineConfig, max_model_len: int) -> Pool:
+def _worker(worker_id: str, role: Role, engine: EngineConfig, max_model_len: int) -> WorkerSpec:
     if engine.paced_profile is None:
         raise ValueError("paced_profile: is missing; allowed: the file of a step profile")
-    shape = EngineShape(
+    return WorkerSpec(
+        worker_id=worker_id,
+        role=role,
+        costs=read_profile(engine.paced_profile),
         num_blocks=engine.kv_cache_bytes // token_bytes() // engine.block_size,
         block_size=engine.block_size,
         max_batched_tokens=engine.max_batched_tokens,
         max_running=engine.max_running,
+        max_waiting=MAX_JOBS,
         max_model_len=max_model_len,
         batching=engine.batching,
+        prefix_cache=False,
     )
-    return Pool(role=role, count=count, shape=shape, profile=read_profile(engine.paced_profile))
 
 
-def _record(served: Served) -> RequestRecord:
+def _record(outcome: Outcome) -> RequestRecord:
+    asked = outcome.asked
     return RequestRecord(
-        due_s=served.job.arrival_s,
-        sent_s=served.job.arrival_s,
-        first_token_s=served.first_token_s,
-        last_token_s=served.last_token_s,
-        prompt_tokens=served.job.prompt_tokens,
-        output_tokens=served.job.output_tokens,
+        due_s=asked.arrival_s,
+        sent_s=asked.arrival_s,
+        first_token_s=outcome.first_token_s,
+        last_token_s=outcome.last_token_s,
+        prompt_tokens=len(asked.prompt_token_ids),
+        output_tokens=outcome.output_tokens,
     )

@@ -30,7 +30,7 @@ from .plan import StepOutput, StepPlan, StepRow
 from .policies import BatchPolicy, StepView
 from .prefix_cache import PrefixCache
 from .prompt_service import PromptService
-from .quiet_run import QuietRun, quiet_run, take_run
+from .quiet_run import QuietRun, grow_rows, quiet_run, take_run
 from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, SchedulerEvent, SequenceFailed, TokensEmitted
 from .sequence import Sequence, State, check_spec
 from .sequence_kv import WRITER, SequenceKV
@@ -110,7 +110,7 @@ class Scheduler:
             raise ValueError(f"seq_id: {spec.seq_id!r} begins with {WRITER!r}, which names transports")
         if self._queue.waiting >= self._max_waiting:
             raise QueueFull(f"{self._queue.waiting} sequences wait already, max_waiting is {self._max_waiting}")
-        seq = Sequence(spec, self._next_order)
+        seq = Sequence(spec, self._next_order, self._max_model_len)
         self._next_order += 1
         self._sequences[seq.seq_id] = seq
         self._queue.push(seq, self._clock.now_s())
@@ -237,27 +237,36 @@ class Scheduler:
 
     # ---------------------------------------------------------------- many steps
 
-    def quiet_run(self, limit: int) -> QuietRun | None:
+    def begin_run(self, limit: int) -> QuietRun | None:
         """The longest run of at most `limit` next steps that are alike (`cluster.engine.quiet_run`), provided that no
-        command comes; None: `schedule` must decide. Changes nothing. O(running).
+        command comes; None, and nothing changed: `schedule` must decide. Grants what its first step would have
+        granted to contexts that are pulled. O(running).
         """
-        if self._outstanding or not self._running or self._prompts.may_admit(self._policy):
+        rows = self._running.values()
+        if self._outstanding or not rows:
             return None
-        view = StepView(
-            budget_tokens=self._max_batched_tokens,
-            decode_rows=len(self._running),
-            prefill_tokens=self._queue.prefill_tokens,
+        prefill_tokens = self._queue.prefill_tokens
+        shares = self._policy.shares(
+            StepView(budget_tokens=self._max_batched_tokens, decode_rows=len(rows), prefill_tokens=prefill_tokens)
         )
-        if self._policy.shares(view).decode_rows < len(self._running):
+        if shares.decode_rows < len(rows):
             return None
-        return quiet_run(self._running.values(), self._kv, limit, self._max_model_len)
+        run = quiet_run(rows, self._kv, limit)
+        if run is None or not self._prompts.may_admit(self._policy):
+            return run
+        if prefill_tokens or self._policy.whole_batches or self._policy.prompts_alone:
+            return None
+        grow_rows(rows, self._kv)
+        for seq, _ in self._serve(shares.prefill_tokens, may_admit=True):
+            self._queue.served(seq, seq.spec.context_tokens)
+        return quiet_run(rows, self._kv, run.steps)
 
     def take_run(self, steps: int, token: SampledToken) -> None:
-        """Does `steps` of the run that `quiet_run` has just named, as if every row drew `token` each time. Events tell
+        """Does `steps` of the run that `begin_run` has just named, as if every row drew `token` each time. Events tell
         only what somebody waits for: a sequence's first token drawn here, and its last ones.
         """
         self._next_plan_id += steps
-        for seq in take_run(self._running.values(), self._kv, steps, token.token_id, self._max_model_len):
+        for seq in take_run(self._running.values(), self._kv, steps, token.token_id):
             self._tell(seq, (token,) * steps)
 
     def take_events(self) -> list[SchedulerEvent]:
@@ -350,9 +359,10 @@ class Scheduler:
     def _tell(self, seq: Sequence, tokens: tuple[SampledToken, ...]) -> None:
         """`tokens` are the last ones of `seq`: tells of them, and ends it where they do."""
         assert seq.admitted_s is not None
+        seq.told = True
         if seq.prefill_s is None:
             seq.prefill_s = self._clock.now_s() - seq.admitted_s
-        reason, stop_token_id = seq.finish_reason(self._eos_token_ids, self._max_model_len)
+        reason, stop_token_id = seq.finish_reason(self._eos_token_ids)
         self._events.append(
             TokensEmitted(
                 seq_id=seq.seq_id,

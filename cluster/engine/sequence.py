@@ -44,6 +44,7 @@ class Sequence:
         "computed",
         "doomed",
         "keys",
+        "last_len",
         "needs_pull",
         "order",
         "outputs",
@@ -57,10 +58,11 @@ class Sequence:
         "spec",
         "state",
         "tokens",
+        "told",
         "undrawn",
     )
 
-    def __init__(self, spec: SequenceSpec, order: int) -> None:
+    def __init__(self, spec: SequenceSpec, order: int, max_model_len: int) -> None:
         self.spec = spec
         self.seq_id = spec.seq_id
         self.order = order
@@ -69,6 +71,10 @@ class Sequence:
         self.tokens: list[int] = [*spec.prompt_token_ids, *spec.output_token_ids]
         """Prompt and output."""
         self.outputs: list[int] = list(spec.output_token_ids)
+        self.last_len = min(len(spec.prompt_token_ids) + spec.sampling.max_tokens, max_model_len)
+        """Length of `tokens` that ends it, whatever is drawn."""
+        self.told = False
+        """Tokens that were drawn here have been told of."""
         self.computed = 0
         self.scheduled = 0
         self.prefill_end = len(self.tokens)
@@ -126,9 +132,7 @@ class Sequence:
         self.tokens.append(token.token_id)
         self.outputs.append(token.token_id)
 
-    def finish_reason(
-        self, eos_token_ids: tuple[int, ...], max_model_len: int
-    ) -> tuple[FinishReason | None, int | None]:
+    def finish_reason(self, eos_token_ids: tuple[int, ...]) -> tuple[FinishReason | None, int | None]:
         """Whether the last output token ends the choice, and the stop token id if one did it (not for end of
         sequence).
         """
@@ -139,7 +143,7 @@ class Sequence:
                 return FinishReason.STOP, None
             if last in params.stop_token_ids:
                 return FinishReason.STOP, last
-        if len(self.outputs) >= params.max_tokens or len(self.tokens) >= max_model_len:
+        if len(self.tokens) >= self.last_len:
             return FinishReason.LENGTH, None
         return None, None
 

@@ -73,19 +73,22 @@ class Driven:
             load = self.scheduler.load()
             self.seen[step] = (load.waiting, load.running, load.free_blocks + load.cached_blocks, load.context_tokens)
             later = [at for at in (*stops, *self.ready, STEPS) if at > step]
-            run = self.scheduler.quiet_run(min(later) - step) if self.together else None
+            run = self.scheduler.begin_run(min(later) - step) if self.together else None
             if run is None:
                 self._step()
                 step += 1
             else:
-                self.scheduler.take_run(run.steps, TOKEN)
-                step += run.steps
+                self._hear(step + 1, named)  # grants: their KV may be there before the run ends
+                steps = min([run.steps, *(at - step for at in self.ready)])
+                self.scheduler.take_run(steps, TOKEN)
+                step += steps
             self._hear(step, named)
             self.scheduler.check_integrity()
 
     def _add(self, seq_id: str, arrival: Arrival) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=arrival.max_tokens, ignore_eos=True)
-        prompt = tuple(range(2, 2 + arrival.prompt))
+        # Shared prefixes, but no two alike: who computes the same content twice may find it kept or not.
+        prompt = (*range(2, 1 + arrival.prompt), 100 + int(seq_id))
         self.scheduler.add(
             SequenceSpec(seq_id=seq_id, prompt_token_ids=prompt, sampling=sampling, handoff=arrival.handoff)
         )

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.router.placement import WorkerView, pair, predicted_tpot_s, predicted_ttft_s, rank_decode, rank_prefill
+from tandem.router.placement import (
+    WorkerView,
+    pair,
+    predicted_tpot_s,
+    predicted_ttft_s,
+    rank_decode,
+    rank_mixed,
+    rank_prefill,
+)
 from views import VIEW, view
 
 
@@ -50,6 +58,18 @@ def test_decode_prefers_credit_then_blocks_then_speed() -> None:
     idle = view("d", running=1)
     assert names(rank_decode((no_credit, no_blocks, batch, idle), 100)) == ["d", "c", "b", "a"]
     assert predicted_tpot_s(batch, 100) > predicted_tpot_s(idle, 100)
+
+
+def test_a_worker_that_does_both_is_chosen_by_its_queue_and_its_batch() -> None:
+    queue, batch, idle = view("a", queued_prefill_tokens=4000), view("b", running=3), view("c")
+    assert names(rank_mixed((queue, batch, idle), 100, {})) == ["c", "b", "a"]
+    # A cached prefix is worth a batch, up to what it saves.
+    assert names(rank_mixed((view("b", running=1), idle), 3000, {"b": 2900})) == ["b", "c"]
+    assert names(rank_mixed((view("d", credited_blocks=100), view("e", available_blocks=2), queue), 100, {})) == [
+        "a",
+        "e",
+        "d",
+    ]
 
 
 def test_blocks_promised_to_others_are_not_free() -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +16,10 @@ from tandem.cluster.bench.claims_disaggregation import Kept, StairResult, compar
 from tandem.cluster.bench.claims_load import Promise, Staircase, sweep_of
 from tandem.cluster.bench.claims_machine import Strain, strain, take_sample
 from tandem.cluster.bench.claims_show import show
-from tandem.cluster.bench.claims_virtual import EngineShape, Job, Served, VirtualEngine
-from tandem.cluster.bench.claims_virtual_pools import Pool, VirtualPools
+from tandem.cluster.bench.claims_virtual import Job
 from tandem.cluster.bench.sweep import SweepRun
 from tandem.cluster.config import EngineConfig
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
-from tandem.cluster.types import Role
 
 LOAD = Staircase(dataset_path="x", rates=(1.0, 2.0, 4.0), stair_s=10.0, promises=(Promise(ttft_s=0.25, tpot_s=0.1),))
 CALM = Strain(cpu={"router": 0.2}, waited={"router": 0.01}, busy=0.3, stolen=0.0)
@@ -149,45 +145,6 @@ def test_goodput_beyond_the_rates_is_a_bound() -> None:
 
 
 JOBS = [Job(arrival_s=0.05 * place, prompt_tokens=100 + 7 * place, output_tokens=1 + place % 9) for place in range(40)]
-
-
-def pool(role: Role, count: int = 1, blocks: int = 400) -> Pool:
-    return Pool(role=role, count=count, shape=EngineShape(num_blocks=blocks), profile=PROFILE)
-
-
-def test_one_mixed_engine_among_pools_is_the_engine_alone() -> None:
-    alone = VirtualEngine(EngineShape(num_blocks=400), PROFILE).run(JOBS)
-    pooled = VirtualPools([pool(Role.MIXED)]).run(JOBS)
-    for one, other in zip(_by_arrival(pooled), _by_arrival(alone), strict=True):
-        assert one.job is other.job
-        assert (one.first_token_s, one.last_token_s) == pytest.approx((other.first_token_s, other.last_token_s))
-
-
-def _by_arrival(served: Sequence[Served]) -> list[Served]:
-    return sorted(served, key=lambda one: one.job.arrival_s)
-
-
-def test_a_split_answers_all_and_hands_over_in_its_time() -> None:
-    served = VirtualPools([pool(Role.PREFILL), pool(Role.DECODE)], handoff_s=0.5).run(JOBS)
-    assert len(served) == len(JOBS)
-    assert all(one.ttft_s >= PROFILE.step_time_s(one.job.prompt_tokens, 0, 0, 0) - 1e-9 for one in served)
-    assert all(one.last_token_s - one.first_token_s >= 0.5 for one in served if one.job.output_tokens > 1)
-    assert all(one.last_token_s == one.first_token_s for one in served if one.job.output_tokens == 1)
-
-
-def test_kv_waits_with_prefill_until_decode_has_room() -> None:
-    """DistServe §4.3: prefill's memory is the buffer. Decode holds one request at a time, prefill goes on meanwhile."""
-    jobs = [Job(arrival_s=0.0, prompt_tokens=160, output_tokens=20) for _ in range(4)]
-    served = VirtualPools([pool(Role.PREFILL), pool(Role.DECODE, blocks=12)]).run(jobs)
-    firsts = sorted(one.first_token_s for one in served)
-    lasts = sorted(one.last_token_s for one in served)
-    assert firsts[-1] < lasts[0]
-    assert all(later - earlier > 19 * 0.01 for earlier, later in itertools.pairwise(lasts))
-
-
-def test_pools_that_cannot_serve_are_refused() -> None:
-    with pytest.raises(ValueError, match="pools: are not allowed"):
-        VirtualPools([pool(Role.PREFILL)])
 
 
 def test_batching_that_was_served_stands_beside_its_prediction() -> None:

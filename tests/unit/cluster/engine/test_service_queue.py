@@ -25,7 +25,7 @@ def sequence(
         handoff=handoff,
         urgency=Urgency(slo_class=slo_class, deadline_s=deadline_s),
     )
-    return Sequence(spec, order)
+    return Sequence(spec, order, 10_000)
 
 
 def compute(queue: ServiceQueue, seq: Sequence, tokens: int) -> None:

@@ -1,0 +1,173 @@
+"""One engine in virtual time: what `cluster.worker.engine_thread` is in real time, with a latency model for a device.
+
+Commands run between two steps; grants are told before the step that they come with, the rest after it. Decode steps
+that are alike are taken together (`cluster.engine.quiet_run`): a run ends early, at the end of the step under way, when
+a command comes, exactly as the thread would have taken it up then.
+
+Of a pipeline of S stages, a new plan may begin as soon as the slowest stage is free, and is done after S of them; rows
+that decode are split into S micro-batches, of which each is in another stage (DistServe, OSDI '24, §4.1).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ..engine.plan import RowOutput, StepOutput, StepPlan
+from ..engine.quiet_run import QuietRun
+from ..engine.scheduler import Scheduler
+from ..engine.scheduler_events import SchedulerEvent
+from ..engine.step_shape import step_shape
+from ..latency.interface import StepCosts
+from ..latency.linear import OnlineStepTimeFit
+from ..types import SampledToken
+from .timeline import Event, Timeline
+
+TOKEN = SampledToken(1)
+"""What every step draws: a token that ends nothing."""
+FIRST_RUN_STEPS, MAX_RUN_STEPS = 16, 1024
+Command = Callable[[Scheduler], object]
+
+
+class SimEngine:
+    """Owned by one simulated worker. `submit` at any time; `on_events` is called in virtual time, as in the runtime."""
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        scheduler: Scheduler,
+        costs: StepCosts,
+        on_events: Callable[[Sequence[SchedulerEvent]], None],
+    ) -> None:
+        self._timeline = timeline
+        self.scheduler = scheduler
+        self._costs = costs
+        self._on_events = on_events
+        self._commands: deque[Command] = deque()
+        self._run: _Run | None = None
+        self._run_steps = FIRST_RUN_STEPS
+        self._stage_free_s = 0.0
+        self._done_s = 0.0
+        """When the last plan is done: plans leave a pipeline in the order in which they came."""
+        self._planned = 0
+        """Plans that are under way."""
+        self._looking = False
+        self._boundary: Event | None = None
+        """When the engine looks for work again."""
+        self.steps_total = 0
+        self.computed_tokens_total = 0
+        self.fit = OnlineStepTimeFit()
+        """What the worker reports, and routers predict from."""
+        self.busy_s = 0.0
+        """Time in which the first stage computed."""
+
+    def submit(self, command: Command) -> None:
+        """Runs `command` between two steps."""
+        self._commands.append(command)
+        if self._run is not None:
+            self._cut(self._run)
+        elif not self._looking and self._planned < self._costs.pipeline_stages:
+            self._look_at(max(self._timeline.now_s(), self._stage_free_s))
+
+    def _look(self) -> None:
+        """Between two steps: commands, then the next step or run."""
+        self._boundary, self._looking = None, True
+        while True:
+            while self._commands:
+                self._commands.popleft()(self.scheduler)
+            run = None if self._planned else self.scheduler.begin_run(self._run_steps)
+            plan = None if run is not None else self.scheduler.schedule()
+            self._publish()
+            if run is not None or plan is not None or not self._commands:
+                break
+        self._looking = False
+        if run is not None:
+            self._begin_run(run)
+        elif plan is not None:
+            self._begin(plan)
+
+    # --- steps one by one -------------------------------------------------------------------------------------------
+
+    def _begin(self, plan: StepPlan) -> None:
+        shape = step_shape(plan)
+        sizes = (shape.prefill_tokens, shape.prefill_squares, shape.decode_rows, shape.context_tokens)
+        now_s, stage_s, step_s = (
+            self._timeline.now_s(),
+            self._costs.stage_time_s(*sizes),
+            self._costs.step_time_s(*sizes),
+        )
+        self.fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, step_s)
+        self._planned += 1
+        self.steps_total += 1
+        self.computed_tokens_total += plan.num_tokens
+        self.busy_s += stage_s
+        self._stage_free_s = now_s + stage_s
+        self._done_s = max(self._done_s, now_s + step_s)
+        self._timeline.at(self._done_s, lambda: self._complete(plan))
+        if self._costs.pipeline_stages > 1:
+            self._look_at(self._stage_free_s)
+
+    def _complete(self, plan: StepPlan) -> None:
+        self._planned -= 1
+        rows = tuple(RowOutput(row.seq_id, (TOKEN,) if row.sample is not None else ()) for row in plan.rows)
+        self.scheduler.complete(StepOutput(plan.plan_id, rows))
+        self._publish()
+        self._look_at(max(self._timeline.now_s(), self._stage_free_s))
+
+    def _look_at(self, at_s: float) -> None:
+        if self._boundary is None and self._run is None:
+            self._boundary = self._timeline.at(at_s, self._look)
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+
+    def _begin_run(self, run: QuietRun) -> None:
+        now_s = self._timeline.now_s()
+        stages = self._costs.pipeline_stages
+        rows, context = -(-run.decode_rows // stages), -(-run.context_tokens // stages)
+        ends_s = self._costs.decode_steps(rows, context, run.steps).tolist()
+        end = self._timeline.at(now_s + ends_s[-1], self._end_run)
+        self._run = _Run(now_s, run, ends_s, end)
+
+    def _cut(self, run: _Run) -> None:
+        """A command waits: the run ends with the step under way."""
+        steps = bisect_left(run.ends_s, self._timeline.now_s() - run.begin_s) + 1
+        if steps < run.steps:
+            run.end.cancel()
+            run.steps = steps
+            run.end = self._timeline.at(run.begin_s + run.ends_s[steps - 1], self._end_run)
+            self._run_steps = max(FIRST_RUN_STEPS, 2 * steps)
+
+    def _end_run(self) -> None:
+        run = self._run
+        assert run is not None
+        self._run = None
+        if run.steps == self._run_steps:
+            self._run_steps = min(MAX_RUN_STEPS, 2 * self._run_steps)
+        self.steps_total += run.steps
+        self.computed_tokens_total += run.steps * run.rows
+        self.busy_s += run.ends_s[run.steps - 1]
+        self.fit.observe(0, run.rows, run.context_tokens, run.ends_s[0])
+        self.scheduler.take_run(run.steps, TOKEN)
+        self._publish()
+        self._look_at(self._timeline.now_s())
+
+    def _publish(self) -> None:
+        events = self.scheduler.take_events()
+        if events:
+            self._on_events(events)
+
+
+class _Run:
+    """A run under way."""
+
+    __slots__ = ("begin_s", "context_tokens", "end", "ends_s", "rows", "steps")
+
+    def __init__(self, begin_s: float, run: QuietRun, ends_s: Sequence[float], end: Event) -> None:
+        self.begin_s = begin_s
+        self.rows = run.decode_rows
+        self.context_tokens = run.context_tokens
+        self.ends_s = ends_s
+        """When each of its steps ends, from its begin."""
+        self.end = end
+        self.steps = run.steps

@@ -1,0 +1,134 @@
+"""One pull in virtual time: what `SourceDriver.open_pull` and `SinkDriver._pull` do between them, run after run of the
+blocks that the holder lets be read, over the links between the two workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ...kvtransfer.protocol.actions import PullerAction, StartPull
+from ...kvtransfer.protocol.holder import HandoffHolder
+from ...kvtransfer.protocol.puller import HandoffPuller
+from ...kvtransfer.ticket import RefusalReason
+from .engine import TOKEN
+from .links import Flow, Medium
+from .timeline import Timeline
+
+
+class Reading(Protocol):
+    """The worker that is read."""
+
+    holder: HandoffHolder
+
+    def open_pull(self, pull: Pull) -> int | None:
+        """Lets it read under an id; None: refused."""
+
+    def close_pull(self, reader_id: int) -> None:
+        """It reads no more."""
+
+
+class Pull:
+    """Lives from `StartPull` to `pull_ended`."""
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        action: StartPull,
+        *,
+        puller: HandoffPuller,
+        source: Reading | None,
+        links: Sequence[Medium],
+        block_bytes: int,
+        rpc_s: float,
+        run: Callable[[Sequence[PullerAction]], object],
+    ) -> None:
+        """`source` None: the worker is gone. `run` carries out what the puller answers."""
+        self.action = action
+        self.index = action.first_block
+        self.received_bytes = 0
+        self.exposed_s = 0.0
+        self._timeline = timeline
+        self._puller = puller
+        self._source = source
+        self._links = links
+        self._block_bytes = block_bytes
+        self._rpc_s = rpc_s
+        self._run = run
+        self._reader_id: int | None = None
+        self._flow: Flow | None = None
+        self._last_byte_s = 0.0
+        self._ended = False
+        timeline.after(action.delay_s + rpc_s, self._open)
+
+    @property
+    def key_there(self) -> str:
+        """What the holder calls it."""
+        return self.action.ticket.prefill_key
+
+    def go_on(self) -> None:
+        """More may be readable."""
+        if self._flow is not None or self._ended or self._reader_id is None or self._source is None:
+            return
+        view = self._source.holder.view(self._reader_id)
+        if view.refused is not None:
+            self.stop(view.refused)
+        elif self.index < view.readable_blocks:
+            blocks = view.readable_blocks - self.index
+            self._flow = Flow(self._timeline, self._links, blocks * self._block_bytes, lambda: self._arrive(blocks))
+        elif view.first_token is not None:
+            self.exposed_s = max(0.0, self._last_byte_s - view.prefill_end_s)
+            self._timeline.after(self._rpc_s, lambda: self._end(view.num_tokens))
+
+    def stop(self, reason: RefusalReason) -> None:
+        """It must not read another block: the puller hears why."""
+        self._close()
+        now_s = self._timeline.now_s()
+        self._run(self._puller.pull_ended(self.action.key, self.action.pull_index, reason, "", now_s))
+
+    def cancel(self) -> None:
+        """The puller wants no more of it."""
+        self._close()
+        now_s = self._timeline.now_s()
+        self._run(self._puller.pull_ended(self.action.key, self.action.pull_index, None, "", now_s))
+
+    def _open(self) -> None:
+        if self._ended:
+            return
+        self._reader_id = self._source.open_pull(self) if self._source is not None else None
+        if self._reader_id is None:
+            self.stop(RefusalReason.PEER_LOST if self._source is None else RefusalReason.UNKNOWN_TICKET)
+        else:
+            self.go_on()
+
+    def _arrive(self, blocks: int) -> None:
+        self._flow = None
+        if self._ended:
+            return
+        key, number, indices = self.action.key, self.action.pull_index, range(self.index, self.index + blocks)
+        self._puller.blocks_arrived(key, number, (self.action.ticket,), indices)
+        self._puller.blocks_written(key, number, indices)
+        self.index += blocks
+        self.received_bytes += blocks * self._block_bytes
+        self._last_byte_s = self._timeline.now_s()
+        assert self._reader_id is not None
+        assert self._source is not None
+        self._source.holder.pull_progress(self._reader_id, self._last_byte_s)
+        self.go_on()
+
+    def _end(self, num_tokens: int) -> None:
+        if self._ended:
+            return
+        self._close()
+        ticket, now_s = self.action.ticket, self._timeline.now_s()
+        self._run(self._puller.end_arrived(self.action.key, self.action.pull_index, ticket, num_tokens, TOKEN))
+        self._run(self._puller.pull_ended(self.action.key, self.action.pull_index, None, "", now_s))
+
+    def _close(self) -> None:
+        self._ended = True
+        if self._flow is not None:
+            self._flow.cancel()
+            self._flow = None
+        if self._reader_id is not None and self._source is not None:
+            self._source.close_pull(self._reader_id)
+            self._reader_id = None

@@ -1,0 +1,70 @@
+"""Virtual time: what is to happen, in order.
+
+Entries are `(time, number, action)`: of two at the same time, the one that was planned first comes first, so that a run
+depends on nothing but its input (the idea is SimPy's).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+
+from ..clock import Clock
+
+Action = Callable[[], None]
+
+
+class Event:
+    """Something planned; `cancel` until it has happened."""
+
+    __slots__ = ("action", "at_s")
+
+    def __init__(self, at_s: float, action: Action) -> None:
+        self.at_s = at_s
+        self.action: Action | None = action
+
+    def cancel(self) -> None:
+        """It will not happen; idempotent."""
+        self.action = None
+
+
+class Timeline(Clock):
+    """A clock that jumps from one event to the next. Single-threaded."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self._heap: list[tuple[float, int, Event]] = []
+        self._next_number = 0
+        self.events_total = 0
+        """Events that have happened."""
+
+    def now_s(self) -> float:
+        """See `Clock.now_s`."""
+        return self._now_s
+
+    def at(self, at_s: float, action: Action) -> Event:
+        """Plans `action` for `at_s`, which is not before now."""
+        assert at_s >= self._now_s, f"{at_s} is before {self._now_s}"
+        event = Event(at_s, action)
+        heapq.heappush(self._heap, (at_s, self._next_number, event))
+        self._next_number += 1
+        return event
+
+    def after(self, delay_s: float, action: Action) -> Event:
+        """Plans `action` for `delay_s` from now."""
+        return self.at(self._now_s + delay_s, action)
+
+    def run(self, until_s: float = math.inf) -> None:
+        """Lets things happen, in order, until nothing is planned or the next thing would be later than `until_s`."""
+        heap = self._heap
+        while heap and heap[0][0] <= until_s:
+            at_s, _, event = heapq.heappop(heap)
+            if event.action is None:
+                continue
+            self._now_s = at_s
+            self.events_total += 1
+            action, event.action = event.action, None
+            action()
+        if math.isfinite(until_s):
+            self._now_s = max(self._now_s, until_s)

@@ -1,0 +1,128 @@
+"""Whole simulated clusters: everybody is served, nothing is left, the same input gives the same times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from sim_cases import COSTS, FAST, assert_clean, cluster, split, times, worker, workload
+from tandem.cluster.bench.claims_virtual import EngineShape, Job, VirtualEngine
+from tandem.cluster.engine.scheduler import Scheduler
+from tandem.cluster.latency.links import Link
+from tandem.cluster.types import SLO, Role
+from tandem.kvtransfer.protocol.holder import HandoffHolder
+from tandem.kvtransfer.protocol.puller import HandoffPuller
+from tandem.router.slo_classes import Promise
+
+
+def test_a_mixed_worker_alone_is_the_engine_that_steps_one_by_one() -> None:
+    """Runs, the router and the worker add nothing where they take no time."""
+    asked = workload(150, 6.0, longest=300)
+    simulated = cluster(worker("m", Role.MIXED, max_batched_tokens=512, max_waiting=10_000))
+    outcomes = simulated.run(asked)
+    shape = EngineShape(num_blocks=4000, max_batched_tokens=512)
+    jobs = [
+        Job(arrival_s=one.arrival_s, prompt_tokens=len(one.prompt_token_ids), output_tokens=one.output_tokens)
+        for one in asked
+    ]
+    served = {job.job: job for job in VirtualEngine(shape, COSTS).run(jobs)}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        want = served[job]
+        assert (outcome.first_token_s, outcome.last_token_s) == pytest.approx((want.first_token_s, want.last_token_s))
+    assert_clean(simulated)
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 3)])
+def test_a_split_cluster_serves_everybody_and_nothing_is_left(prefill: int, decode: int, prefix_cache: bool) -> None:
+    simulated = cluster(*split(prefill, decode, prefix_cache=prefix_cache), rpc_s=0.001)
+    outcomes = simulated.run(workload(200, 8.0))
+    assert all(outcome.done for outcome in outcomes)
+    assert {outcome.path for outcome in outcomes} == {"split", "prefill_only"}
+    for outcome in outcomes:
+        assert outcome.first_token_s is not None
+        assert outcome.last_token_s is not None
+        assert outcome.asked.arrival_s < outcome.first_token_s <= outcome.last_token_s
+    assert_clean(simulated)
+
+
+def test_the_kv_of_every_handoff_crosses_the_links() -> None:
+    simulated = cluster(*split())
+    outcomes = simulated.run(workload(50, 4.0))
+    blocks = sum(-(-len(one.asked.prompt_token_ids) // 16) for one in outcomes if one.path == "split")
+    assert sum(outcome.transferred_bytes for outcome in outcomes) == blocks * 1000
+    assert simulated.crossed_bytes() == {"inside ": blocks * 1000}
+
+
+def test_a_slow_link_is_exposed_and_a_fast_one_hardly() -> None:
+    slow = Link(name="slow", bandwidth_gb_s=1e-4)  # 100 KB/s: 10 ms a block
+    exposed = {}
+    for name, link in (("slow", slow), ("fast", FAST)):
+        outcomes = cluster(*split(), inside=link).run(workload(50, 2.0))
+        exposed[name] = max(outcome.exposed_transfer_s for outcome in outcomes)
+    assert exposed["slow"] > 0.1 > 1e-6 > exposed["fast"]
+
+
+def test_the_same_input_gives_the_same_times() -> None:
+    runs = [cluster(*split(2, 2), rpc_s=0.001).run(workload(100, 6.0)) for _ in range(2)]
+    assert times(runs[0]) == times(runs[1])
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    asked = workload(40, 2.0, longest=64)
+    shared = tuple(range(2000, 2512))
+    asked = [replace(one, prompt_token_ids=shared + one.prompt_token_ids) for one in asked]
+    outcomes = cluster(*split(prefix_cache=True)).run(asked)
+    assert outcomes[0].cached_tokens == 0
+    assert all(outcome.cached_tokens >= 512 for outcome in outcomes[1:])
+
+
+def test_short_prompts_stay_with_the_decode_worker_where_that_is_asked_for() -> None:
+    outcomes = cluster(*split(), local_threshold_tokens=100).run(workload(100, 4.0))
+    for outcome in outcomes:
+        if outcome.asked.output_tokens > 1:
+            assert (outcome.path == "local") == (len(outcome.asked.prompt_token_ids) < 100)
+
+
+def test_memory_that_does_not_suffice_preempts_or_waits_and_serves_all_the_same() -> None:
+    simulated = cluster(*split(num_blocks=60, max_model_len=700))
+    outcomes = simulated.run(workload(60, 8.0, longest=500))
+    assert all(outcome.done for outcome in outcomes)
+    assert max(outcome.decode_queue_s for outcome in outcomes) > 0.01, "KV waited in the prefill worker's memory"
+    assert_clean(simulated)
+
+
+def test_more_stages_take_more_prompts_in_flight() -> None:
+    """A pipeline of two stages of half the time each: nearly twice the rate, the same time for one prompt."""
+    whole = replace(COSTS, prefill_step_s=0.02, prefill_token_s=2e-4)
+    asked = workload(120, 100.0, longest=200, answer=1)
+    one = cluster(worker("m", Role.MIXED, costs=whole, max_batched_tokens=256)).run(asked)
+    half = replace(whole, prefill_step_s=0.01, prefill_token_s=1e-4, pipeline_stages=2)
+    two = cluster(worker("m", Role.MIXED, costs=half, max_batched_tokens=256)).run(asked)
+    last = [max(outcome.last_token_s or 0.0 for outcome in outcomes) for outcomes in (one, two)]
+    assert last[1] < 0.8 * last[0]
+
+
+def test_a_promise_that_cannot_be_kept_is_refused_as_the_router_refuses_it() -> None:
+    promise = Promise(slo_class="", share=1.0, ttft_s=0.5, tpot_s=0.1)
+    outcomes = cluster(*split(), promises={"": promise}, refuses=True).run(workload(300, 60.0))
+    refused = [outcome for outcome in outcomes if outcome.refused]
+    assert refused
+    kept = [outcome for outcome in outcomes if not outcome.refused]
+    assert all(outcome.done for outcome in kept)
+    share = sum(outcome.attains(SLO(ttft_s=0.5, tpot_s=None)) for outcome in kept) / len(kept)
+    assert share > 0.9
+
+
+def test_the_classes_that_decide_are_the_runtimes_own() -> None:
+    [one, _] = cluster(*split()).workers
+    assert type(one.scheduler) is Scheduler
+    assert type(one.holder) is HandoffHolder
+    assert type(one.puller) is HandoffPuller
+
+
+def test_workers_that_cannot_serve_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="workers: prefill are not allowed; allowed: mixed ones"
+    ):
+        cluster(worker("p", Role.PREFILL))
