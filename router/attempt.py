@@ -105,13 +105,13 @@ class _QueuedPrompt:
         self._link, self._tokens = link, tokens
         self._patient_tokens = 0 if math.isfinite(urgency.deadline_s) else tokens
         self.waiting = True
-        link.prompt_sent(tokens, self._patient_tokens)
+        link.sent.prompt_sent(tokens, self._patient_tokens)
 
     def done(self) -> None:
         """Its first token is here, or nobody waits for it; idempotent."""
         if self.waiting:
             self.waiting = False
-            self._link.prompt_done(self._tokens, self._patient_tokens)
+            self._link.sent.prompt_done(self._tokens, self._patient_tokens)
 
 
 class PrefillHalf:
@@ -256,7 +256,7 @@ class Attempt:
         own = _QueuedPrompt(self.first_worker, uncached_tokens, work.urgency) if half is None else half.prompt
         self._prompt = own
         if decode is not None:
-            decode.row_begun(work.tpot_s)
+            decode.sent.row_begun(work.tpot_s)
 
     @property
     def prefill(self) -> WorkerLink | None:
@@ -347,7 +347,7 @@ class Attempt:
             self._prompt.done()
         kept = self.half if keep_prefill and self.half is not None and self.half.serves else None
         if self.decode is not None:
-            self.decode.row_ended(self.work.tpot_s)
+            self.decode.sent.row_ended(self.work.tpot_s)
             self.decode.unsubscribe(self._decode_key())
             if self._decode_open:
                 # Named, the prefill attempt ends on its holder too: the decode worker tells it.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from ..cluster.rpc import PROTOCOL_VERSION, Refusal, open_channel
 from ..cluster.types import Side
 from .commands import Commands
 from .mailbox import Mailbox
+from .sent_load import SentLoad
 
 logger = logging.getLogger(__name__)
 REATTACH_S = 0.2
@@ -84,14 +84,8 @@ class WorkerLink:
         self.address = address
         self.epoch = epoch
         self.attached = False
-        self.queued_prefill_tokens = 0
-        """Prompt tokens that this router sent and has no first token for yet."""
-        self.patient_prefill_tokens = 0
-        """Those of them that are due at no time: the worker computes before them what is."""
-        self.decode_rows = 0
-        """Choices that this router decodes there now."""
-        self._tpot_promises_s: dict[float, int] = {}
-        """What those choices were promised as time per output token, inf for nothing, with how many it was."""
+        self.sent = SentLoad(on_change)
+        """What this router has under way there."""
         self._router_id = router_id
         self._on_change = on_change
         self._closed = False
@@ -109,40 +103,6 @@ class WorkerLink:
     def unsubscribe(self, key: SubscriptionKey) -> None:
         """Idempotent."""
         self._inboxes.pop(key, None)
-
-    @property
-    def tightest_tpot_s(self) -> float:
-        """The tightest promise among the choices that this router decodes there; inf: none."""
-        return min(self._tpot_promises_s, default=math.inf)
-
-    @property
-    def load(self) -> tuple[int, int, int, float]:
-        """All of these at once, to be compared with what they were."""
-        return (self.queued_prefill_tokens, self.patient_prefill_tokens, self.decode_rows, self.tightest_tpot_s)
-
-    def prompt_sent(self, tokens: int, patient_tokens: int) -> None:
-        """A prompt of so many tokens to compute, of which so many are due at no time, is on its way there."""
-        self.queued_prefill_tokens += tokens
-        self.patient_prefill_tokens += patient_tokens
-
-    def prompt_done(self, tokens: int, patient_tokens: int) -> None:
-        """It waits there no longer: there may be room for who waits here."""
-        self.queued_prefill_tokens -= tokens
-        self.patient_prefill_tokens -= patient_tokens
-        self._on_change()
-
-    def row_begun(self, tpot_s: float) -> None:
-        """A choice that was promised `tpot_s` is decoded there."""
-        self.decode_rows += 1
-        self._tpot_promises_s[tpot_s] = self._tpot_promises_s.get(tpot_s, 0) + 1
-
-    def row_ended(self, tpot_s: float) -> None:
-        """It is no longer: there may be room for who waits here."""
-        self.decode_rows -= 1
-        left = self._tpot_promises_s.pop(tpot_s) - 1
-        if left:
-            self._tpot_promises_s[tpot_s] = left
-        self._on_change()
 
     async def reserve(self, request: pb.ReserveRequest) -> pb.ReserveReply:
         """Asks for a credit. `Refusal`."""

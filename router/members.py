@@ -30,6 +30,7 @@ from ..cluster.types import Role
 from .link import WorkerLink
 from .placement import WorkerView
 from .prefix_index import PrefixIndex
+from .sent_load import NOTHING, Snapshot, corrected
 
 logger = logging.getLogger(__name__)
 MAX_MEMBERS = 4096
@@ -66,18 +67,14 @@ class Member:
     link: WorkerLink
     silent_s: float = 0.0
     """Time without a heartbeat while the router itself was running."""
-    own_prefill_tokens: int = 0
-    """Of the queued tokens in the status, those that this router had sent when it came."""
-    own_patient_tokens: int = 0
-    """Of those, the ones that are due at no time."""
-    own_rows: int = 0
-    """Of the sequences in the status, those that this router decoded there when it came."""
+    sent_then: Snapshot = NOTHING
+    """What this router had under way there when the status came."""
     identity: str = ""
     """`kv_identity` of the status."""
     view: WorkerView | None = None
-    """As of this status and `viewed_load`."""
-    viewed_load: tuple[int, int, int, float] | None = None
-    """The link's."""
+    """As of this status and `viewed`."""
+    viewed: Snapshot = NOTHING
+    """Of what this router had under way."""
 
 
 class Membership(RegistryServicer):
@@ -126,9 +123,7 @@ class Membership(RegistryServicer):
                 member.identity = kv_identity(status)
             member.status, member.view = status, None
             member.heard_s, member.silent_s = self._clock.now_s(), 0.0
-            member.own_prefill_tokens = member.link.queued_prefill_tokens
-            member.own_patient_tokens = member.link.patient_prefill_tokens
-            member.own_rows = member.link.decode_rows
+            member.sent_then = member.link.sent.now
         self._changed()
         return pb.HeartbeatReply(router_id=self._router_id)
 
@@ -270,36 +265,31 @@ class Membership(RegistryServicer):
 
     def _view_of(self, member: Member) -> WorkerView:
         """Made anew only where something has changed: a request asks for it many times."""
-        load = member.link.load
-        if member.view is None or member.viewed_load != load:
-            member.view, member.viewed_load = self._view(member), load
+        now = member.link.sent.now
+        if member.view is None or member.viewed != now:
+            member.view, member.viewed = corrected(_said(member), member.sent_then, now), now
         return member.view
 
-    @staticmethod
-    def _view(member: Member) -> WorkerView:
-        status, link = member.status, member.link
-        # The worker's own count is as old as its heartbeat: what was ours of it is replaced by what is ours now.
-        others_tokens = max(0, status.queued_prefill_tokens - member.own_prefill_tokens)
-        others_patient = max(0, status.patient_prefill_tokens - member.own_patient_tokens)
-        others_rows = max(0, status.running + status.waiting - member.own_rows)
-        in_batch = max(link.decode_rows + others_rows - status.waiting, 0)
-        return WorkerView(
-            worker_id=status.worker_id,
-            role=Role(status.role),
-            fingerprint=member.identity,
-            block_size=max(1, status.block_size),
-            num_blocks=status.num_blocks,
-            available_blocks=status.free_blocks + status.cached_blocks,
-            credited_blocks=status.credited_blocks,
-            credit_limit_blocks=status.credit_limit_blocks,
-            queued_prefill_tokens=link.queued_prefill_tokens + others_tokens,
-            running=in_batch,
-            waiting=status.waiting,
-            max_running=max(1, status.max_running),
-            max_waiting=status.max_waiting,
-            context_tokens=status.context_tokens,
-            step_time=step_time_from_proto(status.step_time),
-            steps_total=status.steps_total,
-            patient_prefill_tokens=link.patient_prefill_tokens + min(others_patient, others_tokens),
-            tightest_tpot_s=link.tightest_tpot_s,
-        )
+
+def _said(member: Member) -> WorkerView:
+    """The worker as its heartbeat has it."""
+    status = member.status
+    return WorkerView(
+        worker_id=status.worker_id,
+        role=Role(status.role),
+        fingerprint=member.identity,
+        block_size=max(1, status.block_size),
+        num_blocks=status.num_blocks,
+        available_blocks=status.free_blocks + status.cached_blocks,
+        credited_blocks=status.credited_blocks,
+        credit_limit_blocks=status.credit_limit_blocks,
+        queued_prefill_tokens=status.queued_prefill_tokens,
+        running=status.running,
+        waiting=status.waiting,
+        max_running=max(1, status.max_running),
+        max_waiting=status.max_waiting,
+        context_tokens=status.context_tokens,
+        step_time=step_time_from_proto(status.step_time),
+        steps_total=status.steps_total,
+        patient_prefill_tokens=status.patient_prefill_tokens,
+    )

@@ -244,7 +244,7 @@ class SimRouter:
         first = request.prefill or request.decode
         assert first is not None
         patient = 0 if math.isfinite(request.urgency.deadline_s) else request.uncached
-        first.prompt_sent(request.uncached, patient)
+        first.sent.prompt_sent(request.uncached, patient)
         for member in (request.prefill, request.decode):
             if member is not None and self._caches:
                 view = member.view
@@ -253,7 +253,7 @@ class SimRouter:
             outcome.prefill_worker = request.prefill.worker.spec.worker_id
             self._timeline.after(3 * rpc_s, lambda: self._send_prefill(request))
         if request.decode is not None:
-            request.decode.row_begun(request.tpot_s)
+            request.decode.sent.row_begun(request.tpot_s)
             outcome.decode_worker = request.decode.worker.spec.worker_id
             self._timeline.after((5 if request.prefill else 3) * rpc_s, lambda: self._send_decode(request))
 
@@ -320,7 +320,7 @@ class SimRouter:
             outcome.output_tokens, outcome.last_token_s = heard.tokens, now_s
         if heard.finished:
             if request.decode is not None:
-                request.decode.row_ended(request.tpot_s)
+                request.decode.sent.row_ended(request.tpot_s)
             self._end(request)
             self.changed()
 
@@ -328,7 +328,7 @@ class SimRouter:
         first = request.prefill or request.decode
         assert first is not None
         patient = 0 if math.isfinite(request.urgency.deadline_s) else request.uncached
-        first.prompt_done(request.uncached, patient)
+        first.sent.prompt_done(request.uncached, patient)
         self.changed()
 
     def _end(self, request: _Request) -> None:

@@ -97,7 +97,7 @@ def bounds(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def checked_add(self: Scheduler, *args: Any) -> None:
         add(self, *args)
         load = self.load()
-        if load.waiting > self._max_waiting or load.running > self._max_running:
+        if load.waiting > self._max_waiting or load.running > self._prompts._max_running:
             seen["broken"].append(f"{load.waiting} wait, {load.running} run")
 
     monkeypatch.setattr(CreditLedger, "grant", checked_grant)

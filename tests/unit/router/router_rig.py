@@ -264,7 +264,8 @@ class Rig:
         """The router's own accounts are zero: corrections to the views, inboxes, places, requests in flight."""
         for member in self.members.members():
             link = member.link
-            owned = (link.queued_prefill_tokens, link.patient_prefill_tokens, link.decode_rows)
+            sent = link.sent
+            owned = (sent.queued_prefill_tokens, sent.patient_prefill_tokens, sent.decode_rows)
             assert owned == (0, 0, 0), link.worker_id
             assert not link._inboxes
         assert self.core._admission.waiting == 0

@@ -42,7 +42,7 @@ def on(r: Any, work: Work, half: PrefillHalf, decode: Any) -> Attempt:
 
 
 def counts(r: Any) -> tuple[int, int, int, int]:
-    p, d = r.link("p0"), r.link("d0")
+    p, d = r.link("p0").sent, r.link("d0").sent
     return p.queued_prefill_tokens, p.decode_rows, d.queued_prefill_tokens, d.decode_rows
 
 

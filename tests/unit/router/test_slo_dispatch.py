@@ -73,7 +73,7 @@ async def test_the_rows_that_run_keep_their_promise_too(rig: Any) -> None:
         prefill.on_prefill = lambda request: [r.event(request.sequence, P, tokens=(0, list(b"a"), ""))]
         tight = r.core.generate(r.request(promise=CLASSES.promise(ttft_s=60.0, tpot_s=0.015)))
         await anext(tight)
-        assert r.link("d0").tightest_tpot_s == 0.015
+        assert r.link("d0").sent.tightest_tpot_s == 0.015
         other = asyncio.create_task(r.collect(r.request(promise=CLASSES.promise(BATCH))))
         await r.until(lambda: r.core._dispatcher.waiting_by_class() == {"batch": 1}, "the other to wait")
         await r.heartbeat(decode)
