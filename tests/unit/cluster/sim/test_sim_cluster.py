@@ -122,7 +122,5 @@ def test_the_classes_that_decide_are_the_runtimes_own() -> None:
 
 
 def test_workers_that_cannot_serve_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="workers: prefill are not allowed; allowed: mixed ones"
-    ):
+    with pytest.raises(ValueError, match="workers: prefill are not allowed; allowed: mixed ones"):
         cluster(worker("p", Role.PREFILL))
