@@ -267,11 +267,11 @@ class Membership(RegistryServicer):
         """Made anew only where something has changed: a request asks for it many times."""
         now = member.link.sent.now
         if member.view is None or member.viewed != now:
-            member.view, member.viewed = corrected(_said(member), member.sent_then, now), now
+            member.view, member.viewed = corrected(as_said(member), member.sent_then, now), now
         return member.view
 
 
-def _said(member: Member) -> WorkerView:
+def as_said(member: Member) -> WorkerView:
     """The worker as its heartbeat has it."""
     status = member.status
     return WorkerView(

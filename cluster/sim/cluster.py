@@ -57,8 +57,12 @@ class SimCluster:
             )
 
     def run(self, workload: Iterable[Asked]) -> list[Outcome]:
-        """Serves the workload, in order of arrival, to its end; outcomes in the same order."""
+        """Serves the workload, in order of arrival, to its end; outcomes in the same order. ValueError where a request
+        could never run here.
+        """
         outcomes = [Outcome(asked=asked) for asked in workload]
+        for outcome in outcomes:
+            self._check(outcome.asked)
         self._in_flight = len(outcomes)
         coming = iter(outcomes)
 
@@ -78,9 +82,20 @@ class SimCluster:
         self.timeline.run()
         return outcomes
 
+    def _check(self, asked: Asked) -> None:
+        for worker in self._spec.workers:
+            longest = len(asked.prompt_token_ids) + asked.output_tokens
+            room = min(worker.max_model_len, worker.num_blocks * worker.block_size)
+            if longest > room:
+                raise ValueError(
+                    f"{asked.request_id}: {longest} tokens of prompt and output are not allowed; allowed: at most "
+                    f"{room}, what worker {worker.worker_id} holds"
+                )
+
     def _beat(self, member: SimMember) -> None:
         if not self._in_flight:
             return
+        member.worker.tick()
         member.heartbeat()
         self.router.changed()
         self.timeline.after(self._spec.router.heartbeat_s, lambda: self._beat(member))

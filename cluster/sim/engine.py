@@ -10,7 +10,7 @@ that decode are split into S micro-batches, of which each is in another stage (D
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -56,11 +56,8 @@ class SimEngine:
         self._boundary: Event | None = None
         """When the engine looks for work again."""
         self.steps_total = 0
-        self.computed_tokens_total = 0
         self.fit = OnlineStepTimeFit()
         """What the worker reports, and routers predict from."""
-        self.busy_s = 0.0
-        """Time in which the first stage computed."""
 
     def submit(self, command: Command) -> None:
         """Runs `command` between two steps."""
@@ -69,6 +66,13 @@ class SimEngine:
             self._cut(self._run)
         elif not self._looking and self._planned < self._costs.pipeline_stages:
             self._look_at(max(self._timeline.now_s(), self._stage_free_s))
+
+    def steps_under_way(self) -> tuple[int, int]:
+        """(steps, rows) of the run under way that are done already, though the scheduler has not heard of them."""
+        run = self._run
+        if run is None:
+            return 0, 0
+        return bisect_right(run.ends_s, self._timeline.now_s() - run.begin_s, 0, run.steps), run.rows
 
     def _look(self) -> None:
         """Between two steps: commands, then the next step or run."""
@@ -100,8 +104,6 @@ class SimEngine:
         self.fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, step_s)
         self._planned += 1
         self.steps_total += 1
-        self.computed_tokens_total += plan.num_tokens
-        self.busy_s += stage_s
         self._stage_free_s = now_s + stage_s
         self._done_s = max(self._done_s, now_s + step_s)
         self._timeline.at(self._done_s, lambda: self._complete(plan))
@@ -128,6 +130,8 @@ class SimEngine:
         ends_s = self._costs.decode_steps(rows, context, run.steps).tolist()
         end = self._timeline.at(now_s + ends_s[-1], self._end_run)
         self._run = _Run(now_s, run, ends_s, end)
+        if self._commands:  # which came while it was looked for
+            self._cut(self._run)
 
     def _cut(self, run: _Run) -> None:
         """A command waits: the run ends with the step under way."""
@@ -135,7 +139,8 @@ class SimEngine:
         if steps < run.steps:
             run.end.cancel()
             run.steps = steps
-            run.end = self._timeline.at(run.begin_s + run.ends_s[steps - 1], self._end_run)
+            ends_s = max(self._timeline.now_s(), run.begin_s + run.ends_s[steps - 1])
+            run.end = self._timeline.at(ends_s, self._end_run)
             self._run_steps = max(FIRST_RUN_STEPS, 2 * steps)
 
     def _end_run(self) -> None:
@@ -145,8 +150,6 @@ class SimEngine:
         if run.steps == self._run_steps:
             self._run_steps = min(MAX_RUN_STEPS, 2 * self._run_steps)
         self.steps_total += run.steps
-        self.computed_tokens_total += run.steps * run.rows
-        self.busy_s += run.ends_s[run.steps - 1]
         self.fit.observe(0, run.rows, run.context_tokens, run.ends_s[0])
         self.scheduler.take_run(run.steps, TOKEN)
         self._publish()

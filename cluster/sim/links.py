@@ -1,7 +1,8 @@
 """KV on its way: transfers over named links that share their bandwidth.
 
-A transfer that crosses several links (out of one node, into another) goes at the pace of its slowest share; every link
-is shared equally by those that cross it. A transfer asks for its bytes in pieces, as blocks become readable.
+A transfer that crosses several links (out of one node, into another) goes at the pace of its slowest share and waits
+for the longest latency; every link is shared evenly by those that cross it. It asks for its bytes in pieces, as blocks
+become readable.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Flow:
         for link in self._links:
             link.bytes_total += self.size_bytes
         self._leave()
-        latency_s = sum(link.latency_s for link in self._links)
+        latency_s = max((link.latency_s for link in self._links), default=0.0)
         if latency_s:
             self._timeline.after(latency_s, self._on_done)
         else:

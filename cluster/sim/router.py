@@ -16,7 +16,7 @@ from ...router.admission import Admission
 from ...router.attempt import Path
 from ...router.dispatch_policy import DispatchPolicy
 from ...router.errors import Overloaded
-from ...router.forecast import Forecast, forecast, room_tokens
+from ...router.forecast import Forecast, forecast, learned, room_tokens
 from ...router.placement import WorkerView, idle_tpot_s, keeps_tpot, rank_decode, rank_mixed, rank_prefill
 from ...router.prefix_index import PrefixIndex
 from ...router.slo_classes import Promise
@@ -43,7 +43,6 @@ class RouterSpec:
     """A command's way to a worker, and a token's way back."""
     local_threshold_tokens: int = 0
     heartbeat_s: float = 0.25
-    block_size: int = 16
 
 
 @dataclass(slots=True)
@@ -111,9 +110,8 @@ class SimRouter:
                 request.outcome.refused = refusal.code or refusal.type
                 self._end(request)
                 return
-        idle_s = min(
-            (idle_tpot_s(view, len(request.asked.prompt_token_ids)) for view in self._decode_views()), default=0.0
-        )
+        decode = learned(self._decode_views())
+        idle_s = min((idle_tpot_s(view, len(request.asked.prompt_token_ids)) for view in decode), default=0.0)
         request.tpot_s = promise.effective_tpot_s(idle_s)
         self._queue(request, min(uncached.values(), default=1))
 
@@ -251,7 +249,7 @@ class SimRouter:
                 self._prefixes.insert(view.worker_id, self._keys(request, view), view.num_blocks)
         if request.prefill is not None:
             outcome.prefill_worker = request.prefill.worker.spec.worker_id
-            self._timeline.after(3 * rpc_s, lambda: self._send_prefill(request))
+            self._timeline.after((3 if request.decode else 1) * rpc_s, lambda: self._send_prefill(request))
         if request.decode is not None:
             request.decode.sent.row_begun(request.tpot_s)
             outcome.decode_worker = request.decode.worker.spec.worker_id
@@ -295,7 +293,7 @@ class SimRouter:
 
     # --- what workers say -------------------------------------------------------------------------------------------
 
-    def on_heard(self, seq: str, heard: Heard) -> None:
+    def on_heard(self, heard: Heard) -> None:
         """See `SimWorker.wire`."""
         self._timeline.after(self._spec.rpc_s, lambda: self._hear(heard))
 

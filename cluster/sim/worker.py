@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ...kvtransfer.protocol.actions import (
@@ -148,7 +148,7 @@ class SimWorker:
         self._live: dict[str, _Live] = {}
         self._readers: dict[int, Pull] = {}
         """Pulls of others that read here."""
-        self._on_heard: Callable[[str, Heard], None] = lambda seq_id, heard: None
+        self._on_heard: Callable[[Heard], None] = lambda heard: None
         self._on_refused: Callable[[str], None] = lambda seq_id: None
         self._find: Callable[[str], SimWorker | None] = lambda worker_id: None
         self._links_to: Callable[[SimWorker, SimWorker], Sequence[Medium]] = lambda source, target: ()
@@ -158,7 +158,7 @@ class SimWorker:
         *,
         find: Callable[[str], SimWorker | None],
         links: Callable[[SimWorker, SimWorker], Sequence[Medium]],
-        on_heard: Callable[[str, Heard], None],
+        on_heard: Callable[[Heard], None],
         on_refused: Callable[[str], None],
     ) -> None:
         """`find`: the worker of that id; `links`: what KV crosses from one to the other; `on_heard`, `on_refused`: what
@@ -169,9 +169,22 @@ class SimWorker:
 
     def status(self) -> Status:
         """As a heartbeat that leaves now."""
-        engine = self.engine
+        load, engine = self.scheduler.load(), self.engine
+        steps, rows = engine.steps_under_way()
+        grown = steps * rows // self.spec.block_size
+        load = replace(
+            load,
+            context_tokens=load.context_tokens + steps * rows,
+            free_blocks=max(0, load.free_blocks - grown),
+        )
         credited = self.puller.counts().credited_blocks
-        return Status(self.scheduler.load(), credited, engine.fit.coefficients(), engine.steps_total)
+        return Status(load, credited, engine.fit.coefficients(), engine.steps_total + steps)
+
+    def tick(self) -> None:
+        """Ends credits, leases and waits that ran out, as the runtime's does a few times a second."""
+        now_s = self._timeline.now_s()
+        self._run_holder(self.holder.tick(now_s))
+        self._run_puller(self.puller.tick(now_s))
 
     # --- the router's commands --------------------------------------------------------------------------------------
 
@@ -272,7 +285,7 @@ class SimWorker:
         live.told = True
         if heard.finished:
             del self._live[event.seq_id]
-        self._on_heard(event.seq_id, heard)
+        self._on_heard(heard)
 
     # --- the holder -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import shutil
 import stat
 import time
@@ -40,6 +41,8 @@ _POLL_S = 0.05
 _DIGEST_BYTES = 16
 _IN_USE = ".used"
 _SUFFIX = ".code"
+_OURS = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}")
+"""What `target.code_folder` is called."""
 
 logger = logging.getLogger(__name__)
 Wait = Callable[[], None]
@@ -65,8 +68,7 @@ class CodeCache(NullCache):  # type: ignore[misc]  # numba has no types
         hold(self._folder)
         path = self._path(sig, target_context.codegen())
         try:
-            _check_owner(path)
-            payload = _checked(path.read_bytes(), path.name)
+            payload = _checked(_read_own(path), path.name)
             return CompileResult._rebuild(target_context, *pickle.loads(payload))
         except FileNotFoundError:
             return None
@@ -113,11 +115,14 @@ def _digest(name: str, payload: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
-def _check_owner(path: Path) -> None:
-    """ValueError where others could have written it: it is code, and will run."""
-    found = path.stat()
-    if found.st_uid not in (0, os.getuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(f"the file is owned by user {found.st_uid} or can be written by others")
+def _read_own(path: Path) -> bytes:
+    """The file's content. ValueError where others could have written it: it is code, and will run."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ValueError(f"the file is owned by user {found.st_uid} or can be written by others")
+        return file.read()
 
 
 def _checked(content: bytes, name: str) -> memoryview:
@@ -130,10 +135,14 @@ def _checked(content: bytes, name: str) -> memoryview:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Under another name, then renamed. Not synced: what a crash leaves of it is noticed by its digest."""
+    """Under another name, then renamed. Not synced: what a crash leaves of it is noticed by its digest. No group may
+    write it, whatever the umask: it would not be read again.
+    """
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
-        part.write_bytes(content)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
         part.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -157,7 +166,8 @@ def hold(folder: Path) -> None:
 
 
 def prune(root: Path, keep: int = KEPT_FOLDERS) -> list[Path]:
-    """Removes the folders under `root` that were not used for longest, all but `keep`, and none that is in use.
+    """Removes the folders of code under `root` that were not used for longest, all but `keep`, and none that is in use
+    or is named otherwise.
 
     Returns those that were removed.
     """
@@ -170,7 +180,8 @@ def prune(root: Path, keep: int = KEPT_FOLDERS) -> list[Path]:
 
     removed = []
     with suppress(OSError):
-        folders = sorted((path for path in root.iterdir() if path.is_dir()), key=used_at, reverse=True)
+        ours = (path for path in root.iterdir() if _OURS.fullmatch(path.name) and not path.is_symlink())
+        folders = sorted((path for path in ours if path.is_dir()), key=used_at, reverse=True)
         for folder in folders[keep:]:
             if _remove_unused(folder):
                 removed.append(folder)

@@ -33,9 +33,11 @@ KINDS = ("float32", "bfloat16", "w8a8")
 FIELDS = 10
 """int64 words that describe a packed weight to kernels."""
 D_FORM, D_IN, D_OUT, D_PANELS, D_STEPS, D_PANEL_BYTES, D_DATA, D_SCALE, D_BIAS, D_COMPENSATION = range(FIELDS)
-PACKING = 3
+PACKING = 4
 """Raised with every change of what lies where in packed arrays (here, in `tile`, in `decoder_weights`)."""
 _ALIGN = 64
+_NOTHING = np.float32(1e-30)
+"""An output whose weights are all below this is nothing: its scale would leave float32's range."""
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -243,6 +245,8 @@ def pack_int8(w, out, scale, sums, columns, limited):
                 for k in range(inputs):
                     largest = max(largest, abs(w[o, k]))
                     finite &= abs(w[o, k]) < np.inf
+            if largest < _NOTHING:
+                largest = np.float32(0)
             levels = np.float32(127)
             if limited and finite and largest > 0:
                 largest, levels = _limited(w[o], largest)

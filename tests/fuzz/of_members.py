@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import math
 import os
 import struct
 from collections.abc import Callable
@@ -27,8 +26,9 @@ from tandem.kvtransfer.mapped.segment import KVSegment, take
 from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket
 from tandem.kvtransfer.transport import BlockFrame, EndFrame, PullRequest
 from tandem.router.describe import describe
-from tandem.router.members import Member, Membership, malformed
+from tandem.router.members import Member, as_said, malformed
 from tandem.router.placement import keeps_tpot, rank_decode, rank_prefill
+from tandem.router.sent_load import NOTHING, SentLoad, corrected
 
 TICKET = Ticket(
     request_id="r",
@@ -158,13 +158,9 @@ def heartbeat(data: bytes) -> None:
     status = internal_pb.WorkerStatus.FromString(data)
     if malformed(status):
         return
-    link: Any = SimpleNamespace(
-        queued_prefill_tokens=0,
-        patient_prefill_tokens=0,
-        decode_rows=0,
-        tightest_tpot_s=math.inf,
-    )
-    view = Membership._view(Member(status=status, heard_s=0.0, link=link))
+    link: Any = SimpleNamespace(sent=SentLoad())
+    view = as_said(Member(status=status, heard_s=0.0, link=link))
+    assert corrected(view, NOTHING, link.sent.now) == view
     assert rank_prefill([view], 100, {}) == rank_decode([view], 100) == (view,)
     keeps_tpot(view, 100, 0.5)
     as_json(describe(status))

@@ -112,6 +112,20 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == [".used"]
 
 
+def test_a_lax_umask_does_not_turn_the_cache_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = os.umask(0o002)
+    try:
+        compiled(tmp_path)(2)
+    finally:
+        os.umask(before)
+    assert compiled(tmp_path)(2) == 6
+    assert "is not used" not in caplog.text
+    [path] = tmp_path.glob("*.code")
+    path.chmod(0o664)
+    assert compiled(tmp_path)(2) == 6
+    assert "can be written by others" in caplog.text
+
+
 def test_no_folder_is_made_where_none_can_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     assert compiled(tmp_path / "file" / "code")(2) == 6
@@ -119,7 +133,8 @@ def test_no_folder_is_made_where_none_can_be(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_old_folders_go_and_used_ones_stay(tmp_path: Path) -> None:
-    names = [f"avx2-{age}" for age in range(6)]
+    names = [f"avx2-{age:016x}" for age in range(6)]
+    (tmp_path / "of somebody else").mkdir()
     for age, name in enumerate(names):
         (tmp_path / name / "sub").mkdir(parents=True)
         used = tmp_path / name / ".used"
@@ -129,7 +144,7 @@ def test_old_folders_go_and_used_ones_stay(tmp_path: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_SH)
         removed = prune(tmp_path, keep=2)
     assert {path.name for path in removed} == {names[2], names[3], names[5]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[1], names[4]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[1], names[4], "of somebody else"]
     assert prune(tmp_path / "missing") == []
 
 
