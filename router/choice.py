@@ -256,7 +256,7 @@ class ChoiceRun:
         """To the client, in one delta: a router that falls behind sends together what has come together."""
         if not self._unsent:
             return
-        chunks, self._unsent = self._unsent, []
+        chunks = self._unsent
         last = chunks[-1]
         alone = len(chunks) == 1
         self._emit(
@@ -269,6 +269,7 @@ class ChoiceRun:
                 timings=self._timings() if last.finish_reason is not None else None,
             )
         )
+        self._unsent = []  # not before they have left: who breaks there leaves them to the next call
 
     def _work(self) -> Work:
         return Work(

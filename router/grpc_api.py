@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import secrets
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, NoReturn
 
 from google.protobuf import any_pb2, duration_pb2, message
@@ -68,11 +68,7 @@ class TandemServicer(pb_grpc.TandemServicer):
             with self._door.admitted(), self._door.bodies.holding(request.ByteSize()):
                 prepared = await self._prepare(request, _remaining_s(context))
                 async with asyncio.timeout(prepared.timeout_s + DEADLINE_GRACE_S):
-                    self._streams += 1
-                    try:
-                        await self._run(prepared, context)
-                    finally:
-                        self._streams -= 1
+                    await self._run(prepared, context)
         except ServiceError as error:
             await abort(context, error, self._door)
         except TimeoutError:
@@ -153,7 +149,8 @@ class TandemServicer(pb_grpc.TandemServicer):
     ) -> None:
         usage = Usage(prompt_tokens=len(request.prompt_token_ids))
         unfinished, messages = request.n, 0
-        async with aclosing(self._door.run(request)) as deltas:
+        async with AsyncExitStack() as streaming:
+            deltas = await streaming.enter_async_context(aclosing(self._door.run(request)))
             async for delta in deltas:
                 usage.add(delta)
                 unfinished -= delta.finish_reason is not None
@@ -166,8 +163,14 @@ class TandemServicer(pb_grpc.TandemServicer):
                     response.usage.cached_tokens = usage.cached_tokens
                 await context.write(response)
                 messages += 1
+                if messages == 1:
+                    self._streams += 1
+                    streaming.callback(self._stream_ended)
                 if unfinished and (pause := pause_s(messages, self._streams)):
                     await asyncio.sleep(pause)
+
+    def _stream_ended(self) -> None:
+        self._streams -= 1
 
     def _response(self, request: GenerateRequest, delta: Delta) -> pb.GenerateResponse:
         response = pb.GenerateResponse(

@@ -134,20 +134,24 @@ class GenerationEndpoint(ABC):
     async def _run(self, exchange: Exchange, body: Mapping[str, Any]) -> None:
         prepared = await self._prepare(exchange, body)
         answer = _Stream(exchange, prepared) if prepared.stream else _Whole(exchange, prepared)
+        broken: list[Exception] = []
 
         def tap(delta: Delta) -> bool:
-            if not exchange.taking:
+            if not exchange.taking or broken:
                 return False
             try:
                 answer.take(delta.choice, delta)
-            except Exception:
-                return False  # comes again below, and is raised there
+            except Exception as error:
+                broken.append(error)
+                return False  # the delta comes again below, where the error is raised
             return True
 
         async with aclosing(self._door.run_all(prepared.requests, tap)) as deltas:
             async for prompt, delta in deltas:
+                if broken:
+                    raise broken[0]
                 answer.take(prompt * prepared.n + delta.choice, delta)
-                if not exchange.taking:
+                if not (exchange.taking or exchange.complete):
                     await self._wait_for_client(exchange, prepared.due_s)
         await answer.end()
 

@@ -108,7 +108,8 @@ class HttpConnection(asyncio.Protocol):
         self._head_bytes = 0
         """Received since the last byte that was of use: heads, trailers and chunk headers must come to an end."""
         self._refusal: ServiceError | None = None
-        self._drained: asyncio.Future[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []
+        """Those that wait for the client to take what was sent: of one answer, or of the one before it as well."""
         self._held = False
 
     # -- the transport's calls --------------------------------------------------------------------------------------
@@ -154,8 +155,10 @@ class HttpConnection(asyncio.Protocol):
         self._stalled_since_s = None
         if self._answering is not None:
             self._answering.taking = True
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)
 
     # -- the parser's calls; what they raise ends in `data_received` ------------------------------------------------
 
@@ -205,8 +208,8 @@ class HttpConnection(asyncio.Protocol):
         self._head_bytes = 0
         assert self._arriving is not None
         self._arriving.arrived(body)
-        if self._ahead and self._arriving.unread_bytes > MAX_AHEAD_BYTES:
-            text = f"more than {MAX_AHEAD_BYTES} bytes of a body were sent ahead of answers"
+        if self._ahead and sum(message.unread_bytes for message in self._ahead) > MAX_AHEAD_BYTES:
+            text = f"more than {MAX_AHEAD_BYTES} bytes of bodies were sent ahead of answers"
             raise self._no(InvalidRequest(text))
 
     def on_message_complete(self) -> None:
@@ -224,8 +227,9 @@ class HttpConnection(asyncio.Protocol):
 
     async def drain(self) -> None:
         while self._stalled_since_s is not None:
-            self._drained = asyncio.get_running_loop().create_future()
-            await self._drained
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            await waiter
 
     def hold_reading(self) -> None:
         if not self._held:

@@ -43,7 +43,6 @@ class HttpServer:
     def __init__(self, app: App, limits: HttpLimits, context: ssl.SSLContext | None = None) -> None:
         """`context`: for https."""
         self.connections: set[HttpConnection] = set()
-        self.answered = 0
         """Requests, so far."""
         self.host = Host(limits=limits, admit=self._admit, leave=self._leave, handle=self._handle, date=self._date_line)
         self._app = app
@@ -53,6 +52,8 @@ class HttpServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._sweeping: asyncio.Task[None] | None = None
+        self.answered = 0
+        """Requests whose task has ended."""
         self._empty = asyncio.Event()
         """Set when it stops and nobody is left."""
         self._date_s = 0
@@ -90,7 +91,7 @@ class HttpServer:
         await asyncio.gather(self._sweeping, return_exceptions=True)
 
     def _admit(self, connection: HttpConnection) -> bool:
-        if len(self.connections) >= self._max_connections:
+        if self._server is None or len(self.connections) >= self._max_connections:
             return False
         self.connections.add(connection)
         return True
@@ -126,7 +127,10 @@ class HttpServer:
             await asyncio.sleep(SWEEP_S)
             now_s = time.monotonic()
             for connection in list(self.connections):
-                connection.sweep(now_s)
+                try:
+                    connection.sweep(now_s)
+                except Exception:  # of one: the others are owed their sweep
+                    _log.exception("an HTTP connection could not be looked at")
 
     def _date_line(self) -> bytes:
         now_s = int(time.time())

@@ -87,7 +87,9 @@ class SystemResult:
 
     def sweep(self, promise: int) -> SweepResult:
         """The stairs that count, under one promise."""
-        runs = [[one.runs[promise] for one in stair if not one.void] for stair in self.stairs]
+        # Of a seed that was tried again, the last try that counts: the same requests count once.
+        counting = [{one.runs[promise].seed: one for one in stair if not one.void} for stair in self.stairs]
+        runs = [[one.runs[promise] for one in stair.values()] for stair in counting]
         return sweep_of(self.system.label, self.load, self.load.promises[promise], runs)
 
     def goodput(self, promise: int) -> Goodput:

@@ -122,6 +122,8 @@ class WorkerShell:
             self._tasks.append(asyncio.create_task(self._heartbeat_forever(registry)))
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
+        if self.failure is not None:  # of something that was started before
+            self._fail()
 
     def begin_drain(self) -> None:
         """From now on new work is refused, and routers hear of it at once."""
@@ -254,7 +256,8 @@ class WorkerShell:
     def failure_from_engine(self, error: BaseException) -> None:
         """Any thread: the engine, or what else the worker cannot be without, is dead; the process must follow."""
         self.failure = error
-        assert self._loop is not None
+        if self._loop is None:
+            return  # `start` will see it
         try:
             self._loop.call_soon_threadsafe(self._fail)
         except RuntimeError:
@@ -276,17 +279,19 @@ class WorkerShell:
             self._fail()
 
     def _handle_events(self, events: Sequence[SchedulerEvent]) -> None:
-        for event in events:
-            sequence = self._live.get(event.seq_id)
-            if sequence is None:
-                continue
-            try:
-                sequence.owner.on_event(sequence, event)
-            except Exception as error:  # one sequence ends; the rest of the step's events must not be lost
-                logger.exception("%s of %s", type(event).__name__, event.seq_id)
-                self.post_failure(sequence, "internal", f"{type(error).__name__}: {error}", retryable=True)
-                sequence.owner.end(sequence, "internal")
-        self.outbox.flush()
+        try:
+            for event in events:
+                sequence = self._live.get(event.seq_id)
+                if sequence is None:
+                    continue
+                try:
+                    sequence.owner.on_event(sequence, event)
+                except Exception as error:  # one sequence ends; the rest of the step's events must not be lost
+                    logger.exception("%s of %s", type(event).__name__, event.seq_id)
+                    self.post_failure(sequence, "internal", f"{type(error).__name__}: {error}", retryable=True)
+                    sequence.owner.end(sequence, "internal")
+        finally:
+            self.outbox.flush()
 
     # --- status -----------------------------------------------------------------------------------------------------
 

@@ -142,12 +142,13 @@ class Mover:
             while True:
                 await writer.news.wait()
                 writer.news.clear()
+                # One piece of news may stand for two: blocks that were written, and a failure behind them.
                 if writer.ended or writer.untold_bytes >= TELL_BYTES:
                     progress = writer.tell()
                     yield encode_progress(progress)
                     if progress.end is not None:
                         return
-                elif task.done():
+                if task.done() and not writer.ended:
                     await task  # it did not come to the end, and says why
                     return
         finally:

@@ -126,9 +126,13 @@ class KVMover:
             try:
                 await self._link.ask("ping", b"", timeout_s=PONG_S)
             except HandoffRefused as refused:
+                if refused.reason is RefusalReason.PEER_LOST:
+                    return
                 if refused.reason is RefusalReason.DEADLINE:
-                    self._kill()
-                return
+                    await asyncio.sleep(0)  # what has come while this process itself stood still is heard first
+                    if self._link.silence_s >= PONG_S:
+                        self._kill()
+                        return
 
     def _kill(self) -> None:
         """It does not answer: whatever it holds under way ends with it."""
@@ -182,7 +186,13 @@ async def spawn_mover(kv_mover: str, *, computes: bool) -> KVMover | None:
         return None
     if not have_shared_memory():
         raise OSError("kv_mover: 'process' needs memory that processes share (Linux's memfd); allowed here: thread")
-    return await KVMover.spawn()
+    try:
+        return await KVMover.spawn()
+    except OSError as error:
+        if kv_mover == "process":
+            raise
+        log.warning("no process can be started to move KV (%s): the worker's own loop does it", error)
+        return None
 
 
 def _pays(computes: bool) -> bool:

@@ -9,6 +9,7 @@ import asyncio
 import socket
 import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -193,6 +194,47 @@ def test_a_worker_that_hears_of_every_block_alone_hears_of_the_end(
         assert (pair.stats.blocks, pair.stats.retries) == (10, 0)
 
     play(pair_class, scene)
+
+
+def test_a_failure_behind_blocks_that_are_not_told_yet_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both come while the worker takes no item: one piece of news stands for two."""
+
+    class Breaking:
+        ended, untold_bytes = False, 0
+
+        def __init__(self, *_: Any) -> None:
+            self.news, self.go_on = asyncio.Event(), asyncio.Event()
+            writers.append(self)
+
+        async def run(self, _: Any) -> None:
+            await self.write()
+            await self.go_on.wait()
+            await self.write()
+            raise HandoffRefused(RefusalReason.WRONG_GENERATION, "handed out anew")
+
+        async def write(self) -> None:
+            self.untold_bytes = process.TELL_BYTES
+            self.news.set()
+
+        def tell(self) -> process.Progress:
+            self.untold_bytes = 0
+            return process.Progress(first_block=0, count=1, arrived_s=0.0, written_s=0.0, end=None)
+
+    writers: list[Breaking] = []
+    monkeypatch.setattr(process, "_Writer", Breaking)
+    monkeypatch.setattr(process, "decode_pull", lambda body: body)
+    mover: Any = SimpleNamespace(_memory=lambda: None, _peers=lambda: None)
+
+    async def scene() -> None:
+        items = Mover._pull(mover, b"")
+        await anext(items)
+        writers[0].go_on.set()
+        await asyncio.sleep(0.01)  # written and broken, and nobody has asked for more
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(HandoffRefused, match="handed out anew"):
+                await anext(items)
+
+    asyncio.run(scene())
 
 
 def test_a_pull_that_is_aborted_has_ended_before_its_blocks_are_free(pair_class: Any) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+
+from tandem.router.http_protocol import HttpConnection, HttpLimits
 
 WAIT_S = 20
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -58,3 +62,30 @@ def test_requests_sent_ahead_are_answered_in_order(front: Any) -> None:
     answer = answers(front, "\r\n".join(requests) + "Connection: close\r\n\r\n")
     assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"404"]
     assert answer.index(b'"status"') < answer.index(b'"list"') < answer.index(b"unknown_url")
+
+
+def test_whoever_waits_for_the_client_is_woken() -> None:
+    """An answer that has ended and the one behind it may wait at the same time."""
+    woken: list[str] = []
+    host: Any = SimpleNamespace(limits=HttpLimits(), date=lambda: b"", admit=lambda _: True, leave=lambda _: None)
+
+    async def scene(end: str) -> None:
+        connection = HttpConnection(host)
+        connection.connection_made(cast(Any, SimpleNamespace(is_closing=lambda: True)))
+        connection.pause_writing()
+
+        async def wait(name: str) -> None:
+            await connection.drain()
+            woken.append(name)
+
+        async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+            group.create_task(wait("one"))
+            group.create_task(wait("other"))
+            await asyncio.sleep(0)
+            assert not woken
+            connection.resume_writing() if end == "resumed" else connection.connection_lost(None)
+
+    for end in ("resumed", "lost"):
+        woken.clear()
+        asyncio.run(scene(end))
+        assert sorted(woken) == ["one", "other"]

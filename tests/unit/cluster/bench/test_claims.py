@@ -123,7 +123,7 @@ def test_void_stairs_are_shown_and_count_nowhere() -> None:
         [stair(1.0, 98), stair(2.0, 96), stair(4.0, 80)],
     ]
     split = result_of(SPLIT, LOAD, attempts, ())
-    assert [point.attainment for point in split.sweep(0).points] == [0.99, 0.96, 0.8]
+    assert [point.attainment for point in split.sweep(0).points] == [0.98, 0.96, 0.8], "of one seed the last counts"
     assert str(split.goodput(0)) == "1.37"  # 90 % lies at 2.75/s, on two GPUs
     mixed = result_of(MIXED, LOAD, [[stair(1.0, 95), stair(2.0, 10, HARD), stair(4.0, 85)]], ())
     text = show((split, mixed, result_of(system("none", mixed=2), LOAD, [], ())), LOAD)
