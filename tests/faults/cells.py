@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import grpc
 import path_faults  # noqa: F401 - adds its rows
 from faults import FAULTS, RULES, TYPICAL, Fault, left_out
 from recipes import HOLDER, PULLER, Recipe
@@ -17,6 +18,8 @@ SWEEP = bool(os.environ.get("TANDEM_FAULTS_SWEEP"))
 """Set: every fault in every state where it makes sense, as `make faults` runs it."""
 REACH_TRIES = 3
 """A state that time itself ends may be over before a slow machine has reached it."""
+REACHED_LATE: list[str] = []
+"""States that took a second try, and what was seen of the first: told at the end, so that it can be looked into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,17 @@ async def _strike(rig: Rig, cell: Cell) -> None:
         await scene.close()
 
 
+async def _puller_of(scene: Scene) -> str:
+    """How the decode worker says that its handoffs stand."""
+    try:
+        status = await scene.decode_worker.status()
+    except grpc.aio.AioRpcError as error:
+        return f"the decode worker says {error.code().name}"
+    return f"puller {dict(status.puller_states)}, failed {dict(status.handoff_failures_total)}"
+
+
 async def _reached(rig: Rig, cell: Cell) -> Scene:
-    for tries_left in reversed(range(REACH_TRIES if cell.hurried else 1)):
+    for tries_left in reversed(range(REACH_TRIES if cell.hurried else 2)):
         scene = Scene(
             rig,
             tokens=cell.recipe.tokens,
@@ -120,10 +132,14 @@ async def _reached(rig: Rig, cell: Cell) -> Scene:
         await scene.open()
         try:
             await cell.recipe.reach(scene)
-        except AssertionError:
+        except AssertionError as error:
+            why = f"{error}; {await _puller_of(scene)}"
             await scene.close()
             if not tries_left:
+                error.add_note(why)
                 raise
+            if not cell.hurried:
+                REACHED_LATE.append(f"{cell.name}: {why}")
         except BaseException:
             await scene.close()
             raise

@@ -84,3 +84,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     cells = sys.modules.get("cells")
     if cells is not None:
         terminalreporter.write_line(cells.summary())
+        for late in cells.REACHED_LATE:
+            terminalreporter.write_line(f"reached at the second try: {late}")
