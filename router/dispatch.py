@@ -208,15 +208,10 @@ class Dispatcher:
     def _arm(self, now_s: float) -> None:
         """Looks again when who is held may ask again, or has waited long enough for a worker to be there."""
         retry_s = self._policy.retry_s()
-        if retry_s is None:
+        if retry_s is None or self._timer is not None:
             return
-        loop = asyncio.get_running_loop()
-        due_s = loop.time() + (max(retry_s - now_s, 0.001) if self._unready_s is None else UNREADY_POLL_S)
-        if self._timer is not None:
-            if self._timer.when() <= due_s:
-                return
-            self._timer.cancel()  # something has changed: sooner than was thought
-        self._timer = loop.call_at(due_s, self._on_timer)
+        delay_s = max(retry_s - now_s, 0.001) if self._unready_s is None else UNREADY_POLL_S
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -156,13 +156,8 @@ class SimRouter:
             else:
                 self._policy.refused(name, now_s)
         retry_s = self._policy.retry_s()
-        if retry_s is None:
-            return
-        due_s = max(retry_s, now_s + 0.001)
-        if self._retry is None or due_s < self._retry.at_s:
-            if self._retry is not None:
-                self._retry.cancel()
-            self._retry = self._timeline.at(due_s, self._try_again)
+        if retry_s is not None and self._retry is None:
+            self._retry = self._timeline.at(max(retry_s, now_s + 0.001), self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None
