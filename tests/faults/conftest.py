@@ -16,6 +16,8 @@ from scenes import Rig
 from tandem.cluster.config import SecurityConfig
 from whole_cluster import Cluster
 
+LATE = "reached at the second try"
+
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[asyncio.Runner]:
@@ -79,10 +81,24 @@ def rig(runner: asyncio.Runner, lanes: list[Rig]) -> Rig:
     return lanes[0]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Takes along, from whichever process ran it, what the summary tells."""
+    try:
+        return (yield)
+    finally:
+        cells = sys.modules.get("cells")
+        while cells is not None and cells.REACHED_LATE:
+            item.user_properties.append((LATE, cells.REACHED_LATE.pop()))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How much was tried, for whoever reports it."""
     cells = sys.modules.get("cells")
     if cells is not None:
         terminalreporter.write_line(cells.summary())
-        for late in cells.REACHED_LATE:
-            terminalreporter.write_line(f"reached at the second try: {late}")
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, what in report.user_properties if getattr(report, "when", "") == "call" else ():
+                if name == LATE:
+                    terminalreporter.write_line(f"{LATE}: {what}")
