@@ -61,8 +61,9 @@ class SimCluster:
         could never run here.
         """
         outcomes = [Outcome(asked=asked) for asked in workload]
+        room = min(min(worker.max_model_len, worker.num_blocks * worker.block_size) for worker in self._spec.workers)
         for outcome in outcomes:
-            self._check(outcome.asked)
+            _check(outcome.asked, room)
         self._in_flight = len(outcomes)
         coming = iter(outcomes)
 
@@ -81,16 +82,6 @@ class SimCluster:
             self.timeline.after(period_s * number / len(self._members), partial(self._beat, member))
         self.timeline.run()
         return outcomes
-
-    def _check(self, asked: Asked) -> None:
-        for worker in self._spec.workers:
-            longest = len(asked.prompt_token_ids) + asked.output_tokens
-            room = min(worker.max_model_len, worker.num_blocks * worker.block_size)
-            if longest > room:
-                raise ValueError(
-                    f"{asked.request_id}: {longest} tokens of prompt and output are not allowed; allowed: at most "
-                    f"{room}, what worker {worker.worker_id} holds"
-                )
 
     def _beat(self, member: SimMember) -> None:
         if not self._in_flight:
@@ -118,3 +109,12 @@ class SimCluster:
     def crossed_bytes(self) -> dict[str, int]:
         """KV that crossed each medium, by its name."""
         return {name: medium.bytes_total for name, medium in self._links.items()}
+
+
+def _check(asked: Asked, room: int) -> None:
+    longest = len(asked.prompt_token_ids) + asked.output_tokens
+    if longest > room:
+        raise ValueError(
+            f"{asked.request_id}: {longest} tokens of prompt and output are not allowed; allowed: at most {room}, "
+            "what the smallest worker holds"
+        )

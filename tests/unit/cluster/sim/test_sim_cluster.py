@@ -124,3 +124,11 @@ def test_the_classes_that_decide_are_the_runtimes_own() -> None:
 def test_workers_that_cannot_serve_are_refused() -> None:
     with pytest.raises(ValueError, match="workers: prefill are not allowed; allowed: mixed ones"):
         cluster(worker("p", Role.PREFILL))
+
+
+def test_a_request_that_could_never_run_is_refused_before_time_starts() -> None:
+    [asked] = workload(1, 1.0)
+    simulated = cluster(*split(max_model_len=64))
+    with pytest.raises(ValueError, match=r"r0: \d+ tokens of prompt and output are not allowed; allowed: at most 64"):
+        simulated.run([replace(asked, prompt_token_ids=(1,) * 60, output_tokens=9)])
+    assert simulated.timeline.events_total == 0
