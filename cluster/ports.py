@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Set
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from .config import RouterConfig
 
 _ROW_TRIES = 64
+_FIRST_PORT = 20_000
+_LAST_PORT = 32_767
+_FEWEST_PORTS = 1_000
+_LOCAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Linux: the first and the last port that outgoing connections are given."""
+_random = random.SystemRandom()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -47,11 +55,11 @@ def _bind_row(host: str, count: int, taken: Set[int], held: ExitStack) -> tuple[
     they do not come again.
     """
     for _ in range(_ROW_TRIES):
-        first = held.enter_context(bind(host, 0)).getsockname()[1]
-        row = tuple(range(first, first + count))
-        if not taken.isdisjoint(row):
-            continue
         try:
+            first = held.enter_context(bind(host, _draw())).getsockname()[1]
+            row = tuple(range(first, first + count))
+            if not taken.isdisjoint(row):
+                continue
             for port in row[1:]:
                 held.enter_context(bind(host, port))
             return row
@@ -60,3 +68,15 @@ def _bind_row(host: str, count: int, taken: Set[int], held: ExitStack) -> tuple[
     if count == 1:
         raise OSError(f"no free port on {host}")
     raise OSError(f"registry_port: no {count} free ports in a row on {host}; name the first of them")
+
+
+def _draw() -> int:
+    """A port that the kernel gives to no outgoing connection, which might have it when its process comes to listen; 0,
+    any free one, where there are too few of those.
+    """
+    try:
+        first_local = int(_LOCAL_PORTS.read_text(encoding="ascii").split()[0])
+    except OSError:  # not Linux, where they begin higher
+        first_local = _LAST_PORT + 1
+    end = min(first_local, _LAST_PORT + 1)
+    return _random.randrange(_FIRST_PORT, end) if end - _FIRST_PORT >= _FEWEST_PORTS else 0

@@ -107,8 +107,10 @@ class Commands:
         else:
             on_answer(answer)
 
-    def fail(self, message: str) -> None:
-        """The stream is broken: nothing that was asked is answered, and nothing that has not left yet leaves."""
+    def fail(self, message: str, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
+        """The stream is broken, or nothing more comes of it: nothing that was asked is answered, and nothing that has
+        not left yet leaves.
+        """
         self._outgoing.clear()
         self._due.clear()
         if self._waker is not None:
@@ -116,7 +118,7 @@ class Commands:
             self._waker = None
         waiting, self._waiting = self._waiting, {}
         for on_answer in waiting.values():
-            on_answer(Refusal(grpc.StatusCode.UNAVAILABLE, f"{self._worker_id}: {message}"))
+            on_answer(Refusal(code, f"{self._worker_id}: {message}"))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

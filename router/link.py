@@ -192,6 +192,9 @@ class WorkerLink:
         try:
             while (frame := await self._stream.read()) is not aio.EOF:
                 self._take(frame)
+                if frame.leaving:
+                    self._leaves()
+                    await asyncio.sleep(0)  # who was refused goes on before the end of the stream is told
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)  # a broken stream is told by what reads it
@@ -211,6 +214,12 @@ class WorkerLink:
             self._commands.answered(answer)
         for event in frame.events:
             self._dispatch(event)
+
+    def _leaves(self) -> None:
+        """The worker has drained: what it has not answered is refused, and not lost with it."""
+        self.attached = False
+        self._commands.fail("has drained and leaves", grpc.StatusCode.FAILED_PRECONDITION)
+        self._on_change()
 
     def _dispatch(self, event: pb.Event) -> None:
         side = Side.PREFILL if event.side == pb.SIDE_PREFILL else Side.DECODE

@@ -353,14 +353,16 @@ class FailedEvent(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retryable: bool = ...) -> None: ...
 
 class StepFrame(_message.Message):
-    __slots__ = ("epoch", "events", "answers")
+    __slots__ = ("epoch", "events", "answers", "leaving")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     events: _containers.RepeatedCompositeFieldContainer[Event]
     answers: _containers.RepeatedCompositeFieldContainer[Answer]
-    def __init__(self, epoch: _Optional[int] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, epoch: _Optional[int] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., leaving: bool = ...) -> None: ...
 
 class StepTime(_message.Message):
     __slots__ = ("step_s", "prefill_token_s", "decode_row_s", "context_token_s")

@@ -44,6 +44,7 @@ class RouterStream:
                 break
             frame.events.extend(following.events)
             frame.answers.extend(following.answers)
+            frame.leaving |= following.leaving
         return frame
 
     def push(self, frame: pb.StepFrame) -> bool:
@@ -129,6 +130,13 @@ class Outbox:
                 answers, stream.answers = stream.answers, []
                 stream.left_s = now_s
                 stream.push(pb.StepFrame(epoch=self._epoch, events=events, answers=answers))
+
+    def leave(self) -> None:
+        """Ends every stream of a worker that has drained: routers hear that what was not answered is never begun."""
+        self.flush()
+        for stream in list(self._streams.values()):
+            if stream.open and stream.push(pb.StepFrame(epoch=self._epoch, leaving=True)):
+                stream.close()
 
     def close(self) -> None:
         """Ends every stream."""

@@ -137,6 +137,8 @@ class WorkerShell:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self.draining and self.failure is None and self.idle:
+            self.outbox.leave()
         self.outbox.close()
         for service in self._services:
             await service.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tandem.cluster import ports
@@ -80,13 +81,39 @@ def test_where_the_kernel_does_not_spread_connections_there_is_one_process(monke
 def test_no_port_is_drawn_that_is_named_or_drawn_already(
     monkeypatch: pytest.MonkeyPatch, named: dict[str, int], draws: list[int]
 ) -> None:
-    """The kernel gives whatever nobody listens at, and does so here in this order."""
+    """All are free, and drawn in this order."""
     order = iter(draws)
-    monkeypatch.setattr(ports, "bind", lambda host, port: Bound(port or next(order)))
+    monkeypatch.setattr(ports, "_draw", lambda: next(order))
+    monkeypatch.setattr(ports, "bind", lambda host, port: Bound(port))
     pinned = pin_ports(replace(FREE, **named))
     assert len({pinned.http_port, pinned.grpc_port, *pinned.registry_ports}) == 5
     assert {name: getattr(pinned, name) for name in named} == named
     assert next(order, None) is None
+
+
+@pytest.mark.parametrize(("local", "drawn"), [("32768\t60999", True), ("1024\t65535", False), (None, True)])
+def test_outgoing_connections_are_not_given_what_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local: str | None, drawn: bool
+) -> None:
+    table = tmp_path / "ip_local_port_range"
+    if local is not None:
+        table.write_text(local)
+    monkeypatch.setattr(ports, "_LOCAL_PORTS", table)
+    found = {ports._draw() for _ in range(200)}
+    assert (found == {0}) is not drawn
+    assert all(20_000 <= port < 32_768 for port in found) is drawn
+
+
+def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bind("127.0.0.1", 0) as holder:
+        holder.listen()
+        taken = holder.getsockname()[1]
+        order = iter([taken, *(0 for _ in range(60))])
+        monkeypatch.setattr(ports, "_draw", lambda: next(order))
+        assert pin_ports(replace(FREE, processes=1)).http_port != taken
+        monkeypatch.setattr(ports, "_draw", lambda: taken)
+        with pytest.raises(OSError, match=r"^no free port on 127\.0\.0\.1"):
+            pin_ports(replace(FREE, processes=1))
 
 
 class Bound:

@@ -103,6 +103,12 @@ class ScriptedWorker(WorkerServicer):
         for stream in self._streams:
             stream.put_nowait(None)
 
+    def leave(self) -> None:
+        """Says that it has drained, and ends the streams."""
+        for stream in self._streams:
+            stream.put_nowait(pb.StepFrame(epoch=self.epoch, leaving=True))
+        self.break_streams()
+
     def requests(self, kind: type[Any]) -> list[Any]:
         return [call for call in self.calls if isinstance(call, kind)]
 

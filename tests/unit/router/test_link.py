@@ -119,6 +119,30 @@ async def test_closing_refuses_the_call_in_flight_and_all_after_it(rig: Any) -> 
 
 
 @scenario
+async def test_what_a_worker_that_has_drained_did_not_answer_is_refused_before_it_is_lost(rig: Any) -> None:
+    async with rig() as r:
+        worker = await r.worker("p0", Role.PREFILL, epoch=EPOCH)
+        worker.hold["Prefill"] = asyncio.Event()
+        link, inbox, here = r.link("p0"), Mailbox(), list[bool]()
+        link.subscribe(KEY, inbox)
+
+        async def submit() -> None:
+            try:
+                await link.prefill(pb.PrefillRequest(sequence=SEQUENCE, epoch=EPOCH))
+            finally:
+                here.append(inbox.empty())
+
+        call = asyncio.create_task(submit())
+        await r.until(lambda: worker.calls, "the call to be in flight")
+        worker.leave()
+        with pytest.raises(Refusal, match="has drained") as refused:
+            await call
+        assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert here == [True], "refused, and not lost"
+        assert isinstance(await inbox.get(), LinkLost), "the end of the stream is told all the same"
+
+
+@scenario
 async def test_a_caller_that_is_cancelled_is_cancelled(rig: Any) -> None:
     async with rig() as r:
         worker = await r.worker("d0", Role.DECODE, epoch=EPOCH)

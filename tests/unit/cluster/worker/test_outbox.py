@@ -127,6 +127,36 @@ def test_closing_ends_every_stream_once() -> None:
 
 
 @scenario
+async def test_who_leaves_answers_first_and_says_so_last() -> None:
+    outbox = Outbox(7)
+    read, slow = outbox.attach("read"), outbox.attach("slow")
+    outbox.answer(read, pb.Answer(id=1, code=9))
+    outbox.leave()
+    outbox.close()
+    frame = read.frames.get_nowait()
+    assert frame is not None
+    assert ([answer.id for answer in frame.answers], frame.leaving) == ([1], False)
+    outbox.answer(read, pb.Answer(id=2))
+    outbox.flush()
+    for stream in (read, slow):
+        frame = await stream.next_frame()
+        assert frame is not None
+        assert (frame.epoch, frame.leaving, len(frame.answers)) == (7, True, 0)
+        assert await stream.next_frame() is None
+
+
+@scenario
+async def test_what_leaves_unread_in_one_frame_says_that_it_is_the_last() -> None:
+    outbox = Outbox(7)
+    stream = outbox.attach("a")
+    outbox.post("a", event("1"))
+    outbox.leave()
+    frame = await stream.next_frame()
+    assert frame is not None
+    assert ([one.request_id for one in frame.events], frame.leaving) == (["1"], True)
+
+
+@scenario
 async def test_an_answer_that_may_wait_leaves_with_the_next_frame_or_soon() -> None:
     outbox = Outbox(7)
     stream = outbox.attach("a")

@@ -312,3 +312,20 @@ async def test_the_wrong_role_and_strangers_are_turned_away() -> None:
         f.shell.role = Role.PREFILL
         with pytest.raises(Refusal, match="role prefill now"):
             f.shell.check_takes_work(f.service, "r", f.shell.facts.epoch)
+
+
+@pytest.mark.parametrize(
+    ("draining", "busy", "leaves"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+@scenario
+async def test_only_who_has_drained_says_that_it_leaves(draining: bool, busy: bool, leaves: bool) -> None:
+    """What is cut off while it runs is lost, and its routers must hear that."""
+    async with Fixture() as f:
+        stream = f.shell.outbox.attach("r")
+        if draining:
+            f.shell.begin_drain()
+        if busy:
+            f.admit("a")
+        await f.shell.stop()
+        frames = [stream.frames.get_nowait() for _ in range(stream.frames.qsize())]
+        assert [frame is not None and frame.leaving for frame in frames] == [True, False][not leaves :]
