@@ -127,7 +127,7 @@ def kv_waste(
 
 def _lengths(display: Display, path: str, count: int, max_model_len: int, seed: int) -> list[tuple[int, int]]:
     """(prompt, output) tokens of `count` requests of the trace that fit into the context."""
-    from .bench.traces import draw_rows, fit_trace, read_trace
+    from .workload.traces import draw_rows, fit_trace, read_trace
 
     fitted = fit_trace(read_trace(path), max_model_len=max_model_len)
     if fitted.dropped:

@@ -69,13 +69,13 @@ def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | N
     from dataclasses import asdict, replace
     from pathlib import Path
 
-    from .bench.chrome_trace import save_trace as write_trace
     from .bench.engine import blocks_needed, cells, check_device, run_engine_bench
     from .bench.engine_show import HEAD, bounds_line, header, machine_facts, row_line
     from .cli_display import Display
     from .engine.devices.kv_memory import kv_layout
     from .launch.compose import build_device
     from .models.reference import resolve_model
+    from .workload.chrome_trace import save_trace as write_trace
 
     files = resolve_model(config.model)
     found = cells(options)

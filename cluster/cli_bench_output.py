@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from .bench.chrome_trace import save_trace
 from .bench.plots import check_plot, plot_run, plot_sweeps
 from .bench.request_trace import read_waterfalls, request_events
+from .workload.chrome_trace import save_trace
 
 if TYPE_CHECKING:
     from .bench.options import BenchOptions
     from .bench.run import BenchResult
-    from .bench.sweep import SweepResult
+    from .workload.sweep import SweepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,9 +167,9 @@ def _options(given: Mapping[str, Any]) -> BenchOptions:
     from pathlib import Path
 
     from .bench.options import BenchOptions, parse_headers, parse_pairs
-    from .bench.report import parse_goodput
     from .cli_status import first_key
     from .tls import ClientTLS
+    from .workload.report import parse_goodput
 
     if given["ca"] is not None and not Path(given["ca"]).is_file():
         raise ValueError(f"ca: {given['ca']!r} is not allowed; allowed: a file of certificates")
@@ -229,10 +229,10 @@ def _run(options: BenchOptions, output: Any) -> int:
     """Returns the exit code: 1 where no request came to its end, 130 where Ctrl-C ended the run."""
     import uvloop
 
-    from .bench.report import RequestRecord
     from .bench.run import run_bench
     from .bench.show import table
     from .cli_display import Display
+    from .workload.report import RequestRecord
 
     output.check()
     display = Display()

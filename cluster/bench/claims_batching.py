@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..latency.profile import StepProfile
-from .arrivals import arrival_times
+from ..workload.arrivals import arrival_times
+from ..workload.sweep import RateSearch
 from .claims_virtual import EngineShape, Job, Served, VirtualEngine
-from .sweep import RateSearch
 
 PAPER_RATIO = 36.9
 BOUND_FACTOR = 2.0

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..latency.profile import StepProfile
-from .arrivals import arrival_times
+from ..workload.arrivals import arrival_times
+from ..workload.report import distortion, summarize
+from ..workload.traces import TraceRequest, trace_requests
 from .claims_batching import BatchingRow, run_at
 from .claims_cluster import HEARTBEAT_S, RunningSystem, System
 from .claims_disaggregation import MAX_LATE_STEPS
@@ -21,9 +23,7 @@ from .claims_systems import paced_engine
 from .claims_virtual import EngineShape
 from .load import run_load
 from .options import BenchOptions
-from .report import distortion, summarize
 from .run import connect, warm_up
-from .traces import TraceRequest, trace_requests
 
 MIN_REQUESTS = 20
 _WARMUPS = 4

@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..workload.datasets import BenchRequest
+from ..workload.report import RequestRecord, distortion, summarize
+from ..workload.sweep import SweepResult, SweepRun
 from .claims_cluster import RunningSystem, StepCount, System
 from .claims_load import TARGET, Promise, Staircase, crossing, judge, sweep_of
 from .claims_machine import Sample, Strain, strain, take_sample
-from .datasets import BenchRequest
 from .interrupt import Stop
 from .load import Load, run_load
 from .options import BenchOptions
-from .report import RequestRecord, distortion, summarize
 from .run import connect, warm_up
-from .sweep import SweepResult, SweepRun
 
 MAX_LATE_STEPS = 0.02
 """Share of late steps above which a stair is void."""

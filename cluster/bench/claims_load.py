@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from .datasets import BenchRequest
-from .report import RequestRecord, summarize
-from .sweep import SweepPoint, SweepResult, SweepRun, sweep_run
-from .traces import TraceRequest, draw_rows, fit_trace, read_trace, trace_requests
+from ..workload.datasets import BenchRequest
+from ..workload.report import RequestRecord, summarize
+from ..workload.sweep import SweepPoint, SweepResult, SweepRun, sweep_run
+from ..workload.traces import TraceRequest, draw_rows, fit_trace, read_trace, trace_requests
 
 MAX_REQUESTS = 20_000
 TARGET = 0.9

@@ -11,12 +11,12 @@ from ..sim.request import Asked, Outcome
 from ..sim.router import RouterSpec
 from ..sim.worker import WorkerSpec
 from ..types import Role
+from ..workload.report import RequestRecord
+from ..workload.sweep import SweepResult
 from .claims_cluster import System
 from .claims_load import Staircase, judge, sweep_of
 from .claims_systems import token_bytes
 from .claims_virtual import MAX_JOBS
-from .report import RequestRecord
-from .sweep import SweepResult
 
 _NO_PROMISE = Promise(slo_class="", share=1.0, ttft_s=None, tpot_s=None)
 

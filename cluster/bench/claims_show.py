@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..workload.sweep import SweepResult
 from .claims_disaggregation import Goodput, SystemResult, goodput_of
 from .claims_load import Staircase
-from .sweep import SweepResult
 
 _WIDTH = 50
 

@@ -19,8 +19,8 @@ import httptools
 import orjson
 
 from ..tls import ClientTLS
-from .datasets import BenchRequest
-from .report import RequestRecord
+from ..workload.datasets import BenchRequest
+from ..workload.report import RequestRecord
 from .sse import read_events, split_events
 
 CHAT = "/v1/chat/completions"

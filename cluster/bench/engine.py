@@ -23,7 +23,7 @@ from ..engine.devices.base import Device
 from ..engine.plan import SampleSpec, StepPlan, StepRow
 from ..models.config import ModelConfig
 from ..types import SamplingParams
-from .chrome_trace import TraceEvent
+from ..workload.chrome_trace import TraceEvent
 from .engine_bounds import Bounds, measure_bounds
 from .engine_cost import RowShape, StepCost, step_cost, step_weight_bytes
 

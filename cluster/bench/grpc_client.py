@@ -19,8 +19,8 @@ from grpc import aio
 from ..proto import tandem_v1_pb2 as pb
 from ..proto import tandem_v1_pb2_grpc as pb_grpc
 from ..tls import ClientTLS
-from .datasets import BenchRequest
-from .report import RequestRecord
+from ..workload.datasets import BenchRequest
+from ..workload.report import RequestRecord
 from .server import ServerUnusable
 
 _GENERATE = "/tandem.v1.Tandem/Generate"

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..workload.datasets import BenchRequest
+from ..workload.report import RequestRecord
+from ..workload.sweep import Watch
 from .client import Send
-from .datasets import BenchRequest
 from .interrupt import Stop
-from .report import RequestRecord
-from .sweep import Watch
 
 _LEAD_S = 0.05  # between drawing up the run and its first request
 _CLOSE_ENOUGH_S = 0.0005  # the event loop's timers count milliseconds; to spin would take the server's time

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..tls import ClientTLS
+from ..workload.report import METRICS
 from .client import CHAT, COMPLETIONS
-from .report import METRICS
 
 BACKENDS = ("openai", "openai-chat", "tandem-grpc")
 DATASETS = ("prompts", "random", "trace")

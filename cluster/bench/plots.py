@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import RequestRecord, attains
-from .sweep import SweepResult
+from ..workload.report import RequestRecord, attains
+from ..workload.sweep import SweepResult
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

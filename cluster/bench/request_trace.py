@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .chrome_trace import TraceCounter, TraceEvent, lanes
-from .report import RequestRecord
-from .text_file import numbered_lines, parse_json
+from ..workload.chrome_trace import TraceCounter, TraceEvent, lanes
+from ..workload.report import RequestRecord
+from ..workload.text_file import numbered_lines, parse_json
 from .waterfall import spans
 
 CLIENT, SERVER = "client", "server (its own clocks, laid out from each sending)"

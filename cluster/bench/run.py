@@ -14,14 +14,14 @@ from typing import Any
 
 import orjson
 
+from ..workload.report import RequestRecord, Summary, result_json, summarize
+from ..workload.sweep import Watch
 from .client import HttpSender, Send, Target
 from .grpc_client import GrpcSender
 from .interrupt import Stop, finishes, stops
 from .load import Load, run_load
 from .options import BenchOptions
-from .report import RequestRecord, Summary, result_json, summarize
 from .server import COMMON_IDS, Server, ServerUnusable
-from .sweep import Watch
 from .workload import Workload, make_workload
 
 OnDone = Callable[[RequestRecord], None]

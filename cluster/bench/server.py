@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..tls import ClientTLS
-from .datasets import vocabulary_of
+from ..workload.datasets import vocabulary_of
 from .no_answer import NoAnswer
 
 _ASK_TIMEOUT_S = 30.0

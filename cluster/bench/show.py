@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .report import METRICS, Summary, distortion
-from .sweep import SweepPoint, SweepResult
+from ..workload.report import METRICS, Summary, distortion
+from ..workload.sweep import SweepPoint, SweepResult
 
 _TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E", "lateness": "sent late", "stall": "read late"}
 

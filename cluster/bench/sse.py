@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from .report import RequestRecord
+from ..workload.report import RequestRecord
 
 
 @dataclass(slots=True)

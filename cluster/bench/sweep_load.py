@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from ..workload.report import distortion
+from ..workload.sweep import RateSearch, SweepPoint, SweepResult, Watch, sweep_run
 from .interrupt import Stop, stops
 from .options import BenchOptions
-from .report import distortion
 from .run import OnDone, Served, connect, run_once
-from .sweep import RateSearch, SweepPoint, SweepResult, Watch, sweep_run
 
 MIN_REQUESTS = 20
 MAX_REQUESTS = 20_000

@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .arrivals import arrival_times, ramp_times
-from .datasets import BenchRequest, prompt_requests, random_requests
-from .options import BenchOptions
-from .traces import (
+from ..workload.arrivals import arrival_times, ramp_times
+from ..workload.datasets import BenchRequest, prompt_requests, random_requests
+from ..workload.traces import (
     MAX_TOKENS,
     Fitted,
     TraceRequest,
@@ -20,6 +19,7 @@ from .traces import (
     read_trace,
     trace_requests,
 )
+from .options import BenchOptions
 
 _WARMUP_SEED = 0x5EED
 

@@ -13,10 +13,10 @@ from faults import FAULTS, left_out
 from recipes import HOLDER, PULLER
 from scenes import Rig
 from scripted_router import Request
-from tandem.cluster.bench.prompts import PROMPTS
 from tandem.cluster.config import EngineConfig
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.types import Role
+from tandem.cluster.workload.prompts import PROMPTS
 from tandem.kvtransfer.protocol.holder_state import HolderState
 from tandem.kvtransfer.protocol.puller_state import PullerState
 from tandem.router.tokenizer import load_tokenizer

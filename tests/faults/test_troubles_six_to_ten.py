@@ -13,8 +13,8 @@ from kv_proxy import What
 from members import WAIT_S
 from scenes import Rig, opened
 from tandem.cluster.bench.client import Target, send
-from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.types import Role
+from tandem.cluster.workload.datasets import BenchRequest
 from tandem.router.client import TandemError
 from whole_cluster import Cluster, prompts, wait_until
 

@@ -61,12 +61,12 @@ from of_members import (
     sequence,
     unsealed,
 )
-from tandem.cluster.bench.datasets import read_prompts
-from tandem.cluster.bench.traces import read_trace
 from tandem.cluster.config import ConfigError
 from tandem.cluster.config_file import load_config
 from tandem.cluster.engine.plan_wire import decode_output, decode_plan, encode_output, encode_plan
 from tandem.cluster.models.errors import ModelError
+from tandem.cluster.workload.datasets import read_prompts
+from tandem.cluster.workload.traces import read_trace
 from tandem.kvtransfer.mapped.segment import SegmentError
 from tandem.kvtransfer.ticket import HandoffRefused
 from tandem.router.errors import InvalidRequest, ServiceError

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from owned import owned
-from tandem.cluster.bench.prompts import PROMPTS
 from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig, to_dict
 from tandem.cluster.launch.members import RouterMember, WorkerMember
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import SLO, Role
+from tandem.cluster.workload.prompts import PROMPTS
 from tandem.router.client import TandemClient
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `mapped_ends`

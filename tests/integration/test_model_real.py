@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tandem.cluster.bench.prompts import PROMPTS
 from tandem.cluster.engine.compiled import CompiledForward
 from tandem.cluster.engine.devices.kv_memory import HostKVStore, kv_layout
 from tandem.cluster.engine.fingerprint import fingerprint
@@ -20,6 +19,7 @@ from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
 from tandem.cluster.engine.runner import TorchForward
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.types import SamplingParams
+from tandem.cluster.workload.prompts import PROMPTS
 from tandem.router.tokenizer import load_tokenizer
 
 BLOCK_SIZE = 16

@@ -19,7 +19,6 @@ from tandem.cluster.bench.claims_systems import (
     split,
     token_bytes,
 )
-from tandem.cluster.bench.report import RequestRecord
 from tandem.cluster.latency.links import INSTANT
 from tandem.cluster.latency.profile import distserve_profile
 from tandem.cluster.sim.cluster import ClusterSpec, SimCluster
@@ -27,6 +26,7 @@ from tandem.cluster.sim.request import Asked
 from tandem.cluster.sim.router import RouterSpec
 from tandem.cluster.sim.worker import WorkerSpec
 from tandem.cluster.types import SLO, Role
+from tandem.cluster.workload.report import RequestRecord
 from tandem.router import slo_classes
 
 NO_PROMISE = slo_classes.Promise(slo_class="", share=1.0, ttft_s=None, tpot_s=None)

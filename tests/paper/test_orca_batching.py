@@ -10,8 +10,8 @@ import pytest
 from tandem.cluster.bench.claims_batching import compare, run_at
 from tandem.cluster.bench.claims_systems import DISTSERVE_MODEL
 from tandem.cluster.bench.claims_virtual import EngineShape
-from tandem.cluster.bench.traces import draw_rows, fit_trace, read_trace
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile, distserve_profile
+from tandem.cluster.workload.traces import draw_rows, fit_trace, read_trace
 
 ROW = DecodeTerms(step_s=1.0, row_s=0.0, context_token_s=0.0)
 STEPS = StepProfile(prefill_step_s=1.0, prefill_token_s=0.0, decode=ROW, large_decode=ROW, large_batch_rows=1)

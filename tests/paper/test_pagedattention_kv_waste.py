@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tandem.cluster.bench.claims_kv_waste import PAPER_SLOTS, BuddyAllocator, KVWaste, compare, contiguous_waste
 from tandem.cluster.bench.claims_virtual import Job
-from tandem.cluster.bench.traces import draw_rows, fit_trace, read_trace
+from tandem.cluster.workload.traces import draw_rows, fit_trace, read_trace
 
 
 def job(prompt: int, output: int) -> Job:

@@ -11,12 +11,12 @@ import httpx
 import pytest
 from tandem.cluster import cli
 from tandem.cluster.bench.client import CHAT, Target, send
-from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.bench.server import ask
 from tandem.cluster.cli_chat import ChatOptions, stream_chat
 from tandem.cluster.cli_status import fetch
 from tandem.cluster.config import ConfigError
 from tandem.cluster.tls import ClientTLS
+from tandem.cluster.workload.datasets import BenchRequest
 from tandem.router.client import TandemClient, TandemError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

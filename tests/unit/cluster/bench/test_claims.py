@@ -16,9 +16,9 @@ from tandem.cluster.bench.claims_disaggregation import Kept, StairResult, compar
 from tandem.cluster.bench.claims_load import Promise, Staircase, sweep_of
 from tandem.cluster.bench.claims_machine import Strain, strain, take_sample
 from tandem.cluster.bench.claims_show import show
-from tandem.cluster.bench.sweep import SweepRun
 from tandem.cluster.config import EngineConfig
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
+from tandem.cluster.workload.sweep import SweepRun
 
 LOAD = Staircase(dataset_path="x", rates=(1.0, 2.0, 4.0), stair_s=10.0, promises=(Promise(ttft_s=0.25, tpot_s=0.1),))
 CALM = Strain(cpu={"router": 0.2}, waited={"router": 0.01}, busy=0.3, stolen=0.0)

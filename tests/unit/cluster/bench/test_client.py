@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 import uvloop
 from tandem.cluster.bench.client import CHAT, COMPLETIONS, HttpSender, Target, send
-from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.bench.load import run_load
-from tandem.cluster.bench.report import RequestRecord
 from tandem.cluster.bench.sse import read_events
+from tandem.cluster.workload.datasets import BenchRequest
+from tandem.cluster.workload.report import RequestRecord
 
 
 def event(**message: object) -> bytes:

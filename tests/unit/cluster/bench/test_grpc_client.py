@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 import pytest
 from grpc import aio
-from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.bench.grpc_client import GrpcSender, grpc_address, read_messages
 from tandem.cluster.bench.options import BenchOptions
 from tandem.cluster.bench.run import run_bench
@@ -16,6 +15,7 @@ from tandem.cluster.bench.server import ServerUnusable
 from tandem.cluster.proto import tandem_v1_pb2 as pb
 from tandem.cluster.proto import tandem_v1_pb2_grpc as pb_grpc
 from tandem.cluster.tls import ClientTLS
+from tandem.cluster.workload.datasets import BenchRequest
 
 
 def piece(when_s: float, **fields: Any) -> tuple[float, bytes]:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 from tandem.cluster.bench import sweep_load
-from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.bench.interrupt import Stop, finishes, stops
 from tandem.cluster.bench.load import Load, run_load
 from tandem.cluster.bench.options import BenchOptions
-from tandem.cluster.bench.report import RequestRecord, summarize
 from tandem.cluster.bench.run import Served
-from tandem.cluster.bench.sweep import SweepPoint, SweepResult, Watch
 from tandem.cluster.bench.sweep_load import SweepPlan, run_sweep
+from tandem.cluster.workload.datasets import BenchRequest
+from tandem.cluster.workload.report import RequestRecord, summarize
+from tandem.cluster.workload.sweep import SweepPoint, SweepResult, Watch
 
 PROMISES = {"ttft": 50.0}
 Send = Callable[[BenchRequest, float, str], Awaitable[RequestRecord]]

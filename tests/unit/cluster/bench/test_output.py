@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from tandem.cluster.bench.options import BenchOptions
-from tandem.cluster.bench.report import METRICS, RequestRecord, summarize
 from tandem.cluster.bench.run import BenchResult
-from tandem.cluster.bench.sweep import SweepPoint, SweepResult, SweepRun
 from tandem.cluster.cli_bench_output import Output
+from tandem.cluster.workload.report import METRICS, RequestRecord, summarize
+from tandem.cluster.workload.sweep import SweepPoint, SweepResult, SweepRun
 
 RECORDS = (RequestRecord(due_s=1.0, sent_s=1.0, first_token_s=1.1, last_token_s=1.3, output_tokens=2),)
 RESULT = BenchResult(

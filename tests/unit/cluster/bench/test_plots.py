@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from tandem.cluster.bench.plots import check_plot, plot_run, plot_sweeps
-from tandem.cluster.bench.report import RequestRecord
-from tandem.cluster.bench.sweep import SweepPoint, SweepResult, SweepRun
+from tandem.cluster.workload.report import RequestRecord
+from tandem.cluster.workload.sweep import SweepPoint, SweepResult, SweepRun
 
 
 def sweep(label: str, rates: tuple[float, ...]) -> SweepResult:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tandem.cluster.bench.chrome_trace import TraceCounter, TraceEvent, trace_json
-from tandem.cluster.bench.report import RequestRecord
 from tandem.cluster.bench.request_trace import CLIENT, SERVER, read_waterfalls, request_events
+from tandem.cluster.workload.chrome_trace import TraceCounter, TraceEvent, trace_json
+from tandem.cluster.workload.report import RequestRecord
 
 TIMINGS = {
     "queue_s": 0.1,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from tandem.cluster.bench.client import HttpSender, Target
-from tandem.cluster.bench.datasets import BenchRequest
 from tandem.cluster.bench.options import BenchOptions
 from tandem.cluster.bench.run import run_bench
 from tandem.cluster.bench.server import COMMON_IDS, ServerUnusable
+from tandem.cluster.workload.datasets import BenchRequest
 
 
 class Server:

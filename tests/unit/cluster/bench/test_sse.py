@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.cluster.bench.report import RequestRecord
 from tandem.cluster.bench.sse import read_events, split_events
+from tandem.cluster.workload.report import RequestRecord
 
 DONE = (9.0, b"data: [DONE]")
 

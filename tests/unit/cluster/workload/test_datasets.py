@@ -3,8 +3,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tandem.cluster.bench.datasets import prompt_requests, random_requests, read_prompts, vocabulary_of
-from tandem.cluster.bench.prompts import PROMPTS
+from tandem.cluster.workload.datasets import prompt_requests, random_requests, read_prompts, vocabulary_of
+from tandem.cluster.workload.prompts import PROMPTS
 
 
 def test_known_files_are_read(tmp_path: Path) -> None:

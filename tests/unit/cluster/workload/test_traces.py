@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from tandem.cluster.bench.options import BenchOptions
-from tandem.cluster.bench.text_file import numbered_lines
-from tandem.cluster.bench.traces import (
+from tandem.cluster.bench.workload import Workload, make_workload
+from tandem.cluster.workload.text_file import numbered_lines
+from tandem.cluster.workload.traces import (
     BLOCK_TOKENS,
     TraceRequest,
     arrival_times_of,
@@ -20,7 +21,6 @@ from tandem.cluster.bench.traces import (
     read_trace,
     trace_requests,
 )
-from tandem.cluster.bench.workload import Workload, make_workload
 
 ROW = {"timestamp": 27500, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47, 48]}
 HEAD = "arrival_s,input_tokens,output_tokens,prefix_hashes\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.cluster.bench.chrome_trace import TraceCounter, TraceEvent, lanes, save_trace, trace_json
+from tandem.cluster.workload.chrome_trace import TraceCounter, TraceEvent, lanes, save_trace, trace_json
 
 
 def test_times_are_microseconds_from_the_earliest_event(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from tandem.cluster.bench.arrivals import arrival_times, ramp_times
+from tandem.cluster.workload.arrivals import arrival_times, ramp_times
 
 
 def test_infinite_rate_sends_everything_at_once() -> None:

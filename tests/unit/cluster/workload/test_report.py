@@ -5,7 +5,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from tandem.cluster.bench.report import (
+from tandem.cluster.bench.show import table
+from tandem.cluster.workload.report import (
     RequestRecord,
     Summary,
     attains,
@@ -14,7 +15,6 @@ from tandem.cluster.bench.report import (
     result_json,
     summarize,
 )
-from tandem.cluster.bench.show import table
 
 # Sent at 10.0 (due 9.9), tokens at 10.2, 10.3, 10.5: TTFT 200 ms, E2E 500 ms, TPOT (500-200)/2 = 150 ms.
 FIRST = RequestRecord(

@@ -8,9 +8,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.cluster.bench.report import RequestRecord, summarize
 from tandem.cluster.bench.show import sweep_row, sweep_verdict
-from tandem.cluster.bench.sweep import RateSearch, SweepPoint, SweepResult, SweepRun, Watch, sweep_run
+from tandem.cluster.workload.report import RequestRecord, summarize
+from tandem.cluster.workload.sweep import RateSearch, SweepPoint, SweepResult, SweepRun, Watch, sweep_run
 
 PROMISES = {"ttft": 100.0, "tpot": 10.0}
 
