@@ -19,6 +19,8 @@ __all__ = [
     "ClusterConfig",
     "ConfigError",
     "EngineConfig",
+    "Percentiles",
+    "PlanConfig",
     "RouterConfig",
     "SLOClass",
     "SecurityConfig",
@@ -34,6 +36,8 @@ Port = Annotated[int, Within(0, 65535)]
 Line = Annotated[str, Text()]
 Seconds = Annotated[float, Within(0, 86400, above=True)]
 StepSeconds = Annotated[float, Within(0, 60)]
+Share = Annotated[float | None, Within(0, 1)]
+Milliseconds = Annotated[float | None, Within(0, 86_400_000)]
 
 MAX_SLO_CLASSES = 32
 _CLASS_NAME = re.compile(r"[a-z0-9_-]{1,64}")
@@ -178,6 +182,42 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """What was predicted of a latency, milliseconds; None: nothing."""
+
+    p50: Milliseconds = None
+    p90: Milliseconds = None
+    p99: Milliseconds = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """What a plan predicted of the cluster that it describes: kept beside what the cluster then sees
+    (`router.attainment`). Decides nothing.
+    """
+
+    predicted_attainment: Share = None
+    """Of all requests under a promise, at `rate`."""
+    predicted_by_class: dict[str, Annotated[float, Within(0, 1)]] = field(default_factory=dict)
+    """The same by SLO class."""
+    rate: Annotated[float | None, Within(0, 1e9, above=True)] = None
+    """Requests/s to the whole cluster, for which the rest was predicted."""
+    ttft_ms: Percentiles = field(default_factory=Percentiles)
+    tpot_ms: Percentiles = field(default_factory=Percentiles)
+    goodput_per_gpu: Annotated[float | None, Within(0, 1e9)] = None
+    """Requests/s."""
+    made_with: Annotated[str | None, Text()] = None
+    """Where the prediction came from: a version, a profile, a date."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        _check_class_names(self.predicted_by_class, "predicted_by_class")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """The router process."""
 
@@ -217,6 +257,8 @@ class RouterConfig:
     """The promise of the class `interactive`, which requests that name no class belong to."""
     slo_classes: dict[str, SLOClass] = field(default_factory=dict)
     """More classes, or other settings of `interactive` and `batch` (`router.slo_classes`)."""
+    plan: PlanConfig | None = None
+    """What was predicted of this cluster: the section `plan` at the top of the file."""
     api_key: Annotated[str | None, Text(), Hidden()] = field(default=None, repr=False)
     """What clients must present, several separated by commas; None: the keys of `api_keys_file`. Without any, everybody
     is let in, which only a router on loopback may do."""
@@ -346,12 +388,12 @@ class ClusterConfig:
         )
 
 
-def _check_class_names(classes: Mapping[str, SLOClass]) -> None:
+def _check_class_names(classes: Mapping[str, object], field_name: str = "slo_classes") -> None:
     if len(classes) > MAX_SLO_CLASSES:
-        raise ConfigError("slo_classes", f"{len(classes)} classes", f"at most {MAX_SLO_CLASSES}")
+        raise ConfigError(field_name, f"{len(classes)} classes", f"at most {MAX_SLO_CLASSES}")
     for name in classes:
         if not _CLASS_NAME.fullmatch(name):
-            raise ConfigError("slo_classes", name, "names of 1 to 64 characters of a-z, 0-9, '-' and '_'")
+            raise ConfigError(field_name, name, "names of 1 to 64 characters of a-z, 0-9, '-' and '_'")
 
 
 def _distinct_ports(config: RouterConfig, names: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .config import ClusterConfig, EngineConfig, RouterConfig, WorkerConfig
+from .config import ClusterConfig, EngineConfig, PlanConfig, RouterConfig, WorkerConfig
 from .config_schema import HIDDEN, ConfigError, hints, parse, unknown_key
 from .types import Role
 
@@ -21,7 +21,8 @@ MAX_VALUES = 10_000
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
     """Reads cluster.yaml. `overrides` maps dotted paths to values that win over the file's.
 
-    The file's keys are ClusterConfig's, with three conveniences: `model` at the top sets the engine's and the router's;
+    The file's keys are ClusterConfig's, with these conveniences: `model` at the top sets the engine's and the router's;
+    `plan` is the router's `PlanConfig`, what a plan predicted of this cluster;
     `prefill`, `decode` and `mixed` are counts or sections `{workers: N, engine: {…}}` whose engine keys win over
     `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`). Raises ConfigError, also for a file that cannot be read.
     """
@@ -92,6 +93,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 _OF_ALL = ("security", "insecure")
+_AT_THE_TOP = (*_OF_ALL, "plan")
 _FILLED_IN = ("worker_id", "role", "engine", "port", "kv_port", "routers", *_OF_ALL)
 
 
@@ -111,6 +113,9 @@ def _cluster_config(data: Any, overrides: Mapping[str, Any]) -> ClusterConfig:
         router.setdefault("model", engine["model"])
     elif "model" in router:
         engine["model"] = router["model"]
+    plan = tree.pop("plan", None)
+    if plan is not None:
+        router["plan"] = parse(PlanConfig, plan, "plan")
     tree["engine"], tree["router"] = engine, router
     for role in Role:
         _expand_pool(tree, role.value, engine)
@@ -120,13 +125,15 @@ def _cluster_config(data: Any, overrides: Mapping[str, Any]) -> ClusterConfig:
 
 def _check_keys(tree: Mapping[str, Any]) -> None:
     """Refuses keys that a file may not hold: unknown ones at the top, and what the cluster fills in by itself."""
-    known = [name for name in hints(ClusterConfig) if not name.endswith("_engine")] + ["model"]
+    known = [name for name in hints(ClusterConfig) if not name.endswith("_engine")] + ["model", "plan"]
     for key in tree:
         if key not in known:
             raise unknown_key(str(key), str(key), known)
-    for section, cls, filled_in in (("worker", WorkerConfig, _FILLED_IN), ("router", RouterConfig, _OF_ALL)):
+    for section, cls, filled_in in (("worker", WorkerConfig, _FILLED_IN), ("router", RouterConfig, _AT_THE_TOP)):
         allowed = [name for name in hints(cls) if name not in filled_in]
         for key in _section(tree, section):
+            if section == "router" and key == "plan":
+                raise ConfigError("router.plan", HIDDEN, "plan at the top")
             if key in _OF_ALL:
                 raise ConfigError(f"{section}.{key}", HIDDEN, f"{key} at the top, where it holds for all members")
             if key not in allowed:

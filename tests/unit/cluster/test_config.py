@@ -103,6 +103,7 @@ BAD_ROUTER = [
     ("events_path", ""),
     ("slo", {"ttft_s": 1.0}),
     ("slo_classes", {"gold": {"share": 1.0}}),
+    ("plan", {"rate": 1.0}),
     ("api_key", ""),
     ("api_keys_file", ""),
     ("tls_cert", ""),
@@ -251,6 +252,36 @@ def test_yaml_file(tmp_path: Path) -> None:
     assert config.engine_of(Role.PREFILL).device == "paced"
     assert config.engine_of(Role.DECODE) is config.engine
     assert config.router.slo == SLO(ttft_s=0.2, tpot_s=0.05)
+
+
+def test_the_plan_of_a_cluster_is_its_routers(tmp_path: Path) -> None:
+    text = """
+plan: {predicted_attainment: 0.93, rate: 8, ttft_ms: {p50: 120.5, p90: 300}, predicted_by_class: {gold: 0.9}}
+"""
+    config = load_config(write(tmp_path, text), {"plan.goodput_per_gpu": 2.5})
+    plan = config.router.plan
+    assert plan is not None
+    assert (plan.predicted_attainment, plan.rate, plan.goodput_per_gpu) == (0.93, 8, 2.5)
+    assert (plan.ttft_ms.p90, plan.ttft_ms.p99, plan.tpot_ms.p50) == (300, None, None)
+    assert plan.predicted_by_class == {"gold": 0.9}
+    assert from_dict(ClusterConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert build_config().router.plan is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("plan: {predicted_attainment: 1.2}", "plan.predicted_attainment: 1.2 is not allowed"),
+        ("plan: {ttft_ms: {p95: 1}}", "plan.ttft_ms.p95"),
+        ("plan: {rate: 0}", "plan.rate: 0 is not allowed"),
+        ("plan: {predicted_by_class: {GOLD: 0.5}}", "plan.predicted_by_class: 'GOLD' is not allowed"),
+        ("plan: [1]", "plan: "),
+        ("router: {plan: {rate: 1}}", "router.plan: .*allowed: plan at the top"),
+    ],
+)
+def test_a_bad_plan_is_named_as_it_was_written(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
 
 
 def test_a_key_is_not_shown() -> None:
