@@ -16,7 +16,7 @@ from typing import Annotated
 
 from ..config_file import read_yaml
 from ..config_schema import Bytes, ConfigError, Text, Within, check, parse
-from .links import Link
+from .links import Link, LinkTerms
 from .operators import OperatorTerms, Peaks
 
 FOLDER = Path(__file__).with_name("hardware")
@@ -27,17 +27,6 @@ class DeviceKind(StrEnum):
 
     GPU = "gpu"
     CPU = "cpu"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkTerms:
-    """A link between two of these devices; `Link` without its name."""
-
-    bandwidth_gb_s: Annotated[float, Within(0.0, 1e6, above=True)]
-    latency_us: Annotated[float, Within(0.0, 3.6e9)] = 0.0
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +78,7 @@ class Hardware:
         """The link between two devices of one node, or of two."""
         terms = self.intra_node if inside_node else self.inter_node
         name = f"{self.name} {'inside a node' if inside_node else 'between nodes'}"
-        return Link(name=name, bandwidth_gb_s=terms.bandwidth_gb_s, latency_us=terms.latency_us)
+        return terms.named(name)
 
 
 def known_hardware() -> list[str]:

@@ -28,14 +28,42 @@ class Link:
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def latency_s(self) -> float:
+        """Of one transfer, whatever its size."""
+        return self.latency_us * 1e-6
+
+    @property
+    def bytes_per_s(self) -> float:
+        """One direction."""
+        return self.bandwidth_gb_s * 1e9
+
     def transfer_time_s(self, size_bytes: float, sharers: int = 1) -> float:
         """Seconds for `size_bytes` while `sharers` transfers, this one included, share the link evenly.
 
         Nothing to move takes no time.
         """
-        if size_bytes <= 0:
-            return 0.0
-        return self.latency_us * 1e-6 + size_bytes * max(sharers, 1) / (self.bandwidth_gb_s * 1e9)
+        return self.latency_s + size_bytes / shared(self.bytes_per_s, sharers) if size_bytes > 0 else 0.0
+
+
+def shared(bytes_per_s: float, sharers: int) -> float:
+    """What each of `sharers` transfers gets of a link, bytes a second: an even share."""
+    return bytes_per_s / max(sharers, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkTerms:
+    """A link without its name. ConfigError (a ValueError) names a field out of range."""
+
+    bandwidth_gb_s: Annotated[float, Within(0.0, 1e6, above=True)]
+    latency_us: Annotated[float, Within(0.0, 3.6e9)] = 0.0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def named(self, name: str) -> Link:
+        """The link."""
+        return Link(name=name, bandwidth_gb_s=self.bandwidth_gb_s, latency_us=self.latency_us)
 
 
 INSTANT = Link(name="instant", bandwidth_gb_s=1e6)

@@ -12,14 +12,39 @@ the rows it samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from .hardware import Hardware
 from .model_facts import ModelFacts
 
 DEFAULT_UTILIZATION = 0.9
 DEFAULT_BATCHED_TOKENS = 8192
 DEFAULT_ROWS = 256
 _LOGIT_BYTES = 4
+
+
+class HasMemory(Protocol):
+    """A device as far as memory goes: `hardware.Hardware`, or `DeviceMemory`."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of it."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of that, what the runtime takes before any weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A device of which nothing but its memory is known."""
+
+    name: str
+    memory_bytes: int
+    reserved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +70,7 @@ class DoesNotFit(ValueError):
 
 def worker_memory(
     facts: ModelFacts,
-    hardware: Hardware,
+    hardware: HasMemory,
     tensor_parallel: int = 1,
     pipeline_stages: int = 1,
     *,

@@ -33,6 +33,8 @@ from ..types import StepTimeCoefficients
 from .interface import run_of_steps
 
 MAX_FILE_BYTES = 2**20
+MEASURED = "measured"
+"""A section that a measured profile's file has besides (`measured`)."""
 MAX_STEP_S = 3600.0
 _MS = 1e-3
 _FIRST_STAGE_S, _FIRST_STAGE_TOKEN_S = 2e-3, 1e-7
@@ -113,7 +115,7 @@ class StepProfile:
     def scaled(self, factor: float) -> StepProfile:
         """A machine that takes `factor` times as long for everything."""
         values = _mapped(asdict(self), lambda seconds: seconds * factor)
-        return _profile(values, "factor")
+        return step_profile(values, "factor")
 
     def save(self, path: str | Path) -> None:
         """Writes the file that `read_profile` reads. Raises OSError."""
@@ -121,8 +123,12 @@ class StepProfile:
 
 
 def read_profile(path: str | Path) -> StepProfile:
-    """The profile in a JSON file of StepProfile's fields. ValueError naming the file and what is wrong with it."""
-    return _profile(_read_json(path), str(path))
+    """The profile in a JSON file of StepProfile's fields, or in one of `tandem profile`, which has them too. ValueError
+    naming the file and what is wrong with it.
+    """
+    values = read_json(path)
+    values.pop(MEASURED, None)
+    return step_profile(values, str(path))
 
 
 def distserve_profile(
@@ -136,7 +142,7 @@ def distserve_profile(
     below zero is taken for zero (c of vLLM's OPT-66B at TP 2: 4 % of a prompt of 2048 tokens). ValueError naming what
     the file lacks.
     """
-    data = _read_json(path)
+    data = read_json(path)
     entry: Any = data
     for key in (model, str(tensor_parallel)):
         entry = entry.get(key) if isinstance(entry, Mapping) else None
@@ -170,7 +176,8 @@ def _decode_terms(coefficients: Any) -> DecodeTerms:
     return DecodeTerms(step_s=a, context_token_s=b, row_s=c)
 
 
-def _read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A file's JSON object. ValueError naming the file and what is wrong with it."""
     try:
         if Path(path).stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"profile: {path} is larger than {MAX_FILE_BYTES} bytes")
@@ -184,8 +191,10 @@ def _read_json(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def _profile(values: Mapping[str, Any], where: str) -> StepProfile:
-    """ValueError naming a key that is missing, unknown or not a number of its range."""
+def step_profile(values: Mapping[str, Any], where: str) -> StepProfile:
+    """A profile of StepProfile's fields as plain values. ValueError naming a key that is missing, unknown or out of
+    its range.
+    """
     parts = {name: _terms(values.get(name), f"{where}: {name}") for name in ("decode", "large_decode")}
     try:
         return StepProfile(**{**values, **parts})

@@ -170,7 +170,7 @@ class Roofline:
         if self._stages == 1:
             return np.zeros_like(tokens)
         moved = tokens * (self.facts.config.hidden_size * self.facts.activation_bytes)
-        return self._stage_link.latency_us * 1e-6 + moved / (self._stage_link.bandwidth_gb_s * 1e9)
+        return self._stage_link.latency_s + moved / self._stage_link.bytes_per_s
 
     def _head_s(self, rows: Array) -> Array:
         """Final norm, output head, gathering of the logits, sampling, [rows]."""
@@ -202,8 +202,8 @@ class Roofline:
             assert terms is not None  # else __init__ has taken a link
             seconds: Array = all_reduce_s(terms, ranks, size_bytes)
             return seconds
-        ring = 2.0 * (ranks - 1) / ranks * size_bytes / (link.bandwidth_gb_s * 1e9)
-        return ring + 2 * (ranks - 1) * link.latency_us * 1e-6
+        ring = 2.0 * (ranks - 1) / ranks * size_bytes / link.bytes_per_s
+        return ring + 2 * (ranks - 1) * link.latency_s
 
 
 def _beyond(table: list[float], size: int) -> float:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from ..latency.links import shared
 from .timeline import Event, Timeline
 
 
@@ -65,7 +66,7 @@ class Flow:
     def _share_out(self) -> None:
         """The links' flows changed: everybody on them gets a new share."""
         for flow in {flow: None for link in self._links for flow in link.flows}:
-            flow._plan(min(link.bytes_per_s / len(link.flows) for link in flow._links))
+            flow._plan(min(shared(link.bytes_per_s, len(link.flows)) for link in flow._links))
 
     def _plan(self, rate: float) -> None:
         if rate == self._rate and self._done is not None:
