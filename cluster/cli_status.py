@@ -152,7 +152,32 @@ def _inside(samples: Samples) -> list[str]:
         queued[labels.get("slo_class", "")] += int(value)
     waiting = ", ".join(f"{name} {count}" for name, count in sorted(queued.items()) if count)
     inside = sum(value for _, value in flying)
-    return [f"{inside:g} requests inside" + (f"; waiting for a worker: {waiting}" if waiting else "")]
+    return [f"{inside:g} requests inside" + (f"; waiting for a worker: {waiting}" if waiting else ""), *_kept(samples)]
+
+
+def _kept(samples: Samples) -> list[str]:
+    """What share of the requests kept their promises of late, and what the cluster's plan says of it."""
+    seen, counts, predicted, parted = (
+        {labels.get("slo_class", ""): value for labels, value in samples.get(f"tandem:{name}", ())}
+        for name in ("attainment", "attainment_requests", "predicted_attainment", "plan_parted")
+    )
+    classes = [name for name in {**seen, **predicted} if name]
+    if not seen and not predicted:
+        return []
+    told = [_share("promises kept", seen.get(""), predicted.get(""))]
+    told += [_share(name, seen.get(name), predicted.get(name)) for name in classes if len(classes) > 1]
+    standing = {-1.0: "below plan", 0.0: "as planned", 1.0: "above plan"}
+    states = [
+        f"{name} {standing[value]}" if name else standing[value]
+        for name, value in parted.items()
+        if value in standing and (not name or value)
+    ]
+    return ["; ".join([f"{', '.join(told)}, of {counts.get('', 0):g} requests", *states])]
+
+
+def _share(name: str, seen: float | None, predicted: float | None) -> str:
+    shown = "-" if seen is None else f"{100 * seen:.1f} %"
+    return f"{name} {shown}" + ("" if predicted is None else f" (predicted {100 * predicted:.1f} %)")
 
 
 def _router(account: Mapping[str, Any]) -> str:

@@ -3,7 +3,9 @@ the demo and whoever debugs a slow or a lost request.
 
 `{"event": "choice", "unix_s", "request_id", "choice", "prompt_tokens", "finish_reason", "timings": {…, "tpot_s"}}`:
 durations in seconds (`cluster.types.Timings`). `{"event": "request", "unix_s", "request_id", "outcome", "reason"}`:
-every request that came past the checks at the door ends in exactly one of `RequestOutcome`.
+every request that came past the checks at the door ends in exactly one of `RequestOutcome`. `{"event": "plan",
+"unix_s", "state", "slo_class", "requests", "attainment", "predicted_attainment", "rate", "planned_rate"}`: what the
+cluster's plan predicted and what is seen have parted, or met again (`router.attainment`).
 
 The event loop only appends to a bounded buffer; a thread of its own writes and flushes. When the disk cannot keep up,
 lines are dropped and counted, and the file says so: `{"event": "dropped", "lines": n}`. Several router processes may
@@ -113,6 +115,34 @@ class WaterfallLog:
                 "client_request_id": client_request_id,
                 "outcome": outcome.value,
                 "reason": reason,
+            }
+        )
+
+    def record_plan(
+        self,
+        *,
+        state: str,
+        slo_class: str,
+        requests: int,
+        attainment: float,
+        predicted_attainment: float,
+        rate: float,
+        planned_rate: float | None,
+    ) -> None:
+        """Called by the router where prediction and sight have parted or met. Does not wait for the disk."""
+        if self._closed:
+            return
+        self._append(
+            {
+                "event": "plan",
+                "unix_s": time.time(),
+                "state": state,
+                "slo_class": slo_class,
+                "requests": requests,
+                "attainment": attainment,
+                "predicted_attainment": predicted_attainment,
+                "rate": rate,
+                "planned_rate": planned_rate,
             }
         )
 

@@ -160,9 +160,9 @@ class RouterMetrics:
         slo: SLO,
         choice: int = 0,
         slo_class: str = "default",
-    ) -> None:
-        """Called by the router core once for each choice that finished. Prompt and cached tokens are counted for
-        choice 0 only, whatever `n` is.
+    ) -> bool:
+        """Called by the router core once for each choice that finished; says whether it met both promises. Prompt and
+        cached tokens are counted for choice 0 only, whatever `n` is.
         """
         self._observe_phases(timings)
         if choice == 0:
@@ -186,6 +186,7 @@ class RouterMetrics:
         self._count(self._slo_ttft, slo_class, ttft_met)
         self._count(self._slo_tpot, slo_class, tpot_met)
         self._count(self._slo_attained, slo_class, ttft_met and tpot_met)
+        return ttft_met and tpot_met
 
     def _observe_phases(self, timings: Timings) -> None:
         self._ttft.observe(timings.ttft_s)

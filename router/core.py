@@ -21,6 +21,7 @@ from ..cluster.events import RequestOutcome, WaterfallLog
 from ..cluster.metrics import RouterMetrics
 from ..cluster.types import Role, Timings, Urgency
 from .admission import Admission
+from .attainment import Attainment
 from .attempt import AttemptLost, Path, Work
 from .choice import ChoiceRun, ChoiceTools
 from .describe import describe
@@ -54,7 +55,9 @@ class RouterCore(GenerationService):
         log: WaterfallLog,
         clock: Clock,
         card: ModelCard,
+        attainment: Attainment | None = None,
     ) -> None:
+        """`attainment`: what is to follow the requests; None: one of its own."""
         self._config = config
         self._members = members
         self._tokenizer = tokenizer
@@ -64,6 +67,7 @@ class RouterCore(GenerationService):
         self._card = self._shown_card = card
         self._default_promise = SLOClasses(config).promise()
         self._admission = Admission(config.max_waiting)
+        self._attainment = attainment or Attainment(clock.now_s())
         self._in_flight = 0
         self._cleanups: set[asyncio.Task[None]] = set()
         placer = Placer(
@@ -117,6 +121,7 @@ class RouterCore(GenerationService):
                 if outcome is RequestOutcome.CANCELED:
                     self._metrics.count_canceled()
                 task.cancel()
+            self._attainment.end(key, outcome, self._clock.now_s())
             self._record_end(request, outcome, reason)
             await asyncio.gather(task, return_exceptions=True)
 
@@ -145,6 +150,7 @@ class RouterCore(GenerationService):
             forecast = self._dispatcher.outlook(work).forecast
         now_s = self._clock.now_s()
         idle_tpot_s = self._dispatcher.idle_tpot_s(work.context_tokens)
+        self._attainment.arrive(key, promise, arrival_s)
         try:
             self._admission.enter(
                 key,
@@ -156,6 +162,7 @@ class RouterCore(GenerationService):
             )
         except Overloaded as refusal:
             self._metrics.count_refusal(refusal.code or refusal.type)
+            self._attainment.end(key, RequestOutcome.REFUSED, now_s)
             self._record_end(request, RequestOutcome.REFUSED, refusal.code or refusal.type)
             raise
         tpot_s = promise.effective_tpot_s(idle_tpot_s)
@@ -218,17 +225,18 @@ class RouterCore(GenerationService):
 
         def on_first_token() -> None:
             self._admission.first_token(key, self._clock.now_s())
+            self._attainment.first_token(key)
             first_token.set()
 
         async def follow(choice: int) -> None:
             await first_token.wait()
             await self._run_choice(
-                request, choice, promise, replace(standing, spot=None), arrival_s, deltas, lambda: None
+                request, choice, promise, replace(standing, spot=None), key, arrival_s, deltas, lambda: None
             )
 
         try:
             async with asyncio.timeout(request.timeout_s):
-                first = self._run_choice(request, 0, promise, standing, arrival_s, deltas, on_first_token)
+                first = self._run_choice(request, 0, promise, standing, key, arrival_s, deltas, on_first_token)
                 if request.n == 1:
                     await first
                     return
@@ -249,6 +257,7 @@ class RouterCore(GenerationService):
         choice: int,
         promise: Promise,
         standing: Standing,
+        key: str,
         arrival_s: float,
         deltas: Mailbox[Delta | None],
         on_first: Callable[[], None],
@@ -262,7 +271,8 @@ class RouterCore(GenerationService):
         )
         run = ChoiceRun(self._tools, request, choice, output, deltas.put_nowait, on_first, arrival_s, standing)
         timings = await run.run()
-        self._record(request, choice, promise, timings, str(output.finish_reason), run.attempts)
+        kept = self._record(request, choice, promise, timings, str(output.finish_reason), run.attempts)
+        self._attainment.choice_ended(key, kept)
 
     def _record(
         self,
@@ -272,9 +282,10 @@ class RouterCore(GenerationService):
         timings: Timings,
         finish_reason: str,
         tries: int,
-    ) -> None:
+    ) -> bool:
+        """Whether the choice kept both promises."""
         prompt_tokens = len(request.prompt_token_ids)
-        self._metrics.observe_choice(
+        kept = self._metrics.observe_choice(
             timings,
             prompt_tokens=prompt_tokens,
             finish_reason=finish_reason,
@@ -291,6 +302,7 @@ class RouterCore(GenerationService):
             finish_reason=finish_reason,
             attempts=tries,
         )
+        return kept
 
     def _first_error(self, error: BaseException) -> BaseException:
         """The error that a client is told: of a group, the first that is not a consequence of another."""

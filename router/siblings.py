@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from grpc import aio
@@ -20,6 +20,8 @@ from ..cluster.metrics import RouterMetrics
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.proto.tandem_internal_v1_pb2_grpc import SiblingServicer, SiblingStub
 from ..cluster.rpc import open_channel
+from .attainment import Seen, together
+from .plan_watch import PlanWatch, render, report, seen_in
 from .service import Readiness
 
 ANSWER_S = 1.0
@@ -55,9 +57,19 @@ class Account:
 class Siblings(SiblingServicer):
     """One process's view of all of them, itself included. Lives on the router's event loop."""
 
-    def __init__(self, config: RouterConfig, metrics: RouterMetrics, *, credentials: MemberCredentials = OPEN) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        metrics: RouterMetrics,
+        *,
+        credentials: MemberCredentials = OPEN,
+        plan: PlanWatch | None = None,
+    ) -> None:
+        """`plan`: what this process has seen of promises; None: nobody looks."""
         self._process = config.process
+        self._model_name = config.served_model_name or config.model
         self._metrics = metrics
+        self._plan = plan
         self._readiness: Callable[[], Readiness] = lambda: Readiness(ready=False, reason="starting")
         self._credentials = credentials
         host = _LOOPBACK.get(config.host, config.host)
@@ -88,14 +100,25 @@ class Siblings(SiblingServicer):
 
     async def render_metrics(self) -> bytes:
         """The exposition text of all processes, and of the workers as this one heard them."""
+        accounts = await self.accounts(metrics=self.several)
         if not self.several:
-            return self._metrics.render()
-        accounts = await self.accounts(metrics=True)
+            return self._metrics.render() + self._render_plan(accounts)
         texts = {str(one.process): one.report.metrics.decode() for one in accounts if one.report is not None}
         up = [f'tandem:router_up{{router="{one.process}"}} {float(one.report is not None)}' for one in accounts]
         about = "# HELP tandem:router_up 1: this router process answers\n# TYPE tandem:router_up gauge\n"
         merged = await asyncio.to_thread(merge_expositions, texts, "router")
-        return (merged + about + "\n".join(up) + "\n").encode() + self._metrics.render_workers()
+        own = (merged + about + "\n".join(up) + "\n").encode() + self._metrics.render_workers()
+        return own + self._render_plan(accounts)
+
+    async def seen(self) -> Seen:
+        """What all processes that answer have seen of promises."""
+        return _seen_by(await self.accounts())
+
+    def _render_plan(self, accounts: Sequence[Account]) -> bytes:
+        if self._plan is None:
+            return b""
+        states = {name: state for one in accounts if one.report for name, state in one.report.plan_states.items()}
+        return render(self._model_name, self._plan.plan, _seen_by(accounts), states)
 
     async def close(self) -> None:
         """Closes the channels; idempotent."""
@@ -117,7 +140,7 @@ class Siblings(SiblingServicer):
 
     def _own(self, *, metrics: bool) -> pb.RouterReport:
         readiness = self._readiness()
-        return pb.RouterReport(
+        answer = pb.RouterReport(
             process=self._process,
             pid=os.getpid(),
             ready=readiness.ready,
@@ -126,6 +149,13 @@ class Siblings(SiblingServicer):
             requests_waiting=self._metrics.requests_waiting,
             metrics=self._metrics.render_own() if metrics else b"",
         )
+        if self._plan is not None:
+            report(self._plan, answer)
+        return answer
+
+
+def _seen_by(accounts: Sequence[Account]) -> Seen:
+    return together(seen_in(one.report) for one in accounts if one.report is not None)
 
 
 def merge_expositions(texts: Mapping[str, str], label: str) -> str:

@@ -14,6 +14,7 @@ from grpc import aio
 from ...router.core import RouterCore
 from ...router.frontend import Frontend
 from ...router.members import Membership
+from ...router.plan_watch import PlanWatch
 from ...router.service import ModelCard
 from ...router.siblings import Siblings
 from ...router.tokenizer import load_tokenizer
@@ -44,6 +45,7 @@ class RouterRuntime:
         self.grpc_address = ""
         self.registry_address = ""
         self._siblings: Siblings | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._registry: aio.Server | None = None
 
     async def start(self, progress: Progress | None = None) -> None:
@@ -72,17 +74,21 @@ class RouterRuntime:
         metrics = RouterMetrics(name)
         metrics.watch_workers(self.members.statuses)
         card = ModelCard(id=name, max_model_len=files.config.max_model_len, created_unix_s=int(time.time()))
+        log = WaterfallLog(config.events_path)
+        plan = PlanWatch(config, clock, log)
         self.core = RouterCore(
             config,
             router_id=router_id,
             members=self.members,
             tokenizer=tokenizer,
             metrics=metrics,
-            log=WaterfallLog(config.events_path),
+            log=log,
             clock=clock,
             card=card,
+            attainment=plan.attainment,
         )
-        self._siblings = Siblings(config, metrics, credentials=credentials)
+        self._siblings = Siblings(config, metrics, credentials=credentials, plan=plan)
+        self._watching = asyncio.create_task(plan.run(self._siblings.seen), name="plan watch")
         await self._start_registry(credentials, self._siblings)
         self.frontend = await asyncio.to_thread(
             Frontend, self.core, tokenizer, config, metrics, siblings=self._siblings
@@ -125,6 +131,9 @@ class RouterRuntime:
 
     async def stop(self) -> None:
         """Ends everything; idempotent."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         if self.frontend is not None:
             await self.frontend.stop()
         if self.core is not None:

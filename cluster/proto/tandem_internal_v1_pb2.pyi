@@ -23,7 +23,7 @@ class ReportRequest(_message.Message):
     def __init__(self, metrics: bool = ...) -> None: ...
 
 class RouterReport(_message.Message):
-    __slots__ = ("process", "pid", "ready", "reason", "requests_inside", "requests_waiting", "metrics")
+    __slots__ = ("process", "pid", "ready", "reason", "requests_inside", "requests_waiting", "metrics", "attainment", "attainment_window_s", "plan_states")
     class RequestsWaitingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,20 @@ class RouterReport(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class AttainmentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: AttainmentTally
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[AttainmentTally, _Mapping]] = ...) -> None: ...
+    class PlanStatesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +52,9 @@ class RouterReport(_message.Message):
     REQUESTS_INSIDE_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    ATTAINMENT_FIELD_NUMBER: _ClassVar[int]
+    ATTAINMENT_WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    PLAN_STATES_FIELD_NUMBER: _ClassVar[int]
     process: int
     pid: int
     ready: bool
@@ -45,7 +62,20 @@ class RouterReport(_message.Message):
     requests_inside: int
     requests_waiting: _containers.ScalarMap[str, int]
     metrics: bytes
-    def __init__(self, process: _Optional[int] = ..., pid: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., requests_inside: _Optional[int] = ..., requests_waiting: _Optional[_Mapping[str, int]] = ..., metrics: _Optional[bytes] = ...) -> None: ...
+    attainment: _containers.MessageMap[str, AttainmentTally]
+    attainment_window_s: float
+    plan_states: _containers.ScalarMap[str, str]
+    def __init__(self, process: _Optional[int] = ..., pid: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., requests_inside: _Optional[int] = ..., requests_waiting: _Optional[_Mapping[str, int]] = ..., metrics: _Optional[bytes] = ..., attainment: _Optional[_Mapping[str, AttainmentTally]] = ..., attainment_window_s: _Optional[float] = ..., plan_states: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class AttainmentTally(_message.Message):
+    __slots__ = ("offered", "requests", "attained")
+    OFFERED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ATTAINED_FIELD_NUMBER: _ClassVar[int]
+    offered: int
+    requests: int
+    attained: int
+    def __init__(self, offered: _Optional[int] = ..., requests: _Optional[int] = ..., attained: _Optional[int] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
     __slots__ = ("router_id", "protocol_version", "epoch", "commands")
