@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,9 +56,18 @@ class SimCluster:
                 on_refused=self.router.on_refused,
             )
 
-    def run(self, workload: Iterable[Asked]) -> list[Outcome]:
+    def run(
+        self,
+        workload: Iterable[Asked],
+        *,
+        decided: Callable[[float, Sequence[Outcome]], bool] | None = None,
+        decided_period_s: float = 1.0,
+    ) -> list[Outcome]:
         """Serves the workload, in order of arrival, to its end; outcomes in the same order. ValueError where a request
         could never run here.
+
+        `decided`: asked every `decided_period_s` of virtual time with the time and all outcomes as they stand; True
+        ends the run there, because the rest would not change what its caller wants to know.
         """
         outcomes = [Outcome(asked=asked) for asked in workload]
         room = min(min(worker.max_model_len, worker.num_blocks * worker.block_size) for worker in self._spec.workers)
@@ -80,8 +89,21 @@ class SimCluster:
         period_s = self._spec.router.heartbeat_s
         for number, member in enumerate(self._members):
             self.timeline.after(period_s * number / len(self._members), partial(self._beat, member))
+        if decided is not None:
+            self._ask(decided, decided_period_s, outcomes)
         self.timeline.run()
         return outcomes
+
+    def _ask(
+        self, decided: Callable[[float, Sequence[Outcome]], bool], period_s: float, outcomes: Sequence[Outcome]
+    ) -> None:
+        def ask() -> None:
+            if decided(self.timeline.now_s(), outcomes):
+                self.timeline.end()
+            elif self._in_flight:
+                self.timeline.after(period_s, ask)
+
+        self.timeline.after(period_s, ask)
 
     def _beat(self, member: SimMember) -> None:
         if not self._in_flight:

@@ -55,6 +55,10 @@ class Timeline(Clock):
         """Plans `action` for `delay_s` from now."""
         return self.at(self._now_s + delay_s, action)
 
+    def end(self) -> None:
+        """Nothing that is planned happens any more."""
+        self._heap.clear()
+
     def run(self, until_s: float = math.inf) -> None:
         """Lets things happen, in order, until nothing is planned or the next thing would be later than `until_s`."""
         heap = self._heap

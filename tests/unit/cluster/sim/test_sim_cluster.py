@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from sim_cases import COSTS, FAST, assert_clean, cluster, split, times, worker, 
 from tandem.cluster.bench.claims_virtual import EngineShape, Job, VirtualEngine
 from tandem.cluster.engine.scheduler import Scheduler
 from tandem.cluster.latency.links import Link
+from tandem.cluster.sim.request import Outcome
 from tandem.cluster.types import SLO, Role
 from tandem.kvtransfer.protocol.holder import HandoffHolder
 from tandem.kvtransfer.protocol.puller import HandoffPuller
@@ -132,3 +134,15 @@ def test_a_request_that_could_never_run_is_refused_before_time_starts() -> None:
     with pytest.raises(ValueError, match=r"r0: \d+ tokens of prompt and output are not allowed; allowed: at most 64"):
         simulated.run([replace(asked, prompt_token_ids=(1,) * 60, output_tokens=9)])
     assert simulated.timeline.events_total == 0
+
+
+def test_a_run_ends_where_its_caller_knows_enough() -> None:
+    simulated, asked_at = cluster(*split()), []
+
+    def enough(now_s: float, outcomes: Sequence[Outcome]) -> bool:
+        asked_at.append(now_s)
+        return sum(outcome.done for outcome in outcomes) >= 10
+
+    outcomes = simulated.run(workload(100, 4.0), decided=enough, decided_period_s=0.5)
+    assert 10 <= sum(outcome.done for outcome in outcomes) < 30
+    assert asked_at == [0.5 * (place + 1) for place in range(len(asked_at))]
