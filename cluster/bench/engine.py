@@ -6,7 +6,8 @@ computed but written (random values: zeros would flatter no one, but not a numbe
 
 Each row says which share of two bounds it reaches, both measured in the same run (`engine_bounds`), from what its steps
 must read and compute at least (`engine_cost`): memory, bytes / time / read rate; arithmetic, time that the operations
-take at the product rates / time. In W8A8 linears count at the int8 rate and attention at the float rate.
+take at the product rates / time. In W8A8 linears count at the int8 rate, attention and the products that make q, k and
+v at the float rate.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..types import SamplingParams
 from ..workload.chrome_trace import TraceEvent
 from .engine_bounds import Bounds, measure_bounds
 from .engine_cost import RowShape, StepCost, step_cost, step_weight_bytes
+from .engine_step import fill_kv, timed_step
 
 MAX_TRACE_EVENTS = 100_000
 _GREEDY = SamplingParams(temperature=0.0)
@@ -203,13 +205,7 @@ class Steps:
     def _run(self, rows: Sequence[StepRow], cell: Cell) -> float:
         self._plan_id += 1
         plan = StepPlan(self._plan_id, tuple(rows))
-        start_s = time.perf_counter()
-        self._device.launch(plan)
-        output = self._device.collect()
-        end_s = time.perf_counter()
-        failed = next((row.error for row in output.rows if row.error), None)
-        if failed is not None:
-            raise RuntimeError(f"a row of {cell} failed: {failed}")
+        start_s, end_s = timed_step(self._device, plan, cell)
         if len(self.events) < MAX_TRACE_EVENTS:
             self.events.append(
                 TraceEvent(
@@ -241,17 +237,9 @@ def cell_cost(cell: Cell, model: ModelConfig, *, weight_bytes: int, kv_token_byt
 def shares(cost: StepCost, time_s: float, bounds: Bounds, *, int8: bool) -> tuple[float, float]:
     """(memory, arithmetic): what share of `time_s` the bounds alone would take."""
     linear_rate = bounds.int8_ops if int8 and bounds.int8_ops else bounds.float_flops()
-    arithmetic_s = cost.linear_flops / linear_rate + cost.attention_flops / bounds.float_flops()
+    float_flops = cost.qkv_flops + cost.attention_flops
+    arithmetic_s = cost.linear_flops / linear_rate + float_flops / bounds.float_flops()
     return cost.read_bytes / bounds.read_bytes / time_s, arithmetic_s / time_s
-
-
-def fill_kv(device: Device, num_blocks: int, seed: int) -> None:
-    """Writes one block of random values into `num_blocks` blocks: with these bits of its high byte a bfloat16 or a
-    float32 lies between 2^-31 and 2, whatever the others are.
-    """
-    payload = bytes(byte & 0xBF | 0x30 for byte in random.Random(seed).randbytes(device.kv.layout.block_bytes))
-    for block_id in range(num_blocks):
-        device.kv.write_block(block_id, payload)
 
 
 def run_engine_bench(

@@ -30,13 +30,16 @@ class StepCost:
 
     read_bytes: int = 0
     linear_flops: int = 0
-    """In the products that a quantizer replaces."""
+    """In the products that W8A8 computes in integers: all linears but those that make q, k and v."""
+    qkv_flops: int = 0
+    """In those: bfloat16 also where the others are integers, see `kernels.compiled.decoder_weights`."""
     attention_flops: int = 0
 
     def __add__(self, other: StepCost) -> StepCost:
         return StepCost(
             self.read_bytes + other.read_bytes,
             self.linear_flops + other.linear_flops,
+            self.qkv_flops + other.qkv_flops,
             self.attention_flops + other.attention_flops,
         )
 
@@ -65,16 +68,17 @@ def step_cost(config: ModelConfig, rows: Sequence[RowShape], *, weight_bytes: in
     """
     c = config
     first, rest = layer_flops_per_token(c)
-    read, linear, pairs = weight_bytes, 0, 0
+    read, linear, qkv, pairs = weight_bytes, 0, 0, 0
     for row in rows:
         oldest = 0 if c.sliding_window is None else max(0, row.start - c.sliding_window + 1)
         read += (row.start + row.length - oldest) * kv_token_bytes
-        linear += row.length * (c.num_layers * first + (c.num_layers - 1) * rest)
+        qkv += row.length * c.num_layers * first
+        linear += row.length * (c.num_layers - 1) * rest
         pairs += (c.num_layers - 1) * seen_keys(c, row.start, row.length)
         if row.sampled:
             linear += rest + 2 * c.vocab_size * (c.embed_dim or c.hidden_size)
             pairs += seen_keys(c, row.start + row.length - 1, 1)
-    return StepCost(read, linear, 4 * c.num_heads * c.head_dim * pairs)
+    return StepCost(read, linear, qkv, 4 * c.num_heads * c.head_dim * pairs)
 
 
 def step_weight_bytes(config: ModelConfig, precision: str) -> int:

@@ -56,7 +56,7 @@ class OperatorFiles:
     fitted_models: tuple[str, ...]
     """Vidur's, in the fit."""
     held_out_models: tuple[str, ...]
-    """Vidur's, that the fit never sees."""
+    """Vidur's, that the fit never sees; nor does it see another model of the same shapes."""
     all_reduce: str
     send_recv: str
     attention: str | None = None
@@ -69,9 +69,10 @@ FILES = {
         prefill="aiconfigurator/a100_vllm0.14.0_context_attention_hd128.csv.gz",
         decode="aiconfigurator/a100_vllm0.14.0_generation_attention_hd128.csv.gz",
         collectives="aiconfigurator/a100_nccl_2.27.3.csv.gz",
-        fitted_models=("vidur/compute_a100_Llama-2-70b-hf_mlp.csv.gz", "vidur/compute_a100_Llama-2-7b-hf_mlp.csv.gz"),
+        fitted_models=("vidur/compute_a100_Llama-2-7b-hf_mlp.csv.gz",),
         held_out_models=(
             "vidur/compute_a100_Meta-Llama-3-8B_mlp.csv.gz",
+            "vidur/compute_a100_Llama-2-70b-hf_mlp.csv.gz",
             "vidur/compute_a100_Meta-Llama-3-70B_mlp.csv.gz",
         ),
         all_reduce="vidur/network_a100_dgx_all_reduce.csv.gz",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -15,6 +16,7 @@ from tandem.cluster.latency.model_facts import model_facts
 from tandem.cluster.latency.profile import StepProfile, distserve_profile
 from tandem.cluster.latency.roofline import Roofline
 from tandem.cluster.profiler.fit_operators import fit_device
+from tandem.cluster.profiler.operator_data import FILES, model_gemm_samples
 
 PREFILL_BY_HAND, DECODE_BY_HAND = {"distserve": 1.1, "vllm": 1.4}, {"distserve": 1.0, "vllm": 1.2}
 """What DistServe's simulator multiplies its fits with: published, but not measured."""
@@ -88,7 +90,20 @@ def test_the_constants_are_those_the_data_give(data: Path) -> None:
         assert stored["terms"][operator] == pytest.approx(terms, rel=0.02), operator
     for operator, errors in found["held_out"].items():
         assert stored["held_out"][operator] == pytest.approx(errors, rel=0.05), operator
-    for operator in ("gemm", "gemm of Meta-Llama-3-8B", "gemm of Meta-Llama-3-70B", "prefill_attention"):
+    for operator in ("gemm", "gemm of Llama-2-70b-hf", "gemm of Meta-Llama-3-70B", "prefill_attention"):
         assert found["held_out"][operator]["median"] <= 0.10
     for operator in ("decode_attention", "all_reduce"):
         assert found["held_out"][operator]["median"] <= 0.15
+
+
+@pytest.mark.parametrize("device", FILES)
+def test_no_shape_of_the_largest_models_is_in_the_fit(data: Path, device: str) -> None:
+    """Llama-2-70B and Llama-3-70B have the same widths: one of them in the fit would flatter the other."""
+
+    def shapes(names: Iterable[str]) -> set[tuple[float, float]]:
+        samples = [model_gemm_samples(data / "measured" / name) for name in names]
+        return {(n, k) for s in samples for n, k in zip(s.sizes["n"], s.sizes["k"], strict=True)}
+
+    large = [name for name in FILES[device].held_out_models if "Llama-3-8B" not in name]
+    assert len(shapes(large)) >= 16
+    assert shapes(large) & shapes(FILES[device].fitted_models) == set()

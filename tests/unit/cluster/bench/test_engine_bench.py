@@ -39,10 +39,10 @@ def test_prompts_that_one_chunk_holds_come_once():
     assert blocks_needed(cells(OPTIONS), 4) == 3 * 6 + 4
 
 
-def test_shares_take_int8_linears_at_the_int8_rate():
-    cost = StepCost(read_bytes=50, linear_flops=100, attention_flops=25)
-    assert shares(cost, 5.0, BOUNDS, int8=False) == (0.1, 0.5)
-    assert shares(cost, 5.0, BOUNDS, int8=True) == (0.1, 0.2)
+def test_shares_take_int8_linears_at_the_int8_rate_but_those_of_queries_keys_and_values():
+    cost = StepCost(read_bytes=50, linear_flops=100, qkv_flops=50, attention_flops=25)
+    assert shares(cost, 5.0, BOUNDS, int8=False) == (0.1, 0.7)
+    assert shares(cost, 5.0, BOUNDS, int8=True) == (0.1, 0.4)
 
 
 def test_a_chunked_prompt_reads_the_weights_once_per_chunk():
@@ -51,7 +51,7 @@ def test_a_chunked_prompt_reads_the_weights_once_per_chunk():
     three = cell_cost(Cell(prompt=24, chunk=8), model, weight_bytes=1000, kv_token_bytes=1)
     assert one.read_bytes == 1000 + 24
     assert three.read_bytes == 3000 + 8 + 16 + 24
-    assert one.linear_flops == three.linear_flops
+    assert (one.linear_flops, one.qkv_flops) == (three.linear_flops, three.qkv_flops)
     assert one.attention_flops == three.attention_flops
 
 

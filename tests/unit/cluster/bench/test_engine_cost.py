@@ -19,13 +19,14 @@ QKV, REST, HEAD = 2 * 4 * 8, 2 * (4 * 4 + 4 * 12 + 6 * 4), 2 * 10 * 4
 
 def test_decode_row_computes_everything_and_reads_its_context():
     cost = step_cost(CONFIG, [RowShape(5, 1, True)], weight_bytes=1000, kv_token_bytes=7)
-    assert cost == StepCost(1000 + 6 * 7, 2 * (QKV + REST) + HEAD, 4 * 2 * 2 * (6 + 6))
+    assert cost == StepCost(1000 + 6 * 7, 2 * REST + HEAD, 2 * QKV, 4 * 2 * 2 * (6 + 6))
 
 
 def test_last_layer_counts_for_the_sampled_token_only():
     chunk = step_cost(CONFIG, [RowShape(0, 3, False)], weight_bytes=0, kv_token_bytes=0)
     whole = step_cost(CONFIG, [RowShape(0, 3, True)], weight_bytes=0, kv_token_bytes=0)
-    assert chunk.linear_flops == 3 * (2 * QKV + REST)
+    assert (chunk.linear_flops, chunk.qkv_flops) == (3 * REST, 3 * 2 * QKV)
+    assert whole.qkv_flops == chunk.qkv_flops
     assert whole.linear_flops - chunk.linear_flops == REST + HEAD
     assert chunk.attention_flops == 4 * 2 * 2 * (1 + 2 + 3)
     assert whole.attention_flops - chunk.attention_flops == 4 * 2 * 2 * 3
