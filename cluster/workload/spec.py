@@ -71,8 +71,8 @@ class WorkloadClass:
     ttft_s: OptionalSeconds = None
     """None: nothing is promised."""
     tpot_s: OptionalSeconds = None
-    queue_share: Annotated[float | None, Within(0.0, 1.0, above=True)] = None
-    """Of the router's queue, where classes compete. None: the router's default for its kind."""
+    queue_share: Annotated[float | None, Within(0.001, 1000.0)] = None
+    """Weight in the router's queue, where classes compete. None: the router's default for its name."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,0 +1,161 @@
+"""A simulation as it is written down: model, hardware or a measured profile, workers, links, router, workload, seed.
+
+    scenario = read_scenario("split.yaml", {"rate": 4.0, "decode.workers": 2})
+
+What is simulated then is `compose`'s. The file's keys are Scenario's; `prefill`, `decode` and `mixed` are counts or sections. ConfigError (a ValueError) names
+field, value and what is allowed. Pure but for reading the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..config_file import read_yaml
+from ..config_schema import Bytes, ConfigError, OneOf, Text, Within, check, parse
+from ..latency.links import LinkTerms
+from ..latency.memory import DEFAULT_UTILIZATION
+from ..latency.model_facts import DTYPE_BYTES
+from ..types import Role
+from ..workload.spec import WorkloadSpec
+
+_POOLS = tuple(role.value for role in (Role.PREFILL, Role.DECODE, Role.MIXED))
+Count = Annotated[int, Within(1, 2**20)]
+Seconds = Annotated[float, Within(0.0, 60.0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSection:
+    """Workers of one role, all alike; its names are those of `engine` in a cluster's configuration."""
+
+    workers: Annotated[int, Within(0, 1024)] = 1
+    tensor_parallel: Annotated[int, Within(1, 1024)] = 1
+    pipeline_stages: Annotated[int, Within(1, 1024)] = 1
+    node: Annotated[str | None, Text()] = None
+    """Where all of them stand; None: nodes are filled one after another."""
+    max_batched_tokens: Count = 2048
+    """Of a step: what prompts are cut into."""
+    max_running: Count = 256
+    max_waiting: Count = 256
+    batching: Annotated[str, OneOf(("iteration", "request", "prompts_alone"))] = "iteration"
+    """`prompts_alone`: never a prompt and a decode row in one step."""
+    kv_cache_bytes: Annotated[int | None, Bytes(), Within(1)] = None
+    """KV memory of a worker; None: what weights and activations leave of its devices."""
+    profile: Annotated[str | None, Text()] = None
+    """A measured profile of this split; None: the scenario's."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinksSection:
+    """What KV crosses; None: the profile's measured link (`mapped`, `grpc`), else the hardware's."""
+
+    inside: LinkTerms | None = None
+    """Between two workers of one node."""
+    between: LinkTerms | None = None
+    """Out of a node, and into one."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSection:
+    """The router. Defaults of time come to what a split request's first token was measured to lose (BENCHMARKS.md)."""
+
+    max_waiting: Count = 256
+    refuse: bool = True
+    """Whether a request whose promise cannot be kept any more is refused at the door."""
+    overhead_s: Seconds = 0.001
+    """Its work on a request before admission."""
+    rpc_s: Seconds = 0.0002
+    """A message's way to a worker or back."""
+    local_prefill_threshold_tokens: Annotated[int, Within(0, 2**31 - 1)] = 0
+    """Prompts with fewer uncached tokens are prefilled by the decode worker; 0: off."""
+    heartbeat_s: Annotated[float, Within(0.001, 60.0)] = 0.25
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Everything that a simulation depends on."""
+
+    model: Annotated[str | None, Text()] = None
+    """A registered model's name, or a `config.json`; None: the one that was profiled."""
+    dtype: Annotated[str, OneOf(tuple(DTYPE_BYTES))] = "bfloat16"
+    kv_dtype: Annotated[str | None, OneOf(tuple(DTYPE_BYTES))] = None
+    hardware: Annotated[str | None, Text()] = None
+    """A known device's name, or a .yaml file."""
+    profile: Annotated[str | None, Text()] = None
+    """Steps as `tandem profile` measured them, in place of the hardware's roofline."""
+    distserve: Annotated[str | None, Text()] = None
+    """Steps from a file of DistServe's simulator, `model` as the file calls it."""
+    utilization: Annotated[float, Within(0.0, 1.0, above=True)] = DEFAULT_UTILIZATION
+    """Of a device's memory."""
+    block_size: Annotated[int, Within(1, 4096)] = 16
+    max_model_len: Annotated[int | None, Within(2, 2**24)] = None
+    """Longest prompt and answer together; None: the model's."""
+    prefix_cache: bool = True
+    devices_per_node: Annotated[int | None, Within(1, 1024)] = None
+    """None: the hardware's."""
+    prefill: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
+    decode: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
+    mixed: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
+    links: LinksSection = field(default_factory=LinksSection)
+    router: RouterSection = field(default_factory=RouterSection)
+    workload: WorkloadSpec = field(default_factory=WorkloadSpec)
+    rate: Annotated[float | None, Within(0.0, 1e6, above=True)] = None
+    """Requests per second; None: as recorded."""
+    seconds: Annotated[float | None, Within(0.0, 1e7, above=True)] = None
+    """For how long requests come."""
+    num_requests: Annotated[int | None, Within(1, 2**20)] = None
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 0
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.hardware is None:
+            raise ConfigError("hardware", None, "a known device's name or a .yaml file: memory and links come from it")
+        if self.model is None and self.profile is None:
+            raise ConfigError("model", None, "a known model's name or a config.json")
+        if self.distserve is not None and self.profile is not None:
+            raise ConfigError("distserve", self.distserve, "nothing where profile is given")
+        counts = {name: getattr(self, name).workers for name in _POOLS}
+        if counts["mixed"] and (counts["prefill"] or counts["decode"]):
+            raise ConfigError("mixed.workers", counts["mixed"], "0 beside prefill and decode workers")
+        for name in () if counts["mixed"] else ("prefill", "decode"):
+            if not counts[name]:
+                raise ConfigError(f"{name}.workers", 0, "at least 1, or mixed workers alone")
+
+    @property
+    def pools(self) -> tuple[tuple[Role, PoolSection], ...]:
+        """Those that have workers."""
+        return tuple((Role(name), pool) for name in _POOLS if (pool := getattr(self, name)).workers)
+
+
+def read_scenario(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Scenario:
+    """The scenario in a YAML file (None: an empty one), with values by dotted path that win over it."""
+    data = {} if path is None else read_yaml(path, "scenario") or {}
+    if not isinstance(data, Mapping):
+        raise ConfigError("scenario", str(path), "a file of keys and values")
+    tree = {key: _section(key, value) for key, value in data.items()}
+    for dotted, value in (overrides or {}).items():
+        *parents, name = dotted.split(".")
+        section: dict[str, Any] = tree
+        for parent in parents:
+            below = section.setdefault(parent, {})
+            if not isinstance(below, Mapping):
+                raise ConfigError(parent, below, "a section of keys and values")
+            section[parent] = section = dict(below)
+        section[name] = value
+    return parse(Scenario, tree)
+
+
+def _section(name: object, value: Any) -> Any:
+    """`prefill: 2` means `prefill: {workers: 2}`."""
+    return {"workers": value} if name in _POOLS and not isinstance(value, Mapping) else value
