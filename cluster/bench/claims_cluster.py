@@ -76,8 +76,12 @@ class StepCount:
 class RunningSystem:
     """A context manager: inside, the cluster serves at `url`. RuntimeError if a process does not come up."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, router: RouterConfig | None = None) -> None:
+        """`router`: its promises and bounds; None: it refuses nobody. Model and ports are filled in."""
         self._system = system
+        self._router = router or RouterConfig(
+            slo=SLO(ttft_s=NEVER_REFUSED_S, tpot_s=NEVER_REFUSED_S), max_waiting=MAX_WAITING, request_timeout_s=3600.0
+        )
         self._stack = ExitStack()
         self.processes: dict[str, int] = {}
         """Their ids, by name."""
@@ -105,15 +109,7 @@ class RunningSystem:
     def _start_all(self) -> None:
         system = self._system
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-claims-")))
-        router = RouterConfig(
-            model=system.engine.model,
-            http_port=0,
-            grpc_port=0,
-            registry_port=0,
-            slo=SLO(ttft_s=NEVER_REFUSED_S, tpot_s=NEVER_REFUSED_S),
-            max_waiting=MAX_WAITING,
-            request_timeout_s=3600.0,
-        )
+        router = replace(self._router, model=system.engine.model, http_port=0, grpc_port=0, registry_port=0)
         addresses = self._start(folder, "router", "router", router)
         self.url = f"http://{addresses['http']}"
         pools = ((Role.PREFILL, system.prefill), (Role.DECODE, system.decode), (Role.MIXED, system.mixed))

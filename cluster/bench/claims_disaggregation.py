@@ -24,12 +24,12 @@ from ..workload.datasets import BenchRequest
 from ..workload.report import RequestRecord, distortion, summarize
 from ..workload.sweep import SweepResult, SweepRun
 from .claims_cluster import RunningSystem, StepCount, System
-from .claims_load import TARGET, Promise, Staircase, crossing, judge, sweep_of
+from .claims_load import TARGET, Promise, Staircase, crossing, judge, quantiles_ms, sweep_of
 from .claims_machine import Sample, Strain, strain, take_sample
 from .interrupt import Stop
 from .load import Load, run_load
 from .options import BenchOptions
-from .run import connect, warm_up
+from .run import Served, connect, warm_up
 
 MAX_LATE_STEPS = 0.02
 """Share of late steps above which a stair is void."""
@@ -53,6 +53,8 @@ class StairResult:
     strain: Strain
     client: str = ""
     """What the client itself distorted; empty: nothing."""
+    quantiles_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """See `claims_load.quantiles_ms`; of runs that were saved without: empty."""
 
     @property
     def void(self) -> str:
@@ -71,7 +73,9 @@ class StairResult:
         """What `as_json` wrote. Raises KeyError, TypeError."""
         values = {name: saved[name] for name in ("rate", "steps", "late_steps", "client")}
         runs = tuple(SweepRun(**{**run}) for run in saved["runs"])
-        return cls(**values, runs=runs, strain=Strain(**saved["strain"]))
+        return cls(
+            **values, runs=runs, strain=Strain(**saved["strain"]), quantiles_ms=dict(saved.get("quantiles_ms", {}))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,35 +196,45 @@ async def compare(
 async def run_system(system: System, load: Staircase, say: Callable[[str], None]) -> list[StairResult]:
     """Starts the system, sends the load, ends the system. RuntimeError, ServerUnusable, ValueError."""
     with RunningSystem(system) as running:
-        options = BenchOptions(
-            base_url=running.url, dataset_name="trace", dataset_path=load.dataset_path, temperature=0.0, timeout_s=3600
-        )
+        options = options_for(running, load)
         async with connect(options) as served:
-            warmups, requests = load.requests(served.vocabulary, warmups=WARMUPS * system.workers)
+            warmups, _ = load.requests(served.vocabulary, warmups=WARMUPS * system.workers)
             await warm_up(warmups, served, options)
-            say(f"{system.label}, seed {load.seed}: {len(requests)} requests in {load.edges_s[-1]:.0f} s")
-            records: list[RequestRecord | None] = [None] * len(requests)
-            waited_for = {place for place, stair in enumerate(load.judged()) if stair is not None}
-            stop = Stop()
+            say(f"{system.label}, seed {load.seed}: {sum(load.counts)} requests in {load.edges_s[-1]:.0f} s")
+            return await climb(system, running, served, load)
 
-            async def send(request: BenchRequest, due_s: float, request_id: str) -> RequestRecord:
-                record = await served.send(request, due_s, request_id)
-                place = int(request_id.rpartition("-")[2])
-                records[place] = record
-                waited_for.discard(place)
-                if not waited_for and watching.done():
-                    stop.set()
-                return record
 
-            watching = asyncio.ensure_future(_watch(_watched(system, running), running, load))
-            limit_s = load.edges_s[-1] + DRAIN_S * load.time_scale
-            timer = asyncio.get_running_loop().call_later(limit_s, stop.set)
-            try:
-                done = await run_load(send, requests, load.arrivals_s(), name="claim", stop=stop)
-                marks = await watching
-            finally:
-                timer.cancel()
-                watching.cancel()
+def options_for(running: RunningSystem, load: Staircase) -> BenchOptions:
+    """How a client calls it."""
+    return BenchOptions(
+        base_url=running.url, dataset_name="trace", dataset_path=load.dataset_path, temperature=0.0, timeout_s=3600
+    )
+
+
+async def climb(system: System, running: RunningSystem, served: Served, load: Staircase) -> list[StairResult]:
+    """Sends the load to a system that runs and is warm. ServerUnusable, ValueError."""
+    _, requests = load.requests(served.vocabulary, warmups=1)
+    records: list[RequestRecord | None] = [None] * len(requests)
+    waited_for = {place for place, stair in enumerate(load.judged()) if stair is not None}
+    stop = Stop()
+
+    async def send(request: BenchRequest, due_s: float, request_id: str) -> RequestRecord:
+        record = await served.send(request, due_s, request_id)
+        place = int(request_id.rpartition("-")[2])
+        records[place] = record
+        waited_for.discard(place)
+        if not waited_for and watching.done():
+            stop.set()
+        return record
+
+    watching = asyncio.ensure_future(_watch(_watched(system, running), running, load))
+    timer = asyncio.get_running_loop().call_later(load.edges_s[-1] + DRAIN_S * load.time_scale, stop.set)
+    try:
+        done = await run_load(send, requests, load.arrivals_s(), name="claim", stop=stop)
+        marks = await watching
+    finally:
+        timer.cancel()
+        watching.cancel()
     return [_stair(load, place, records, done, marks) for place in range(len(load.rates))]
 
 
@@ -264,6 +278,7 @@ def _stair(
         late_steps=steps.late,
         strain=strain(before.sample, after.sample),
         client=client,
+        quantiles_ms=quantiles_ms(own, load.time_scale),
     )
 
 

@@ -28,6 +28,7 @@ MAX_REQUESTS = 20_000
 TARGET = 0.9
 _WARMUP_SEED = 0x5EED
 _WARMUP_TOKENS = 8
+_RESAMPLES = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +116,15 @@ class Staircase:
 
     def requests(self, vocabulary: Sequence[int], *, warmups: int) -> tuple[tuple[BenchRequest, ...], ...]:
         """The warm-ups, whose answers are short, and the load, with prompts of the trace's lengths. ValueError."""
-        warm = [
-            replace(row, output_tokens=min(row.output_tokens, _WARMUP_TOKENS))
-            for row in draw_rows(self._pool(), warmups, self.seed ^ _WARMUP_SEED)
-        ]
         return (
-            trace_requests(warm, vocabulary, self.seed ^ _WARMUP_SEED),
+            trace_requests(self.warmup_rows(warmups), vocabulary, self.seed ^ _WARMUP_SEED),
             trace_requests(self.rows(), vocabulary, self.seed),
         )
+
+    def warmup_rows(self, count: int) -> tuple[TraceRequest, ...]:
+        """The lengths of the warm-ups. ValueError."""
+        rows = draw_rows(self._pool(), count, self.seed ^ _WARMUP_SEED)
+        return tuple(replace(row, output_tokens=min(row.output_tokens, _WARMUP_TOKENS)) for row in rows)
 
     def _pool(self) -> list[TraceRequest]:
         fitted = fit_trace(
@@ -163,6 +165,23 @@ def judge(
         client_late=client_late,
         overdue=len(mine) - len(own),
     )
+
+
+def quantiles_ms(records: Sequence[RequestRecord], time_scale: float) -> dict[str, tuple[float, ...]]:
+    """`ttft_p50`, `ttft_p90`, `tpot_p50`, `tpot_p90` of the answers, scaled back: each with its 95 % interval (value,
+    low, high; a bootstrap over requests). A metric that nobody has is left out.
+    """
+    found = {}
+    for name in ("ttft", "tpot"):
+        series = [record.ttft_s if name == "ttft" else record.tpot_s for record in records if record.ok]
+        values = np.array([value for value in series if value is not None]) * 1e3 / time_scale
+        if not values.size:
+            continue
+        draws = np.random.default_rng(0).choice(values, (_RESAMPLES, values.size))
+        for percent in (50, 90):
+            spread = np.percentile(np.percentile(draws, percent, axis=1), [2.5, 97.5])
+            found[f"{name}_p{percent}"] = (float(np.percentile(values, percent)), *(float(edge) for edge in spread))
+    return found
 
 
 def sweep_of(label: str, load: Staircase, promise: Promise, runs: Sequence[Sequence[SweepRun]]) -> SweepResult:
