@@ -8,6 +8,8 @@ OPT-66B are 1.13 GB, 10 requests/s of them want 90 Gb/s), which a slow link betw
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -68,6 +70,51 @@ class LinkTerms:
 
 INSTANT = Link(name="instant", bandwidth_gb_s=1e6)
 """As good as infinitely fast: what DistServe's simulator assumes."""
+
+
+_ETHERNET_SHARE = 0.94
+"""TCP over IPv4 with 1500-byte frames carries 1448 of 1538 bytes on the wire."""
+KNOWN_LINKS = {
+    link.name: link
+    for link in (
+        INSTANT,
+        # A share of 0.8 of x16 at 8, 16 and 32 GT/s (128b/130b): what copies of some MB reach.
+        Link(name="pcie3", bandwidth_gb_s=12.6, latency_us=10),
+        Link(name="pcie4", bandwidth_gb_s=25.2, latency_us=10),
+        Link(name="pcie5", bandwidth_gb_s=50.4, latency_us=10),
+        # A half of what NVIDIA's data sheets add up over both directions, times 0.8.
+        Link(name="nvlink3", bandwidth_gb_s=240, latency_us=10),
+        Link(name="nvlink4", bandwidth_gb_s=360, latency_us=10),
+        *(
+            Link(name=f"ethernet-{gbps}g", bandwidth_gb_s=gbps / 8 * _ETHERNET_SHARE, latency_us=30)
+            for gbps in (1, 10, 25, 40, 100, 200, 400)
+        ),
+        Link(name="infiniband-hdr", bandwidth_gb_s=24, latency_us=5),
+        Link(name="infiniband-ndr", bandwidth_gb_s=48, latency_us=5),
+    )
+}
+"""By name, achieved bandwidths of one direction; shares and latencies are assumptions that a measurement replaces."""
+_BITS = re.compile(r"(\d+(?:\.\d+)?)\s*(gb/s|gbps|gbit/s)", re.IGNORECASE)
+_FORMS = "a section of bandwidth_gb_s and latency_us, gigabits like 25Gbps, gigabytes like 300GB/s, or one of "
+
+
+def link_of(value: Any, path: str = "link") -> Link:
+    """A link as a person gives it: a known name, `25Gbps` (as written, no share taken off), `300GB/s`, or a section.
+    ConfigError naming `path` and what is allowed.
+    """
+    if isinstance(value, Mapping):
+        return parse(Link, {"name": path, **value}, path)
+    allowed = _FORMS + ", ".join(KNOWN_LINKS)
+    if not isinstance(value, str):
+        raise ConfigError(path, value, allowed)
+    found = _BITS.fullmatch(value.strip())
+    if found is not None:
+        gigabytes = "GB" in found[2]
+        return parse(Link, {"name": value.strip(), "bandwidth_gb_s": float(found[1]) / (1 if gigabytes else 8)}, path)
+    if value.lower() not in KNOWN_LINKS:
+        near = difflib.get_close_matches(value.lower(), KNOWN_LINKS, n=1)
+        raise ConfigError(path, value, (f"did you mean {near[0]}? " if near else "") + allowed)
+    return KNOWN_LINKS[value.lower()]
 
 
 def read_links(sections: Mapping[str, Any], path: str = "links") -> dict[str, Link]:
