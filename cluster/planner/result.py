@@ -139,6 +139,29 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quantiles:
+    """Of a latency over all answered requests, seconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What clients would see of a candidate at one rate, over all seeds."""
+
+    rate: float
+    attainment: float
+    """Of all requests under a promise, whatever their class."""
+    by_class: dict[str, float]
+    """Attainment by SLO class."""
+    ttft: Quantiles
+    tpot: Quantiles | None
+    """None: no answer had more than one token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseResult:
     """One split of one phase alone, the other phase costless (Algorithm 1)."""
 
@@ -187,6 +210,8 @@ class Evaluation:
     simulated_requests: int = 0
     simulated_s: float = 0.0
     """Processor seconds that it took."""
+    prediction: Prediction | None = None
+    """At the rate that was asked for, else at goodput; of the best of their kind only."""
 
     @property
     def goodput_per_gpu(self) -> float:
