@@ -86,6 +86,10 @@ class EngineConfig:
     max_waiting: Annotated[int, Within(1, 2**20)] = 256
     """Bounded queue: beyond it, work is refused with RESOURCE_EXHAUSTED."""
     prefix_cache: bool = True
+    tensor_parallel: Annotated[int, Within(1, 1024)] = 1
+    """Devices that share each layer. `cpu`: 1. `paced`: any, as its step times say what a split step takes."""
+    pipeline_stages: Annotated[int, Within(1, 1024)] = 1
+    """Groups of devices that share the layers out among themselves. 1: engines of several stages are not there yet."""
     threads: Annotated[int, Within(1, 1024)] = 1
     """Compute threads of the device."""
     cpus: Annotated[tuple[int, ...], Within(0, 65535)] = ()
@@ -102,6 +106,12 @@ class EngineConfig:
         check(self)
         if len(set(self.cpus)) != len(self.cpus):
             raise ConfigError("cpus", list(self.cpus), "each processor once")
+        if self.tensor_parallel > 1 and self.device != "paced":
+            allowed = f"1 on {self.device}: workers of several ranks cannot be served yet, but on the paced device"
+            raise ConfigError("tensor_parallel", self.tensor_parallel, allowed)
+        if self.pipeline_stages > 1:
+            allowed = "1: workers of several pipeline stages cannot be served yet"
+            raise ConfigError("pipeline_stages", self.pipeline_stages, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,8 +219,13 @@ class PlanConfig:
     tpot_ms: Percentiles = field(default_factory=Percentiles)
     goodput_per_gpu: Annotated[float | None, Within(0, 1e9)] = None
     """Requests/s."""
+    placement: Annotated[str | None, Text()] = None
+    """What was predicted, in words: workers, roles, splits."""
+    model: Annotated[str | None, Text()] = None
+    workload: Annotated[str | None, Text()] = None
+    """What was expected to come, in words."""
     made_with: Annotated[str | None, Text()] = None
-    """Where the prediction came from: a version, a profile, a date."""
+    """Where the prediction came from: a version, a profile, seeds."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -24,9 +24,12 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     The file's keys are ClusterConfig's, with these conveniences: `model` at the top sets the engine's and the router's;
     `plan` is the router's `PlanConfig`, what a plan predicted of this cluster;
     `prefill`, `decode` and `mixed` are counts or sections `{workers: N, engine: {…}}` whose engine keys win over
-    `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`). Raises ConfigError, also for a file that cannot be read.
+    `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`); a `paced_profile` is looked for beside the file first.
+    Raises ConfigError, also for a file that cannot be read.
     """
     data = read_yaml(path)
+    if isinstance(data, Mapping):
+        data = _with_profiles_beside(data, Path(path).parent)
     return _cluster_config({} if data is None else data, overrides or {})
 
 
@@ -121,6 +124,19 @@ def _cluster_config(data: Any, overrides: Mapping[str, Any]) -> ClusterConfig:
         _expand_pool(tree, role.value, engine)
     tree["worker"] = {**_section(tree, "worker"), "worker_id": "worker", "role": Role.MIXED}
     return parse(ClusterConfig, tree)
+
+
+def _with_profiles_beside(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with the path of every `paced_profile` that lies in `folder`, in the sections below too."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            found[key] = _with_profiles_beside(value, folder)
+        elif key == "paced_profile" and isinstance(value, str) and (folder / value).is_file():
+            found[key] = str(folder / value)
+        else:
+            found[key] = value
+    return found
 
 
 def _check_keys(tree: Mapping[str, Any]) -> None:

@@ -43,6 +43,9 @@ BAD_ENGINE = [
     ("max_waiting", 0),
     ("prefix_cache", 1),
     ("prefix_cache", "yes"),
+    ("tensor_parallel", 0),
+    ("tensor_parallel", 2),
+    ("pipeline_stages", 2),
     ("threads", 0),
     ("cpus", [1]),
     ("cpus", (-1,)),
@@ -282,6 +285,23 @@ plan: {predicted_attainment: 0.93, rate: 8, ttft_ms: {p50: 120.5, p90: 300}, pre
 def test_a_bad_plan_is_named_as_it_was_written(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, text))
+
+
+def test_what_cannot_be_served_yet_is_refused_where_it_stands(tmp_path: Path) -> None:
+    paced = load_config(write(tmp_path, "engine: {device: paced}\nprefill: {engine: {tensor_parallel: 4}}\n"))
+    assert paced.engine_of(Role.PREFILL).tensor_parallel == 4
+    with pytest.raises(ConfigError, match=r"prefill\.engine\.tensor_parallel: 4 .*1 on cpu: .*cannot be served yet"):
+        load_config(write(tmp_path, "prefill: {engine: {tensor_parallel: 4}}\n"))
+    with pytest.raises(ConfigError, match=r"decode\.engine\.pipeline_stages: 2 .*cannot be served yet"):
+        load_config(write(tmp_path, "engine: {device: paced}\ndecode: {engine: {pipeline_stages: 2}}\n"))
+
+
+def test_a_step_profile_is_looked_for_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "steps.json").write_text("{}")
+    text = "engine: {device: paced, paced_profile: elsewhere.json}\nprefill: {engine: {paced_profile: steps.json}}\n"
+    config = load_config(write(tmp_path, text))
+    assert config.engine_of(Role.PREFILL).paced_profile == str(tmp_path / "steps.json")
+    assert config.engine_of(Role.DECODE).paced_profile == "elsewhere.json"
 
 
 def test_a_key_is_not_shown() -> None:
