@@ -142,9 +142,9 @@ def test_what_the_hardware_or_the_model_does_not_allow_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "measured_ms"),
-    [((64, 64**2, 0, 0), 192), ((0, 0, 1, 64), 17.1), ((0, 0, 8, 8 * 64), 39.5), ((0, 0, 1, 1024), 22.0)],
+    [((64, 64**2, 0, 0), 108), ((0, 0, 1, 65), 9.6), ((0, 0, 8, 8 * 1025), 37.0), ((0, 0, 32, 32 * 1025), 169)],
 )
 def test_the_small_machine_is_near_what_was_measured_there(shape: tuple[int, ...], measured_ms: float) -> None:
-    """BENCHMARKS.md, SmolLM2-135M in bfloat16 on two AVX2 cores."""
+    """BENCHMARKS.md, SmolLM2-135M in bfloat16 on two AVX2 cores with two threads."""
     costs = Roofline(model_facts("smollm2-135m"), load_hardware("cpu-avx2"))
     assert costs.step_time_s(*shape) * 1e3 == pytest.approx(measured_ms, rel=0.15)
