@@ -22,6 +22,10 @@ class StepView:
     """Running sequences that could draw their next token now."""
     prefill_tokens: int
     """Tokens of prompts, queued and admitted, that are not yet scheduled."""
+    rows_under_way: int = 0
+    """Decode rows of plans that are still in the pipeline."""
+    outstanding_plans: int = 1
+    """How many plans a pipeline may hold at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,12 @@ class BatchPolicy(ABC):
     """Sequences are taken in together, when none is resident, and nobody joins before the last of them has ended."""
     prompts_alone: bool = False
     """A step computes prompts or decode rows, never both, and prompts where there are any that have room."""
+    pulls_alone: bool = False
+    """A context is pulled between two steps: none is planned before it has come, nor is one under way when it begins."""
+    swaps: bool = False
+    """Who is preempted keeps its KV, in the host's memory, and goes on from there; or it is computed again."""
+    even_batches: bool = False
+    """Decode rows are split into as many batches as the pipeline holds, and go through it one behind the other."""
 
     @abstractmethod
     def shares(self, view: StepView) -> StepShares:
@@ -152,8 +162,31 @@ class PromptsAlone(BatchPolicy):
         return self._inner.headroom_blocks(growing)
 
 
+class DistServeDecode(DecodePolicy):
+    """DistServe's decoding stage (its `DecodingStageFCFSScheduler` and `DecodingStageLLMEngine`), for comparison: one
+    loop that fetches contexts between two steps and waits for each, lets in whoever has room now, and swaps the newest
+    out when those that run have grown. For virtual time: no device of ours swaps.
+    """
+
+    pulls_alone = True
+    swaps = True
+    even_batches = True
+
+    def shares(self, view: StepView) -> StepShares:
+        """An even share of the rows goes into each place of the pipeline."""
+        shares = super().shares(view)
+        even = -(-(view.decode_rows + view.rows_under_way) // view.outstanding_plans)
+        return StepShares(decode_rows=min(shares.decode_rows, even), prefill_tokens=shares.prefill_tokens)
+
+    def headroom_blocks(self, growing: int) -> int:
+        """None: whoever runs may be swapped out a few steps later."""
+        return 0
+
+
 def policy_for(role: Role, batching: str = "iteration") -> BatchPolicy:
-    """The policy that makes an engine play `role`; `batching` as `EngineConfig.batching` has it."""
+    """The policy that makes an engine play `role`; `batching` as `EngineConfig.batching` has it, or "distserve", which
+    only virtual time can carry out.
+    """
     policies = {Role.PREFILL: PrefillPolicy, Role.DECODE: DecodePolicy, Role.MIXED: MixedPolicy}
     policy: BatchPolicy = policies[role]()
     match batching:
@@ -161,5 +194,7 @@ def policy_for(role: Role, batching: str = "iteration") -> BatchPolicy:
             return RequestLevel(policy)
         case "prompts_alone":
             return PromptsAlone(policy)
+        case "distserve":
+            return DistServeDecode() if role is Role.DECODE else PromptsAlone(policy)
         case _:
             return policy

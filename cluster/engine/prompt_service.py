@@ -63,7 +63,7 @@ class PromptService:
                 unseen -= 1
                 if seq.can_prefill:
                     count = min(seq.remaining_prefill, budget)
-            elif may_admit and budget == 0 and not (seq.needs_pull or whole):
+            elif may_admit and budget == 0 and not (seq.needs_pull or seq.swapped or whole):
                 places -= 1  # which is kept for it
             elif may_admit:
                 reserved += self._kv.growth_blocks(seq, self._max_model_len) if whole else 0

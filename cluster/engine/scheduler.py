@@ -181,6 +181,8 @@ class Scheduler:
         """
         if len(self._outstanding) >= self._max_outstanding_plans:
             return None
+        if self._policy.pulls_alone and self._pull_first():
+            return None
         by_age = sorted(self._running.values(), key=attrgetter("order"))
         decoding = [seq for seq in by_age if seq.can_decode]
         shares = self._policy.shares(
@@ -188,6 +190,8 @@ class Scheduler:
                 budget_tokens=self._max_batched_tokens,
                 decode_rows=len(decoding),
                 prefill_tokens=self._queue.prefill_tokens,
+                rows_under_way=sum(len(outstanding.sequences) for outstanding in self._outstanding),
+                outstanding_plans=self._max_outstanding_plans,
             )
         )
         prompts: list[tuple[Sequence, int]] = []
@@ -242,8 +246,12 @@ class Scheduler:
         command comes; None, and nothing changed: `schedule` must decide. Grants what its first step would have
         granted to contexts that are pulled. O(running).
         """
-        rows = self._running.values()
+        rows, policy = self._running.values(), self._policy
         if self._outstanding or not rows:
+            return None
+        if policy.even_batches and self._max_outstanding_plans > 1:
+            return None
+        if policy.pulls_alone and (self._pulling or self._prompts.may_admit(policy)):
             return None
         prefill_tokens = self._queue.prefill_tokens
         shares = self._policy.shares(
@@ -330,11 +338,27 @@ class Scheduler:
                 granted.append(seq)
         return granted
 
+    def _pull_first(self) -> bool:
+        """Whether contexts are pulled now, or once the plans that are under way are complete; begins them, after those
+        that run have what their next step takes.
+        """
+        by_age = sorted(self._running.values(), key=attrgetter("order"))
+        self._with_slots([seq for seq in by_age if seq.can_decode], by_age)
+        if not self._pulling and self._queue.pulls and self._prompts.may_admit(self._policy):
+            if self._outstanding:
+                return True
+            for seq, _ in self._serve(0, may_admit=True):
+                self._queue.served(seq, seq.spec.context_tokens)
+        return bool(self._pulling)
+
     def _preempt(self, seq: Sequence) -> None:
         assert (seq.state, seq.plans) == (State.RUNNING, 0), f"{seq.seq_id} cannot be preempted now"
         del self._running[seq.seq_id]
         self._kv.release(seq)
-        seq.restart()
+        if self._policy.swaps:
+            seq.swap_out()
+        else:
+            seq.restart()
         self._queue.push_preempted(seq)
         self._preemptions += 1
         self._events.append(Preempted(seq_id=seq.seq_id))

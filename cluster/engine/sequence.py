@@ -57,6 +57,7 @@ class Sequence:
         "seq_id",
         "spec",
         "state",
+        "swapped",
         "tokens",
         "told",
         "undrawn",
@@ -85,6 +86,8 @@ class Sequence:
         """Outstanding plans with a row of this sequence."""
         self.needs_pull = spec.handoff is Handoff.IN
         """KV comes from elsewhere; False once it came, or was lost to a preemption and is recomputed here."""
+        self.swapped = False
+        """WAITING with its KV in the host's memory."""
         self.doomed = False
         """To be preempted as soon as it stands in no outstanding plan."""
         self.released = False
@@ -146,6 +149,13 @@ class Sequence:
         if len(self.tokens) >= self.last_len:
             return FinishReason.LENGTH, None
         return None, None
+
+    def swap_out(self) -> None:
+        """Gives its place up and keeps its KV elsewhere."""
+        self.state = State.WAITING
+        self.registered = 0
+        self.swapped = True
+        self.doomed = False
 
     def restart(self) -> None:
         """Forgets that any KV exists; everything up to the last token is prefilled again, here."""

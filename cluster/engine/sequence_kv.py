@@ -39,8 +39,11 @@ class SequenceKV:
         if seq.needs_pull:
             self.pool.share(fresh, WRITER + seq.seq_id)
         hit_tokens = len(hits) * size
-        seq.computed = seq.scheduled = hit_tokens
         seq.registered = len(hits)
+        if seq.swapped:
+            seq.swapped = False
+            return hits + fresh
+        seq.computed = seq.scheduled = hit_tokens
         if seq.admitted_s is None:  # not a preempted one, which would find itself
             seq.cached_tokens = hit_tokens
             self.queries_tokens += context

@@ -108,7 +108,7 @@ class ServiceQueue:
             prefill_tokens=seq.remaining_prefill,
             patient_tokens=seq.remaining_prefill if patient else 0,
             waits=waits,
-            pulls=waits and seq.needs_pull,
+            pulls=waits and (seq.needs_pull or seq.swapped),
         )
 
     def _count(self, seq: Sequence) -> None:

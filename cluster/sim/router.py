@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from ...kvtransfer.ticket import Ticket
 from ...router.admission import Admission
-from ...router.attempt import Path
 from ...router.dispatch_policy import DispatchPolicy
 from ...router.errors import Overloaded
 from ...router.forecast import Forecast, forecast, learned, room_tokens
 from ...router.placement import WorkerView, idle_tpot_s, keeps_tpot, rank_decode, rank_mixed, rank_prefill
+from ...router.placing import Path
 from ...router.prefix_index import PrefixIndex
 from ...router.slo_classes import Promise
 from ..hashing import block_keys
@@ -39,9 +39,13 @@ class RouterSpec:
     """Whether a request whose promise cannot be kept is refused, or waits all the same."""
     own_s: float = 0.0
     """The router's work on a request before its admission: text, checks."""
+    own_token_s: float = 0.0
+    """The same, for each token of its prompt."""
     rpc_s: float = 0.0
     """A command's way to a worker, and a token's way back."""
     local_threshold_tokens: int = 0
+    decode_after_prefill: bool = False
+    """The decode worker hears of a request only when its prompt is computed: no transfer overlaps with prefill."""
     heartbeat_s: float = 0.25
 
 
@@ -91,7 +95,8 @@ class SimRouter:
         """A request comes."""
         request = _Request(asked, outcome, self._spec.promises[asked.slo_class])
         self._requests[asked.request_id] = request
-        self._timeline.after(self._spec.own_s, lambda: self._admit(request))
+        own_s = self._spec.own_s + self._spec.own_token_s * len(asked.prompt_token_ids)
+        self._timeline.after(own_s, lambda: self._admit(request))
 
     def _admit(self, request: _Request) -> None:
         now_s, arrival_s, promise = self._timeline.now_s(), request.asked.arrival_s, request.promise
@@ -253,7 +258,8 @@ class SimRouter:
         if request.decode is not None:
             request.decode.sent.row_begun(request.tpot_s)
             outcome.decode_worker = request.decode.worker.spec.worker_id
-            self._timeline.after((5 if request.prefill else 3) * rpc_s, lambda: self._send_decode(request))
+            if not (request.prefill and self._spec.decode_after_prefill):
+                self._timeline.after((5 if request.prefill else 3) * rpc_s, lambda: self._send_decode(request))
 
     def _send_prefill(self, request: _Request) -> None:
         assert request.prefill is not None
@@ -303,13 +309,15 @@ class SimRouter:
 
     def _hear(self, heard: Heard) -> None:
         request = self._requests[heard.request_id]
-        outcome, now_s = request.outcome, self._timeline.now_s()
+        outcome, now_s, rpc_s = request.outcome, self._timeline.now_s(), self._spec.rpc_s
         if outcome.first_token_s is None:
             outcome.first_token_s = now_s
             outcome.queue_s, outcome.prefill_s = heard.queue_s, heard.prefill_s
             outcome.cached_tokens = heard.cached_tokens
             self._admission.first_token(heard.request_id, now_s)
             self._prompt_done(request)
+            if request.prefill and request.decode and self._spec.decode_after_prefill:
+                self._timeline.after(rpc_s, lambda: self._send_decode(request))
         elif not outcome.transferred_bytes and heard.transferred_bytes:
             outcome.exposed_transfer_s = heard.exposed_transfer_s
             outcome.transferred_bytes = heard.transferred_bytes
