@@ -29,12 +29,12 @@ def check_plot(path: str | Path) -> None:
         raise ValueError(f"save_plot: {str(path)!r} is not allowed; allowed: a file that ends in {', '.join(SUFFIXES)}")
     if not file.absolute().parent.is_dir():
         raise ValueError(f"save_plot: {str(path)!r} is not allowed; allowed: a file in a folder that exists")
-    _figure(1, 1, "")
+    figure_of(1, 1, "")
 
 
 def plot_sweeps(sweeps: Sequence[SweepResult], path: str | Path, *, title: str = "") -> None:
     """Attainment and goodput against the offered rate: a line for each sweep, its seeds as a band. Raises OSError."""
-    figure, (left, right) = _figure(1, 2, title)
+    figure, (left, right) = figure_of(1, 2, title)
     for number, sweep in enumerate(sweeps):
         color = f"C{number}"
         points = sorted(sweep.points, key=lambda point: point.rate)
@@ -53,15 +53,15 @@ def plot_sweeps(sweeps: Sequence[SweepResult], path: str | Path, *, title: str =
                 axes.axvline(best.rate, color=color, linestyle=":", linewidth=1)
     for target in sorted({sweep.target for sweep in sweeps}):
         left.axhline(target * 100, color="gray", linestyle="--", linewidth=1)
-    _label(left, "offered, requests/s", "requests that kept every promise, %")
+    label(left, "offered, requests/s", "requests that kept every promise, %")
     left.set_ylim(0, 105)
-    _label(right, "offered, requests/s", "goodput, requests/s")
+    label(right, "offered, requests/s", "goodput, requests/s")
     edge = max([point.rate for sweep in sweeps for point in sweep.points] + [1e-9])
     right.plot([0, edge], [0, edge], color="gray", linestyle="--", linewidth=1)
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_run(
@@ -72,8 +72,13 @@ def plot_run(
     promises_ms: Mapping[str, float] | None = None,
 ) -> None:
     """Distributions of TTFT and TPOT, and both against the time at which each request was due. Raises OSError."""
-    promises = promises_ms or {}
-    figure, rows = _figure(2, 2, title)
+    figure, rows = figure_of(2, 2, title)
+    draw_latencies(rows, records, promises_ms or {})
+    save_figure(figure, path)
+
+
+def draw_latencies(rows: Any, records: Sequence[RequestRecord], promises: Mapping[str, float]) -> None:
+    """The same into two rows of two axes each."""
     begin_s = min((record.due_s for record in records), default=0.0)
     kept_colors = [("C0", [record for record in records if not promises or attains(record, promises)])]
     if promises:
@@ -91,8 +96,8 @@ def plot_run(
         if metric in promises:
             spread.axvline(promises[metric], color="gray", linestyle="--", linewidth=1)
             over_time.axhline(promises[metric], color="gray", linestyle="--", linewidth=1)
-        _label(spread, f"{metric.upper()}, ms", "requests at or below, %")
-        _label(over_time, "due, s since the start", f"{metric.upper()}, ms")
+        label(spread, f"{metric.upper()}, ms", "requests at or below, %")
+        label(over_time, "due, s since the start", f"{metric.upper()}, ms")
         spread.set_xlim(left=0)
         over_time.set_ylim(bottom=0)
     for axes in rows[1]:
@@ -100,10 +105,18 @@ def plot_run(
             axes.axvline(due_s, color="black", linewidth=0.5, alpha=0.4, label="" if number else "failed")
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
 
 
-def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Writes the picture, the same bytes for the same picture: no date, no random names. Raises OSError."""
+    import matplotlib
+
+    dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    with matplotlib.rc_context({"svg.hashsalt": "tandem"}):
+        figure.savefig(path, dpi=120, metadata=dated.get(Path(path).suffix.lower()))
+
+
+def figure_of(rows: int, columns: int, title: str) -> tuple[Any, Any]:
     """A figure of its own, without pyplot's global state and without a display, and its axes."""
     try:
         from matplotlib.figure import Figure
@@ -117,7 +130,9 @@ def _figure(rows: int, columns: int, title: str) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, columns)
 
 
-def _label(axes: Any, x: str, y: str) -> None:
+def label(axes: Any, x: str, y: str) -> None:
+    """Names both axes, in the size of all pictures here."""
+    """Names the axes and draws a grid."""
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(labelsize=8)

@@ -56,7 +56,7 @@ def _facts(scenario: Scenario) -> ModelFacts:
 def _source(scenario: Scenario, facts: ModelFacts, hardware: Hardware) -> CostSource:
     if scenario.distserve is not None:
         return DistServeCosts(path=scenario.distserve, model=scenario.model or facts.name)
-    profiles = {}
+    profiles: dict[tuple[int, int], StepProfile] = {}
     for role, pool in scenario.pools:
         path = pool.profile or scenario.profile
         split = pool.tensor_parallel, pool.pipeline_stages
@@ -194,7 +194,8 @@ def read_workload(scenario: Scenario, device: DeviceModel) -> Workload:
 
 
 def draw_rows(scenario: Scenario, workload: Workload) -> list[Row]:
-    """The scenario's own requests."""
-    return workload.draw(
-        rate=scenario.rate, seconds=scenario.seconds, num_requests=scenario.num_requests, seed=scenario.seed
-    )
+    """The scenario's own requests. ConfigError names what is wrong."""
+    rate, recorded = scenario.rate, workload.recorded_rate
+    if rate is None and recorded is not None and scenario.rate_scale != 1.0:
+        rate = recorded * scenario.rate_scale
+    return workload.draw(rate=rate, seconds=scenario.seconds, num_requests=scenario.num_requests, seed=scenario.seed)

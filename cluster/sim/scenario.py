@@ -2,8 +2,8 @@
 
     scenario = read_scenario("split.yaml", {"rate": 4.0, "decode.workers": 2})
 
-What is simulated then is `compose`'s. The file's keys are Scenario's; `prefill`, `decode` and `mixed` are counts or sections. ConfigError (a ValueError) names
-field, value and what is allowed. Pure but for reading the file.
+What is simulated then is in `compose`. The file's keys are Scenario's; `prefill`, `decode` and `mixed` are counts or
+sections. ConfigError (a ValueError) names field, value and what is allowed. Pure but for reading the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..latency.links import LinkTerms
 from ..latency.memory import DEFAULT_UTILIZATION
 from ..latency.model_facts import DTYPE_BYTES
 from ..types import Role
-from ..workload.spec import WorkloadSpec
+from ..workload.spec import Arrivals, WorkloadSpec
 
 _POOLS = tuple(role.value for role in (Role.PREFILL, Role.DECODE, Role.MIXED))
 Count = Annotated[int, Within(1, 2**20)]
@@ -112,6 +112,8 @@ class Scenario:
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
     rate: Annotated[float | None, Within(0.0, 1e6, above=True)] = None
     """Requests per second; None: as recorded."""
+    rate_scale: Annotated[float, Within(0.0, 1e6, above=True)] = 1.0
+    """How many times faster than recorded, where there is no `rate`."""
     seconds: Annotated[float | None, Within(0.0, 1e7, above=True)] = None
     """For how long requests come."""
     num_requests: Annotated[int | None, Within(1, 2**20)] = None
@@ -125,6 +127,10 @@ class Scenario:
             raise ConfigError("model", None, "a known model's name or a config.json")
         if self.distserve is not None and self.profile is not None:
             raise ConfigError("distserve", self.distserve, "nothing where profile is given")
+        if self.rate_scale != 1.0 and (self.rate is not None or self.workload.arrivals is not Arrivals.TRACE):
+            raise ConfigError(
+                "rate_scale", self.rate_scale, "1, or any where arrivals are a trace's and rate is not given"
+            )
         counts = {name: getattr(self, name).workers for name in _POOLS}
         if counts["mixed"] and (counts["prefill"] or counts["decode"]):
             raise ConfigError("mixed.workers", counts["mixed"], "0 beside prefill and decode workers")

@@ -1,0 +1,213 @@
+"""A load on a cluster in virtual time, reported as a benchmark reports a real one; and the highest rate that it bears.
+
+    simulation = Simulation(read_scenario("split.yaml"))
+    result = simulation.run()                                          # .summary, .records, .outcomes
+    found = sweep(simulation, SweepPlan(target=0.9, seeds=3))          # `simulated_sweep`
+
+Nothing in a result depends on anything but the scenario: no date, no duration of the simulation itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ..config_schema import ConfigError, plain
+from ..sim.cluster import SimCluster
+from ..sim.compose import cluster_spec, device_model, draw_rows, read_workload
+from ..sim.prompts import asked
+from ..sim.record import Recorder, attained_by_class, ended, record
+from ..sim.request import Asked, Outcome
+from ..sim.scenario import Scenario
+from ..types import SLO
+from ..workload.report import RequestRecord, Summary, result_json, summarize
+from ..workload.spec import Row
+
+METRICS = ("ttft", "tpot", "e2el")
+"""Tokens between the first and the last are not stamped one by one, so that nothing is said of gaps between them."""
+LOOKS = 200
+"""How often a run is looked at: for progress, a stop, a decided point."""
+_SAMPLES = 400
+_CLIENT = ("lateness", "stall", "client_warning", "max_output_tokens_per_s")
+"""Of the report, what only a real client has."""
+OnProgress = Callable[[float, int, int], bool]
+"""Told virtual seconds, requests that have ended and all; True stops the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedRun:
+    """One run."""
+
+    outcomes: tuple[Outcome, ...]
+    """In order of arrival; of a stopped run those that had ended."""
+    planned: int
+    records: tuple[RequestRecord, ...]
+    summary: Summary
+    by_class: Mapping[str, tuple[int, int]]
+    """Requests that kept their promises, and all, by SLO class."""
+    promises: Mapping[str, SLO]
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+    recorder: Recorder | None
+    virtual_s: float
+    stopped: bool
+
+    def as_json(self, *, detailed: bool) -> dict[str, Any]:
+        """The result with the names of `tandem bench serve`."""
+        result = result_json(self.summary, self.records, self.facts, metrics=METRICS, detailed=detailed)
+        kept = {name: value for name, value in result.items() if not name.removesuffix("_ms").endswith(_CLIENT)}
+        for name in ("itls", "generated_texts", "queue_times"):
+            kept.pop(name, None)
+        return kept | {
+            "slo_classes": {
+                name: {
+                    "ttft_ms": _ms(self.promises[name].ttft_s),
+                    "tpot_ms": _ms(self.promises[name].tpot_s),
+                    "requests": total,
+                    "attained": attained,
+                    "attainment": attained / total if total else None,
+                }
+                for name, (attained, total) in self.by_class.items()
+            }
+        }
+
+    def save(self, path: str | Path, *, label: str | None = None, detailed: bool) -> None:
+        """Writes `as_json` to a file. Raises OSError."""
+        content = {"label": label, **self.as_json(detailed=detailed)}
+        Path(path).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+
+    def lines(self) -> list[str]:
+        """What stands below the table: who was refused, and what each class of several got."""
+        found = []
+        refusals = Counter(outcome.refused for outcome in self.outcomes if outcome.refused)
+        if refusals:
+            told = ", ".join(f"{count} {reason}" for reason, count in sorted(refusals.items()))
+            found.append(f"refused     {told}")
+        if len(self.by_class) > 1:
+            for name, (attained, total) in self.by_class.items():
+                share = f"{attained / total:.1%} of {total} requests kept it" if total else "no requests"
+                found.append(f"class       {name}: {share}")
+        return found
+
+
+class Simulation:
+    """A scenario with everything that it names read. ConfigError and other ValueErrors name what is wrong with it."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.device = device_model(scenario)
+        self.workload = read_workload(scenario, self.device)
+        self.spec = cluster_spec(scenario, self.device)
+        self.promises = {name: promise.slo for name, promise in self.spec.router.promises.items()}
+        draw_rows(replace(scenario, num_requests=1), self.workload)  # says what is missing before anything is run
+
+    @property
+    def promised(self) -> bool:
+        """Whether any class has a promise."""
+        return any(slo.ttft_s is not None or slo.tpot_s is not None for slo in self.promises.values())
+
+    def run(
+        self, *, percentiles: Sequence[float] = (99.0,), record_all: bool = False, on_progress: OnProgress | None = None
+    ) -> SimulatedRun:
+        """The scenario's own load. `record_all`: keeps samples and spans for pictures and traces."""
+        rows = draw_rows(self.scenario, self.workload)
+        if not rows:
+            raise ConfigError("seconds", self.scenario.seconds, "long enough for a request to come")
+        span_s = max(rows[-1].arrival_s, 1.0)
+        recorder = Recorder(sample_period_s=span_s / _SAMPLES, spans=True) if record_all else None
+        cluster = SimCluster(self.spec) if recorder is None else SimCluster(self.spec, recorder)
+        stopped = False
+
+        def look(now_s: float, outcomes: Sequence[Outcome]) -> bool:
+            nonlocal stopped
+            stopped = on_progress is not None and on_progress(now_s, sum(map(ended, outcomes)), len(outcomes))
+            return stopped
+
+        outcomes = cluster.run(self.asked_of(rows), decided=look, decided_period_s=span_s / LOOKS)
+        return self._result(cluster, outcomes, percentiles, recorder, stopped)
+
+    def asked_of(self, rows: Sequence[Row]) -> list[Asked]:
+        """Drawn requests as this cluster is asked them."""
+        return asked(rows, sharing=self.scenario.prefix_cache)
+
+    def _result(
+        self,
+        cluster: SimCluster,
+        outcomes: Sequence[Outcome],
+        percentiles: Sequence[float],
+        recorder: Recorder | None,
+        stopped: bool,
+    ) -> SimulatedRun:
+        kept = tuple(outcome for outcome in outcomes if ended(outcome)) if stopped else tuple(outcomes)
+        records = tuple(map(record, kept))
+        by_class = attained_by_class(kept, self.promises)
+        summary = summarize(records, promises_ms(self.promises), percentiles)
+        if len(self.promises) > 1 and self.promised:
+            summary = replace(summary, attained=sum(count for count, _ in by_class.values()))
+        notes = self._notes()
+        if stopped:
+            notes += (
+                f"PARTIAL: stopped when {len(kept)} of {len(outcomes)} requests had ended; those under way are not "
+                "counted, long answers more often than short ones",
+            )
+        return SimulatedRun(
+            outcomes=kept,
+            planned=len(outcomes),
+            records=records,
+            summary=summary,
+            by_class=by_class,
+            promises=self.promises,
+            facts=self.facts(len(outcomes)) | {"notes": list(notes), "kv_crossed_bytes": cluster.crossed_bytes()},
+            notes=notes,
+            recorder=recorder,
+            virtual_s=cluster.timeline.now_s(),
+            stopped=stopped,
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        found = []
+        if self.workload.clipped:
+            found.append(f"{self.workload.clipped} requests of the file were shortened to the caps")
+        if self.workload.dropped:
+            found.append(f"{self.workload.dropped} requests of the file were over the caps or the context: left out")
+        return tuple(found)
+
+    def facts(self, planned: int) -> dict[str, Any]:
+        """What a saved result begins with."""
+        scenario, workload = self.scenario, self.scenario.workload
+        return {
+            "virtual_time": True,
+            "backend": "simulate",
+            "endpoint_type": "simulate",
+            "model_id": self.device.facts.name,
+            "hardware": scenario.hardware,
+            "dataset_name": "random" if workload.lengths is None else "trace",
+            "dataset_path": workload.lengths,
+            "num_prompts": planned,
+            "request_rate": scenario.rate if scenario.rate is not None else "as recorded",
+            "arrivals": workload.arrivals.value,
+            "burstiness": workload.burstiness,
+            "max_concurrency": None,
+            "seed": scenario.seed,
+            "scenario": plain(scenario),
+        }
+
+
+def promises_ms(promises: Mapping[str, SLO]) -> dict[str, float]:
+    """As a report has them; of several classes, by `class ttft`."""
+    found = {}
+    for name, slo in promises.items():
+        prefix = f"{name} " if len(promises) > 1 else ""
+        for metric, value_s in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s)):
+            if value_s is not None:
+                found[f"{prefix}{metric}"] = value_s * 1e3
+    return found
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3

@@ -1,0 +1,322 @@
+"""`tandem simulate`: a load on a cluster in virtual time; prints the table, saves, draws and traces the result."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .cli_bench_serve_options import (
+    AttainmentTarget,
+    Goodput,
+    Label,
+    MaxInputLen,
+    MaxOutputLen,
+    MetricPercentiles,
+    ResultDir,
+    ResultFilename,
+    SaveDetailed,
+    SaveResult,
+    Sweep,
+    SweepDuration,
+    SweepMaxPoints,
+    SweepRates,
+    SweepResolution,
+    SweepSeeds,
+    SweepTimeout,
+)
+from .cli_simulate_options import (
+    Arrivals,
+    Burstiness,
+    Config,
+    DatasetPath,
+    Decode,
+    DecodePp,
+    DecodeTp,
+    DistServe,
+    Dtype,
+    Duration,
+    Hardware,
+    LocalPrefillThreshold,
+    MaxBatchedTokens,
+    MaxModelLen,
+    Mixed,
+    MixedPp,
+    MixedTp,
+    Model,
+    NoRefuse,
+    NumPrompts,
+    OverLength,
+    Prefill,
+    PrefillPp,
+    PrefillTp,
+    Profile,
+    RandomInputLen,
+    RandomOutputLen,
+    RandomRangeRatio,
+    RateScale,
+    RequestRate,
+    SavePlot,
+    SaveRequests,
+    SaveTrace,
+    Seed,
+)
+
+if TYPE_CHECKING:
+    from .bench.simulated import OnProgress, Simulation
+    from .cli_display import Display
+    from .sim.scenario import Scenario
+
+FIRST_LINE = "VIRTUAL TIME: nothing is computed and nobody waits; steps take what a latency model says"
+_PATHS = {
+    "model": "model",
+    "hardware": "hardware",
+    "profile": "profile",
+    "distserve": "distserve",
+    "dtype": "dtype",
+    "prefill": "prefill.workers",
+    "prefill_tp": "prefill.tensor_parallel",
+    "prefill_pp": "prefill.pipeline_stages",
+    "decode": "decode.workers",
+    "decode_tp": "decode.tensor_parallel",
+    "decode_pp": "decode.pipeline_stages",
+    "mixed": "mixed.workers",
+    "mixed_tp": "mixed.tensor_parallel",
+    "mixed_pp": "mixed.pipeline_stages",
+    "max_model_len": "max_model_len",
+    "local_prefill_threshold": "router.local_prefill_threshold_tokens",
+    "dataset_path": "workload.lengths",
+    "num_prompts": "num_requests",
+    "duration": "seconds",
+    "random_input_len": "workload.input_tokens",
+    "random_output_len": "workload.output_tokens",
+    "random_range_ratio": "workload.range_ratio",
+    "max_input_len": "workload.max_input_tokens",
+    "max_output_len": "workload.max_output_tokens",
+    "over_length": "workload.over_length",
+    "arrivals": "workload.arrivals",
+    "burstiness": "workload.burstiness",
+    "request_rate": "rate",
+    "rate_scale": "rate_scale",
+    "seed": "seed",
+}
+"""Where in a scenario each option stands."""
+
+
+def simulate(
+    context: typer.Context,
+    config: Config = None,
+    model: Model = None,
+    hardware: Hardware = None,
+    profile: Profile = None,
+    distserve: DistServe = None,
+    dtype: Dtype = None,
+    prefill: Prefill = None,
+    prefill_tp: PrefillTp = None,
+    prefill_pp: PrefillPp = None,
+    decode: Decode = None,
+    decode_tp: DecodeTp = None,
+    decode_pp: DecodePp = None,
+    mixed: Mixed = None,
+    mixed_tp: MixedTp = None,
+    mixed_pp: MixedPp = None,
+    max_batched_tokens: MaxBatchedTokens = None,
+    max_model_len: MaxModelLen = None,
+    local_prefill_threshold: LocalPrefillThreshold = None,
+    no_refuse: NoRefuse = False,
+    dataset_path: DatasetPath = None,
+    num_prompts: NumPrompts = None,
+    duration: Duration = None,
+    random_input_len: RandomInputLen = None,
+    random_output_len: RandomOutputLen = None,
+    random_range_ratio: RandomRangeRatio = None,
+    max_input_len: MaxInputLen = None,
+    max_output_len: MaxOutputLen = None,
+    over_length: OverLength = None,
+    arrivals: Arrivals = None,
+    burstiness: Burstiness = None,
+    request_rate: RequestRate = None,
+    rate_scale: RateScale = None,
+    seed: Seed = None,
+    goodput: Goodput = None,
+    metric_percentiles: MetricPercentiles = "90,99",
+    sweep: Sweep = False,
+    attainment_target: AttainmentTarget = 0.9,
+    sweep_seeds: SweepSeeds = 3,
+    sweep_duration: SweepDuration = 60.0,
+    sweep_rates: SweepRates = None,
+    sweep_resolution: SweepResolution = 0.05,
+    sweep_max_points: SweepMaxPoints = 12,
+    sweep_timeout: SweepTimeout = 3600.0,
+    label: Label = None,
+    save_result: SaveResult = False,
+    save_detailed: SaveDetailed = False,
+    result_dir: ResultDir = None,
+    result_filename: ResultFilename = None,
+    save_requests: SaveRequests = None,
+    save_plot: SavePlot = None,
+    save_trace: SaveTrace = None,
+) -> None:
+    """Put a load on a cluster in virtual time; report TTFT, TPOT, attainment as `tandem bench serve` does."""
+    from .bench.simulated import Simulation
+    from .bench.simulated_output import SimulatedOutput
+    from .cli_display import Display
+    from .sim.scenario import read_scenario
+
+    output = SimulatedOutput(
+        save_result=save_result,
+        detailed=save_detailed,
+        result_dir=result_dir,
+        result_filename=result_filename,
+        requests=save_requests,
+        plot=save_plot,
+        trace=save_trace,
+        sweep=sweep,
+        label=label,
+    )
+    output.check()
+    scenario = read_scenario(config, overrides(context.params))
+    display = Display()
+    display.line(FIRST_LINE)
+    simulation = Simulation(scenario)
+    display.line(described(scenario))
+    if sweep:
+        raise typer.Exit(_sweep(simulation, output, context.params, display))
+    raise typer.Exit(_run(simulation, output, metric_percentiles, display))
+
+
+def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, by their place in a scenario."""
+    found = {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
+    if given["max_batched_tokens"] is not None:
+        found |= {f"{pool}.max_batched_tokens": given["max_batched_tokens"] for pool in ("prefill", "decode", "mixed")}
+    if given["no_refuse"]:
+        found["router.refuse"] = False
+    if given["burstiness"] is not None and given["arrivals"] is None:
+        found["workload.arrivals"] = "gamma"
+    if given["goodput"]:
+        found["workload.slo_classes"] = {"interactive": _promised(given["goodput"])}
+    if given["sweep"]:
+        found.setdefault("rate", 1.0)  # where the sweep starts
+    return found
+
+
+def _promised(pairs: list[str]) -> dict[str, float]:
+    from .workload.report import parse_goodput
+
+    promises_ms = parse_goodput(pairs)
+    if "e2el" in promises_ms:
+        raise ValueError("goodput: e2el is not allowed here; allowed: ttft:MS, tpot:MS")
+    return {f"{name}_s": limit / 1e3 for name, limit in promises_ms.items()}
+
+
+def described(scenario: Scenario) -> str:
+    """The cluster and the load on one line."""
+    pools = []
+    for role, pool in scenario.pools:
+        split = f" TP {pool.tensor_parallel}" + (f" PP {pool.pipeline_stages}" if pool.pipeline_stages > 1 else "")
+        pools.append(f"{pool.workers} x {role.value}{split}")
+    rate = "as recorded" if scenario.rate is None else f"at {scenario.rate:g}/s"
+    if scenario.rate is None and scenario.rate_scale != 1.0:
+        rate += f", {scenario.rate_scale:g} times faster"
+    lengths = scenario.workload.lengths or "random lengths"
+    model = scenario.model or scenario.profile
+    return f"{model} on {scenario.hardware}: {' + '.join(pools)}; {lengths}, {scenario.workload.arrivals.value} {rate}"
+
+
+def _run(simulation: Simulation, output: Any, metric_percentiles: str, display: Display) -> int:
+    """Returns the exit code: 1 where no request came to its end, 130 where Ctrl-C ended the run."""
+    from .bench.show import table
+    from .bench.simulated import METRICS
+
+    percentiles = numbers("metric_percentiles", metric_percentiles, "50,99")
+    with _progress(display, "requests") as on_progress:
+        result = simulation.run(percentiles=percentiles, record_all=output.records_all, on_progress=on_progress)
+    for note in result.notes:
+        display.line(f"note: {note}")
+    display.line(table(result.summary, percentiles, METRICS, client=False))
+    for line in result.lines():
+        display.line(line)
+    for line in output.write_run(result):
+        display.line(line)
+    return 130 if result.stopped else 0 if result.summary.completed else 1
+
+
+def _sweep(simulation: Simulation, output: Any, given: Mapping[str, Any], display: Display) -> int:
+    """Returns the exit code: 130 where Ctrl-C ended the sweep."""
+    from .bench.show import SWEEP_HEAD, promised, sweep_row, sweep_verdict
+    from .bench.simulated import promises_ms
+    from .bench.simulated_sweep import sweep
+    from .bench.sweep_load import SweepPlan
+
+    rates = given["sweep_rates"]
+    plan = SweepPlan(
+        target=given["attainment_target"],
+        seeds=given["sweep_seeds"],
+        duration_s=given["sweep_duration"],
+        start_rate=simulation.scenario.rate or 1.0,
+        rates=() if rates is None else numbers("sweep_rates", rates, "1,2,4"),
+        resolution=given["sweep_resolution"],
+        max_points=given["sweep_max_points"],
+        timeout_s=given["sweep_timeout"],
+    )
+    display.line(
+        f"{plan.target:.0%} of requests to keep {promised(promises_ms(simulation.promises))}; "
+        f"{plan.seeds} runs of {plan.duration_s:g} s at each rate"
+    )
+    display.line(SWEEP_HEAD)
+    with _progress(display, "a run's requests") as on_progress:
+        result = sweep(
+            simulation,
+            plan,
+            label=given["label"] or "",
+            on_point=lambda point: display.line(sweep_row(point, plan.target)),
+            on_progress=on_progress,
+        )
+    if result.exit_code:
+        display.line("PARTIAL: interrupted; the point under way is left out")
+        if not result.points:
+            return result.exit_code
+    display.line(f"\n{sweep_verdict(result)}")
+    for line in output.write_sweep(result):
+        display.line(line)
+    return result.exit_code
+
+
+@contextmanager
+def _progress(display: Display, what: str) -> Iterator[OnProgress]:
+    """Shows how far a run is where a person watches; the first Ctrl-C stops it, a second one ends the process."""
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with display.steps() as report:
+
+            def on_progress(now_s: float, ended: int, planned: int) -> bool:
+                if display.live:
+                    report("virtual time", f"{now_s:.0f} s, {ended} of {planned} {what}", ended / planned)
+                return stopped
+
+            yield on_progress
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def numbers(name: str, text: str, example: str) -> tuple[float, ...]:
+    """Comma-separated numbers. ValueError shows an example."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (math.nan,)
+    if not all(0.0 <= value < math.inf for value in found):
+        raise ValueError(f"{name}: {text!r} is not allowed; allowed: e.g. {example}")
+    return found
