@@ -1,0 +1,169 @@
+"""A quick estimate of how workers of one kind keep their promises: the same step costs and arrivals as the simulation,
+without its router, handoffs, blocks and policies. It says what to simulate first and at which rate; no result rests on
+it alone.
+
+A worker takes steps: rows that decode get a token each, prompts in order of arrival fill the rest of the token budget.
+As every row grows by one token a step, a row is no more than the step at which it ends; nothing is done per row and
+step, and steps between two events that change nothing are taken together.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..latency.interface import StepCosts
+from ..types import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Workers, all alike."""
+
+    role: Role
+    costs: StepCosts
+    budget_tokens: int
+    max_running: int
+    kv_tokens: int
+    """Of context that one worker holds."""
+
+
+class QuickWorker:
+    """One worker. `advance` it to a request's arrival before it is added."""
+
+    def __init__(self, kind: Kind, first_s: list[float], last_s: list[float]) -> None:
+        """Writes by request, when its first and its last token came, into the two lists."""
+        self._kind = kind
+        self._costs = kind.costs
+        self._stages = kind.costs.pipeline_stages
+        self._first_s, self._last_s = first_s, last_s
+        self._queue: deque[list[int]] = deque()  # [request, prompt, done, answer]
+        self._rows: list[tuple[float, int, int]] = []  # (step at which it ends, request, context then)
+        self._steps = 0.0
+        self._context = 0.0
+        self._held = 0
+        """Tokens of KV that are spoken for: those of prompt and answer of all that run."""
+        self._now_s = 0.0
+        self.queued_tokens = 0
+
+    @property
+    def load(self) -> float:
+        """Less is better for who comes next."""
+        return self.queued_tokens + float(len(self._rows) if self._kind.role is not Role.PREFILL else 0) * 16
+
+    def add(self, now_s: float, request: int, prompt: int, answer: int) -> None:
+        """A request comes. On a decode worker its prompt is there already."""
+        if not self._queue and not self._rows:
+            self._now_s = max(self._now_s, now_s)
+        self._queue.append([request, prompt, 0, answer])
+        self.queued_tokens += prompt
+
+    def advance(self, until_s: float) -> None:
+        """Takes the steps that begin before `until_s`."""
+        while self._now_s < until_s and (self._queue or self._rows):
+            if self._kind.role is Role.DECODE:
+                self._join()
+            chunks = self._prompts() if self._kind.role is not Role.DECODE else None
+            if chunks:
+                self._mixed_step(chunks)
+            elif self._rows:
+                self._decode(until_s)
+            else:
+                return
+
+    def _room(self, prompt: int, answer: int) -> bool:
+        more = prompt + (answer if self._kind.role is not Role.PREFILL else 0)
+        rows = len(self._rows) < self._kind.max_running
+        return rows and (not self._held or self._held + more <= self._kind.kv_tokens)
+
+    def _join(self) -> None:
+        """Prompts whose KV has come become rows."""
+        while self._queue and self._room(self._queue[0][1], self._queue[0][3]):
+            request, prompt, _, answer = self._queue.popleft()
+            self.queued_tokens -= prompt
+            self._row(request, prompt, answer)
+
+    def _row(self, request: int, prompt: int, answer: int) -> None:
+        """It has its first token and wants `answer - 1` more."""
+        heapq.heappush(self._rows, (self._steps + answer - 1, request, prompt + answer))
+        self._context += prompt + 1
+        self._held += prompt + answer
+
+    def _prompts(self) -> list[tuple[int, int, int]]:
+        """(request's place in the queue, from, to) of what the next step computes of prompts."""
+        left = self._kind.budget_tokens - (-(-len(self._rows) // self._stages))
+        chunks = []
+        for place, (_, prompt, done, answer) in enumerate(self._queue):
+            if left <= 0 or (not done and not self._room(prompt, answer)):
+                break
+            size = min(left, prompt - done)
+            chunks.append((place, done, done + size))
+            left -= size
+            if self._kind.role is Role.MIXED and len(self._rows) + len(chunks) >= self._kind.max_running:
+                break
+        return chunks
+
+    def _mixed_step(self, chunks: Sequence[tuple[int, int, int]]) -> None:
+        rows, context = -(-len(self._rows) // self._stages), int(self._context / self._stages)
+        tokens = sum(end - start for _, start, end in chunks)
+        squares = sum(end * end - start * start for _, start, end in chunks)
+        sizes = (tokens, squares, rows, context)
+        whole_s = self._costs.step_time_s(*sizes)
+        stage_s = whole_s if self._stages == 1 else self._costs.stage_time_s(*sizes)
+        done_s = self._now_s + whole_s
+        self._grow(1.0 / self._stages, done_s)
+        self._now_s += stage_s
+        for _, start, end in chunks:
+            self._queue[0][2] = end
+            self.queued_tokens -= end - start
+            request, prompt, done, answer = self._queue[0]
+            if done < prompt:
+                break
+            self._queue.popleft()
+            self._first_s[request] = self._last_s[request] = done_s
+            if self._kind.role is Role.MIXED and answer > 1:
+                self._row(request, prompt, answer)
+
+    def _decode(self, until_s: float) -> None:
+        """Steps of the same rows, up to the next that ends or the first that begins after `until_s`."""
+        stages, rows = self._stages, len(self._rows)
+        each, context = -(-rows // stages), int(self._context / stages)
+        first_s = self._costs.step_time_s(0, 0, each, context + each)
+        growth_s = self._costs.step_time_s(0, 0, each, context + 2 * each) - first_s
+        steps = max(1, math.ceil(self._rows[0][0] - self._steps))
+        wanted_s = until_s - self._now_s
+        if steps > 1 and steps * first_s > wanted_s:
+            steps = max(1, min(steps, math.ceil(wanted_s / first_s)))
+        self._now_s += steps * (first_s + 0.5 * growth_s * (steps - 1))
+        self._grow(float(steps), self._now_s)
+
+    def _grow(self, steps: float, now_s: float) -> None:
+        self._steps += steps
+        self._context += steps * len(self._rows)
+        while self._rows and self._rows[0][0] <= self._steps + 1e-9:
+            _, request, context = heapq.heappop(self._rows)
+            self._last_s[request] = now_s
+            self._context = max(0.0, self._context - context)
+            self._held -= context
+
+
+def serve(
+    kind: Kind, count: int, arrivals_s: Sequence[float], prompts: Sequence[int], answers: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """(first token, last token) of each request, seconds, by `count` such workers; arrivals in order. Of a decode
+    worker the first token is where the request came.
+    """
+    first_s, last_s = list(arrivals_s), list(arrivals_s)
+    workers = [QuickWorker(kind, first_s, last_s) for _ in range(count)]
+    for request, (at_s, prompt, answer) in enumerate(zip(arrivals_s, prompts, answers, strict=True)):
+        for worker in workers:
+            worker.advance(at_s)
+        chosen = workers[0] if count == 1 else min(workers, key=lambda one: one.load)
+        if kind.role is not Role.DECODE or answer > 1:
+            chosen.add(at_s, request, prompt, answer)
+    for worker in workers:
+        worker.advance(math.inf)
+    return first_s, last_s

@@ -1,0 +1,237 @@
+"""What can be said of a placement before it is simulated: whether it can ever keep the promises, how much it could
+serve at most, and about how much it will (`estimate`). Cheap: everything here is milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from ..latency.interface import StepCosts
+from ..types import Role
+from .estimate import Kind, serve
+from .goodput import find_goodput
+from .place import replica_of
+from .result import Affinity, Candidate, Pool
+from .setting import Sample, Setting, draw_sample
+
+ESTIMATE_REQUESTS = 600
+ESTIMATE_WIDTH = 1.03
+_MAX_ESTIMATES = 24
+_START_SHARE = 0.6
+"""Of the capacity bound: where an estimate's search begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """An estimate at one rate."""
+
+    rate: float
+    score: float
+
+
+class Outlook:
+    """Of one setting; keeps what it has worked out."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.sample = draw_sample(setting, setting.seeds[0])
+        self._sample_of = cache(lambda seed: draw_sample(setting, seed, ESTIMATE_REQUESTS))
+        self._costs = cache(setting.device.source.costs)
+        self._kind = cache(self._new_kind)
+        self._goodputs: dict[tuple[Candidate | Pool, int], float] = {}
+        count = len(self.sample.input_tokens)
+        self._squares = sum(tokens * tokens for tokens in self.sample.input_tokens) / count
+
+    def costs(self, pool: Pool) -> StepCosts:
+        """Of one worker. ValueError where nothing is known of the split."""
+        return self._costs(pool.tensor_parallel, pool.pipeline_stages)
+
+    def _new_kind(self, pool: Pool) -> Kind:
+        memory = self.setting.device.memory(replica_of(pool))
+        return Kind(
+            role=pool.role,
+            costs=self.costs(pool),
+            budget_tokens=max(pool.max_batched_tokens, pool.max_running),
+            max_running=pool.max_running,
+            kv_tokens=memory.tokens,
+        )
+
+    # --- not even alone ---------------------------------------------------------------------------------------------
+
+    def hopeless(self, pool: Pool) -> str:
+        """Why such workers cannot keep the promises of enough requests even one at a time; empty: they can."""
+        promises = [("ttft", Role.DECODE, self._alone_ttft_s), ("tpot", Role.PREFILL, self._alone_tpot_s)]
+        for name, other, alone_s in promises:
+            if pool.role is other:
+                continue
+            for slo_class, promise in self.setting.promises.items():
+                limit_s = promise.ttft_s if name == "ttft" else promise.tpot_s
+                places = [place for place, own in enumerate(self.sample.classes) if own == slo_class]
+                if limit_s is None or not places:
+                    continue
+                times = sorted(alone_s(pool, place) for place in places)
+                needed = times[min(len(times) - 1, math.ceil(self.setting.target * len(times)) - 1)]
+                if needed > limit_s:
+                    return (
+                        f"even one unloaded request takes {needed:.3g} s "
+                        f"{'to its first token' if name == 'ttft' else 'for each further token'} "
+                        f"({self.setting.target:.0%} of class {slo_class} take at most that; promised are {limit_s:g} "
+                        f"s) with TP {pool.tensor_parallel}, PP {pool.pipeline_stages}"
+                    )
+        return ""
+
+    def _alone_ttft_s(self, pool: Pool, place: int) -> float:
+        costs, tokens, budget = self.costs(pool), self.sample.input_tokens[place], pool.max_batched_tokens
+        steps = [(at, min(tokens, at + budget)) for at in range(0, tokens, budget)]
+        router_s = self.setting.own_s + 5 * self.setting.rpc_s
+        return router_s + sum(costs.step_time_s(end - at, end * end - at * at, 0, 0) for at, end in steps)
+
+    def _alone_tpot_s(self, pool: Pool, place: int) -> float:
+        if self.sample.output_tokens[place] < 2:
+            return 0.0
+        context = self.sample.input_tokens[place] + self.sample.output_tokens[place] // 2
+        return self.costs(pool).step_time_s(0, 0, 1, context)
+
+    # --- at most ----------------------------------------------------------------------------------------------------
+
+    def capacity(self, pool: Pool) -> float:
+        """Requests a second that all workers of the pool compute at most, in full batches that never wait."""
+        costs, mean_in, mean_out = self.costs(pool), self.sample.mean_input, self.sample.mean_output
+        if pool.role is Role.PREFILL:
+            batch = max(1.0, pool.max_batched_tokens / mean_in)
+            sizes = (round(batch * mean_in), round(batch * self._squares), 0, 0)
+            return pool.count * batch / costs.stage_time_s(*sizes)
+        rows = self._most_rows(pool)
+        if pool.role is Role.DECODE:
+            answers_s = mean_out * self._row_step_s(pool, rows)
+            return pool.count * rows / answers_s
+        context = mean_in + mean_out / 2
+        rows = min(rows, max(1.0, pool.max_batched_tokens * mean_out / (mean_in + mean_out)))
+        prompts = rows / mean_out
+        sizes = (round(prompts * mean_in), round(prompts * self._squares), round(rows), round(rows * context))
+        return pool.count * prompts / costs.stage_time_s(*sizes)
+
+    def _most_rows(self, pool: Pool) -> float:
+        """That memory, the limit and, of decode workers, the loosest promise on TPOT let one worker decode at once."""
+        context = self.sample.mean_input + self.sample.mean_output / 2
+        rows = float(min(pool.max_running, max(1, int(self._kind(pool).kv_tokens / context))))
+        limits = [promise.tpot_s for promise in self.setting.promises.values()]
+        if pool.role is Role.MIXED or None in limits:
+            return rows
+        most_s = max(limit for limit in limits if limit is not None)
+        low, high = 1.0, rows
+        if self._row_step_s(pool, high) <= most_s:
+            return high
+        while high - low > 1.0:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._row_step_s(pool, middle) <= most_s else (low, middle)
+        return low
+
+    def _row_step_s(self, pool: Pool, rows: float) -> float:
+        each = max(1, math.ceil(rows / pool.pipeline_stages))
+        context = self.sample.mean_input + self.sample.mean_output / 2
+        return self.costs(pool).step_time_s(0, 0, each, round(each * context))
+
+    def bound(self, candidate: Candidate) -> float:
+        """Requests a second that the candidate computes at most: its narrowest pool."""
+        return min(self.capacity(pool) for pool in candidate.pools)
+
+    # --- about ------------------------------------------------------------------------------------------------------
+
+    def goodput(self, what: Candidate | Pool, seed: int) -> float:
+        """Estimated, requests a second; of a pool: of its phase alone."""
+        if (what, seed) not in self._goodputs:
+            bound = self.capacity(what) if isinstance(what, Pool) else self.bound(what)
+
+            def run(rate: float) -> Guess:
+                return Guess(rate, self.score(what, rate, seed))
+
+            self._goodputs[what, seed], _ = find_goodput(
+                run,
+                start=_START_SHARE * bound,
+                target=self.setting.target,
+                width=ESTIMATE_WIDTH,
+                most=_MAX_ESTIMATES,
+                go_on=lambda: True,
+            )
+        return self._goodputs[what, seed]
+
+    def score(self, what: Candidate | Pool, rate: float, seed: int) -> float:
+        """As `Trial.score`, estimated."""
+        sample = self._sample_of(seed)
+        if isinstance(what, Pool):
+            arrivals = [at_s / rate for at_s in sample.arrivals]
+            first_s, last_s = serve(self._kind(what), what.count, arrivals, sample.input_tokens, sample.output_tokens)
+            if what.role is Role.PREFILL:
+                last_s = first_s
+            return self._judge(sample, arrivals, first_s, last_s)
+        share = rate / what.cells
+        arrivals = [at_s / share for at_s in sample.arrivals]
+        if not what.disaggregated:
+            [pool] = what.pools
+            first_s, last_s = serve(self._kind(pool), pool.count, arrivals, sample.input_tokens, sample.output_tokens)
+            return self._judge(sample, arrivals, first_s, last_s)
+        return self._judge(sample, arrivals, *self._split(what, sample, arrivals))
+
+    def _split(
+        self, candidate: Candidate, sample: Sample, arrivals: Sequence[float]
+    ) -> tuple[list[float], list[float]]:
+        prefill, decode = candidate.pool(Role.PREFILL), candidate.pool(Role.DECODE)
+        assert prefill is not None
+        assert decode is not None
+        cells = candidate.cells
+        first_s, _ = serve(
+            self._kind(prefill), prefill.count // cells, arrivals, sample.input_tokens, sample.output_tokens
+        )
+        ready_s = self._handed_over(candidate, sample, first_s)
+        order = sorted(range(len(ready_s)), key=ready_s.__getitem__)
+        _, ends_s = serve(
+            self._kind(decode),
+            decode.count // cells,
+            [ready_s[place] for place in order],
+            [sample.input_tokens[place] for place in order],
+            [sample.output_tokens[place] for place in order],
+        )
+        last_s = list(first_s)
+        for place, end_s in zip(order, ends_s, strict=True):
+            last_s[place] = end_s if sample.output_tokens[place] > 1 else first_s[place]
+        return first_s, last_s
+
+    def _handed_over(self, candidate: Candidate, sample: Sample, first_s: Sequence[float]) -> list[float]:
+        """When each prompt's KV is where it is wanted: the links one after another, all of them as one wide link."""
+        setting = self.setting
+        far = candidate.affinity is not Affinity.LOW and candidate.gpus > setting.gpus_per_node
+        nodes = min(setting.nodes, -(-candidate.gpus // setting.gpus_per_node))
+        link = setting.between if far else setting.inside
+        lanes = nodes / (1.0 - 1.0 / nodes) if far else candidate.pools[0].pipeline_stages if candidate.cells else 1
+        bytes_per_s = link.bandwidth_gb_s * 1e9 * lanes
+        token_bytes = setting.device.facts.kv_bytes_per_token()
+        free_s, ready_s = 0.0, list(first_s)
+        for place in sorted(range(len(first_s)), key=first_s.__getitem__):
+            if sample.output_tokens[place] > 1:
+                free_s = max(free_s, first_s[place]) + sample.input_tokens[place] * token_bytes / bytes_per_s
+                ready_s[place] = free_s
+        return ready_s
+
+    def _judge(
+        self, sample: Sample, arrivals: Sequence[float], first_s: Sequence[float], last_s: Sequence[float]
+    ) -> float:
+        """`first_s` of a decode phase is where the request came, `last_s` of a prefill phase its first token."""
+        limits = {
+            name: (math.inf if one.ttft_s is None else one.ttft_s, math.inf if one.tpot_s is None else one.tpot_s)
+            for name, one in self.setting.promises.items()
+        }
+        total, kept = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)
+        late, half = 0, len(arrivals) // 2
+        for place, name in enumerate(sample.classes):
+            ttft_s, tpot_s = limits[name]
+            further = sample.output_tokens[place] - 1
+            good = first_s[place] - arrivals[place] <= ttft_s and last_s[place] - first_s[place] <= tpot_s * further
+            total[name] += 1
+            kept[name] += good
+            late += good and place >= half
+        worst = min(kept[name] / count for name, count in total.items() if count)
+        return min(worst, late / (len(arrivals) - half))

@@ -1,0 +1,212 @@
+"""One simulated run: a placement, a rate, a seed; what share of the requests kept its promises, and which it broke.
+
+A run is ended early once the answer is certain: when more requests have broken a promise than the target forgives, and
+some more, so that what is near the target is always simulated to its end. Promises are counted against what was asked
+for (`Promise.slo`), never stretched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...router.slo_classes import Promise
+from ..latency.interface import run_of_steps
+from ..latency.links import INSTANT
+from ..sim.cluster import ClusterSpec, SimCluster
+from ..sim.deploy import Replica, worker_spec
+from ..sim.prompts import asked
+from ..sim.request import Asked, Outcome
+from ..sim.router import RouterSpec
+from ..types import Role
+from ..workload.spec import Row
+from .place import replica_of, replicas_of
+from .result import Candidate, Pool
+from .setting import Setting
+
+FORGIVEN = 0.06
+"""Of the requests: how far below the target a run must be for sure before it is ended."""
+LOOKS = 32
+"""How often a run is asked whether it is decided."""
+_PLENTY = 10_000_000
+
+
+class Costless:
+    """Steps that take no time: the other half of a phase that is looked at alone."""
+
+    pipeline_stages = 1
+
+    def step_time_s(self, prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
+        """None."""
+        return 0.0
+
+    stage_time_s = step_time_s
+
+    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+        """All at once."""
+        return run_of_steps(0.0, 0.0, steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What one run said."""
+
+    rate: float
+    seed: int
+    requests: int
+    attainment: float
+    """Of the class that attains least."""
+    late_attainment: float
+    """Of all requests of the second half."""
+    misses: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Broken promises by (`ttft` or `tpot`, SLO class)."""
+    decided_early: bool = False
+    """Attainments are then of the requests that were decided."""
+    cpu_s: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """What is held against the target."""
+        return min(self.attainment, self.late_attainment)
+
+
+def run_candidate(setting: Setting, candidate: Candidate, rate: float, seed: int, requests: int) -> Trial:
+    """The whole candidate, links and router included. Of several cells one is simulated, with its share of the load.
+    ValueError where it cannot run (`place.check`).
+    """
+    share = rate / candidate.cells
+    workers = tuple(
+        worker_spec(f"{replica.role.value}-{number}", replica, setting.device)
+        for number, replica in enumerate(replicas_of(setting, candidate))
+    )
+    rows = _rows(setting, share, seed, max(1, -(-requests // candidate.cells)))
+    router = RouterSpec(promises=setting.promises, refuses=False, own_s=setting.own_s, rpc_s=setting.rpc_s)
+    spec = ClusterSpec(workers=workers, router=router, inside=setting.inside, between=setting.between)
+    trial = _run(setting, spec, asked(rows, sharing=setting.device.prefix_cache), setting.promises, share, seed)
+    return replace(trial, rate=rate)
+
+
+def run_phase(setting: Setting, pool: Pool, rate: float, seed: int, requests: int) -> Trial:
+    """The workers of one phase, the other half costless (DistServe, OSDI '24, §4.1): prefill by requests of one output
+    token against TTFT, decode by requests whose KV is there at once against TPOT.
+    """
+    rows = _rows(setting, rate, seed, requests)
+    device = replace(setting.device, prefix_cache=False)
+    own = tuple(worker_spec(f"own-{number}", replica_of(pool), device) for number in range(pool.count))
+    other_role = Role.DECODE if pool.role is Role.PREFILL else Role.PREFILL
+    other = worker_spec(
+        "other",
+        Replica(role=other_role, max_batched_tokens=_PLENTY, max_running=_PLENTY),
+        device,
+        costs=Costless(),
+        num_blocks=_PLENTY,
+    )
+    if pool.role is Role.PREFILL:
+        rows = [replace(row, output_tokens=1) for row in rows]
+        promises = {name: replace(one, tpot_s=None) for name, one in setting.promises.items()}
+    else:
+        promises = {name: replace(one, ttft_s=None) for name, one in setting.promises.items()}
+    # A router that knew the TPOT promise would hold requests back, which costs nothing where TTFT does not count.
+    known = {name: replace(one, tpot_s=None) for name, one in promises.items()}
+    router = RouterSpec(promises=known, refuses=False)
+    spec = ClusterSpec(workers=(*own, other), router=router, inside=INSTANT, between=INSTANT)
+    return _run(setting, spec, asked(rows, sharing=False), promises, rate, seed)
+
+
+def _rows(setting: Setting, rate: float, seed: int, requests: int) -> list[Row]:
+    return setting.workload.draw(rate=rate, seconds=None, num_requests=requests, seed=seed)
+
+
+def _run(
+    setting: Setting,
+    spec: ClusterSpec,
+    workload: Sequence[Asked],
+    promises: dict[str, Promise],
+    rate: float,
+    seed: int,
+) -> Trial:
+    begun_s = time.process_time()
+    judge = _Judge(workload, promises, setting.target)
+    period_s = max(workload[-1].arrival_s / LOOKS, 1e-3)
+    SimCluster(spec).run(workload, decided=judge.look, decided_period_s=period_s)
+    return judge.verdict(rate, seed, time.process_time() - begun_s)
+
+
+class _Judge:
+    """Follows the outcomes of one run."""
+
+    def __init__(self, workload: Sequence[Asked], promises: dict[str, Promise], target: float) -> None:
+        self._promises = promises
+        self._total = Counter(one.slo_class for one in workload)
+        self._half = len(workload) // 2
+        self._late_total = len(workload) - self._half
+        self._forgiven = 1.0 - target + FORGIVEN
+        self._open: list[int] | None = None
+        self._decided, self._missed = Counter[str](), Counter[str]()
+        self._late_decided = self._late_missed = 0
+        self._misses = Counter[tuple[str, str]]()
+        self._lost = False
+        self._outcomes: Sequence[Outcome] = ()
+
+    def look(self, now_s: float, outcomes: Sequence[Outcome]) -> bool:
+        """Whether nothing can save it any more, or nothing is open."""
+        self._outcomes = outcomes
+        still = []
+        for place in range(len(outcomes)) if self._open is None else self._open:
+            outcome = outcomes[place]
+            if outcome.asked.arrival_s > now_s:
+                still.append(place)
+                continue
+            broken = self._broken(outcome, now_s)
+            if broken is None:
+                still.append(place)
+            else:
+                self._take(place, outcome.asked.slo_class, broken)
+        self._open = still
+        self._lost = self._late_missed > self._forgiven * self._late_total or any(
+            missed > self._forgiven * self._total[name] for name, missed in self._missed.items()
+        )
+        return self._lost or not still
+
+    def _broken(self, outcome: Outcome, now_s: float) -> tuple[str, ...] | None:
+        """The promises that it has broken for sure; none: it has kept them; None: that is open."""
+        promise, asked = self._promises[outcome.asked.slo_class], outcome.asked
+        first_s, broken = outcome.first_token_s, []
+        if promise.ttft_s is not None:
+            end_s = now_s if first_s is None else first_s
+            if end_s - asked.arrival_s > promise.ttft_s:
+                broken.append("ttft")
+        if promise.tpot_s is not None and first_s is not None and asked.output_tokens > 1:
+            end_s = outcome.last_token_s if outcome.done and outcome.last_token_s is not None else now_s
+            if end_s - first_s > promise.tpot_s * (asked.output_tokens - 1):
+                broken.append("tpot")
+        return tuple(broken) if broken or outcome.done else None
+
+    def _take(self, place: int, name: str, broken: tuple[str, ...]) -> None:
+        self._decided[name] += 1
+        self._missed[name] += bool(broken)
+        if place >= self._half:
+            self._late_decided += 1
+            self._late_missed += bool(broken)
+        for promise in broken:
+            self._misses[promise, name] += 1
+
+    def verdict(self, rate: float, seed: int, cpu_s: float) -> Trial:
+        """After the run."""
+        if not self._lost:
+            self.look(float("inf"), self._outcomes)
+        return Trial(
+            rate=rate,
+            seed=seed,
+            requests=sum(self._decided.values()),
+            attainment=min(1.0 - self._missed[name] / count for name, count in self._decided.items() if count),
+            late_attainment=1.0 - self._late_missed / self._late_decided if self._late_decided else 0.0,
+            misses=dict(self._misses),
+            decided_early=self._lost,
+            cpu_s=cpu_s,
+        )
