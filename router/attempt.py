@@ -8,7 +8,6 @@ their tickets differ in the decode attempt alone and the holder serves the newes
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -21,38 +20,8 @@ from ..cluster.rpc import Refusal
 from ..cluster.types import SamplingParams, Side, Urgency
 from .link import Inbox, LinkLost, Refused, SubscriptionKey, WorkerEvent, WorkerLink
 from .mailbox import Mailbox
-
-FINISHED = "finished"
-"""The decode worker's reason when prefill's first token was also the last (`kvtransfer.ticket.RefusalReason`)."""
-KV_GONE = frozenset(
-    {"aborted", "expired", "prefill_failed", "stale_attempt", "unknown_ticket", "wrong_epoch", "wrong_generation"}
-)
-"""A decode worker's reasons that mean: what that prefill left is not to be had any more."""
-UNREACHABLE = "peer_lost"
-"""Once, that may be the decode worker's own trouble; a second decode worker that says it is believed."""
-
-
-class Path(enum.StrEnum):
-    """How a choice is served. Whatever is not `split` is counted and visible."""
-
-    SPLIT = "split"
-    LOCAL = "local"
-    """The decode worker prefills a short prompt itself (conditional disaggregation)."""
-    MIXED = "mixed"
-    PREFILL_ONLY = "prefill_only"
-    """One output token: nothing to hand off."""
-
-
-class AttemptLost(Exception):
-    """One try cannot go on; another one may, if `retryable`."""
-
-    def __init__(self, reason: str, message: str, *, retryable: bool = True, worker_id: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-        self.retryable = retryable
-        self.worker_id = worker_id
-        """The worker that failed; empty where it was none."""
+from .placing import Needs, Path
+from .tries import FINISHED, AttemptLost, PrefillKeep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +55,17 @@ class Work:
     def context_tokens(self) -> int:
         """Tokens to prefill."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def needs(self) -> Needs:
+        """What `placing` looks at."""
+        return Needs(
+            context_tokens=self.context_tokens,
+            left_tokens=self.sampling.max_tokens - len(self.output_token_ids),
+            tpot_s=self.tpot_s,
+            avoid=self.avoid,
+            kv=None if self.half is None else self.half.fingerprint,
+        )
 
     def abort_request(self, router_id: str, *, prefill_attempt: int = 0, decode_attempt: int = 0) -> pb.AbortRequest:
         """Ends these attempts and all before them; 0: nothing of that half."""
@@ -127,14 +107,8 @@ class PrefillHalf:
         self.kv_address = kv_address
         self.fingerprint = fingerprint
         self.prompt = _QueuedPrompt(link, uncached_tokens, work.urgency)
-        self.serves = False
-        """Whether a decode worker may get its KV there: submitted, not known to be lost, not handed over."""
+        self.keep = PrefillKeep()
         self._router_id = router_id
-        self._open = False
-        """Whether the worker may still have something of it, to be aborted at the end."""
-        self._handed_over = False
-        self._unreachable = 0
-        """Decode workers that could not reach it."""
         self._inbox: Inbox = Mailbox()
 
     @property
@@ -153,9 +127,9 @@ class PrefillHalf:
 
     async def submit(self, sequence: pb.Sequence, *, handoff: bool) -> None:
         """Dispatches it. `Refusal`."""
-        self._open = True
+        self.keep.submitting()
         await self.link.prefill(pb.PrefillRequest(sequence=sequence, handoff=handoff, epoch=self.link.epoch))
-        self.serves = handoff
+        self.keep.submitted(handoff=handoff)
 
     async def next_event(self) -> pb.TokensEvent:
         """Its next tokens, while no decode worker is found. `AttemptLost` as soon as it has nothing to serve."""
@@ -164,56 +138,39 @@ class PrefillHalf:
             assert not isinstance(item, Refused), "only decode workers refuse so, and nobody listens for those here"
             if (tokens := self.take(item)) is not None:
                 return tokens
-            if not self.serves:
+            if not self.keep.serves:
                 text = f"prefill worker {self.link.worker_id} was lost before its KV was taken"
                 raise AttemptLost("worker_lost", text, worker_id=self.link.worker_id)
 
     def take(self, item: WorkerEvent | LinkLost) -> pb.TokensEvent | None:
-        """Its tokens, if that is what the item brings. `AttemptLost` when it has failed and is still needed: before its
-        first token, and, where it has merely fallen silent, until a decode worker has its KV: a puller would wait.
-        """
+        """Its tokens, if that is what the item brings. `AttemptLost` when it has failed and is still needed."""
         worker_id = self.link.worker_id
         if isinstance(item, LinkLost):
-            # It stays open: the stream may be back, and what was submitted meanwhile runs on it.
-            self.serves = False
-            if self.prompt.waiting or (item.silent and not self._handed_over):
+            if self.keep.worker_lost(prompt_waits=self.prompt.waiting, silent=item.silent):
                 text = f"prefill worker {worker_id}: {item.message}"
                 raise AttemptLost("worker_lost", text, worker_id=worker_id)
             return None
         if item.event.HasField("failed"):
             failed = item.event.failed
-            self.serves = self._open = False
+            self.keep.ended()
             if self.prompt.waiting or failed.reason == "deadline":
                 raise AttemptLost(failed.reason, failed.message, retryable=failed.retryable, worker_id=worker_id)
             return None
         if item.event.tokens.finish_reason:
-            self.serves = self._open = False
+            self.keep.ended()
         self.prompt.done()
         return item.event.tokens
 
     def handed_over(self) -> None:
-        """A decode worker has made its first step, and confirms it to the prefill worker, which then frees itself."""
-        self._handed_over = True
-        self.serves = self._open = False
+        """A decode worker has made its first step from the KV."""
+        self.keep.handed_over()
         self.prompt.done()
-
-    def decode_lost(self) -> None:
-        """The decode worker's stream broke: its confirmation, if there was one, may never have arrived."""
-        self._open = True
-
-    def decode_failed(self, reason: str) -> None:
-        """A decode worker could not go on for this reason: does that say something about the KV here?"""
-        self._unreachable += reason == UNREACHABLE
-        if reason in KV_GONE or self._unreachable > 1:
-            self.serves = False
 
     def close(self, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
         """Unsubscribes, and aborts it in the background unless it ended by itself; idempotent."""
         self.prompt.done()
-        self.serves = False
         self.link.unsubscribe(self._key())
-        if self._open:
-            self._open = False
+        if self.keep.close():
             spawn(self.link.abort(self.work.abort_request(self._router_id, prefill_attempt=self.attempt)))
 
     def _key(self) -> SubscriptionKey:
@@ -345,7 +302,7 @@ class Attempt:
         """
         if self.half is None:
             self._prompt.done()
-        kept = self.half if keep_prefill and self.half is not None and self.half.serves else None
+        kept = self.half if keep_prefill and self.half is not None and self.half.keep.serves else None
         if self.decode is not None:
             self.decode.sent.row_ended(self.work.tpot_s)
             self.decode.unsubscribe(self._decode_key())
@@ -367,7 +324,7 @@ class Attempt:
         if isinstance(item, LinkLost):
             # It stays open: the stream may be back, and what was submitted meanwhile runs on it.
             if self.half is not None:
-                self.half.decode_lost()
+                self.half.keep.decode_lost()
             raise AttemptLost("worker_lost", f"decode worker {worker_id}: {item.message}", worker_id=worker_id)
         if item.event.HasField("failed"):
             failed = item.event.failed
@@ -376,7 +333,7 @@ class Attempt:
                 # The first token ended the choice, so there is nothing to pull; it may still be on its way to us.
                 return None
             if self.half is not None:
-                self.half.decode_failed(failed.reason)
+                self.half.keep.decode_failed(failed.reason)
             raise AttemptLost(failed.reason, failed.message, retryable=failed.retryable, worker_id=worker_id)
         if self.half is not None:
             self.half.handed_over()

@@ -28,18 +28,15 @@ from ..cluster.messages import plain_tokens_from_proto, tokens_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
 from ..cluster.types import FinishReason, Timings
-from .attempt import Attempt, AttemptLost, Path, PrefillHalf, Work
+from .attempt import Attempt, PrefillHalf, Work
 from .dispatch import Dispatcher, Standing
-from .errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
+from .errors import DeadlineExceeded, InvalidRequest
 from .output import OutputChunk, OutputGap, OutputStream
-from .placer import NoWorkers
+from .placing import NoWorkers, Path
 from .service import Delta, GenerateRequest
+from .tries import REFUSED_WAIT_S, AttemptLost, Tries
 
 logger = logging.getLogger(__name__)
-REFUSED_WAIT_S = 0.05
-LAST_WORD_S = 0.5
-"""So long before its deadline a request that waits for workers is told that they did not come: the deadline itself
-could only say that time ran out."""
 WORKER_ERRORS = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED})
 """Not refusals: the worker's code broke, and will break again. They cost a try."""
 
@@ -91,18 +88,16 @@ class ChoiceRun:
         self._broken: Exception | None = None
         """What went wrong with tokens that were taken where they arrived, to be raised in the task."""
         self._times = _Times()
-        self._number = 0
-        self._lost = 0
+        self._tries = Tries(max_attempts=tools.max_attempts, deadline_s=self._deadline_s, timeout_s=request.timeout_s)
         self._path = Path.SPLIT
         self._prefill_worker = self._decode_worker = ""
         self._half: PrefillHalf | None = None
         """Between two attempts: the prefill that the next one goes on with."""
-        self._avoid: frozenset[str] = frozenset()
 
     @property
     def attempts(self) -> int:
         """Tries that began, the last one included."""
-        return self._lost + 1
+        return self._tries.lost_total + 1
 
     async def run(self) -> Timings:
         """Streams the choice to its end and returns its waterfall. Raises `ServiceError`."""
@@ -113,7 +108,7 @@ class ChoiceRun:
 
     async def _run(self) -> Timings:
         while True:
-            self._number += 1
+            self._tries.begin()
             try:
                 return await self._attempt()
             except AttemptLost as lost:
@@ -145,8 +140,7 @@ class ChoiceRun:
             return self._timings()
         except (Refusal, AttemptLost) as error:
             failed = True
-            asked = error.worker_id if isinstance(error, AttemptLost) else attempt.asked
-            self._avoid = frozenset({asked})
+            self._tries.failed(error.worker_id if isinstance(error, AttemptLost) else attempt.asked)
             raise
         finally:
             self._half = attempt.close(self._tools.spawn, keep_prefill=failed)
@@ -165,10 +159,9 @@ class ChoiceRun:
             spot, self._spot = self._spot, None
             return await self._tools.dispatcher.place(work, spot)
         except NoWorkers as none:
-            if work.waits_until_s is None:
+            if (told := self._tries.nobody_came(none)) is none:
                 raise
-            message = f"no {none.missing} came back within the request's {self._request.timeout_s:.3g} s"
-            raise Unavailable(message, retry_after_s=none.retry_after_s) from none
+            raise told from none
 
     async def _place_behind(self, half: PrefillHalf) -> Attempt | None:
         """Looks for a decode worker and hears the prefill meanwhile. None: its first token has ended the choice;
@@ -274,7 +267,7 @@ class ChoiceRun:
     def _work(self) -> Work:
         return Work(
             request_id=self._request.request_id,
-            number=self._number,
+            number=self._tries.number,
             prompt_token_ids=self._request.prompt_token_ids,
             # A ticket counts the tokens of its prefill: what came since is dropped when it comes again.
             output_token_ids=self._half.work.output_token_ids if self._half is not None else tuple(self._sent),
@@ -282,9 +275,9 @@ class ChoiceRun:
             urgency=self._standing.urgency,
             tpot_s=self._standing.tpot_s,
             block_keys={} if self._sent else self._standing.block_keys,
-            avoid=self._avoid,
+            avoid=self._tries.avoid,
             half=self._half,
-            waits_until_s=self._deadline_s - min(LAST_WORD_S, 0.5 * self._request.timeout_s) if self._lost else None,
+            waits_until_s=self._tries.waits_until_s,
         )
 
     def _remaining_s(self) -> float:
@@ -294,17 +287,12 @@ class ChoiceRun:
         return remaining_s
 
     def _give_up_or_log(self, lost: AttemptLost) -> None:
-        self._lost += 1
-        again = lost.retryable and lost.reason != "deadline" and self._lost < self._tools.max_attempts
-        self._tools.on_lost(lost, self._path, again)
-        if lost.reason == "deadline":
-            raise DeadlineExceeded(f"the request's {self._request.timeout_s:g} s ran out") from lost
-        if not lost.retryable:
-            raise ServiceError(f"{lost.reason}: {lost.message}") from lost
-        if not again:
-            message = f"gave up after {self._lost} attempts; the last one: {lost.reason}: {lost.message}"
-            raise Unavailable(message, retry_after_s=1.0) from lost
-        logger.info("%s attempt %d: %s: %s", self._request.request_id, self._lost, lost.reason, lost.message)
+        told = self._tries.lost(lost)
+        self._tools.on_lost(lost, self._path, told is None)
+        if told is not None:
+            raise told from lost
+        number = self._tries.lost_total
+        logger.info("%s attempt %d: %s: %s", self._request.request_id, number, lost.reason, lost.message)
 
     def _timings(self) -> Timings:
         """The waterfall as of now; complete with the last delta."""

@@ -22,7 +22,7 @@ from ..cluster.metrics import RouterMetrics
 from ..cluster.types import Role, Timings, Urgency
 from .admission import Admission
 from .attainment import Attainment
-from .attempt import AttemptLost, Path, Work
+from .attempt import Work
 from .choice import ChoiceRun, ChoiceTools
 from .describe import describe
 from .dispatch import Dispatcher, Standing
@@ -32,9 +32,11 @@ from .members import Membership
 from .output import OutputStream
 from .placement import missing, pair
 from .placer import Placer
+from .placing import Path
 from .service import Delta, GenerateRequest, GenerationService, ModelCard, Readiness, Tap
 from .slo_classes import Promise, SLOClasses
 from .tokenizer_base import Tokenizer
+from .tries import AttemptLost
 from .turn import Turn
 
 logger = logging.getLogger(__name__)

@@ -111,6 +111,11 @@ class DispatchPolicy(Generic[K]):
         """It could ask now."""
         self._entries[key].ready = True
 
+    def waits(self, key: K) -> bool:
+        """Whether it could ask and does not."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.ready and not entry.asking
+
     def candidate(self, now_s: float) -> K | None:
         """Who should ask now; None: nobody, until something changes or `retry_s`."""
         if self._held is not None:

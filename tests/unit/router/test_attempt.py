@@ -10,7 +10,9 @@ import pytest
 from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.types import Role, SamplingParams, Side
-from tandem.router.attempt import Attempt, AttemptLost, Path, PrefillHalf, Work
+from tandem.router.attempt import Attempt, PrefillHalf, Work
+from tandem.router.placing import Path
+from tandem.router.tries import AttemptLost
 
 P, D = Side.PREFILL, Side.DECODE
 WORK = Work(

@@ -11,10 +11,11 @@ from scenario import scenario
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.cluster.types import Role, SamplingParams
-from tandem.router.attempt import Path, Work
+from tandem.router.attempt import Work
 from tandem.router.dispatch import Dispatcher
 from tandem.router.errors import Unavailable
 from tandem.router.placer import Placer
+from tandem.router.placing import Path
 
 
 def work(tokens: int = 10, **fields: Any) -> Work:
