@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_options import numbers
+
 if TYPE_CHECKING:
     from .bench.engine import EngineBenchOptions
     from .config import EngineConfig
@@ -40,10 +42,10 @@ def engine(
     from .config import EngineConfig
 
     options = EngineBenchOptions(
-        batch_sizes=_numbers("batch_sizes", batch_sizes),
-        contexts=_numbers("context", context),
-        prompt_lens=_numbers("prompt_lens", prompt_lens),
-        chunk_sizes=_numbers("chunk_sizes", chunk_sizes),
+        batch_sizes=numbers("batch_sizes", batch_sizes),
+        contexts=numbers("context", context),
+        prompt_lens=numbers("prompt_lens", prompt_lens),
+        chunk_sizes=numbers("chunk_sizes", chunk_sizes),
         mixed=mixed,
         warmups=warmups,
         repeats=repeats,
@@ -57,7 +59,7 @@ def engine(
         quantization=quantization,
         kernels=kernels,
         threads=threads,
-        cpus=_numbers("cpus", cpus),
+        cpus=numbers("cpus", cpus),
         block_size=block_size,
     )
     _run(config, options, save_result, save_trace)
@@ -108,12 +110,3 @@ def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | N
     if save_trace is not None:
         write_trace(save_trace, result.events)
         display.line(f"saved       {save_trace}")
-
-
-def _numbers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(
-            f"{name}: {text!r} is not allowed; allowed: numbers separated by commas, e.g. 1,8,32"
-        ) from None

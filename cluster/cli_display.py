@@ -35,13 +35,15 @@ class Display:
         print(text, end="", file=self._stream, flush=True)
 
     @contextmanager
-    def steps(self) -> Iterator[Report]:
-        """Shows steps while inside: call what it gives with (who, what, share done or None)."""
+    def steps(self, *, remaining: bool = False) -> Iterator[Report]:
+        """Shows steps while inside: call what it gives with (who, what, share done or None). `remaining`: also the time
+        that is left.
+        """
         if not self.live:
             yield _PlainSteps(self._stream)
             return
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         console = Console(file=self._stream, highlight=False)
         columns = (
@@ -50,6 +52,7 @@ class Display:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
+            *([TextColumn("left"), TimeRemainingColumn(compact=True)] if remaining else []),
         )
         with Progress(*columns, console=console, transient=True) as progress:
             self._progress = progress

@@ -14,3 +14,13 @@ Ca = Annotated[
     str | None,
     typer.Option("--ca", metavar="FILE", help="Who signed the router's certificate (https). [env var: TANDEM_CA]"),
 ]
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """The numbers of an option that takes several. ValueError naming the option."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(
+            f"{name}: {text!r} is not allowed; allowed: numbers separated by commas, e.g. 1,8,32"
+        ) from None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 from ..config import EngineConfig
 from .engine import CellResult
 from .engine_bounds import Bounds
+from .machine import processor_name
 
 HEAD = (
     f"{'':<8}{'batch':>6}{'context':>9}{'prompt':>8}{'chunk':>7}  {'ms':>9} {'min … max':>19}"
@@ -24,7 +24,7 @@ def machine_facts() -> dict[str, Any]:
     from ... import __version__
 
     return {
-        "machine": _processor(),
+        "machine": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "tandem": __version__,
@@ -62,12 +62,3 @@ def row_line(row: CellResult) -> str:
         f"{cell.kind:<8}{shown[0]:>6}{shown[1]:>9}{shown[2]:>8}{shown[3]:>7}  {row.median_s * 1e3:>9.1f} {spread:>19}"
         f"{row.tokens_per_s:>10.0f}{row.memory_share:>8.0%}{row.arithmetic_share:>8.0%}"
     )
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    line = next((line for line in text.splitlines() if line.startswith("model name")), "")
-    return line.partition(":")[2].strip() or platform.machine()

@@ -82,19 +82,42 @@ def fit_profile(
 
     ValueError if there are fewer than MIN_SAMPLES of prompts or of decode steps, beside what is held out.
     """
-    kept = [sample for number, sample in enumerate(samples) if number % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-    held_out = [sample for number, sample in enumerate(samples) if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
+    kept, held_out = _without(samples, HELD_OUT_EVERY - 1)
+    _check_enough(kept)
+    judged = _profile(*_best(kept), pipeline_stages, source)
+    terms, large_batch_rows = _best(samples)
+    profile = _profile(terms, large_batch_rows, pipeline_stages, source)
+    report = FitReport(relative_errors(judged, held_out), relative_errors(profile, samples), large_batch_rows)
+    return profile, report
+
+
+def predictions_held_out(samples: Sequence[StepSample]) -> list[float]:
+    """Seconds of each sample by a fit that has not seen it: every fifth is left out, five times, [N]. ValueError as
+    `fit_profile`.
+    """
+    predicted = [0.0] * len(samples)
+    for fold in range(HELD_OUT_EVERY):
+        kept, held_out = _without(samples, fold)
+        _check_enough(kept)
+        judged = _profile(*_best(kept), 1, "")
+        for number, sample in zip(range(fold, len(samples), HELD_OUT_EVERY), held_out, strict=True):
+            predicted[number] = judged.step_time_s(*astuple(sample)[:4])
+    return predicted
+
+
+def _without(samples: Sequence[StepSample], fold: int) -> tuple[list[StepSample], list[StepSample]]:
+    """(those that a fold keeps, every fifth from `fold` on)."""
+    held_out = list(samples[fold::HELD_OUT_EVERY])
+    return [sample for number, sample in enumerate(samples) if number % HELD_OUT_EVERY != fold], held_out
+
+
+def _check_enough(kept: Sequence[StepSample]) -> None:
     for kind, count in (
         ("prompts", sum(sample.prefill_tokens > 0 for sample in kept)),
         ("decode steps", sum(sample.decode_rows > 0 for sample in kept)),
     ):
         if count < MIN_SAMPLES:
             raise ValueError(f"samples: {count} of {kind} are too few; allowed: {MIN_SAMPLES} beside every fifth")
-    judged = _profile(*_best(kept), pipeline_stages, source)
-    terms, large_batch_rows = _best(samples)
-    profile = _profile(terms, large_batch_rows, pipeline_stages, source)
-    report = FitReport(relative_errors(judged, held_out), relative_errors(profile, samples), large_batch_rows)
-    return profile, report
 
 
 def profile_of(

@@ -1,0 +1,324 @@
+"""`tandem profile`: measures an engine of this machine and writes the latency model that others predict from."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import importlib.metadata
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_options import numbers
+
+if TYPE_CHECKING:
+    from .cli_display import Display
+    from .config import EngineConfig
+    from .engine.devices.base import Device
+    from .latency.measured import MeasuredProfile, MeasuredStep, MeasuredTransfer
+    from .models.reference import ModelFiles
+    from .profiler.points import Grid, Point
+    from .profiler.repeat import RepeatOptions
+
+_STEPS_SHARE = 0.8
+"""Of the budget; transfers have the rest."""
+_TRANSFERS_AT_LEAST_S = 30.0
+"""What processes take to start on a slow machine is no reason to have no links."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is measured and where it goes."""
+
+    config: EngineConfig
+    grid: Grid
+    repeat: RepeatOptions
+    transfers: bool
+    max_transfer_spread: float
+    output: Path
+    plot: Path | None
+
+
+def profile(
+    model: Annotated[str, typer.Option(help="Alias, folder, .gguf, Hugging Face id or dummy:<config>.")] = (
+        "smollm2-135m"
+    ),
+    output: Annotated[str, typer.Option(metavar="FILE", help="Where the profile goes.")] = "profile.json",
+    device: Annotated[str, typer.Option(help="cpu or paced.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    quantization: Annotated[str | None, typer.Option(help="w8a8: int8 weights and activations.")] = None,
+    kernels: Annotated[str, typer.Option(help="auto, compiled, torch or reference.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
+    cpus: Annotated[str, typer.Option(help="Processors to pin them to, e.g. 0,1. Default: not pinned.")] = "",
+    block_size: Annotated[int, typer.Option(help="Token slots of a KV block.")] = 16,
+    kv_cache: Annotated[str, typer.Option(help="KV memory at most; points that need more are left out.")] = "1GiB",
+    paced_profile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="--device paced: what its steps take.")
+    ] = None,
+    prompt_lens: Annotated[str, typer.Option(help="Prompts in one step.")] = "16,64,128,256,512",
+    cached: Annotated[str, typer.Option(help="Cached tokens before a chunk.")] = "512,1536",
+    chunk_sizes: Annotated[str, typer.Option(help="Chunks behind them.")] = "64,256,512",
+    batch_sizes: Annotated[str, typer.Option(help="Sequences in a decode step.")] = "1,2,4,8,16,32",
+    context: Annotated[str, typer.Option(help="Tokens of KV that each of them has.")] = "64,512,1536",
+    mixed_batch_sizes: Annotated[str, typer.Option(help="Decode rows beside a chunk.")] = "4,16",
+    mixed_context: Annotated[str, typer.Option(help="Tokens of KV that each of those has.")] = "256,1024",
+    mixed_chunk_sizes: Annotated[str, typer.Option(help="Chunks beside them.")] = "64,256",
+    transfers: Annotated[
+        bool, typer.Option("--transfers/--no-transfers", help="Also KV between two workers of this machine.")
+    ] = True,
+    rounds: Annotated[int, typer.Option(help="How often every point is measured.")] = 7,
+    budget_s: Annotated[float, typer.Option(help="Seconds that measuring may take.")] = 200.0,
+    max_spread: Annotated[
+        float, typer.Option(help="How far a step's times may lie apart; beyond, nothing is saved.")
+    ] = (0.15),
+    max_transfer_spread: Annotated[float, typer.Option(help="The same for a transfer's.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of token ids, KV and the order.")] = 0,
+    save_plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw fit against measurement.")] = None,
+) -> None:
+    """Measure an engine: prompts, cached prefixes, decode batches, mixed steps, transfers; fit and save a profile."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it remarks on every process that is started beside its threads
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # and holds them up: those processes never use its state
+    from .config import EngineConfig
+    from .config_schema import parse_bytes
+    from .profiler.points import Grid
+    from .profiler.repeat import RepeatOptions
+
+    grid = Grid(
+        lengths=numbers("prompt_lens", prompt_lens),
+        starts=numbers("cached", cached),
+        chunk_lengths=numbers("chunk_sizes", chunk_sizes),
+        batches=numbers("batch_sizes", batch_sizes),
+        contexts=numbers("context", context),
+        mixed_batches=numbers("mixed_batch_sizes", mixed_batch_sizes),
+        mixed_contexts=numbers("mixed_context", mixed_context),
+        mixed_lengths=numbers("mixed_chunk_sizes", mixed_chunk_sizes),
+    )
+    steps_s = budget_s * _STEPS_SHARE if transfers else budget_s
+    repeat = RepeatOptions(rounds=rounds, budget_s=steps_s, max_spread=max_spread, seed=seed)
+    try:
+        kv_cache_bytes = parse_bytes(kv_cache)
+    except ValueError as error:
+        raise ValueError(f"kv_cache: {error}") from None
+    config = EngineConfig(
+        model=model,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        kernels=kernels,
+        threads=threads,
+        cpus=numbers("cpus", cpus),
+        block_size=block_size,
+        kv_cache_bytes=kv_cache_bytes,
+        paced_profile=paced_profile,
+    )
+    wanted = Wanted(
+        config=config,
+        grid=grid,
+        repeat=repeat,
+        transfers=transfers,
+        max_transfer_spread=max_transfer_spread,
+        output=Path(output),
+        plot=None if save_plot is None else Path(save_plot),
+    )
+    raise typer.Exit(run_profile(wanted))
+
+
+def run_profile(wanted: Wanted) -> int:
+    """Measures, fits, prints and saves; the exit code: 1 where repeated times disagree, and nothing is saved."""
+    from .bench.plots import check_plot
+    from .cli_display import Display
+    from .launch.checks import check_engine
+    from .models.reference import resolve_model
+    from .profiler.repeat import Disagreement
+
+    if not wanted.output.absolute().parent.is_dir():
+        raise ValueError(f"output: {str(wanted.output)!r} is not allowed; allowed: a file in a folder that exists")
+    if wanted.plot is not None:
+        check_plot(wanted.plot)
+    files = resolve_model(wanted.config.model)
+    check_engine(wanted.config, files.config)
+    display = Display()
+    try:
+        measured = _measure(wanted, files, display)
+    except Disagreement as error:
+        display.line(str(error))
+        return 1
+    display.line(summary(measured))
+    measured.save(wanted.output)
+    display.line(f"saved       {wanted.output}")
+    if wanted.plot is not None:
+        from .profiler.plot import plot_profile
+
+        plot_profile(measured, wanted.plot)
+        display.line(f"drawn       {wanted.plot}")
+    return 0
+
+
+def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredProfile:
+    """Everything that takes time. Raises Disagreement, ConfigError, ValueError."""
+    from dataclasses import replace
+
+    from .engine.devices.kv_memory import kv_layout
+    from .latency.measured import Measurement
+    from .launch.compose import build_device
+    from .profiler.fit import fitted_profile
+    from .profiler.points import Places, fitting
+    from .profiler.repeat import check_agreement
+
+    config, begin_s = wanted.config, time.monotonic()
+    block_bytes = kv_layout(files.config, config.dtype, config.block_size).block_bytes
+    kv_tokens = config.kv_cache_bytes // block_bytes * config.block_size
+    points, too_large = fitting(
+        wanted.grid.points(),
+        max_model_len=files.config.max_model_len,
+        kv_tokens=kv_tokens,
+        block_size=config.block_size,
+    )
+    places = Places(points, config.block_size)
+    config = replace(config, kv_cache_bytes=places.blocks * block_bytes)
+    machine = machine_facts(config.device)
+    display.line(headline(config, machine, len(points)))
+    device = build_device(config, files, None)
+    try:
+        steps, out_of_time, gap_s = _measure_steps(wanted, config, device, points, places.blocks, display)
+    finally:
+        device.close()
+    check_agreement({name: step.times_s for name, step in steps.items()}, wanted.repeat.max_spread)
+    if late := device.late_steps_total:
+        display.line(f"{late} steps came late: this machine is too slow for what the paced device was told to take")
+    kv_token_bytes = block_bytes // config.block_size
+    moved: dict[str, MeasuredTransfer] = {}
+    if wanted.transfers:
+        left_s = wanted.repeat.budget_s / _STEPS_SHARE - (time.monotonic() - begin_s)
+        moved = _measure_transfers(kv_token_bytes, config.block_size, max(left_s, _TRANSFERS_AT_LEAST_S), display)
+        times = {name: transfer.times_s for name, transfer in moved.items()}
+        check_agreement(times, wanted.max_transfer_spread, option="max_transfer_spread")
+    kernels = getattr(getattr(device, "picked", None), "kernels", "")
+    about = Measurement(
+        model=config.model,
+        model_config=files.config,
+        device=config.device,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        kernels=kernels,
+        threads=config.threads,
+        block_size=config.block_size,
+        kv_token_bytes=kv_token_bytes,
+        **machine,
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        max_spread=wanted.repeat.max_spread,
+        steps=steps,
+        transfers=moved,
+        engine_overhead_s=gap_s,
+        left_out=(*too_large, *out_of_time),
+    )
+    return fitted_profile(about)
+
+
+def _measure_steps(
+    wanted: Wanted,
+    config: EngineConfig,
+    device: Device,
+    points: tuple[Point, ...],
+    num_blocks: int,
+    display: Display,
+) -> tuple[dict[str, MeasuredStep], tuple[str, ...], float]:
+    """(steps by name in the order of the points, those for which there was no time, seconds between two steps)."""
+    from .profiler.live import engine_overhead_s, measure_steps, measured_steps
+
+    with display.steps(remaining=True) as report:
+        timings = measure_steps(
+            device,
+            points,
+            wanted.repeat,
+            block_size=config.block_size,
+            on_progress=lambda what, share: report("steps", what if display.live else "measured", share),
+        )
+        report("steps", "between two steps" if display.live else "measured", 1.0)
+        gap_s = engine_overhead_s(device, block_size=config.block_size, num_blocks=num_blocks)
+    found = measured_steps(timings)
+    ordered = {point.name: found[point.name] for point in points if point.name in found}
+    return ordered, timings.left_out, gap_s
+
+
+def _measure_transfers(
+    kv_token_bytes: int, block_size: int, timeout_s: float, display: Display
+) -> dict[str, MeasuredTransfer]:
+    from .profiler.transfers import measure_transfers
+
+    with display.steps(remaining=True) as report:
+        try:
+            return asyncio.run(
+                measure_transfers(
+                    kv_token_bytes,
+                    block_size=block_size,
+                    timeout_s=timeout_s,
+                    on_progress=lambda what, share: report("transfers", what if display.live else "measured", share),
+                )
+            )
+        except TimeoutError:
+            allowed = "more time, or --no-transfers"
+            raise ValueError(f"budget_s: transfers were not done after {timeout_s:.0f} s; allowed: {allowed}") from None
+
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """What timings depend on, beside the options."""
+    from .. import __version__
+    from .bench.machine import processor_name
+
+    packages = ["numpy", "grpcio"] + (["numba", "torch"] if device == "cpu" else [])
+    versions = {"tandem": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"machine": f"{processor_name()}, {cores} cores", "memory_bytes": memory_bytes, "versions": versions}
+
+
+def headline(config: EngineConfig, machine: dict[str, Any], points: int) -> str:
+    """One line: what is measured, where."""
+    computes = "" if config.device == "cpu" else " (a paced device: nothing is computed, its times are given)"
+    precision = config.dtype if config.quantization is None else f"{config.quantization} ({config.dtype} KV)"
+    threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}"
+    return f"{config.model}, {precision}, {config.device}{computes}, {threads}; {machine['machine']}; {points} points"
+
+
+def summary(profile: MeasuredProfile) -> str:
+    """The fit for people: terms, errors, links, what was left out."""
+    terms, measured = profile.steps, profile.measured
+    lines = [
+        f"prompts     {terms.prefill_step_s * 1e3:.3g} ms + {terms.prefill_token_s * 1e6:.4g} us a token "
+        f"+ {terms.prefill_square_s * 1e9:.3g} ns a token squared"
+    ]
+    halves = [(terms.decode, "decode")]
+    if terms.large_decode != terms.decode:
+        halves.append((terms.large_decode, f"from {terms.large_batch_rows} rows"))
+    lines += [
+        f"{name:<12}{half.step_s * 1e3:.3g} ms + {half.row_s * 1e3:.3g} ms a row "
+        f"+ {half.context_token_s * 1e6:.3g} us a token of context"
+        for half, name in halves
+    ]
+    lines.append(f"engine      {measured.engine_overhead_s * 1e3:.2f} ms between two steps")
+    lines += [
+        f"{name:<12}{link.bandwidth_gb_s:.2f} GB/s, {link.latency_us / 1e3:.2f} ms before the first byte"
+        for name, link in profile.links.items()
+    ]
+    lines.append(
+        f"{'error':<18}{'held out: median':>17}{'p90':>8}{'worst':>8}{'fitted: median':>16}{'p90':>8}{'points':>8}"
+    )
+    lines += [
+        f"{name:<18}{out.median:>17.1%}{out.p90:>8.1%}{out.worst:>8.1%}{measured.fitted[name].median:>16.1%}"
+        f"{measured.fitted[name].p90:>8.1%}{out.points:>8}"
+        for name, out in measured.held_out.items()
+    ]
+    if measured.left_out:
+        lines.append(f"left out    {', '.join(measured.left_out)}")
+    return "\n".join(lines)

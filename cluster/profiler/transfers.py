@@ -1,0 +1,54 @@
+"""Transfers of KV between two real worker processes of this machine, over the real transports (`bench.handoff`).
+
+A time runs from the end of prefill to the last byte in the reader's memory: what a request waits for where nothing is
+hidden, its latency included. The workers' device is paced and computes nothing; the KV is real memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from ..bench.handoff import HandoffOptions, run_handoffs
+from ..bench.handoff_report import Cell
+from ..latency.measured import MeasuredTransfer
+
+TRANSPORTS = ("mapped", "grpc")
+SIZES_MIB = (1.0, 4.0, 16.0, 64.0)
+MIN_TOKEN_BYTES = 4096
+"""KV of a token of the models whose own is smaller: a prompt of millions of tokens is another matter than its KV."""
+
+
+async def measure_transfers(
+    kv_token_bytes: int,
+    *,
+    transports: Sequence[str] = TRANSPORTS,
+    sizes_mib: Sequence[float] = SIZES_MIB,
+    block_size: int = 16,
+    repeats: int = 16,
+    timeout_s: float = 120.0,
+    on_progress: Callable[[str, float], None] = lambda what, share: None,
+) -> dict[str, MeasuredTransfer]:
+    """Times of each size over each transport, by a name. TimeoutError if it takes longer than `timeout_s`; the workers
+    have ended when it returns or raises.
+    """
+    options = HandoffOptions(
+        transports=tuple(transports),
+        sizes_mib=tuple(sizes_mib),
+        repeats=repeats,
+        block_size=block_size,
+        token_bytes=max(MIN_TOKEN_BYTES, -(-kv_token_bytes // 16) * 16),
+    )
+    total = len(transports) * len(sizes_mib)
+    found: dict[str, MeasuredTransfer] = {}
+
+    def on_cell(cell: Cell) -> None:
+        name = f"{cell.transport} {cell.size_mib:g} MiB"
+        times_s = tuple(handoff.exposed_s for handoff in cell.handoffs)
+        found[name] = MeasuredTransfer(link=cell.transport, size_bytes=cell.handoffs[0].bytes, times_s=times_s)
+        on_progress(name, len(found) / total)
+
+    on_progress("workers start", 0.0)
+    async with asyncio.timeout(timeout_s):
+        await run_handoffs(options, on_cell)
+    return found
