@@ -119,6 +119,8 @@ class SequenceSpec:
     """Whatever changes KV beside the token ids; part of the prefix-cache key."""
     urgency: Urgency = Urgency()
     """Its place in the engine's queue."""
+    block_keys: tuple[bytes, ...] = ()
+    """Prefix-cache keys of its first full blocks, where whoever asks has them already."""
 
     @property
     def context_tokens(self) -> int:

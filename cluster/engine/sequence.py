@@ -92,7 +92,7 @@ class Sequence:
         """To be preempted as soon as it stands in no outstanding plan."""
         self.released = False
         """OUT: the reader let go before the prefill ended."""
-        self.keys: list[bytes] = []
+        self.keys: list[bytes] = list(spec.block_keys)
         """Keys of the first full blocks of `tokens`, as far as they were asked for."""
         self.registered = 0
         """Blocks of the table already offered to the prefix cache."""

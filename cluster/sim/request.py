@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..hashing import block_keys
 from ..types import SLO
+from .prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,9 +16,14 @@ class Asked:
 
     request_id: str
     arrival_s: float
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: Sequence[int]
     output_tokens: int
     slo_class: str = ""
+
+    def block_keys(self, block_size: int) -> list[bytes]:
+        """Names of the prompt's full blocks: see `cluster.hashing`."""
+        ids = self.prompt_token_ids
+        return ids.block_keys(block_size) if isinstance(ids, Prompt) else block_keys(ids, block_size)
 
 
 @dataclass(slots=True, kw_only=True)

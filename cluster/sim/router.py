@@ -20,12 +20,11 @@ from ...router.placement import WorkerView, idle_tpot_s, keeps_tpot, rank_decode
 from ...router.placing import Path
 from ...router.prefix_index import PrefixIndex
 from ...router.slo_classes import Promise
-from ..hashing import block_keys
 from ..types import Handoff, Role, SamplingParams, SequenceSpec, Side, Urgency, seq_id
 from .member import SimMember
 from .request import Asked, Outcome
 from .timeline import Event, Timeline
-from .worker import Heard
+from .worker import Heard, WorkerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,13 +227,13 @@ class SimRouter:
     def _cached(self, request: _Request, view: WorkerView) -> int:
         if not self._caches:
             return 0
-        blocks = self._prefixes.match_blocks(view.worker_id, self._keys(request, view))
+        blocks = self._prefixes.match_blocks(view.worker_id, self._keys(request, view.block_size))
         return min(blocks * view.block_size, len(request.asked.prompt_token_ids) - 1)
 
-    def _keys(self, request: _Request, view: WorkerView) -> list[bytes]:
-        if view.block_size not in request.keys:
-            request.keys[view.block_size] = block_keys(request.asked.prompt_token_ids, view.block_size)
-        return request.keys[view.block_size]
+    def _keys(self, request: _Request, block_size: int) -> list[bytes]:
+        if block_size not in request.keys:
+            request.keys[block_size] = request.asked.block_keys(block_size)
+        return request.keys[block_size]
 
     # --- what was placed --------------------------------------------------------------------------------------------
 
@@ -251,7 +250,7 @@ class SimRouter:
         for member in (request.prefill, request.decode):
             if member is not None and self._caches:
                 view = member.view
-                self._prefixes.insert(view.worker_id, self._keys(request, view), view.num_blocks)
+                self._prefixes.insert(view.worker_id, self._keys(request, view.block_size), view.num_blocks)
         if request.prefill is not None:
             outcome.prefill_worker = request.prefill.worker.spec.worker_id
             self._timeline.after((3 if request.decode else 1) * rpc_s, lambda: self._send_prefill(request))
@@ -264,13 +263,13 @@ class SimRouter:
     def _send_prefill(self, request: _Request) -> None:
         assert request.prefill is not None
         handoff = Handoff.OUT if request.decode is not None else Handoff.NONE
-        spec = self._spec_of(request, Side.PREFILL, handoff)
+        spec = self._spec_of(request, Side.PREFILL, handoff, request.prefill.worker.spec)
         request.prefill.worker.prefill(request.asked.request_id, request.number, spec)
 
     def _send_decode(self, request: _Request) -> None:
         assert request.decode is not None
         handoff = Handoff.NONE if request.prefill is None else Handoff.IN
-        spec = self._spec_of(request, Side.DECODE, handoff)
+        spec = self._spec_of(request, Side.DECODE, handoff, request.decode.worker.spec)
         ticket = None
         if request.prefill is not None:
             source = request.prefill.worker
@@ -286,15 +285,16 @@ class SimRouter:
             )
         request.decode.worker.decode(request.asked.request_id, request.number, spec, request.credit_id, ticket)
 
-    def _spec_of(self, request: _Request, side: Side, handoff: Handoff) -> SequenceSpec:
+    def _spec_of(self, request: _Request, side: Side, handoff: Handoff, worker: WorkerSpec) -> SequenceSpec:
         asked = request.asked
         return SequenceSpec(
             seq_id=seq_id(asked.request_id, 0, side, request.number),
-            prompt_token_ids=asked.prompt_token_ids,
+            prompt_token_ids=tuple(asked.prompt_token_ids),
             sampling=SamplingParams(temperature=0.0, max_tokens=asked.output_tokens, ignore_eos=True),
             handoff=handoff,
             arrival_s=self._timeline.now_s(),
             urgency=request.urgency,
+            block_keys=tuple(self._keys(request, worker.block_size)) if worker.prefix_cache else (),
         )
 
     # --- what workers say -------------------------------------------------------------------------------------------
