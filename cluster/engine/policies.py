@@ -22,10 +22,6 @@ class StepView:
     """Running sequences that could draw their next token now."""
     prefill_tokens: int
     """Tokens of prompts, queued and admitted, that are not yet scheduled."""
-    rows_under_way: int = 0
-    """Decode rows of plans that are still in the pipeline."""
-    outstanding_plans: int = 1
-    """How many plans a pipeline may hold at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +46,6 @@ class BatchPolicy(ABC):
     """A context is pulled between two steps: none is planned before it has come, nor is one under way when it begins."""
     swaps: bool = False
     """Who is preempted keeps its KV, in the host's memory, and goes on from there; or it is computed again."""
-    even_batches: bool = False
-    """Decode rows are split into as many batches as the pipeline holds, and go through it one behind the other."""
 
     @abstractmethod
     def shares(self, view: StepView) -> StepShares:
@@ -170,13 +164,6 @@ class DistServeDecode(DecodePolicy):
 
     pulls_alone = True
     swaps = True
-    even_batches = True
-
-    def shares(self, view: StepView) -> StepShares:
-        """An even share of the rows goes into each place of the pipeline."""
-        shares = super().shares(view)
-        even = -(-(view.decode_rows + view.rows_under_way) // view.outstanding_plans)
-        return StepShares(decode_rows=min(shares.decode_rows, even), prefill_tokens=shares.prefill_tokens)
 
     def headroom_blocks(self, growing: int) -> int:
         """None: whoever runs may be swapped out a few steps later."""

@@ -190,8 +190,6 @@ class Scheduler:
                 budget_tokens=self._max_batched_tokens,
                 decode_rows=len(decoding),
                 prefill_tokens=self._queue.prefill_tokens,
-                rows_under_way=sum(len(outstanding.sequences) for outstanding in self._outstanding),
-                outstanding_plans=self._max_outstanding_plans,
             )
         )
         prompts: list[tuple[Sequence, int]] = []
@@ -248,8 +246,6 @@ class Scheduler:
         """
         rows, policy = self._running.values(), self._policy
         if self._outstanding or not rows:
-            return None
-        if policy.even_batches and self._max_outstanding_plans > 1:
             return None
         if policy.pulls_alone and (self._pulling or self._prompts.may_admit(policy)):
             return None

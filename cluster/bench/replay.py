@@ -1,0 +1,197 @@
+"""Runs that others measured, replayed in virtual time request by request: the same arrivals and lengths, the system as
+`cluster.sim.systems` has it, and what came of it beside what was measured.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..latency.hardware import load_hardware
+from ..latency.model_facts import model_facts
+from ..sim.cluster import ClusterSpec, SimCluster
+from ..sim.deploy import DeviceModel, Replica
+from ..sim.request import Asked
+from ..sim.systems import SYSTEMS, PublishedCosts, ServingSystem
+from ..types import Role
+
+MODEL, TTFT_S, TPOT_S = "opt-13b", 0.25, 0.1
+"""Of the measured runs: DistServe's model and promises for ShareGPT (OSDI '24, table 1)."""
+_SPLIT, _COLOCATED = re.compile(r"c(\d)(\d)d(\d)(\d)"), re.compile(r"tp(\d)(?:pp(\d))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRun:
+    """One run, its requests in order of arrival."""
+
+    name: str
+    system: str
+    """Of `SYSTEMS`."""
+    config: str
+    """`c21d11`: prefill TP 2 PP 1, decode TP 1 PP 1; `tp1`: colocated."""
+    rate: float
+    asked: tuple[Asked, ...]
+    ttft_s: tuple[float, ...]
+    tpot_s: tuple[float, ...]
+    """nan for an answer of one token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What clients saw of a run: shares and seconds."""
+
+    attainment: float
+    ttft_p50_s: float
+    ttft_p90_s: float
+    tpot_p50_s: float
+    tpot_p90_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """One run beside its replay."""
+
+    run: MeasuredRun
+    measured: Seen
+    simulated: Seen
+    took_s: float
+
+    @property
+    def points(self) -> float:
+        """Percentage points of attainment that the replay is above what was measured."""
+        return 100.0 * (self.simulated.attainment - self.measured.attainment)
+
+    def errors(self) -> dict[str, float]:
+        """Relative errors of the latencies, by field of `Seen`."""
+        names = ("ttft_p50_s", "ttft_p90_s", "tpot_p50_s", "tpot_p90_s")
+        return {name: getattr(self.simulated, name) / getattr(self.measured, name) - 1.0 for name in names}
+
+
+def read_runs(path: str | Path) -> list[MeasuredRun]:
+    """Runs of a CSV like `opt13b_sharegpt_a100_calibration_requests.csv.gz`, in its order. ValueError naming what is
+    missing; OSError.
+    """
+    runs: dict[str, list[Mapping[str, str]]] = {}
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path) as file:
+            for row in csv.DictReader(file):
+                runs.setdefault(row["run"], []).append(row)
+        return [_run(name, sorted(rows, key=lambda row: float(row["arrival_s"]))) for name, rows in runs.items()]
+    except KeyError as error:
+        raise ValueError(f"{path}: there is no column {error}") from None
+
+
+def _run(name: str, rows: Sequence[Mapping[str, str]]) -> MeasuredRun:
+    asked = tuple(
+        Asked(
+            request_id=str(place),
+            arrival_s=float(row["arrival_s"]),
+            prompt_token_ids=(0,) * int(float(row["input_tokens"])),
+            output_tokens=int(float(row["output_tokens"])),
+        )
+        for place, row in enumerate(rows)
+    )
+    one_token = [request.output_tokens < 2 for request in asked]
+    return MeasuredRun(
+        name=name,
+        system=rows[0]["backend"],
+        config=rows[0]["config"],
+        rate=float(rows[0]["nominal_rate_rps"]),
+        asked=asked,
+        ttft_s=tuple(float(row["ttft_ms"]) * 1e-3 for row in rows),
+        tpot_s=tuple(
+            np.nan if none else float(row["tpot_ms"]) * 1e-3 for row, none in zip(rows, one_token, strict=True)
+        ),
+    )
+
+
+def replay(run: MeasuredRun, data: Path) -> Replayed:
+    """Simulates the run. `data`: the folder of DistServe's coefficients. ValueError for a system or a split that
+    nothing is known of.
+    """
+    began_s = time.monotonic()
+    outcomes = SimCluster(cluster_of(run, data)).run(run.asked)
+    simulated = _seen(
+        [np.nan if outcome.ttft_s is None else outcome.ttft_s for outcome in outcomes],
+        [np.nan if outcome.tpot_s is None else outcome.tpot_s for outcome in outcomes],
+    )
+    measured = _seen(run.ttft_s, run.tpot_s)
+    return Replayed(run=run, measured=measured, simulated=simulated, took_s=time.monotonic() - began_s)
+
+
+def cluster_of(run: MeasuredRun, data: Path) -> ClusterSpec:
+    """The run's system and split on A100-80Gs."""
+    system = SYSTEMS.get(run.system)
+    if system is None:
+        raise ValueError(f"{run.name}: backend: {run.system!r} is not known; known: {', '.join(SYSTEMS)}")
+    held = _kv_tokens(data)
+    return system.cluster(
+        [(replica, 1) for replica in _replicas(run, system)],
+        device_of(system, data),
+        kv_tokens=lambda replica: held[replica.tensor_parallel, replica.pipeline_stages],
+    )
+
+
+def device_of(system: ServingSystem, data: Path, model: str = MODEL) -> DeviceModel:
+    """An A100-80G with what DistServe's authors measured of the system's engine."""
+    kind = "vllm" if system.name == "vllm" else "distserve"
+    path = str(data / f"profiler-a100-80g.{kind}.json")
+    return DeviceModel(
+        facts=model_facts(model, dtype="float16"),
+        hardware=load_hardware("a100-80g"),
+        source=PublishedCosts(system=system, path=path, model=f"facebook/{model}"),
+        utilization=0.95,
+    )
+
+
+def _replicas(run: MeasuredRun, system: ServingSystem) -> list[Replica]:
+    if found := _SPLIT.fullmatch(run.config):
+        wide, deep, decode_wide, decode_deep = map(int, found.groups())
+        return [system.replica(Role.PREFILL, wide, deep), system.replica(Role.DECODE, decode_wide, decode_deep)]
+    if found := _COLOCATED.fullmatch(run.config):
+        return [system.replica(Role.MIXED, int(found[1]), int(found[2] or 1))]
+    raise ValueError(f"{run.name}: config: {run.config!r} is not like c21d11 or tp1")
+
+
+def _kv_tokens(data: Path, model: str = MODEL) -> dict[tuple[int, int], int]:
+    with (data / "max_num_tokens.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == f"facebook/{model}"]
+    return {(int(row["tp"]), int(row["pp"])): int(row["max_num_tokens"]) for row in rows}
+
+
+def _seen(ttft_s: Iterable[float], tpot_s: Iterable[float]) -> Seen:
+    ttft, tpot = np.fromiter(ttft_s, float), np.fromiter(tpot_s, float)
+    kept = (ttft <= TTFT_S) & (np.isnan(tpot) | (tpot <= TPOT_S))
+    return Seen(
+        attainment=float(kept.mean()),
+        ttft_p50_s=float(np.nanpercentile(ttft, 50)),
+        ttft_p90_s=float(np.nanpercentile(ttft, 90)),
+        tpot_p50_s=float(np.nanpercentile(tpot, 50)),
+        tpot_p90_s=float(np.nanpercentile(tpot, 90)),
+    )
+
+
+def show(rows: Sequence[Replayed]) -> str:
+    """A table of Markdown: measured against simulated, latencies in milliseconds."""
+    lines = [
+        "| run | requests | attained % (measured → simulated) | points | TTFT p50 | TTFT p90 | TPOT p50 | TPOT p90 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        measured, simulated = row.measured, row.simulated
+        cells = [
+            f"{1e3 * getattr(measured, name):.0f} → {1e3 * getattr(simulated, name):.0f} ({100 * error:+.0f} %)"
+            for name, error in row.errors().items()
+        ]
+        attained = f"{100 * measured.attainment:.1f} → {100 * simulated.attainment:.1f}"
+        lines.append(
+            f"| {row.run.name} | {len(row.run.asked)} | {attained} | {row.points:+.1f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
