@@ -10,6 +10,7 @@ from .cli_bench_engine import engine
 from .cli_bench_handoff import handoff
 from .cli_bench_router import router
 from .cli_bench_serve import serve
+from .cli_bench_validate import validate
 
 bench = typer.Typer(help="Measure a running server, an engine, a handoff, a router.", rich_markup_mode=None)
 bench.command("serve")(serve)
@@ -17,5 +18,6 @@ bench.command("router")(router)
 bench.command("handoff")(handoff)
 bench.command("engine")(engine)
 bench.command("disaggregation")(disaggregation)
+bench.command("validate")(validate)
 bench.command("batching")(batching)
 bench.command("kv-waste")(kv_waste)

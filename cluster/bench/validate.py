@@ -1,0 +1,239 @@
+"""What the simulator predicts of a cluster, beside what real processes on this machine then do: router, workers,
+sockets and clock are real; the device is paced, so that everything but the device is checked, or computes.
+
+Every cluster climbs a staircase of rates (`claims_load`) under the router's own refusals; a stair on which the machine
+limited what was measured is void (`claims_disaggregation`), runs are kept and resumed. A stair is below saturation
+where the simulator lets SATURATED of its requests keep their promises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..workload.sweep import RateSearch, SweepPoint
+from .claims_cluster import RunningSystem, System
+from .claims_disaggregation import WARMUPS, Kept, StairResult, climb, compare, options_for
+from .claims_load import Staircase
+from .options import BenchOptions
+from .run import connect, warm_up
+from .validate_calibrate import calibrate
+from .validate_predict import Overheads, PredictedStair, Subject, predict, router_for
+
+SATURATED = 0.9
+MAX_POINTS = 3.0
+"""Of attainment, that prediction and measurement may differ by below saturation."""
+MAX_ERROR = 0.1
+"""Of TTFT and TPOT, p50 and p90."""
+QUANTILES = ("ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90")
+_VARIANT = "validate"
+_SEARCH_POINTS, _SEARCH_S = 14, 120.0
+_Z = 1.96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What was predicted, or measured, of one rate."""
+
+    requests: int
+    attained: int
+    quantiles_ms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """See `claims_load.quantiles_ms`; of several seeds: the mean of each number."""
+
+    @property
+    def attainment(self) -> float:
+        """Share of the requests; NaN where there were none."""
+        return self.attained / self.requests if self.requests else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of it (Wilson's)."""
+        if not self.requests:
+            return 0.0, 1.0
+        share, count = self.attainment, self.requests
+        half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+        middle, scale = share + _Z**2 / (2 * count), 1 + _Z**2 / count
+        return (middle - half) / scale, (middle + half) / scale
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"attainment": self.attainment if self.requests else None, "interval": self.interval}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One cluster at one rate."""
+
+    label: str
+    rate: float
+    predicted: Figures
+    measured: Figures | None
+    """None: no stair counts."""
+    void: tuple[str, ...] = ()
+    """Why stairs were not counted."""
+
+    @property
+    def below_saturation(self) -> bool:
+        """Whether the prediction is to hold."""
+        return self.predicted.attainment >= SATURATED
+
+    @property
+    def points(self) -> float:
+        """Attainment measured, less that predicted, in points."""
+        return math.nan if self.measured is None else 100 * (self.measured.attainment - self.predicted.attainment)
+
+    def error(self, name: str) -> float:
+        """A quantile measured, over that predicted, less 1; NaN where one is missing."""
+        if self.measured is None or name not in self.measured.quantiles_ms or name not in self.predicted.quantiles_ms:
+            return math.nan
+        return self.measured.quantiles_ms[name][0] / self.predicted.quantiles_ms[name][0] - 1.0
+
+    @property
+    def misses(self) -> tuple[str, ...]:
+        """What differs by more than it may; empty where nothing does, nothing was measured, or it is saturated."""
+        if self.measured is None or not self.below_saturation:
+            return ()
+        found = ["attainment"] if abs(self.points) > MAX_POINTS else []
+        return (*found, *(name for name in QUANTILES if abs(self.error(name)) > MAX_ERROR))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; nothing is NaN."""
+        errors = {name: self.error(name) for name in QUANTILES}
+        return {
+            "label": self.label,
+            "rate": self.rate,
+            "below_saturation": self.below_saturation,
+            "predicted": self.predicted.as_json(),
+            "measured": None if self.measured is None else self.measured.as_json(),
+            "attainment_points": None if math.isnan(self.points) else self.points,
+            "errors": {name: None if math.isnan(error) else error for name, error in errors.items()},
+            "misses": list(self.misses),
+            "void": list(self.void),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A cluster and the staircase that it climbs."""
+
+    subject: Subject
+    load: Staircase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """All of them."""
+
+    overheads: Overheads
+    rows: tuple[Row, ...]
+
+    @property
+    def judged(self) -> tuple[Row, ...]:
+        """Rows below saturation that were measured."""
+        return tuple(row for row in self.rows if row.below_saturation and row.measured is not None)
+
+    def as_json(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything, in plain values."""
+        return {**facts, "overheads": asdict(self.overheads), "rows": [row.as_json() for row in self.rows]}
+
+
+async def measure_overheads(subject: Subject) -> Overheads:
+    """Starts the subject and looks at answers that nothing disturbs. RuntimeError, ServerUnusable, ValueError."""
+    system = subject.system
+    prefill = subject.profile_of(system.prefill_engine or system.engine)
+    decode = subject.profile_of(system.engine)
+    with RunningSystem(system) as running:
+        options = BenchOptions(base_url=running.url, dataset_name="random", temperature=0.0, timeout_s=3600)
+        async with connect(options) as served:
+            return await calibrate(served, prefill, decode)
+
+
+async def validate(
+    trials: Sequence[Trial],
+    overheads: Overheads,
+    *,
+    seeds: int,
+    kept: Kept,
+    end_s: float,
+    say: Callable[[str], None],
+) -> Validation:
+    """Predicts and measures every trial at every rate, until `end_s` of the monotonic clock. RuntimeError,
+    ServerUnusable, ValueError.
+    """
+    rows: list[Row] = []
+    for trial in trials:
+        load, system = trial.load, trial.subject.system
+        numbers = range(load.seed, load.seed + seeds)
+        predicted = [predict(trial.subject, replace(load, seed=seed), overheads, _warmups(system)) for seed in numbers]
+        [attempts] = await compare(
+            [system], load, seeds=seeds, kept=kept, end_s=end_s, say=say, run=run_behind_promises, variant=_VARIANT
+        )
+        rows += [row_of(system.label, load, place, predicted, attempts) for place in range(len(load.rates))]
+    return Validation(overheads=overheads, rows=tuple(rows))
+
+
+def saturation(subject: Subject, load: Staircase, overheads: Overheads, start: float) -> float:
+    """The rate at which attainment falls below SATURATED in virtual time, requests/s, to a tenth. `load`: whose
+    lengths, promise and stair count; its rates do not. `start`: where to look first. ValueError.
+    """
+    search = RateSearch(start=start, resolution=0.1, max_points=_SEARCH_POINTS)
+    kept = 0.0
+    while (rate := search.next_rate()) is not None:
+        run = predict(subject, replace(load, rates=(rate,), stair_s=_SEARCH_S), overheads, 0)[0].run
+        holds = SweepPoint(rate=rate, runs=(run,)).keeps(SATURATED)
+        kept = max(kept, rate) if holds else kept
+        search.add(rate, holds)
+    return kept
+
+
+async def run_behind_promises(system: System, load: Staircase, say: Callable[[str], None]) -> list[StairResult]:
+    """As `run_system`, behind a router that refuses what it cannot serve in time."""
+    with RunningSystem(system, router_for(load)) as running:
+        options = options_for(running, load)
+        async with connect(options) as served:
+            warmups, _ = load.requests(served.vocabulary, warmups=_warmups(system))
+            await warm_up(warmups, served, options)
+            say(f"{system.label}, seed {load.seed}: {sum(load.counts)} requests in {load.edges_s[-1]:.0f} s")
+            return await climb(system, running, served, load)
+
+
+def row_of(
+    label: str,
+    load: Staircase,
+    place: int,
+    predicted: Sequence[Sequence[PredictedStair]],
+    attempts: Sequence[Sequence[StairResult]],
+) -> Row:
+    """One rate: the seeds whose stair counts, and the predictions of the same seeds; of all, where none counts.
+    `predicted`: by seed, then rate; `attempts`: by run, then rate. Pure.
+    """
+    stairs = [attempt[place] for attempt in attempts]
+    counting = {stair.runs[0].seed: stair for stair in stairs if not stair.void}
+    foretold = {stairs[place].run.seed: stairs[place] for stairs in predicted}
+    told = [foretold[seed] for seed in (counting or foretold)]
+    measured = list(counting.values())
+    return Row(
+        label=label,
+        rate=load.rates[place],
+        predicted=_figures([(one.run.requests, one.run.attained, one.quantiles_ms) for one in told]),
+        measured=_figures([(one.runs[0].requests, one.runs[0].attained, one.quantiles_ms) for one in measured])
+        if measured
+        else None,
+        void=tuple(f"seed {stair.runs[0].seed}: {stair.void}" for stair in stairs if stair.void),
+    )
+
+
+def _figures(runs: Sequence[tuple[int, int, Mapping[str, Sequence[float]]]]) -> Figures:
+    quantiles = {}
+    for name in QUANTILES:
+        own = [run[2][name] for run in runs if name in run[2]]
+        if own:
+            quantiles[name] = tuple(sum(column) / len(own) for column in zip(*own, strict=True))
+    requests, attained = sum(run[0] for run in runs), sum(run[1] for run in runs)
+    return Figures(requests=requests, attained=attained, quantiles_ms=quantiles)
+
+
+def _warmups(system: System) -> int:
+    return WARMUPS * system.workers

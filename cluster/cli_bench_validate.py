@@ -1,0 +1,214 @@
+"""`tandem bench validate`: what the simulator predicts of a cluster, beside what real processes then do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_bench_claims import Dataset, SaveResult, Seed, numbers, save
+
+if TYPE_CHECKING:
+    from .bench.claims_load import Staircase
+    from .bench.validate import Trial
+    from .bench.validate_predict import Overheads, Subject
+    from .cli_display import Display
+
+PACED_PLANS, CPU_PLANS = "1P+1D,2M,2P+1D,1P+2D", "1P+1D,2M"
+PACED_PROMISE, CPU_PROMISE = "400:100", "2000:150"
+CPU_KV_BYTES = 512 * 2**20
+CPU_MAX_INPUT, CPU_MAX_OUTPUT = 512, 128
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Step profile: of `tandem profile`, or DistServe's. Default, paced: an A100's, from its hardware file.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="paced: steps take what the profile says; cpu: the real engine.")]
+Plans = Annotated[str, typer.Option(help=f"Clusters, e.g. {PACED_PLANS}; 2M/512: mixed, chunks of 512 tokens.")]
+Rates = Annotated[str, typer.Option(help="Requests/s per worker, ascending. Default: --shares of what it can serve.")]
+Shares = Annotated[str, typer.Option(help="Rates, as shares of the one at which 90 % attain in virtual time.")]
+Promise = Annotated[str, typer.Option(help="TTFT:TPOT in ms. Default: by the device.")]
+Stair = Annotated[float, typer.Option(help="Judged seconds of each rate.")]
+Settle = Annotated[float, typer.Option(help="Seconds of a rate that come before and are not judged.")]
+Guard = Annotated[float, typer.Option(help="Seconds that come after; their answers run under the next rate.")]
+TimeScale = Annotated[float, typer.Option(help="paced: everything takes so many times as long, for a busy machine.")]
+Seeds = Annotated[int, typer.Option(help="Runs of each cluster, as far as the time allows.")]
+Minutes = Annotated[float, typer.Option(help="No run starts that would not end by then.")]
+Results = Annotated[str | None, typer.Option(metavar="FILE", help="Keep each run here; what it has is not run again.")]
+Model = Annotated[str, typer.Option(help="cpu: which one.")]
+
+
+def validate(
+    context: typer.Context,
+    dataset_path: Dataset,
+    profile: Profile = None,
+    device: Device = "paced",
+    plans: Plans = "",
+    rates: Rates = "",
+    shares: Shares = "0.4,0.7,0.9",
+    promise: Promise = "",
+    stair_s: Stair = 16.0,
+    settle_s: Settle = 4.0,
+    guard_s: Guard = 4.0,
+    time_scale: TimeScale = 1.0,
+    seeds: Seeds = 1,
+    max_minutes: Minutes = 10.0,
+    results: Results = None,
+    model: Model = "smollm2-135m",
+    seed: Seed = 0,
+    save_result: SaveResult = None,
+) -> None:
+    """Predicted and measured, side by side: attainment, TTFT and TPOT of clusters of real processes on this machine."""
+    import signal
+    import sys
+    import tempfile
+    import time
+
+    from .cli_display import Display
+
+    given = dict(context.params)
+    _check(given)
+    end_s = time.monotonic() + 60 * max_minutes
+    display = Display()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
+    with tempfile.TemporaryDirectory(prefix="tandem-validate-") as folder:
+        subjects, quick = _subjects(display, given, Path(folder))
+        overheads = _overheads(display, quick)
+        trials = [_trial(display, subject, overheads, given) for subject in subjects]
+        run_trials(display, trials, overheads, given, end_s)
+
+
+def run_trials(
+    display: Display, trials: Sequence[Trial], overheads: Overheads, given: Mapping[str, Any], end_s: float
+) -> None:
+    """Runs them, prints the table and saves it. `given`: seeds, results, save_result. Exits with 1 where nothing was
+    measured.
+    """
+    import uvloop
+
+    from .bench.claims_disaggregation import Kept
+    from .bench.validate import validate as measure
+    from .bench.validate_show import show
+
+    kept = Kept(path=Path(given["results"]) if given["results"] is not None else None)
+    found = uvloop.run(measure(trials, overheads, seeds=given["seeds"], kept=kept, end_s=end_s, say=display.line))
+    display.line(show(found))
+    save(display, given["save_result"], found.as_json({"options": {name: str(value) for name, value in given.items()}}))
+    if not any(row.measured for row in found.rows):
+        raise typer.Exit(1)
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """ValueError naming the option."""
+    if given["device"] not in ("paced", "cpu"):
+        raise ValueError(f"device: {given['device']!r} is not allowed; allowed: paced, cpu")
+    if given["device"] == "cpu" and given["profile"] is None:
+        raise ValueError("profile: is missing; allowed: the file that `tandem profile` wrote of this machine")
+    if given["seeds"] < 1:
+        raise ValueError(f"seeds: {given['seeds']} is not allowed; allowed: at least 1")
+    if not 0 < given["max_minutes"] <= 600:
+        raise ValueError(f"max_minutes: {given['max_minutes']} is not allowed; allowed: above 0, at most 600")
+
+
+def _subjects(display: Display, given: Mapping[str, Any], folder: Path) -> tuple[list[Subject], Subject]:
+    """The clusters, and the one whose overheads are looked at."""
+    from .bench.validate_subjects import QUICK_PROFILE, cpu_subject, paced_subject
+
+    names = (given["plans"] or (PACED_PLANS if given["device"] == "paced" else CPU_PLANS)).split(",")
+    if given["device"] == "cpu":
+        made = [
+            cpu_subject(
+                text,
+                given["model"],
+                given["profile"],
+                kv_cache_bytes=CPU_KV_BYTES,
+                max_model_len=CPU_MAX_INPUT + CPU_MAX_OUTPUT,
+            )
+            for text in ("1P+1D", *names)
+        ]
+        return made[1:], made[0]
+    display.line("paced: nothing is computed, steps take the time that a profile says")
+    steps, quick = folder / "steps.json", folder / "quick.json"
+    _profile(display, given, steps)
+    QUICK_PROFILE.save(quick)
+    return [paced_subject(text, steps) for text in names], paced_subject("1P+1D", quick)
+
+
+def _profile(display: Display, given: Mapping[str, Any], path: Path) -> None:
+    """Writes the step profile that paced workers read."""
+    from .bench.claims_systems import DISTSERVE_MODEL, MODEL
+    from .latency.hardware import load_hardware
+    from .latency.model_facts import model_facts
+    from .latency.profile import distserve_profile, read_json, read_profile
+    from .latency.profile_fit import profile_of
+    from .latency.roofline import Roofline
+
+    file = given["profile"]
+    if file is None:
+        hardware = load_hardware("a100-80g")
+        profile, _ = profile_of(Roofline(model_facts(MODEL), hardware), source=f"roofline: {MODEL} on {hardware.name}")
+    elif DISTSERVE_MODEL in read_json(file):
+        profile = distserve_profile(file, DISTSERVE_MODEL)
+    else:
+        profile = read_profile(file)
+    display.line(f"steps: {profile.source or file}, {given['time_scale']:g} times as long")
+    profile.scaled(given["time_scale"]).save(path)
+
+
+def _overheads(display: Display, quick: Subject) -> Overheads:
+    import uvloop
+
+    from .bench.validate import measure_overheads
+    from .bench.validate_show import show_overheads
+
+    found = uvloop.run(measure_overheads(quick))
+    display.line(show_overheads(found))
+    return found
+
+
+def _trial(display: Display, subject: Subject, overheads: Overheads, given: Mapping[str, Any]) -> Trial:
+    """The cluster with the rates that it climbs."""
+    from dataclasses import replace
+
+    from .bench.validate import Trial, saturation
+
+    load = _load(given)
+    if given["rates"]:
+        rates = tuple(rate * subject.system.workers for rate in numbers("rates", given["rates"]))
+        return Trial(subject=subject, load=replace(load, rates=rates))
+    most = saturation(subject, load, overheads, start=float(subject.system.workers))
+    if not most:
+        raise ValueError(f"promise: {subject.label} keeps {load.promises[0]} at no rate, in virtual time")
+    display.line(f"{subject.label}: in virtual time 90 % keep {load.promises[0]} up to {most:.3g} requests/s")
+    rates = tuple(float(f"{share * most:.3g}") for share in numbers("shares", given["shares"]))
+    return Trial(subject=subject, load=replace(load, rates=rates))
+
+
+def _load(given: Mapping[str, Any]) -> Staircase:
+    from .bench.claims_load import Promise, Staircase
+
+    paced = given["device"] == "paced"
+    text = given["promise"] or (PACED_PROMISE if paced else CPU_PROMISE)
+    try:
+        ttft_ms, tpot_ms = (float(part) for part in text.split(":"))
+    except ValueError:
+        ttft_ms = tpot_ms = 0.0
+    if not (0 < ttft_ms < 1e7 and 0 < tpot_ms < 1e7):
+        raise ValueError(f"promise: {text!r} is not allowed; allowed: TTFT:TPOT in milliseconds, above 0")
+    return Staircase(
+        dataset_path=given["dataset_path"],
+        rates=(1.0,),
+        stair_s=given["stair_s"],
+        settle_s=given["settle_s"],
+        guard_s=given["guard_s"],
+        promises=(Promise(ttft_s=ttft_ms / 1e3, tpot_s=tpot_ms / 1e3),),
+        time_scale=given["time_scale"] if paced else 1.0,
+        max_model_len=2048 if paced else CPU_MAX_INPUT + CPU_MAX_OUTPUT,
+        max_input_tokens=None if paced else CPU_MAX_INPUT,
+        max_output_tokens=None if paced else CPU_MAX_OUTPUT,
+        seed=given["seed"],
+    )
