@@ -35,23 +35,21 @@ class NoWorkers(Unavailable):
         """Of which kind, in words."""
 
 
-@dataclass(frozen=True, slots=True)
 class Pools:
     """The workers that can take work now."""
 
-    prefill: tuple[WorkerView, ...]
-    decode: tuple[WorkerView, ...]
-    mixed: tuple[WorkerView, ...]
+    __slots__ = ("decode", "decode_workers", "mixed", "paired", "prefill", "prompt_workers")
 
-    @property
-    def prompt_workers(self) -> tuple[WorkerView, ...]:
+    def __init__(
+        self, prefill: tuple[WorkerView, ...], decode: tuple[WorkerView, ...], mixed: tuple[WorkerView, ...]
+    ) -> None:
+        self.prefill, self.decode, self.mixed = prefill, decode, mixed
+        self.paired = pair(prefill, decode)
+        """Prefill and decode workers that can hand off to one another."""
+        self.prompt_workers = self.paired[0] or mixed
         """Those that would compute a prompt that came now."""
-        return pair(self.prefill, self.decode)[0] or self.mixed
-
-    @property
-    def decode_workers(self) -> tuple[WorkerView, ...]:
+        self.decode_workers = decode or mixed
         """Those that would decode it."""
-        return self.decode or self.mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,7 @@ def find_place(needs: Needs, pools: Pools, cached_tokens: CachedTokens, local_th
         if not able:
             raise NoWorkers("decode worker")
         return Place(Path.SPLIT, None, _decode(needs, able), {})
-    prefill, decode = pair(pools.prefill, pools.decode)
+    prefill, decode = pools.paired
     if prefill and decode:
         return _split(needs, prefill, decode, cached_tokens, local_threshold_tokens)
     if pools.mixed:

@@ -97,22 +97,22 @@ class Turns(Generic[S]):
         self._policy.changed()
 
     def due(self, now_s: float, views: Views) -> Iterator[S]:
-        """Everybody who asks now, in order; whoever was named has the turn, and may be placed or refused before the
-        next one is named. `views`: the workers that compute prompts.
+        """Everybody who asks now, in order; whoever was named has the turn, and may be placed, be refused or leave
+        before the next one is named. `views`: the workers that compute prompts.
         """
         if self._unready_s is not None:
             for spot in [spot for spot in self._policy if now_s >= self._gives_up_s(spot)]:
                 if self._policy.waits(spot):
                     self._policy.ask(spot)
                     yield spot
-        while (spot := self._policy.candidate(now_s)) is not None:
-            if spot.needs_room:
+        while (head := self._policy.candidate(now_s)) is not None:
+            if head.needs_room:
                 there = views()
                 # Where nobody is there, who asks is told so.
-                if there and room_tokens(there, spot.urgency) <= self._policy.asking_cost:
+                if there and room_tokens(there, head.urgency) <= self._policy.asking_cost:
                     break
-            self._policy.ask(spot)
-            yield spot
+            self._policy.ask(head)
+            yield head
 
     def placed(self, spot: S, now_s: float) -> None:
         """Workers took it: it is served."""
