@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,17 @@ class Kept:
                 file.write(json.dumps(line) + "\n")
 
 
-def run_key(system: System, load: Staircase) -> str:
-    """Names a system under a load, whatever the seed and wherever its profiles lie."""
+Runner = Callable[[System, Staircase, Callable[[str], None]], Awaitable[list["StairResult"]]]
+"""Starts a system, sends the load, ends the system; see `run_system`."""
+
+
+def run_key(system: System, load: Staircase, variant: str = "") -> str:
+    """Names a system under a load, whatever the seed and wherever its profiles lie. `variant`: how else it is run."""
     values = asdict(system)
     for engine in (values["engine"], values["prefill_engine"]):
         if engine is not None and engine["paced_profile"] is not None:
             engine["paced_profile"] = Path(engine["paced_profile"]).read_text(encoding="utf-8")
-    text = json.dumps(values, sort_keys=True, default=str) + replace(load, seed=0).key()
+    text = json.dumps(values, sort_keys=True, default=str) + replace(load, seed=0).key() + variant
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -173,11 +177,15 @@ async def compare(
     kept: Kept,
     end_s: float,
     say: Callable[[str], None],
+    run: Runner | None = None,
+    variant: str = "",
 ) -> list[list[list[StairResult]]]:
     """Runs every system under every seed, seed by seed, until `end_s` of the monotonic clock; then once more what has
-    void stairs. Returns, by system, the attempts. RuntimeError, ServerUnusable, ValueError.
+    void stairs. Returns, by system, the attempts. `run`: None: `run_system`; another one has a `variant` of its own.
+    RuntimeError, ServerUnusable, ValueError.
     """
-    keys = [run_key(system, load) for system in systems]
+    run = run or run_system
+    keys = [run_key(system, load, variant) for system in systems]
     for attempt in range(1, ATTEMPTS + 1):
         for seed in range(load.seed, load.seed + seeds):
             for system, key in zip(systems, keys, strict=True):
@@ -188,7 +196,7 @@ async def compare(
                 if time.monotonic() + own.edges_s[-1] + START_S + DRAIN_S * load.time_scale / 2 > end_s:
                     say(f"{system.label}, seed {seed}: no time left")
                     continue
-                kept.add(key, seed, system.label, await run_system(system, own, say))
+                kept.add(key, seed, system.label, await run(system, own, say))
     seeds_all = range(load.seed, load.seed + seeds)
     return [[stairs for seed in seeds_all for stairs in kept.runs.get((key, seed), [])] for key in keys]
 
