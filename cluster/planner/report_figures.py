@@ -1,0 +1,337 @@
+"""The pictures of a plan's report, drawn by matplotlib (`pip install tandem-serve[plots]`), imported when needed:
+
+* attainment against offered rate per GPU, of the best plans and the runners-up: mean over seeds, all seeds as a band
+* the map of the search: goodput per GPU over split of prefill x split of decode, what was refused marked
+* each phase alone over TP x PP, and the numbers of workers of the best pair of splits
+
+A figure holds no date and its ids are salted alike: the same result gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..types import Role
+from .result import Evaluation, Fate, PhaseResult, PlanResult
+from .show import runners_up
+from .words import number
+
+LEGEND = (
+    "x: refused, it does not fit or cannot be split so. -: not even one request alone keeps the promises. "
+    "~: estimated, <: bounded; both too low to be simulated. Framed: the best disaggregated plan."
+)
+MAX_CURVES = 5
+GRID = 160
+"""Rates at which the curves of several seeds are averaged."""
+COLORS = {"disaggregated": "#1f6fb4", "colocated": "#d9731a"}
+_OTHERS = ("#7a9e6b", "#a78bb5", "#9a9a9a")
+_MUTED, _EDGE = "#666666", "#bbbbbb"
+_LOOKED = (Fate.SIMULATED, Fate.SCREENED)
+
+
+class PlotsMissing(ValueError):
+    """matplotlib is not installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One square of a map."""
+
+    value: float = 0.0
+    """Goodput per GPU; where not simulated, an estimate of it or the bound on it."""
+    fate: Fate | None = None
+    """None: never looked at."""
+    note: str = ""
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """What was simulated stands for a cell before what was only bounded or refused."""
+        return self.fate in _LOOKED, self.value
+
+
+def png(result: PlanResult, target: float, title: str, caption: str) -> bytes:
+    """Everything as one picture: verdict above, curves and maps, inputs below."""
+    with _figure((13.0, 8.6)) as figure:
+        figure.suptitle("\n".join(textwrap.wrap(title, 130)), fontsize=11, fontweight="bold", x=0.01, ha="left")
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1.0))
+        left, right = top.subplots(1, 2, width_ratios=(1.15, 1.0))
+        draw_curves(left, result, target)
+        draw_pairs(right, result)
+        axes = bottom.subplots(1, 3)
+        draw_phase(axes[0], result, Role.PREFILL)
+        draw_phase(axes[1], result, Role.DECODE)
+        draw_counts(axes[2], result)
+        figure.text(0.01, 0.0, f"{LEGEND}\n{caption}", fontsize=8, color=_MUTED, va="top", ha="left")
+        return _saved(figure, "png")
+
+
+def svg_curves(result: PlanResult, target: float) -> str:
+    """The curves alone, as an `<svg>` element."""
+    with _figure((7.4, 4.2)) as figure:
+        draw_curves(figure.subplots(), result, target)
+        return _svg(figure)
+
+
+def svg_map(result: PlanResult) -> str:
+    """Both maps over splits, as an `<svg>` element."""
+    with _figure((12.6, 4.0)) as figure:
+        axes = figure.subplots(1, 3, width_ratios=(1.4, 1.0, 1.0))
+        draw_pairs(axes[0], result)
+        draw_phase(axes[1], result, Role.PREFILL)
+        draw_phase(axes[2], result, Role.DECODE)
+        return _svg(figure)
+
+
+def svg_counts(result: PlanResult) -> str:
+    """Numbers of workers, as an `<svg>` element."""
+    with _figure((5.0, 4.0)) as figure:
+        draw_counts(figure.subplots(), result)
+        return _svg(figure)
+
+
+def curve(one: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(rates [R] of the whole candidate, attainment [seeds, R] between the rates at which each seed was run).
+
+    Of a run that was ended early only a bound is known: it counts where nothing else was run beyond it.
+    """
+    by_seed: dict[int, list[tuple[float, float]]] = {}
+    for point in one.points:
+        by_seed.setdefault(point.seed, []).append((point.rate, min(point.attainment, point.late_attainment)))
+    if not by_seed:
+        return np.zeros(0), np.zeros((0, 0))
+    rates = np.linspace(min(p.rate for p in one.points), max(p.rate for p in one.points), GRID)
+    rows = []
+    for seed in sorted(by_seed):
+        known = np.array(sorted(by_seed[seed]))
+        values = np.interp(rates, known[:, 0], known[:, 1])
+        values[(rates < known[0, 0] - 1e-12) | (rates > known[-1, 0] + 1e-12)] = np.nan
+        rows.append(values)
+    return rates, np.array(rows)
+
+
+def draw_curves(axes: Any, result: PlanResult, target: float) -> None:
+    """Attainment against offered rate per GPU."""
+    shown: list[tuple[str, str, Evaluation]] = []
+    for kind, one in (("disaggregated", result.disaggregated), ("colocated", result.colocated)):
+        if one is not None and one.points:
+            shown.append((kind, COLORS[kind], one))
+    others = [one for one in runners_up(result) if one.points][: MAX_CURVES - len(shown)]
+    shown += [("runner-up", color, one) for color, one in zip(_OTHERS, others, strict=False)]
+    for kind, color, one in reversed(shown):
+        best = kind != "runner-up"
+        rates, values = curve(one)
+        rates = rates / one.candidate.gpus
+        with np.errstate(all="ignore"):
+            known = ~np.isnan(values).all(axis=0)
+            mean, low, high = (f(values[:, known], axis=0) * 100 for f in (np.nanmean, np.nanmin, np.nanmax))
+        label = f"{kind}: {one.candidate.label}, {number(one.goodput_per_gpu)}"
+        axes.plot(rates[known], mean, color=color, linewidth=2.0 if best else 1.2, label=label, zorder=3 if best else 2)
+        axes.fill_between(rates[known], low, high, color=color, alpha=0.15 if best else 0.08, linewidth=0)
+        if best and one.goodput.mean:
+            per_gpu = one.goodput_per_gpu
+            axes.plot([per_gpu], [target * 100], "o", color=color, markersize=7, zorder=4)
+            axes.plot([per_gpu, per_gpu], [0, target * 100], color=color, linestyle=":", linewidth=1)
+    axes.axhline(target * 100, color=_MUTED, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"target {target * 100:g} %",
+        (1.0, target * 100),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        xytext=(-4, 3),
+        ha="right",
+        fontsize=8,
+        color=_MUTED,
+    )
+    axes.set_ylim(0, 104)
+    axes.set_xlim(left=0)
+    _label(axes, "offered, requests/s per GPU", "requests that keep both promises, %")
+    axes.set_title("Attainment against rate (legend: goodput per GPU)", fontsize=9, loc="left")
+    axes.grid(alpha=0.25)
+    if shown:
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], fontsize=7.5, loc="lower left", framealpha=0.9)
+
+
+def pair_cells(result: PlanResult) -> dict[tuple[tuple[int, int], tuple[int, int]], Cell]:
+    """By split of prefill and of decode: the best that was looked at with them, how many workers of each."""
+    cells: dict[tuple[tuple[int, int], tuple[int, int]], Cell] = {}
+    for one in result.explored:
+        prefill, decode = one.candidate.pool(Role.PREFILL), one.candidate.pool(Role.DECODE)
+        if prefill is None or decode is None:
+            continue
+        key = _split(prefill), _split(decode)
+        cell = Cell(_worth(one), one.fate, f"{prefill.count}:{decode.count}")
+        if key not in cells or cell.rank > cells[key].rank:
+            cells[key] = cell
+    return cells
+
+
+def draw_pairs(axes: Any, result: PlanResult) -> None:
+    """Split of prefill x split of decode."""
+    cells = pair_cells(result)
+    rows, columns = sorted({row for row, _ in cells}), sorted({column for _, column in cells})
+    best = None
+    if result.disaggregated is not None:
+        prefill, decode = (result.disaggregated.candidate.pool(role) for role in (Role.PREFILL, Role.DECODE))
+        best = None if prefill is None or decode is None else (_split(prefill), _split(decode))
+    names = [_split_name(row) for row in rows], [_split_name(column) for column in columns]
+    _draw_map(axes, [[cells.get((r, c), Cell()) for c in columns] for r in rows], *names, _place(rows, columns, best))
+    _label(axes, "decode workers", "prefill workers")
+    axes.set_title("Best goodput per GPU of each pair (prefill:decode workers)", fontsize=9, loc="left")
+
+
+def draw_phase(axes: Any, result: PlanResult, role: Role) -> None:
+    """One phase alone, TP x PP."""
+    phases = [one for one in result.phases if one.role is role]
+    cells = {(one.tensor_parallel, one.pipeline_stages): _phase_cell(one) for one in phases}
+    rows, columns = sorted({tensor for tensor, _ in cells}), sorted({stages for _, stages in cells})
+    best = None
+    if result.disaggregated is not None and (pool := result.disaggregated.candidate.pool(role)) is not None:
+        best = _split(pool)
+    names = [f"TP {tensor}" for tensor in rows], [f"PP {stages}" for stages in columns]
+    grid = [[cells.get((tensor, stages), Cell()) for stages in columns] for tensor in rows]
+    _draw_map(axes, grid, *names, _place(rows, columns, best))
+    axes.set_title(f"{role.value.capitalize()} alone: goodput per GPU", fontsize=9, loc="left")
+
+
+def draw_counts(axes: Any, result: PlanResult) -> None:
+    """Workers of prefill x workers of decode, for the splits of the best disaggregated plan."""
+    axes.set_title("Workers of each phase, best pair of splits", fontsize=9, loc="left")
+    best = result.disaggregated
+    if best is None:
+        _nothing(axes)
+        return
+    splits = [_split(pool) for pool in best.candidate.pools]
+    cells: dict[tuple[int, int], Cell] = {}
+    for one in result.explored:
+        if one.candidate.disaggregated and [_split(pool) for pool in one.candidate.pools] == splits:
+            key = one.candidate.pools[0].count, one.candidate.pools[1].count
+            cell = Cell(_worth(one), one.fate)
+            if key not in cells or cell.rank > cells[key].rank:
+                cells[key] = cell
+    rows, columns = sorted({row for row, _ in cells}), sorted({column for _, column in cells})
+    chosen = best.candidate.pools[0].count, best.candidate.pools[1].count
+    names = [str(row) for row in rows], [str(column) for column in columns]
+    grid = [[cells.get((row, column), Cell()) for column in columns] for row in rows]
+    _draw_map(axes, grid, *names, _place(rows, columns, chosen))
+    _label(axes, f"decode workers ({_split_name(splits[1])})", f"prefill workers ({_split_name(splits[0])})")
+
+
+def _phase_cell(one: PhaseResult) -> Cell:
+    looked = one.fate in _LOOKED
+    return Cell(one.goodput_per_gpu if looked else one.bound / one.gpus, one.fate)
+
+
+def _draw_map(
+    axes: Any,
+    cells: Sequence[Sequence[Cell]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    best: tuple[int, int] | None,
+) -> None:
+    """Squares colored by value; `x`: refused, `-`: hopeless, `<`: only bounded, `~`: only estimated; the best framed."""
+    from matplotlib.patches import Rectangle
+
+    if not rows or not columns:
+        _nothing(axes)
+        return
+    values = np.array([[cell.value if cell.fate in _LOOKED else np.nan for cell in row] for row in cells])
+    top = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
+    axes.imshow(values, cmap="Blues", vmin=0.0, vmax=top * 1.25 or 1.0, aspect="auto")
+    small = len(columns) > 7 or len(rows) > 7
+    for y, row in enumerate(cells):
+        for x, cell in enumerate(row):
+            text, color = _cell_text(cell, small)
+            if cell.fate in (Fate.REFUSED, Fate.HOPELESS):
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f0f0f0", edgecolor=_EDGE, hatch="///"))
+            elif cell.fate in _LOOKED and cell.value > 0.75 * top:
+                color = "white"
+            axes.text(x, y, text, ha="center", va="center", fontsize=6.5 if small else 8, color=color)
+    if best is not None:
+        y, x = best
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#c0392b", linewidth=2.2))
+    axes.set_xticks(range(len(columns)), columns, fontsize=7.5, rotation=45 if len(columns) > 5 else 0)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7.5)
+    axes.tick_params(length=0, which="both")
+    axes.set_xticks([x + 0.5 for x in range(len(columns) - 1)], minor=True)
+    axes.set_yticks([y + 0.5 for y in range(len(rows) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+
+
+def _cell_text(cell: Cell, small: bool) -> tuple[str, str]:
+    if cell.fate is None:
+        return "", _MUTED
+    if cell.fate is Fate.REFUSED:
+        return "x", "#c0392b"
+    if cell.fate is Fate.HOPELESS:
+        return "-", "#c0392b"
+    sign = {Fate.BOUNDED: "<", Fate.ESTIMATED: "~"}.get(cell.fate, "")
+    value = f"{sign}{number(cell.value)}"
+    return (value if small or not cell.note else f"{value}\n{cell.note}"), "black"
+
+
+def _worth(one: Evaluation) -> float:
+    if one.fate in _LOOKED:
+        return one.goodput_per_gpu
+    return (one.estimate if one.fate is Fate.ESTIMATED else one.bound) / one.candidate.gpus
+
+
+def _split(pool: Any) -> tuple[int, int]:
+    return pool.tensor_parallel, pool.pipeline_stages
+
+
+def _split_name(split: tuple[int, int]) -> str:
+    return f"TP {split[0]}" + (f" PP {split[1]}" if split[1] > 1 else "")
+
+
+def _place(rows: Sequence[Any], columns: Sequence[Any], key: tuple[Any, Any] | None) -> tuple[int, int] | None:
+    if key is None or key[0] not in rows or key[1] not in columns:
+        return None
+    return rows.index(key[0]), columns.index(key[1])
+
+
+def _nothing(axes: Any) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes, fontsize=9, color=_MUTED)
+
+
+def _label(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=8.5)
+    axes.set_ylabel(y, fontsize=8.5)
+    axes.tick_params(labelsize=7.5)
+
+
+@contextmanager
+def _figure(size: tuple[float, float]) -> Iterator[Any]:
+    """A figure of its own, without pyplot's global state and without a display."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotsMissing(
+            f"report: matplotlib is missing ({error}); allowed where `pip install tandem-serve[plots]` put it"
+        ) from None
+    with rc_context({"svg.hashsalt": "tandem", "svg.fonttype": "path", "hatch.linewidth": 0.3}):
+        yield Figure(figsize=size, layout="constrained")
+
+
+def _saved(figure: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    figure.savefig(buffer, format=kind, dpi=130, metadata=metadata, bbox_inches="tight", pad_inches=0.15)
+    return buffer.getvalue()
+
+
+def _svg(figure: Any) -> str:
+    """From the element on: what stands before it belongs to a file of its own."""
+    text = _saved(figure, "svg").decode()
+    return text[text.index("<svg") :]

@@ -1,0 +1,206 @@
+"""What `tandem plan` prints: the problem, the best plans side by side, the verdict; on request all that was refused.
+
+Tables by rich; in a log they are plain text, without control characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..types import Role
+from .nodes import nodes_of
+from .problem import Problem
+from .result import Evaluation, Fate, PlanResult, Pool, Quantiles
+from .setting import Setting
+from .verdict import binding_of, cost_of, for_rate, interval, marginal_of, verdict
+from .words import devices_text, model_text, number, promises_text, source_text, workload_text
+
+MAX_RUNNERS_UP = 6
+MAX_NODES = 8
+
+
+def show(console: Console, problem: Problem, setting: Setting, result: PlanResult, *, verbose: bool = False) -> None:
+    """Prints all of it."""
+    for part in parts(problem, setting, result, verbose=verbose):
+        console.print(part, highlight=False)
+
+
+def parts(problem: Problem, setting: Setting, result: PlanResult, *, verbose: bool = False) -> Iterable[RenderableType]:
+    """What is printed, from top to bottom."""
+    yield _facts(problem, setting)
+    best = [one for one in (result.disaggregated, result.colocated) if one is not None]
+    if best and not result.infeasible:
+        yield _plans(problem, setting, result, best)
+        others = runners_up(result)
+        if others:
+            yield _runners_up(others)
+    yield Text(verdict(result), style="bold")
+    yield Group(*(Text(line) for line in remarks(problem, result)))
+    if verbose:
+        yield _refused(result)
+
+
+def remarks(problem: Problem, result: PlanResult, *, timed: bool = True) -> list[str]:
+    """What else there is to say, a line each. `timed`: with how long it took, which no two runs have in common."""
+    lines = [text for text in (for_rate(result),) if text]
+    if result.marginal:
+        lines += [f"{marginal_of(one)}." for one in result.marginal]
+    lines += list(result.notes)
+    refused = sum(one.fate is Fate.REFUSED for one in result.explored)
+    refused += sum(one.fate is Fate.REFUSED for one in result.phases)
+    if refused:
+        lines.append(f"{refused} splits and placements cannot run here (--verbose says why).")
+    end = "" if result.complete else ": the time limit ended the search, so the answer may not be the best one"
+    took = f", in {result.wall_s:.1f} s ({result.cpu_s:.1f} s of processors)" if timed else ""
+    lines.append(
+        f"{len(result.explored)} placements looked at, {result.simulated_requests:,} requests simulated under "
+        f"{len(result.seeds)} seeds{took}{end}."
+    )
+    if problem.price_per_gpu_hour is None and not result.infeasible:
+        lines.append("No price was given (--price), so none is told.")
+    return lines
+
+
+def runners_up(result: PlanResult) -> list[Evaluation]:
+    """The next best that were simulated, one of each placement."""
+    shown = {one.candidate.label for one in (result.disaggregated, result.colocated) if one is not None}
+    found = []
+    for one in result.explored:
+        if one.fate not in (Fate.SIMULATED, Fate.SCREENED) or one.candidate.label in shown or not one.goodput.mean:
+            continue
+        shown.add(one.candidate.label)
+        found.append(one)
+    return found[:MAX_RUNNERS_UP]
+
+
+def _facts(problem: Problem, setting: Setting) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, text in (
+        ("model", model_text(setting)),
+        ("devices", f"{devices_text(setting)}; {source_text(problem, setting)}"),
+        ("workload", workload_text(problem)),
+        ("promises", promises_text(problem)),
+    ):
+        table.add_row(name, Text(text))
+    if problem.rate is not None:
+        table.add_row("rate", f"{number(problem.rate)} requests/s wanted")
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table of the best plans."""
+
+    name: str
+    cell: Callable[[Evaluation], str]
+
+
+def plan_rows(problem: Problem, setting: Setting, result: PlanResult, best: Sequence[Evaluation]) -> list[Row]:
+    """What is told of each of the best plans."""
+    rows = [
+        Row("placement", _placement),
+        Row("nodes", lambda one: _nodes(setting, one)),
+        Row("GPUs", lambda one: f"{one.candidate.gpus} of {setting.gpus}"),
+        Row("goodput, requests/s", lambda one: interval(one.goodput)),
+        Row("  per GPU (95 %)", lambda one: interval(one.goodput, 1 / one.candidate.gpus)),
+    ]
+    if any(one.prediction is not None for one in best):
+        rows += [
+            Row("at requests/s", lambda one: "-" if one.prediction is None else number(one.prediction.rate)),
+            Row("  attainment", _attainment),
+            Row("  TTFT p50/p90/p99, ms", lambda one: quantiles(one.prediction.ttft if one.prediction else None)),
+            Row("  TPOT p50/p90/p99, ms", lambda one: quantiles(one.prediction.tpot if one.prediction else None)),
+        ]
+    rows.append(Row("bound by", lambda one: binding_of(one) or "-"))
+    if result.target_rate is not None:
+        wanted = f"keeps {number(result.target_rate)} requests/s"
+        rows.append(Row(wanted, lambda one: "yes" if one.keeps_target_rate else "no"))
+    price = problem.price_per_gpu_hour
+    if price is not None:
+        rows.append(Row("cost of 1M tokens", lambda one: number(cost_of(one, result, price))))
+    return rows
+
+
+def _plans(problem: Problem, setting: Setting, result: PlanResult, best: list[Evaluation]) -> Table:
+    """Columns: disaggregated and colocated."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for one in best:
+        table.add_column("disaggregated" if one.candidate.disaggregated else "colocated", overflow="fold")
+    for row in plan_rows(problem, setting, result, best):
+        table.add_row(row.name, *(row.cell(one) for one in best))
+    return table
+
+
+def _placement(one: Evaluation) -> str:
+    lines = [f"{pool.label}, {_limits(pool)}" for pool in one.candidate.pools]
+    if one.candidate.cells > 1:
+        lines.append(f"in {one.candidate.cells} cells that hand off inside")
+    return "\n".join(lines)
+
+
+def _limits(pool: Pool) -> str:
+    """What bounds a step: tokens of prompts, rows that decode, or both."""
+    tokens, rows = f"{pool.max_batched_tokens} tokens a step", f"{pool.max_running} rows"
+    by_role = {Role.PREFILL: tokens, Role.DECODE: rows, Role.MIXED: f"{tokens}, {rows}"}
+    return by_role[pool.role]
+
+
+def _nodes(setting: Setting, one: Evaluation) -> str:
+    held = [f"{node}: {', '.join(workers)}" for node, workers in nodes_of(setting, one.candidate).items()]
+    more = len(held) - MAX_NODES
+    return "\n".join([*held[:MAX_NODES], *([f"and {more} more nodes"] if more > 0 else [])])
+
+
+def _attainment(one: Evaluation) -> str:
+    if one.prediction is None:
+        return "-"
+    found = one.prediction
+    classes = [f"{name} {share * 100:.1f} %" for name, share in found.by_class.items()]
+    return f"{found.attainment * 100:.1f} %" + (f" ({', '.join(classes)})" if len(classes) > 1 else "")
+
+
+def quantiles(found: Quantiles | None) -> str:
+    """`81 / 212 / 400`, milliseconds."""
+    if found is None:
+        return "-"
+    return " / ".join(number(seconds * 1e3) for seconds in (found.p50, found.p90, found.p99))
+
+
+def _runners_up(others: list[Evaluation]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name, right in (("runner-up", False), ("GPUs", True), ("requests/s", True), ("per GPU", True), ("from", False)):
+        table.add_column(name, justify="right" if right else "left")
+    for one in others:
+        table.add_row(
+            one.candidate.label,
+            str(one.candidate.gpus),
+            number(one.goodput.mean),
+            number(one.goodput_per_gpu),
+            one.candidate.affinity.value,
+        )
+    return table
+
+
+def _refused(result: PlanResult) -> Table:
+    """Everything that cannot run or could not keep a promise, and why."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("not simulated", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for phase in result.phases:
+        if phase.why:
+            stages = f" PP {phase.pipeline_stages}" if phase.pipeline_stages > 1 else ""
+            table.add_row(f"{phase.role.value} TP {phase.tensor_parallel}{stages}", phase.fate.value, Text(phase.why))
+    for one in result.explored:
+        if one.why:
+            table.add_row(one.candidate.label, one.fate.value, Text(one.why))
+    return table

@@ -1,0 +1,126 @@
+"""What a search's result comes to in sentences: disaggregate or not, by how much, what binds, what more devices bring.
+
+Pure text of numbers that stand in the `PlanResult`. The same words go to the terminal, the report and the plan's file.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from .result import Evaluation, Interval, Marginal, PlanResult
+from .words import gpus, number, signed
+
+_UNITS = "requests/s per GPU"
+
+
+class Answer(StrEnum):
+    """Whether to disaggregate."""
+
+    DISAGGREGATE = "disaggregate"
+    COLOCATE = "do not disaggregate"
+    NOT_CLEAR = "not clear"
+    INFEASIBLE = "infeasible"
+
+
+def answer_of(result: PlanResult) -> Answer:
+    """Not clear where the interval of the difference holds 0."""
+    if result.infeasible or result.best is None:
+        return Answer.INFEASIBLE
+    if not _serves(result.disaggregated):
+        return Answer.COLOCATE
+    if not _serves(result.colocated):
+        return Answer.DISAGGREGATE
+    if result.difference is None or result.difference.low <= 0.0 <= result.difference.high:
+        return Answer.NOT_CLEAR
+    return Answer.DISAGGREGATE if result.difference.low > 0.0 else Answer.COLOCATE
+
+
+def verdict(result: PlanResult) -> str:
+    """One plain sentence."""
+    answer = answer_of(result)
+    if answer is Answer.INFEASIBLE:
+        why = result.infeasible or "no placement that was looked at keeps the promises at any rate"
+        return why if why.startswith("infeasible") else f"infeasible: {why}"
+    split, mixed = result.disaggregated, result.colocated
+    if not _serves(split):
+        return f"Do not disaggregate: {_why_not(split, 'disaggregated', result)}."
+    if not _serves(mixed):
+        return f"Disaggregate: {_why_not(mixed, 'colocated', result)}."
+    assert split is not None  # _serves
+    assert mixed is not None
+    sides = f"{number(split.goodput_per_gpu)} against {number(mixed.goodput_per_gpu)} {_UNITS}"
+    difference = result.difference
+    if difference is None:
+        return f"Not clear: {sides}, without an interval."
+    span = f"difference {signed(difference.mean)}, 95 % interval {signed(difference.low)} to {signed(difference.high)}"
+    if answer is Answer.NOT_CLEAR:
+        return f"Not clear whether to disaggregate: {sides}; {span}, which holds 0."
+    base = mixed.goodput_per_gpu
+    by = f"{abs(difference.mean) / base * 100:.0f} % {'more' if difference.mean > 0 else 'less'} goodput per GPU"
+    shares = sorted(abs(edge) / base * 100 for edge in (difference.low, difference.high))
+    head = "Disaggregate" if answer is Answer.DISAGGREGATE else "Do not disaggregate"
+    return (
+        f"{head}: disaggregated has {by} than colocated (95 % interval {shares[0]:.0f} to {shares[1]:.0f} %): {sides}."
+    )
+
+
+def for_rate(result: PlanResult) -> str:
+    """What the rate that was asked for takes; empty where none was."""
+    if result.target_rate is None or result.best is None:
+        return ""
+    parts = []
+    for name, one in (("disaggregated", result.disaggregated), ("colocated", result.colocated)):
+        if one is not None and _serves(one):
+            able = gpus(one.candidate.gpus) if one.keeps_target_rate else f"not by {gpus(one.candidate.gpus)}"
+            parts.append(f"{name} {able}")
+    return f"{number(result.target_rate)} requests/s take: {', '.join(parts)}."
+
+
+def binding_of(one: Evaluation) -> str:
+    """`TTFT of chat, in 83 % of what misses`; empty: it is not known."""
+    if one.binding is None:
+        return ""
+    return (
+        f"{one.binding.promise.upper()} of {one.binding.slo_class}, in {one.binding.share * 100:.0f} % of what misses"
+    )
+
+
+def marginal_of(one: Marginal) -> str:
+    """What one more worker of a role brings."""
+    more = f"1 more {one.role.value} worker ({gpus(one.gpus)})"
+    if abs(one.gain) < 0.005 * max(one.goodput, 1e-9):
+        return f"{more} brings nothing that shows"
+    return (
+        f"{more} brings {signed(one.gain)} requests/s, {signed(one.gain_per_gpu)} per added GPU "
+        f"(to {number(one.goodput)} in all)"
+    )
+
+
+def cost_of(one: Evaluation, result: PlanResult, price_per_gpu_hour: float) -> float:
+    """Of a million tokens, prompt and answer counted alike, at the rate that was asked for if it is kept, else at
+    goodput; inf where nothing is served.
+    """
+    rate = result.target_rate if result.target_rate is not None and one.keeps_target_rate else 0.0
+    tokens = result.input_tokens + result.output_tokens
+    return one.cost_per_million_tokens(price_per_gpu_hour, tokens, rate)
+
+
+def interval(found: Interval, scale: float = 1.0) -> str:
+    """`1.60 (1.52 to 1.68)`."""
+    return f"{number(found.mean * scale)} ({number(found.low * scale)} to {number(found.high * scale)})"
+
+
+def _serves(one: Evaluation | None) -> bool:
+    return one is not None and one.goodput.mean > 0.0
+
+
+def _why_not(one: Evaluation | None, name: str, result: PlanResult) -> str:
+    """Why there is only the other kind, and what that reaches."""
+    other = result.colocated if name == "disaggregated" else result.disaggregated
+    reached = "" if other is None else f", and the other kind reaches {number(other.goodput_per_gpu)} {_UNITS}"
+    if one is not None:
+        reason = one.why or "it keeps the promises at no rate"
+        return f"the best {name} plan serves nothing ({reason}){reached}"
+    wanted = [look for look in result.explored if look.candidate.disaggregated == (name == "disaggregated")]
+    reason = f" ({wanted[0].why})" if wanted and wanted[0].why else ""
+    return f"no {name} plan is possible here{reason}{reached}"
