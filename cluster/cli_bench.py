@@ -8,6 +8,7 @@ from .cli_bench_claims import batching, kv_waste
 from .cli_bench_disaggregation import disaggregation
 from .cli_bench_engine import engine
 from .cli_bench_handoff import handoff
+from .cli_bench_replay import replay
 from .cli_bench_router import router
 from .cli_bench_serve import serve
 from .cli_bench_validate import validate
@@ -18,6 +19,7 @@ bench.command("router")(router)
 bench.command("handoff")(handoff)
 bench.command("engine")(engine)
 bench.command("disaggregation")(disaggregation)
+bench.command("replay")(replay)
 bench.command("validate")(validate)
 bench.command("batching")(batching)
 bench.command("kv-waste")(kv_waste)

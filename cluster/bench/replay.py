@@ -24,6 +24,9 @@ from ..types import Role
 
 MODEL, TTFT_S, TPOT_S = "opt-13b", 0.25, 0.1
 """Of the measured runs: DistServe's model and promises for ShareGPT (OSDI '24, table 1)."""
+MAX_POINTS = 5.0
+"""A replay's attainment may be so far from what was measured, in percentage points."""
+REQUESTS = "opt13b_sharegpt_a100_calibration_requests.csv.gz"
 _SPLIT, _COLOCATED = re.compile(r"c(\d)(\d)d(\d)(\d)"), re.compile(r"tp(\d)(?:pp(\d))?")
 
 

@@ -43,7 +43,7 @@ class BatchPolicy(ABC):
     prompts_alone: bool = False
     """A step computes prompts or decode rows, never both, and prompts where there are any that have room."""
     pulls_alone: bool = False
-    """A context is pulled between two steps: none is planned before it has come, nor is one under way when it begins."""
+    """A context is pulled between two steps: none is under way when it begins, none planned before it has come."""
     swaps: bool = False
     """Who is preempted keeps its KV, in the host's memory, and goes on from there; or it is computed again."""
 

@@ -1,11 +1,12 @@
-"""Serving systems as data: how each batches, lets in, hands over, and what its control plane takes, so that virtual time
-can play them on the same device and workload.
+"""Serving systems as data: how each batches, lets in, hands over, and what its control plane takes, so that virtual
+time can play them on the same device and workload.
 
-    spec = DISTSERVE.cluster([(Replica(role=Role.PREFILL, tensor_parallel=2), 1), (Replica(role=Role.DECODE), 1)], device)
+    workers = [(DISTSERVE.replica(Role.PREFILL, tensor_parallel=2), 1), (DISTSERVE.replica(Role.DECODE), 1)]
+    outcomes = SimCluster(DISTSERVE.cluster(workers, device)).run(asked)
 
-A system has one set of constants for all its runs, each with its source. Those marked *calibrated* were set once, on the
-runs that the DistServe authors measured on A100s (OPT-13B, ShareGPT: `tandem bench replay`), and are the same for every
-rate and split. Nothing here is a model of the device: that is the profile's or the roofline's part.
+A system has one set of constants for all its runs, each with its source. Those marked *calibrated* were set once, on
+the runs that the DistServe authors measured on A100s (OPT-13B, ShareGPT: `tandem bench replay`), and are the same for
+every rate and split. Nothing here is a model of the device: that is the profile's or the roofline's part.
 """
 
 from __future__ import annotations
@@ -173,8 +174,8 @@ class PublishedCosts:
 
 DISTSERVE = ServingSystem(
     name="distserve",
-    source="OSDI '24 §4.3, §5; LLMServe/DistServe: single_stage_engine.py, {context,decoding}_stage_scheduler.py; limits "
-    "of its evaluation's server; step times and 2 ms + 1e-4 ms a token of control from its own simulator",
+    source="OSDI '24 §4.3, §5; LLMServe/DistServe: single_stage_engine.py, {context,decoding}_stage_scheduler.py; "
+    "limits of its evaluation's server; step times and 2 ms + 1e-4 ms a token of control from its own simulator",
     batching={
         Role.PREFILL: Batching(policy="distserve", max_batched_tokens=8192, max_running=128),
         Role.DECODE: Batching(policy="distserve", max_batched_tokens=65_536, max_running=1024),
@@ -193,8 +194,8 @@ DISTSERVE = ServingSystem(
 
 VLLM = ServingSystem(
     name="vllm",
-    source="vLLM 0.2 as DistServe's evaluation starts it (engine and workers in Ray): prompts go before decode rows and "
-    "never beside them, preemption recomputes (SOSP '23 §4.5); step times from DistServe's simulator without its factors",
+    source="vLLM 0.2 as DistServe's evaluation starts it (engine and workers in Ray): prompts go before decode rows, "
+    "never beside them; preemption recomputes (SOSP '23 §4.5); step times from DistServe's simulator",
     batching={Role.MIXED: Batching(policy="prompts_alone", max_batched_tokens=16_384, max_running=1024)},
     # Calibrated. Rows are scheduled, sampled and detokenized one by one in Python.
     control=Control(request_s=3e-3, step_row_s=0.5e-3, step_token_s=2e-7),

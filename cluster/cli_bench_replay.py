@@ -1,0 +1,38 @@
+"""`tandem bench replay`: what others measured of their systems, beside virtual time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    Path,
+    typer.Option(metavar="FOLDER", help="DistServe's coefficients and runs: measured/distserve of the shared data."),
+]
+Requests = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Runs in a CSV of the same columns. Default: those of the folder.")
+]
+Only = Annotated[str, typer.Option(help="Runs whose name contains this.")]
+
+
+def replay(data: Data, requests: Requests = None, only: Only = "") -> None:
+    """Replays measured runs request by request, and prints measured against simulated.
+
+    The same arrivals and lengths; each system with one set of constants for all its runs (cluster/sim/systems.py).
+    Ends with status 1 where a run is more than 5 points off.
+    """
+    from .bench import replay as bench
+
+    path = requests or data / bench.REQUESTS
+    runs = bench.read_runs(path)
+    rows = [bench.replay(run, data) for run in runs if only in run.name]
+    if not rows:
+        known = ", ".join(run.name for run in runs)
+        raise ValueError(f"--only: {only!r} is in no run's name; allowed: a part of {known}")
+    typer.echo(bench.show(rows))
+    far = [row.run.name for row in rows if abs(row.points) > bench.MAX_POINTS]
+    if far:
+        typer.echo(f"more than {bench.MAX_POINTS:g} points off: {', '.join(far)}")
+        raise typer.Exit(1)
