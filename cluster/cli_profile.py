@@ -190,7 +190,7 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
         device.close()
     check_agreement({name: step.times_s for name, step in steps.items()}, wanted.repeat.max_spread)
     if late := device.late_steps_total:
-        display.line(f"{late} steps came late: this machine is too slow for what the paced device was told to take")
+        display.line(f"{late} steps came late: others wanted this machine's processors, or it is too slow for such times")
     kv_token_bytes = block_bytes // config.block_size
     moved: dict[str, MeasuredTransfer] = {}
     if wanted.transfers:

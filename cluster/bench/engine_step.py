@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 from ..engine.devices.base import Device
 from ..engine.plan import StepPlan
 
 
-def timed_step(device: Device, plan: StepPlan, what: object) -> tuple[float, float]:
-    """Runs the plan; when it began and when its output was there, seconds of `perf_counter`. RuntimeError naming `what`
-    if a row failed.
-    """
-    start_s = time.perf_counter()
+def timed_step(
+    device: Device, plan: StepPlan, what: object, now_s: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
+    """When a plan's step began and when its output was there, seconds. RuntimeError naming `what` if a row failed."""
+    start_s = now_s()
     device.launch(plan)
     output = device.collect()
-    end_s = time.perf_counter()
+    end_s = now_s()
     failed = next((row.error for row in output.rows if row.error), None)
     if failed is not None:
         raise RuntimeError(f"a row of {what} failed: {failed}")

@@ -39,8 +39,11 @@ _GIVE_UP_S = 120.0
 class LiveSteps:
     """Runs points on a device whose KV memory holds `places`."""
 
-    def __init__(self, device: Device, places: Places, seed: int = 0) -> None:
+    def __init__(
+        self, device: Device, places: Places, seed: int = 0, now_s: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._device = device
+        self._now_s = now_s
         self._places = places
         self._plan_id = 0
         if isinstance(device, PacedDevice):
@@ -51,7 +54,7 @@ class LiveSteps:
     def __call__(self, point: Point) -> float:
         """Seconds of one step of the point. RuntimeError naming it if a row failed."""
         self._plan_id += 1
-        start_s, end_s = timed_step(self._device, self._places.plan(point, self._plan_id), point.name)
+        start_s, end_s = timed_step(self._device, self._places.plan(point, self._plan_id), point.name, self._now_s)
         return end_s - start_s
 
 
@@ -66,7 +69,8 @@ def measure_steps(
 ) -> Timings:
     """Times of the points on the device; see `repeat`. Its KV memory holds all of them (`points.fitting`)."""
     places = Places(points, block_size, vocab_size=device.vocab_size, seed=options.seed)
-    return measure_points(LiveSteps(device, places, options.seed), points, options, now_s, on_progress)
+    steps = LiveSteps(device, places, options.seed, now_s)
+    return measure_points(steps, points, options, now_s, on_progress)
 
 
 def measured_steps(timings: Timings) -> dict[str, MeasuredStep]:

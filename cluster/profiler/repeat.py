@@ -130,13 +130,15 @@ def _estimates(
     until_s = now_s() + options.budget_s * _ESTIMATE_SHARE
     costs: dict[Point, float] = {}
     left_out = []
+    token_s = 0.0  # of the point before
     for point in sorted(points, key=lambda point: (point.tokens, point.longest)):
-        if now_s() >= until_s:
+        if now_s() + token_s * point.tokens >= until_s:
             left_out.append(point.name)
             continue
         on_progress(point.name, 0.0)
         first_s = run(point)  # may touch pages for the first time
         costs[point] = run(point) if first_s < options.visit_s else first_s
+        token_s = costs[point] / point.tokens
     return costs, left_out
 
 
