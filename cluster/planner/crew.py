@@ -7,11 +7,11 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from ..parent import die_with_parent
-from .goodput import find_goodput
+from .goodput import Precision, find_goodput
 from .result import Candidate, Pool
 from .setting import Setting
 from .trial import Trial, run_candidate, run_phase
@@ -25,10 +25,11 @@ class Search:
     seed: int
     start: float
     """A rate near which it is expected."""
-    width: float
-    """Of the gap between a rate that is kept and one that is not."""
-    most: int
-    """Runs."""
+    slope: float
+    """About what of the attainment a doubled rate would cost there."""
+    precision: Precision
+    spare_nodes: int = 0
+    """Beside those that there are: for what one worker more would bring."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,8 @@ class Found:
 def carry_out(setting: Setting, search: Search, deadline_s: float) -> Found:
     """Searches, in this process, no longer than until the monotonic clock's `deadline_s` and one run more."""
     what = search.what
+    if search.spare_nodes:
+        setting = replace(setting, nodes=setting.nodes + search.spare_nodes)
     requests = setting.run_requests(search.start)
     late = False
 
@@ -69,7 +72,12 @@ def carry_out(setting: Setting, search: Search, deadline_s: float) -> Found:
         return not late
 
     goodput, trials = find_goodput(
-        run, start=search.start, target=setting.target, width=search.width, most=search.most, go_on=go_on
+        run,
+        start=search.start,
+        target=setting.target,
+        slope=search.slope,
+        precision=search.precision,
+        go_on=go_on,
     )
     return Found(search=search, goodput=goodput, trials=tuple(trials), complete=not late)
 
@@ -79,7 +87,7 @@ _setting: Setting | None = None
 
 
 def _begin(setting: Setting) -> None:
-    global _setting  # noqa: PLW0603 - a pool's initializer has nowhere else to leave it
+    global _setting
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who began this process ends it
     die_with_parent()
     _setting = setting
@@ -128,6 +136,11 @@ class Crew:
             child.terminate()
         for child in children:
             child.join()
+
+    @property
+    def apart(self) -> bool:
+        """Whether simulations run in other processes than this one."""
+        return self._pool is not None
 
     @property
     def late(self) -> bool:

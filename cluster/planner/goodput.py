@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from .result import Interval
 
-FIRST_STEP = 1.06
-MOST_STEP = 2.0
 FLOOR = 64.0
 """How far below the start a rate is still tried."""
+LEAST_STEP, MOST_STEP = 1.05, 1.4
+"""From one rate to the next, while all were kept or none was."""
+OVERSHOT = 1.3
+"""So much further than the slope says, so that the other side is met."""
+INSIDE = 0.15
+"""Of a gap: how near to its ends the next rate may lie."""
 CONFIDENCE = 0.95
 
 
@@ -28,46 +33,75 @@ class Scored(Protocol):
     def score(self) -> float:
         """Held against the target."""
 
+    @property
+    def decided_early(self) -> bool:
+        """The score says on which side of the target it is, not how far."""
+
 
 S = TypeVar("S", bound=Scored)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """When a rate has been found well enough."""
+
+    width: float
+    """A kept rate and one that is not, this many times as high or less."""
+    nearness: float = 0.0
+    """Or one rate from which the slope leads to the target within this share of it."""
+    most: int
+    """Runs."""
+
+
 def find_goodput(
-    run: Callable[[float], S], *, start: float, target: float, width: float, most: int, go_on: Callable[[], bool]
+    run: Callable[[float], S],
+    *,
+    start: float,
+    target: float,
+    slope: float,
+    precision: Precision,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[float, list[S]]:
     """(rate at which the score falls below `target`, what was run for it, in order).
 
-    Steps away from `start`, each wider than the one before, until a rate is kept and one `width` times as high is not,
-    or narrower; between those two the score is taken for straight. 0 where not even `start / 64` is kept. Ends after
-    `most` runs, or when `go_on` says no, with the highest rate that was kept.
+    `slope`: about how much of the score is lost when the rate doubles, if it went on like that. Follows the slope from
+    `start` until the precision is met; between a kept rate and one that is not the score is taken for straight. 0 where
+    not even `start / 64` is kept. Ends when `go_on` says no as well, with the highest rate that was kept.
     """
     runs: list[S] = []
     kept: S | None = None
     failed: S | None = None
-    rate, step = start, FIRST_STEP
-    while len(runs) < most and (not runs or go_on()):
+    rate = start
+    while len(runs) < precision.most and (not runs or go_on()):
         found = run(rate)
         runs.append(found)
         if found.score >= target:
             kept = found
         else:
             failed = found
+        off = (found.score - target) / slope
+        if abs(off) <= precision.nearness and not found.decided_early:
+            return rate * (1.0 + off), runs
         if kept is not None and failed is not None:
-            if failed.rate <= kept.rate * width:
+            if failed.rate <= kept.rate * precision.width:
                 break
-            rate = math.sqrt(kept.rate * failed.rate)
-            continue
-        rate = rate * step if kept is not None else rate / step
+            share = min(1.0 - INSIDE, max(INSIDE, _share(kept, failed, target)))
+            rate = kept.rate + share * (failed.rate - kept.rate)
+        else:
+            step = min(MOST_STEP ** len(runs), max(LEAST_STEP, 1.0 + OVERSHOT * abs(off)))
+            rate = rate * step if failed is None else rate / step
         if rate < start / FLOOR:
             break
-        step = min(MOST_STEP, step**2)
     if kept is None:
         return 0.0, runs
     if failed is None:
         return kept.rate, runs
-    fall = kept.score - failed.score
-    share = (kept.score - target) / fall if fall > 0.0 else 0.0
-    return kept.rate + min(1.0, share) * (failed.rate - kept.rate), runs
+    return kept.rate + _share(kept, failed, target) * (failed.rate - kept.rate), runs
+
+
+def _share(kept: Scored, failed: Scored, target: float) -> float:
+    """Of the way from one to the other: where a straight line meets the target."""
+    return min(1.0, (kept.score - target) / (kept.score - failed.score))
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -76,5 +110,5 @@ def interval(values: Sequence[float]) -> Interval:
     if len(values) < 2:
         return Interval(mean=mean, low=-math.inf, high=math.inf)
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * math.sqrt(variance / len(values))
+    half = float(stdtrit(len(values) - 1, 0.5 + CONFIDENCE / 2)) * math.sqrt(variance / len(values))
     return Interval(mean=mean, low=mean - half, high=mean + half)

@@ -12,14 +12,13 @@ from functools import cache
 from ..latency.interface import StepCosts
 from ..types import Role
 from .estimate import Kind, serve
-from .goodput import find_goodput
+from .goodput import Precision, find_goodput
 from .place import replica_of
 from .result import Affinity, Candidate, Pool
-from .setting import Sample, Setting, draw_sample
+from .setting import MAX_REQUESTS, Sample, Setting, draw_sample
 
-ESTIMATE_REQUESTS = 600
-ESTIMATE_WIDTH = 1.03
-_MAX_ESTIMATES = 24
+_PRECISION = Precision(width=1.04, most=20)
+_ANY_SLOPE, _LEAST_SLOPE, _AROUND = 0.5, 0.2, 0.08
 _START_SHARE = 0.6
 """Of the capacity bound: where an estimate's search begins."""
 
@@ -30,6 +29,16 @@ class Guess:
 
     rate: float
     score: float
+    decided_early: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hopeless:
+    """Why workers cannot keep a promise."""
+
+    excess: float
+    """By which factor they miss it, above 1."""
+    text: str
 
 
 class Outlook:
@@ -38,10 +47,11 @@ class Outlook:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.sample = draw_sample(setting, setting.seeds[0])
-        self._sample_of = cache(lambda seed: draw_sample(setting, seed, ESTIMATE_REQUESTS))
+        self._sample_of = cache(lambda seed: draw_sample(setting, seed, MAX_REQUESTS))
         self._costs = cache(setting.device.source.costs)
         self._kind = cache(self._new_kind)
         self._goodputs: dict[tuple[Candidate | Pool, int], float] = {}
+        self._slopes: dict[tuple[Candidate | Pool, int], float] = {}
         count = len(self.sample.input_tokens)
         self._squares = sum(tokens * tokens for tokens in self.sample.input_tokens) / count
 
@@ -61,27 +71,28 @@ class Outlook:
 
     # --- not even alone ---------------------------------------------------------------------------------------------
 
-    def hopeless(self, pool: Pool) -> str:
-        """Why such workers cannot keep the promises of enough requests even one at a time; empty: they can."""
-        promises = [("ttft", Role.DECODE, self._alone_ttft_s), ("tpot", Role.PREFILL, self._alone_tpot_s)]
-        for name, other, alone_s in promises:
-            if pool.role is other:
-                continue
-            for slo_class, promise in self.setting.promises.items():
-                limit_s = promise.ttft_s if name == "ttft" else promise.tpot_s
-                places = [place for place, own in enumerate(self.sample.classes) if own == slo_class]
-                if limit_s is None or not places:
+    def hopeless(self, pool: Pool) -> Hopeless | None:
+        """Why such workers cannot keep the promises of enough requests even one at a time; None: they can."""
+        worst: Hopeless | None = None
+        for slo_class, promise in self.setting.promises.items():
+            places = [place for place, own in enumerate(self.sample.classes) if own == slo_class]
+            for what, limit_s, other, alone_s in (
+                ("to its first token", promise.ttft_s, Role.DECODE, self._alone_ttft_s),
+                ("for each further token", promise.tpot_s, Role.PREFILL, self._alone_tpot_s),
+            ):
+                if limit_s is None or not places or pool.role is other:
                     continue
                 times = sorted(alone_s(pool, place) for place in places)
-                needed = times[min(len(times) - 1, math.ceil(self.setting.target * len(times)) - 1)]
-                if needed > limit_s:
-                    return (
-                        f"even one unloaded request takes {needed:.3g} s "
-                        f"{'to its first token' if name == 'ttft' else 'for each further token'} "
-                        f"({self.setting.target:.0%} of class {slo_class} take at most that; promised are {limit_s:g} "
-                        f"s) with TP {pool.tensor_parallel}, PP {pool.pipeline_stages}"
+                needed_s = times[max(0, math.ceil(self.setting.target * len(times)) - 1)]
+                excess = needed_s / limit_s
+                if excess > 1.0 and (worst is None or excess > worst.excess):
+                    text = (
+                        f"even one unloaded request takes {needed_s:.3g} s {what} with TP {pool.tensor_parallel}, PP "
+                        f"{pool.pipeline_stages} ({100 * self.setting.target:g} % of class {slo_class} take at most "
+                        f"that); promised are {limit_s:g} s"
                     )
-        return ""
+                    worst = Hopeless(excess, text)
+        return worst
 
     def _alone_ttft_s(self, pool: Pool, place: int) -> float:
         costs, tokens, budget = self.costs(pool), self.sample.input_tokens[place], pool.max_batched_tokens
@@ -144,24 +155,38 @@ class Outlook:
     def goodput(self, what: Candidate | Pool, seed: int) -> float:
         """Estimated, requests a second; of a pool: of its phase alone."""
         if (what, seed) not in self._goodputs:
-            bound = self.capacity(what) if isinstance(what, Pool) else self.bound(what)
-
-            def run(rate: float) -> Guess:
-                return Guess(rate, self.score(what, rate, seed))
-
-            self._goodputs[what, seed], _ = find_goodput(
-                run,
-                start=_START_SHARE * bound,
-                target=self.setting.target,
-                width=ESTIMATE_WIDTH,
-                most=_MAX_ESTIMATES,
-                go_on=lambda: True,
-            )
+            self._goodputs[what, seed] = self._find(what, seed)
         return self._goodputs[what, seed]
 
-    def score(self, what: Candidate | Pool, rate: float, seed: int) -> float:
+    def _find(self, what: Candidate | Pool, seed: int) -> float:
+        bound = self.capacity(what) if isinstance(what, Pool) else self.bound(what)
+        count = self.setting.run_requests(_START_SHARE * bound)
+        goodput, _ = find_goodput(
+            lambda rate: Guess(rate, self.score(what, rate, seed, count)),
+            start=_START_SHARE * bound,
+            target=self.setting.target,
+            slope=_ANY_SLOPE,
+            precision=_PRECISION,
+        )
+        return goodput
+
+    def slope(self, what: Candidate | Pool, seed: int) -> float:
+        """Estimated: how much of the score is lost near the goodput when the rate doubles, at least a little."""
+        if (what, seed) not in self._slopes:
+            rate = self.goodput(what, seed)
+            fall = 0.0
+            if rate:
+                count = self.setting.run_requests(rate)
+                ends = [self.score(what, rate * factor, seed, count) for factor in (1.0 - _AROUND, 1.0 + _AROUND)]
+                fall = (ends[0] - ends[1]) / (2 * _AROUND)
+            self._slopes[what, seed] = max(_LEAST_SLOPE, fall)
+        return self._slopes[what, seed]
+
+    def score(self, what: Candidate | Pool, rate: float, seed: int, requests: int) -> float:
         """As `Trial.score`, estimated."""
-        sample = self._sample_of(seed)
+        if isinstance(what, Candidate):
+            requests = -(-requests // what.cells)
+        sample = self._sample_of(seed).first(requests)
         if isinstance(what, Pool):
             arrivals = [at_s / rate for at_s in sample.arrivals]
             first_s, last_s = serve(self._kind(what), what.count, arrivals, sample.input_tokens, sample.output_tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..sim.deploy import Replica
 from .result import Affinity, Candidate, Pool
 from .setting import Setting
@@ -55,8 +57,12 @@ def _pack(setting: Setting, sizes: list[int]) -> list[str]:
     return found
 
 
-def why_not(setting: Setting, candidate: Candidate) -> str:
-    """Why it cannot run: memory, with the arithmetic, a split that the model does not allow, nodes; empty: it can."""
+def why_not(setting: Setting, candidate: Candidate, *, spare_nodes: int = 0) -> str:
+    """Why it cannot run: memory, with the arithmetic, a split that the model does not allow, nodes; empty: it can.
+
+    `spare_nodes`: beside those that there are.
+    """
+    setting = replace(setting, nodes=setting.nodes + spare_nodes)
     try:
         for replica in replicas_of(setting, candidate):
             setting.device.memory(replica)

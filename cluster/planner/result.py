@@ -34,6 +34,8 @@ class Fate(StrEnum):
     """Not even one request alone keeps the promises."""
     BOUNDED = "bounded"
     """Its capacity bound lies below what was found elsewhere: not simulated."""
+    ESTIMATED = "estimated"
+    """A quick estimate lies well below what was found elsewhere: not simulated."""
     SCREENED = "screened"
     """Simulated under one seed."""
     SIMULATED = "simulated"
@@ -199,6 +201,8 @@ class Evaluation:
     """Where refused, hopeless or bounded."""
     bound: float = 0.0
     """Of its capacity, requests a second."""
+    estimate: float = 0.0
+    """Of its goodput, before any simulation."""
     goodput: Interval = Interval(mean=0.0, low=0.0, high=0.0)
     seeds: tuple[float, ...] = ()
     """Goodput under each seed."""

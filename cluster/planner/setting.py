@@ -17,8 +17,8 @@ RPC_S = 0.0005
 """A command's way to a worker and a token's way back, on a network inside a data center."""
 OWN_S = 0.001
 """The router's own work on a request."""
-MIN_RUN_S, RUN_LIVES = 60.0, 5.0
-MIN_REQUESTS, MAX_REQUESTS = 300, 1500
+MIN_RUN_S, RUN_LIVES = 45.0, 3.0
+MIN_REQUESTS, MAX_REQUESTS = 300, 1000
 SAMPLE_REQUESTS = 400
 """Looked at where a mean or a share over the workload is wanted."""
 
@@ -93,6 +93,17 @@ class Sample:
     classes: tuple[str, ...]
     arrivals: tuple[float, ...]
     """At one request a second."""
+
+    def first(self, count: int) -> Sample:
+        """The first `count` of them."""
+        if count >= len(self.arrivals):
+            return self
+        return Sample(
+            input_tokens=self.input_tokens[:count],
+            output_tokens=self.output_tokens[:count],
+            classes=self.classes[:count],
+            arrivals=self.arrivals[:count],
+        )
 
     @property
     def mean_input(self) -> float:

@@ -79,16 +79,23 @@ def run_candidate(setting: Setting, candidate: Candidate, rate: float, seed: int
     """The whole candidate, links and router included. Of several cells one is simulated, with its share of the load.
     ValueError where it cannot run (`place.check`).
     """
-    share = rate / candidate.cells
+    spec, workload = cluster_of(setting, candidate, rate, seed, requests)
+    trial = _run(setting, spec, workload, setting.promises, rate / candidate.cells, seed)
+    return replace(trial, rate=rate)
+
+
+def cluster_of(
+    setting: Setting, candidate: Candidate, rate: float, seed: int, requests: int
+) -> tuple[ClusterSpec, list[Asked]]:
+    """What is simulated of a candidate, and its load: one of its cells, with its share. ValueError as `run_candidate`."""
     workers = tuple(
         worker_spec(f"{replica.role.value}-{number}", replica, setting.device)
         for number, replica in enumerate(replicas_of(setting, candidate))
     )
-    rows = _rows(setting, share, seed, max(1, -(-requests // candidate.cells)))
+    rows = _rows(setting, rate / candidate.cells, seed, max(1, -(-requests // candidate.cells)))
     router = RouterSpec(promises=setting.promises, refuses=False, own_s=setting.own_s, rpc_s=setting.rpc_s)
     spec = ClusterSpec(workers=workers, router=router, inside=setting.inside, between=setting.between)
-    trial = _run(setting, spec, asked(rows, sharing=setting.device.prefix_cache), setting.promises, share, seed)
-    return replace(trial, rate=rate)
+    return spec, asked(rows, sharing=setting.device.prefix_cache)
 
 
 def run_phase(setting: Setting, pool: Pool, rate: float, seed: int, requests: int) -> Trial:
