@@ -47,25 +47,23 @@ def learned(views: Sequence[WorkerView]) -> tuple[WorkerView, ...]:
     )
 
 
-def _step(view: WorkerView) -> tuple[float, int]:
-    """What a step costs beside its prompt tokens, seconds, and how many of those it has room for."""
+def _beside(view: WorkerView) -> tuple[int, int, int]:
+    """(prompt tokens that a full step of this worker has room for, decode rows beside them, their context)."""
     if view.role is not Role.MIXED:
-        return view.step_time.step_s, DEFAULT_TOKEN_BUDGET
+        return DEFAULT_TOKEN_BUDGET, 0, 0
     rows = min(view.running, DEFAULT_TOKEN_BUDGET - 1)
-    return StepTimeModel(view.step_time).step_time_s(0, rows, view.context_tokens), DEFAULT_TOKEN_BUDGET - rows
+    return DEFAULT_TOKEN_BUDGET - rows, rows, view.context_tokens
 
 
 def prefill_s(view: WorkerView, tokens: float) -> float:
     """Seconds that this worker computes for so many prompt tokens, in full steps; beside its decodes if it has any."""
-    beside_s, room = _step(view)
-    steps = -(-tokens // room)
-    return steps * beside_s + tokens * view.step_time.prefill_token_s
+    return StepTimeModel(view.step_time).predict_prefill_s(tokens, *_beside(view))
 
 
 def tokens_per_s(view: WorkerView) -> float:
     """Prompt tokens that this worker computes in a second of full steps."""
-    beside_s, room = _step(view)
-    return room / max(beside_s + room * view.step_time.prefill_token_s, 1e-9)
+    room, rows, context_tokens = _beside(view)
+    return room / max(StepTimeModel(view.step_time).step_time_s(room, rows, context_tokens), 1e-9)
 
 
 def room_tokens(views: Sequence[WorkerView], urgency: Urgency) -> float:
@@ -96,7 +94,7 @@ def forecast(
     idle_s = min(own_s.values())
     for view in views:
         # A prompt is done when its step is, and that has as many of the tokens that wait as there is room for.
-        beside = min(_step(view)[1], view.queued_prefill_tokens + ahead_tokens)
+        beside = min(_beside(view)[0], view.queued_prefill_tokens + ahead_tokens)
         own_s[view.worker_id] = max(own_s[view.worker_id], prefill_s(view, beside))
     best = min(views, key=lambda view: (max(queue_s[view.worker_id], level_s) + own_s[view.worker_id], view.worker_id))
     return Forecast(

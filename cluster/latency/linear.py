@@ -64,9 +64,15 @@ class StepTimeModel:
         """
         if token_budget < 1:
             raise ValueError(f"token_budget: {token_budget} is not >= 1")
-        tokens = max(queued_tokens, 0) + max(prompt_tokens, 1)
-        steps = -(-tokens // token_budget)
-        return steps * self.coefficients.step_s + tokens * self.coefficients.prefill_token_s
+        return self.predict_prefill_s(max(queued_tokens, 0) + max(prompt_tokens, 1), token_budget)
+
+    def predict_prefill_s(
+        self, tokens: float, room_tokens: int, decode_rows: int = 0, context_tokens: int = 0
+    ) -> float:
+        """Seconds that so many prompt tokens take in steps with room for `room_tokens` of them beside decode rows."""
+        steps = -(-tokens // room_tokens)
+        beside_s = self.step_time_s(0, decode_rows, context_tokens)
+        return steps * beside_s + tokens * self.coefficients.prefill_token_s
 
     def predict_tpot_s(self, running: int, context_tokens: int) -> float:
         """Seconds per output token of a decode batch of `running` sequences that hold `context_tokens` of KV in all."""
