@@ -15,6 +15,7 @@ import typer
 from .cli_bench import bench
 from .cli_bench_serve import join_goodput
 from .cli_options import API_KEY_VARIABLE, Ca, Key, Url
+from .cli_plan import plan
 from .cli_profile import profile
 from .cli_simulate import simulate
 from .launch.local_ray import end_process
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command("plan")(plan)
 app.command("profile")(profile)
 app.command("simulate")(simulate)
 

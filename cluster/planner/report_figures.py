@@ -237,7 +237,7 @@ def _draw_map(
     columns: Sequence[str],
     best: tuple[int, int] | None,
 ) -> None:
-    """Squares colored by value; `x`: refused, `-`: hopeless, `<`: only bounded, `~`: only estimated; the best framed."""
+    """Squares colored by value; `x`: refused, `-`: hopeless, `<`: only bounded, `~`: only estimated; best framed."""
     from matplotlib.patches import Rectangle
 
     if not rows or not columns:

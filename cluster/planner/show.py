@@ -21,6 +21,8 @@ from .setting import Setting
 from .verdict import binding_of, cost_of, for_rate, interval, marginal_of, verdict
 from .words import devices_text, model_text, number, promises_text, source_text, workload_text
 
+LOG_WIDTH = 132
+"""Columns where no terminal says how many it has."""
 MAX_RUNNERS_UP = 6
 MAX_NODES = 8
 

@@ -87,7 +87,7 @@ def run_candidate(setting: Setting, candidate: Candidate, rate: float, seed: int
 def cluster_of(
     setting: Setting, candidate: Candidate, rate: float, seed: int, requests: int
 ) -> tuple[ClusterSpec, list[Asked]]:
-    """What is simulated of a candidate, and its load: one of its cells, with its share. ValueError as `run_candidate`."""
+    """What is simulated of a candidate: one of its cells, and its share of the load. ValueError as `run_candidate`."""
     workers = tuple(
         worker_spec(f"{replica.role.value}-{number}", replica, setting.device)
         for number, replica in enumerate(replicas_of(setting, candidate))

@@ -1,0 +1,301 @@
+"""`tandem plan`: which placement serves most within its promises, and whether to disaggregate at all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .cli_plan_options import (
+    Arrivals,
+    Attainment,
+    Burstiness,
+    Choose,
+    Config,
+    Device,
+    Dtype,
+    Goodput,
+    Gpus,
+    Hardware,
+    InputLen,
+    InterNode,
+    IntraNode,
+    MaxInputLen,
+    MaxModelLen,
+    MaxOutputLen,
+    Memory,
+    Model,
+    Nodes,
+    OutputFile,
+    OutputLen,
+    Price,
+    Processes,
+    Profile,
+    RangeRatio,
+    Report,
+    RequestRate,
+    SaveResult,
+    Seed,
+    Seeds,
+    SloClass,
+    TimeLimit,
+    Verbose,
+    Workload,
+)
+
+if TYPE_CHECKING:
+    from .cli_display import Display
+    from .planner.problem import Problem
+    from .planner.result import Evaluation, PlanResult
+    from .planner.setting import Setting
+
+INFEASIBLE, RATE_NOT_KEPT = 3, 4
+"""Exit codes beside those of all commands: no plan keeps the promises; none keeps them at the rate that was asked."""
+CHOICES = ("best", "disaggregated", "colocated")
+_PATHS = {
+    "model": "model",
+    "dtype": "dtype",
+    "hardware": "hardware",
+    "profile": "profile",
+    "nodes": "nodes",
+    "gpus_per_node": "gpus_per_node",
+    "intra_node": "intra_node",
+    "inter_node": "inter_node",
+    "memory": "memory_bytes",
+    "max_model_len": "max_model_len",
+    "random_input_len": "workload.input_tokens",
+    "random_output_len": "workload.output_tokens",
+    "random_range_ratio": "workload.range_ratio",
+    "max_input_len": "workload.max_input_tokens",
+    "max_output_len": "workload.max_output_tokens",
+    "arrivals": "workload.arrivals",
+    "burstiness": "workload.burstiness",
+    "attainment_target": "attainment",
+    "request_rate": "rate",
+    "price": "price_per_gpu_hour",
+    "seeds": "search.seeds",
+    "seed": "search.seed",
+    "processes": "search.processes",
+    "time_limit": "search.time_limit_s",
+}
+"""Where in a problem each option stands."""
+
+
+def plan(
+    context: typer.Context,
+    config: Config = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    hardware: Hardware = None,
+    profile: Profile = None,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    intra_node: IntraNode = None,
+    inter_node: InterNode = None,
+    memory: Memory = None,
+    max_model_len: MaxModelLen = None,
+    workload: Workload = None,
+    random_input_len: InputLen = None,
+    random_output_len: OutputLen = None,
+    random_range_ratio: RangeRatio = None,
+    max_input_len: MaxInputLen = None,
+    max_output_len: MaxOutputLen = None,
+    arrivals: Arrivals = None,
+    burstiness: Burstiness = None,
+    goodput: Goodput = None,
+    slo_class: SloClass = None,
+    attainment_target: Attainment = None,
+    request_rate: RequestRate = None,
+    price: Price = None,
+    seeds: Seeds = None,
+    seed: Seed = None,
+    processes: Processes = None,
+    time_limit: TimeLimit = None,
+    output: OutputFile = None,
+    choose: Choose = "best",
+    device: Device = None,
+    report: Report = None,
+    save_result: SaveResult = None,
+    verbose: Verbose = False,
+) -> None:
+    """Search the placement with the highest goodput per GPU, and say whether to disaggregate at all.
+
+    Exit codes: 0 a plan was found, 1 failed, 2 wrong usage, 3 no plan keeps the promises, 4 none keeps them at
+    --request-rate, 130 interrupted.
+    """
+    from .cli_display import Display
+    from .planner.predict import with_predictions
+    from .planner.problem import load_problem
+    from .planner.search import plan as search
+    from .planner.setting import setting_of
+
+    problem = load_problem(config, overrides(context.params))
+    _check(problem, context.params)
+    setting = setting_of(problem)
+    display = Display()
+    with display.steps() as steps:
+        result = search(problem, lambda what, share: steps("plan", what, share))
+        result = with_predictions(setting, result, lambda what, share: steps("latencies", what, share))
+    _print(problem, setting, result, verbose=verbose)
+    chosen = _chosen(result, choose)
+    if output is not None:
+        _write_plan(display, problem, setting, result, chosen, context.params)
+    if report is not None:
+        from .planner.report import save_report
+
+        save_report(report, problem, setting, result, command())
+        display.line(f"drawn       {report}")
+    if save_result is not None:
+        _save(save_result, problem, result)
+        display.line(f"saved       {save_result}")
+    raise typer.Exit(exit_code(result))
+
+
+def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, by their place in a problem. ValueError naming the option that is wrong."""
+    found = {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
+    if given["workload"] is not None:
+        found |= _workload(given["workload"])
+    if given["burstiness"] is not None and given["arrivals"] is None:
+        found["workload.arrivals"] = "gamma"
+    if given["goodput"] and given["slo_class"]:
+        raise ValueError("slo_class: is not allowed with goodput; allowed: one of the two")
+    if given["goodput"]:
+        words = ":".join(given["goodput"]).split(":")
+        found["workload.slo_classes"] = {"interactive": _promises("goodput", words)}
+    if given["slo_class"]:
+        found["workload.slo_classes"] = dict(_slo_class(text) for text in given["slo_class"])
+    return found
+
+
+def _workload(path: str) -> dict[str, Any]:
+    """A .yaml file holds the whole section, anything else lengths."""
+    from .config_file import read_yaml
+    from .config_schema import ConfigError
+
+    if not path.endswith((".yaml", ".yml")):
+        return {"workload.lengths": path}
+    section = read_yaml(path, "workload")
+    section = section.get("workload", section) if isinstance(section, Mapping) else section
+    if not isinstance(section, Mapping):
+        raise ConfigError("workload", path, "a file with a section of keys and values")
+    lengths = section.get("lengths")
+    beside = Path(path).parent / lengths if isinstance(lengths, str) else None
+    if beside is not None and beside.exists():
+        section = {**section, "lengths": str(beside)}
+    return {f"workload.{key}": value for key, value in section.items()}
+
+
+def _slo_class(text: str) -> tuple[str, dict[str, float]]:
+    """`chat:0.8:ttft:250:tpot:100` to its name and its section."""
+    name, *words = text.split(":")
+    try:
+        share = float(words[0])
+    except (IndexError, ValueError):
+        raise ValueError(f"slo_class: {text!r} is not allowed; allowed: NAME:SHARE:ttft:MS:tpot:MS") from None
+    return name, {"share": share, **_promises("slo_class", words[1:])}
+
+
+def _promises(option: str, words: Sequence[str]) -> dict[str, float]:
+    """`ttft:250:tpot:100` to seconds."""
+    found: dict[str, float] = {}
+    pairs = zip(words[::2], words[1::2], strict=False)
+    for metric, milliseconds in pairs:
+        try:
+            seconds = float(milliseconds) / 1e3
+        except ValueError:
+            raise ValueError(f"{option}: {milliseconds!r} is not allowed; allowed: milliseconds") from None
+        if metric not in ("ttft", "tpot"):
+            raise ValueError(f"{option}: {metric!r} is not allowed; allowed: ttft, tpot")
+        found[f"{metric}_s"] = seconds
+    if len(words) % 2 or not words:
+        raise ValueError(f"{option}: {':'.join(words)!r} is not allowed; allowed: ttft:MS, tpot:MS or both")
+    return found
+
+
+def _check(problem: Problem, given: Mapping[str, Any]) -> None:
+    """ValueError before anything is searched in vain."""
+    from .planner.plan_file import device_of
+
+    if given["choose"] not in CHOICES:
+        raise ValueError(f"choose: {given['choose']!r} is not allowed; allowed: {', '.join(CHOICES)}")
+    device_of(problem, given["device"])
+    if given["report"] is not None:
+        from .planner.report import check_report
+
+        check_report(given["report"])
+    for name in ("output", "save_result"):
+        path = given[name]
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{name}: {path!r} is not allowed; allowed: a file in a folder that exists")
+    if given["output"] is not None and Path(given["output"]).suffix not in (".yaml", ".yml"):
+        raise ValueError(f"output: {given['output']!r} is not allowed; allowed: a file that ends in .yaml or .yml")
+
+
+def _print(problem: Problem, setting: Setting, result: PlanResult, *, verbose: bool) -> None:
+    from rich.console import Console
+
+    from .planner.show import LOG_WIDTH, show
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    show(console, problem, setting, result, verbose=verbose)
+
+
+def _chosen(result: PlanResult, choose: str) -> Evaluation | None:
+    if choose == "best":
+        return result.best
+    found = result.disaggregated if choose == "disaggregated" else result.colocated
+    return found if found is not None and found.goodput.mean > 0.0 else None
+
+
+def _write_plan(
+    display: Display,
+    problem: Problem,
+    setting: Setting,
+    result: PlanResult,
+    chosen: Evaluation | None,
+    given: Mapping[str, Any],
+) -> None:
+    """Writes the file and says what to do with it, or why `serve` will refuse it."""
+    from .config import ConfigError
+    from .config_file import load_config
+    from .planner.plan_file import plan_file
+
+    path = given["output"]
+    if chosen is None:
+        display.line(f"not written {path}: there is no such plan")
+        return
+    file = plan_file(problem, setting, result, chosen, name=Path(path).stem, device=given["device"], command=command())
+    file.save(path)
+    display.line(f"written     {path}" + "".join(f", {name}" for name in file.profiles))
+    try:
+        load_config(path)
+    except ConfigError as error:
+        display.line(f"            tandem serve cannot start it yet: {error}")
+        return
+    display.line(f"start it    tandem serve --config {path}")
+
+
+def command() -> list[str]:
+    """As it was given, for whoever reads the file."""
+    return ["tandem", *sys.argv[1:]]
+
+
+def exit_code(result: PlanResult) -> int:
+    """See `plan`."""
+    best = result.best
+    if best is None or result.infeasible:
+        return INFEASIBLE
+    return RATE_NOT_KEPT if result.target_rate is not None and not best.keeps_target_rate else 0
+
+
+def _save(path: str, problem: Problem, result: PlanResult) -> None:
+    import orjson
+
+    from .config_schema import plain
+
+    found = {"problem": plain(problem), "result": plain(result)}
+    Path(path).write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
