@@ -37,10 +37,12 @@ from .cli_simulate_options import (
     Decode,
     DecodePp,
     DecodeTp,
-    DistServe,
     Dtype,
     Duration,
+    GpusPerNode,
     Hardware,
+    InterNode,
+    IntraNode,
     LocalPrefillThreshold,
     MaxBatchedTokens,
     MaxModelLen,
@@ -69,14 +71,15 @@ from .cli_simulate_options import (
 if TYPE_CHECKING:
     from .bench.simulated import OnProgress, Simulation
     from .cli_display import Display
-    from .sim.scenario import Scenario
 
 FIRST_LINE = "VIRTUAL TIME: nothing is computed and nobody waits; steps take what a latency model says"
 _PATHS = {
     "model": "model",
     "hardware": "hardware",
     "profile": "profile",
-    "distserve": "distserve",
+    "gpus_per_node": "gpus_per_node",
+    "intra_node": "intra_node",
+    "inter_node": "inter_node",
     "dtype": "dtype",
     "prefill": "prefill.workers",
     "prefill_tp": "prefill.tensor_parallel",
@@ -113,7 +116,9 @@ def simulate(
     model: Model = None,
     hardware: Hardware = None,
     profile: Profile = None,
-    distserve: DistServe = None,
+    gpus_per_node: GpusPerNode = None,
+    intra_node: IntraNode = None,
+    inter_node: InterNode = None,
     dtype: Dtype = None,
     prefill: Prefill = None,
     prefill_tp: PrefillTp = None,
@@ -183,7 +188,7 @@ def simulate(
     display = Display()
     display.line(FIRST_LINE)
     simulation = Simulation(scenario)
-    display.line(described(scenario))
+    display.line(described(simulation))
     if sweep:
         raise typer.Exit(_sweep(simulation, output, context.params, display))
     raise typer.Exit(_run(simulation, output, metric_percentiles, display))
@@ -214,8 +219,9 @@ def _promised(pairs: list[str]) -> dict[str, float]:
     return {f"{name}_s": limit / 1e3 for name, limit in promises_ms.items()}
 
 
-def described(scenario: Scenario) -> str:
+def described(simulation: Simulation) -> str:
     """The cluster and the load on one line."""
+    scenario, device = simulation.scenario, simulation.device
     pools = []
     for role, pool in scenario.pools:
         split = f" TP {pool.tensor_parallel}" + (f" PP {pool.pipeline_stages}" if pool.pipeline_stages > 1 else "")
@@ -224,8 +230,8 @@ def described(scenario: Scenario) -> str:
     if scenario.rate is None and scenario.rate_scale != 1.0:
         rate += f", {scenario.rate_scale:g} times faster"
     lengths = scenario.workload.lengths or "random lengths"
-    model = scenario.model or scenario.profile
-    return f"{model} on {scenario.hardware}: {' + '.join(pools)}; {lengths}, {scenario.workload.arrivals.value} {rate}"
+    cluster = f"{device.facts.name} on {device.hardware.name}: {' + '.join(pools)}"
+    return f"{cluster}; {lengths}, {scenario.workload.arrivals.value} {rate}"
 
 
 def _run(simulation: Simulation, output: Any, metric_percentiles: str, display: Display) -> int:

@@ -10,9 +10,15 @@ import typer
 
 Config = Annotated[str | None, typer.Option("--config", metavar="FILE", help="scenario.yaml; flags win over it.")]
 Model = Annotated[str | None, typer.Option(help="Name, e.g. opt-13b, or a config.json. Default: the profile's.")]
-Hardware = Annotated[str | None, typer.Option(help="Name, e.g. a100-80g, or a .yaml file.")]
-Profile = Annotated[str | None, typer.Option(metavar="FILE", help="Steps as `tandem profile` measured them.")]
-DistServe = Annotated[str | None, typer.Option(metavar="FILE", help="Steps from a file of DistServe's simulator.")]
+Hardware = Annotated[str | None, typer.Option(help="Name, e.g. a100-80g, or a .yaml file. Default: the profile's.")]
+GpusPerNode = Annotated[int | None, typer.Option(help="Default: the hardware's.")]
+IntraNode = Annotated[
+    str | None, typer.Option(help="Link inside a node, e.g. nvlink or 300GB/s. Default: the hardware's.")
+]
+InterNode = Annotated[str | None, typer.Option(help="Link between nodes, e.g. 25Gbps. Default: the hardware's.")]
+Profile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Of `tandem profile` or DistServe's simulator: what steps take.")
+]
 Dtype = Annotated[str | None, typer.Option(help="Of weights and activations. Default: bfloat16.")]
 Prefill = Annotated[int | None, typer.Option(help="Prefill workers. Default: 0.")]
 PrefillTp = Annotated[int | None, typer.Option("--prefill-tp", help="Devices that split each layer of one.")]
@@ -33,7 +39,7 @@ DatasetPath = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Lengths, and perhaps arrivals: Mooncake .jsonl or CSV[.gz]. Default: random."),
 ]
-NumPrompts = Annotated[int | None, typer.Option(help="Requests that come.")]
+NumPrompts = Annotated[int | None, typer.Option(help="Requests that come. Default: 1000, or all of a replay.")]
 Duration = Annotated[float | None, typer.Option(help="Virtual seconds for which they come.")]
 RandomInputLen = Annotated[int | None, typer.Option(help="Tokens of a random prompt. Default: 512.")]
 RandomOutputLen = Annotated[int | None, typer.Option(help="Tokens of its answer. Default: 128.")]

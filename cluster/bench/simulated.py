@@ -19,7 +19,7 @@ import orjson
 
 from ..config_schema import ConfigError, plain
 from ..sim.cluster import SimCluster
-from ..sim.compose import cluster_spec, device_model, draw_rows, read_workload
+from ..sim.compose import cluster_spec, draw_rows, read_workload
 from ..sim.prompts import asked
 from ..sim.record import Recorder, attained_by_class, ended, record
 from ..sim.request import Asked, Outcome
@@ -100,7 +100,7 @@ class Simulation:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.device = device_model(scenario)
+        self.device = scenario.device()
         self.workload = read_workload(scenario, self.device)
         self.spec = cluster_spec(scenario, self.device)
         self.promises = {name: promise.slo for name, promise in self.spec.router.promises.items()}
@@ -185,7 +185,7 @@ class Simulation:
             "backend": "simulate",
             "endpoint_type": "simulate",
             "model_id": self.device.facts.name,
-            "hardware": scenario.hardware,
+            "hardware": self.device.hardware.name,
             "dataset_name": "random" if workload.lengths is None else "trace",
             "dataset_path": workload.lengths,
             "num_prompts": planned,

@@ -6,7 +6,7 @@ Plain data, checked when it is made; what it names (a model, a hardware file, a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,10 +157,13 @@ class DeviceSpec:
         return MeasuredCosts(profiles={(1, 1): read_profile(self.profile)})
 
 
-def read_tree(path: str | Path | None, what: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_tree(
+    path: str | Path | None, what: str, overrides: Mapping[str, Any] | None = None, pools: Iterable[str] = ()
+) -> dict[str, Any]:
     """A YAML file of a DeviceSpec's fields and others, and values by dotted path that win over it, ready to be parsed.
 
-    Links may be names, `25Gbps`, `300GB/s` or sections. Files that the YAML names are looked for beside it first.
+    Sections of `pools` may be counts: `prefill: 2` for `prefill: {workers: 2}`. Links may be names, `25Gbps`,
+    `300GB/s` or sections. Files that the YAML names are looked for beside it first.
     ConfigError names what is wrong with it; `what` is the file's name in it.
     """
     data = {} if path is None else read_yaml(path, what)
@@ -168,8 +171,11 @@ def read_tree(path: str | Path | None, what: str, overrides: Mapping[str, Any] |
     if not isinstance(data, Mapping):
         raise ConfigError(what, data, "a section of keys and values")
     tree: dict[str, Any] = copy.deepcopy(dict(data))
+    for name in pools:
+        if name in tree and not isinstance(tree[name], Mapping):
+            tree[name] = {"workers": tree[name]}
     if path is not None:
-        _find_beside(tree, Path(path).parent)
+        _find_beside(tree, Path(path).parent, pools)
     for dotted, value in (overrides or {}).items():
         _assign(tree, dotted, value)
     for name in _LINKS:
@@ -178,13 +184,14 @@ def read_tree(path: str | Path | None, what: str, overrides: Mapping[str, Any] |
     return tree
 
 
-def _find_beside(tree: dict[str, Any], folder: Path) -> None:
+def _find_beside(tree: dict[str, Any], folder: Path, pools: Iterable[str]) -> None:
     """Makes paths of files that lie beside the problem's file, or below, its own; others stay as they are."""
     for name in _PATHS:
         tree.update(_beside(tree, name, folder))
-    workload = tree.get("workload")
-    if isinstance(workload, Mapping):
-        tree["workload"] = {**workload, **_beside(workload, "lengths", folder)}
+    for name, key in (("workload", "lengths"), *((pool, "profile") for pool in pools)):
+        section = tree.get(name)
+        if isinstance(section, Mapping):
+            tree[name] = {**section, **_beside(section, key, folder)}
 
 
 def _beside(section: Mapping[str, Any], name: str, folder: Path) -> dict[str, str]:

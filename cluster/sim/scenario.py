@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..config_file import read_yaml
 from ..config_schema import Bytes, ConfigError, OneOf, Text, Within, check, parse
-from ..latency.links import LinkTerms
-from ..latency.memory import DEFAULT_UTILIZATION
-from ..latency.model_facts import DTYPE_BYTES
 from ..types import Role
 from ..workload.spec import Arrivals, WorkloadSpec
+from .device_spec import DeviceSpec, read_tree
 
+DEFAULT_REQUESTS = 1000
 _POOLS = tuple(role.value for role in (Role.PREFILL, Role.DECODE, Role.MIXED))
 Count = Annotated[int, Within(1, 2**20)]
 Seconds = Annotated[float, Within(0.0, 60.0)]
@@ -44,20 +42,7 @@ class PoolSection:
     kv_cache_bytes: Annotated[int | None, Bytes(), Within(1)] = None
     """KV memory of a worker; None: what weights and activations leave of its devices."""
     profile: Annotated[str | None, Text()] = None
-    """A measured profile of this split; None: the scenario's."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinksSection:
-    """What KV crosses; None: the profile's measured link (`mapped`, `grpc`), else the hardware's."""
-
-    inside: LinkTerms | None = None
-    """Between two workers of one node."""
-    between: LinkTerms | None = None
-    """Out of a node, and into one."""
+    """A step profile of this split; None: what the scenario's devices take for it."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -83,31 +68,13 @@ class RouterSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scenario:
+class Scenario(DeviceSpec):
     """Everything that a simulation depends on."""
 
-    model: Annotated[str | None, Text()] = None
-    """A registered model's name, or a `config.json`; None: the one that was profiled."""
-    dtype: Annotated[str, OneOf(tuple(DTYPE_BYTES))] = "bfloat16"
-    kv_dtype: Annotated[str | None, OneOf(tuple(DTYPE_BYTES))] = None
-    hardware: Annotated[str | None, Text()] = None
-    """A known device's name, or a .yaml file."""
-    profile: Annotated[str | None, Text()] = None
-    """Steps as `tandem profile` measured them, in place of the hardware's roofline."""
-    distserve: Annotated[str | None, Text()] = None
-    """Steps from a file of DistServe's simulator, `model` as the file calls it."""
-    utilization: Annotated[float, Within(0.0, 1.0, above=True)] = DEFAULT_UTILIZATION
-    """Of a device's memory."""
-    block_size: Annotated[int, Within(1, 4096)] = 16
-    max_model_len: Annotated[int | None, Within(2, 2**24)] = None
-    """Longest prompt and answer together; None: the model's."""
     prefix_cache: bool = True
-    devices_per_node: Annotated[int | None, Within(1, 1024)] = None
-    """None: the hardware's."""
     prefill: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
     decode: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
     mixed: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
-    links: LinksSection = field(default_factory=LinksSection)
     router: RouterSection = field(default_factory=RouterSection)
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
     rate: Annotated[float | None, Within(0.0, 1e6, above=True)] = None
@@ -117,16 +84,11 @@ class Scenario:
     seconds: Annotated[float | None, Within(0.0, 1e7, above=True)] = None
     """For how long requests come."""
     num_requests: Annotated[int | None, Within(1, 2**20)] = None
+    """None: those of `seconds`, else all of a replay, else DEFAULT_REQUESTS."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
-        check(self)
-        if self.hardware is None:
-            raise ConfigError("hardware", None, "a known device's name or a .yaml file: memory and links come from it")
-        if self.model is None and self.profile is None:
-            raise ConfigError("model", None, "a known model's name or a config.json")
-        if self.distserve is not None and self.profile is not None:
-            raise ConfigError("distserve", self.distserve, "nothing where profile is given")
+        DeviceSpec.__post_init__(self)
         if self.rate_scale != 1.0 and (self.rate is not None or self.workload.arrivals is not Arrivals.TRACE):
             raise ConfigError(
                 "rate_scale", self.rate_scale, "1, or any where arrivals are a trace's and rate is not given"
@@ -145,23 +107,7 @@ class Scenario:
 
 
 def read_scenario(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Scenario:
-    """The scenario in a YAML file (None: an empty one), with values by dotted path that win over it."""
-    data = {} if path is None else read_yaml(path, "scenario") or {}
-    if not isinstance(data, Mapping):
-        raise ConfigError("scenario", str(path), "a file of keys and values")
-    tree = {key: _section(key, value) for key, value in data.items()}
-    for dotted, value in (overrides or {}).items():
-        *parents, name = dotted.split(".")
-        section: dict[str, Any] = tree
-        for parent in parents:
-            below = section.setdefault(parent, {})
-            if not isinstance(below, Mapping):
-                raise ConfigError(parent, below, "a section of keys and values")
-            section[parent] = section = dict(below)
-        section[name] = value
-    return parse(Scenario, tree)
-
-
-def _section(name: object, value: Any) -> Any:
-    """`prefill: 2` means `prefill: {workers: 2}`."""
-    return {"workers": value} if name in _POOLS and not isinstance(value, Mapping) else value
+    """The scenario in a YAML file (None: an empty one), with values by dotted path that win over it: see
+    `device_spec.read_tree`.
+    """
+    return parse(Scenario, read_tree(path, "scenario", overrides, _POOLS))
