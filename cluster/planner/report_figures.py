@@ -238,21 +238,24 @@ def _draw_map(
     best: tuple[int, int] | None,
 ) -> None:
     """Squares colored by value; `x`: refused, `-`: hopeless, `<`: only bounded, `~`: only estimated; best framed."""
+    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     if not rows or not columns:
         _nothing(axes)
         return
-    values = np.array([[cell.value if cell.fate in _LOOKED else np.nan for cell in row] for row in cells])
-    top = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
-    axes.imshow(values, cmap="Blues", vmin=0.0, vmax=top * 1.25 or 1.0, aspect="auto")
+    top = max((cell.value for row in cells for cell in row if cell.fate in _LOOKED), default=0.0)
+    shade = colormaps["Blues"]
     small = len(columns) > 7 or len(rows) > 7
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
             text, color = _cell_text(cell, small)
+            face = shade(cell.value / (top * 1.25)) if cell.fate in _LOOKED and top else "white"
             if cell.fate in (Fate.REFUSED, Fate.HOPELESS):
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f0f0f0", edgecolor=_EDGE, hatch="///"))
-            elif cell.fate in _LOOKED and cell.value > 0.75 * top:
+            else:
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="white", linewidth=1.5))
+            if cell.fate in _LOOKED and cell.value > 0.75 * top:
                 color = "white"
             axes.text(x, y, text, ha="center", va="center", fontsize=6.5 if small else 8, color=color)
     if best is not None:
@@ -260,10 +263,9 @@ def _draw_map(
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#c0392b", linewidth=2.2))
     axes.set_xticks(range(len(columns)), columns, fontsize=7.5, rotation=45 if len(columns) > 5 else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=7.5)
-    axes.tick_params(length=0, which="both")
-    axes.set_xticks([x + 0.5 for x in range(len(columns) - 1)], minor=True)
-    axes.set_yticks([y + 0.5 for y in range(len(rows) - 1)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(length=0)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def _cell_text(cell: Cell, small: bool) -> tuple[str, str]:

@@ -1,0 +1,168 @@
+"""plan.yaml: a cluster's configuration that loads, says what was predicted, and can be compared by diff."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plan_cases import evaluated, mixed, opt, result, split
+from tandem.cluster.config import ClusterConfig, ConfigError
+from tandem.cluster.config_file import load_config
+from tandem.cluster.latency.links import LinkTerms
+from tandem.cluster.latency.measured import MeasuredProfile, MeasuredStep, Measurement
+from tandem.cluster.latency.profile import DecodeTerms, StepProfile, read_profile
+from tandem.cluster.models.registry import CONFIGS
+from tandem.cluster.planner.plan_file import PlanFile, device_of, plan_file
+from tandem.cluster.planner.problem import Problem, load_problem
+from tandem.cluster.planner.result import Evaluation
+from tandem.cluster.planner.setting import setting_of
+from tandem.cluster.types import Role
+
+DECODE = DecodeTerms(step_s=0.01, row_s=1e-4, context_token_s=1e-6)
+STEPS = StepProfile(prefill_step_s=0.02, prefill_token_s=1e-4, decode=DECODE, large_decode=DECODE, large_batch_rows=1)
+
+
+def written(problem: Problem, chosen: Evaluation, **options: Any) -> PlanFile:
+    return plan_file(problem, setting_of(problem), result(disaggregated=chosen), chosen, **options)
+
+
+def loaded(folder: Path, file: PlanFile) -> ClusterConfig:
+    file.save(folder / "plan.yaml")
+    return load_config(folder / "plan.yaml")
+
+
+def profiled(folder: Path, **changes: Any) -> Problem:
+    """A laptop that was measured with two threads."""
+    values: dict[str, Any] = {
+        "model": "smollm2-135m",
+        "model_config": CONFIGS["smollm2-135m"],
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "threads": 1,
+        "block_size": 32,
+        "kv_token_bytes": 23040,
+        "machine": "a laptop",
+        "memory_bytes": 8 * 2**30,
+        "steps": {"p": MeasuredStep(prefill_tokens=64, prefill_squares=4096, times_s=(0.01, 0.011))},
+        "links": {"mapped": LinkTerms(bandwidth_gb_s=2.0)},
+        "engine_overhead_s": 0.001,
+    }
+    profile = MeasuredProfile(steps=STEPS, measured=Measurement(**(values | changes)))
+    profile.save(folder / "laptop.json")
+    wanted = {
+        "profile": str(folder / "laptop.json"),
+        "gpus_per_node": 2,
+        "workload.input_tokens": 64,
+        "workload.output_tokens": 16,
+        "workload.slo_classes": {"chat": {"ttft_s": 1.0, "tpot_s": 0.2}},
+    }
+    return load_problem(None, wanted)
+
+
+def test_a_disaggregated_plan_is_a_cluster(tmp_path: Path) -> None:
+    config = loaded(tmp_path, written(opt(), evaluated(split(1, 2), 6.0)))
+    assert (config.prefill, config.decode, config.mixed) == (1, 2, 0)
+    prefill, decode = config.engine_of(Role.PREFILL), config.engine_of(Role.DECODE)
+    assert (prefill.device, prefill.model, prefill.tensor_parallel) == ("paced", "dummy:opt-13b", 2)
+    assert decode.tensor_parallel == 1
+    assert prefill.kv_cache_bytes > 2 * decode.kv_cache_bytes, "two devices, one set of weights"
+    assert decode.kv_cache_bytes % (16 * 2 * 40 * 5120 * 2) == 0, "whole blocks"
+    assert config.router.slo == replace(config.router.slo, ttft_s=0.25, tpot_s=0.1)
+    assert config.router.slo_classes["chat"].tpot_s == 0.1
+    assert config.worker_cpus * 3 < 2, "any plan starts on two cores"
+
+
+def test_what_was_predicted_goes_with_it(tmp_path: Path) -> None:
+    plan = loaded(tmp_path, written(opt(), evaluated(split(), 6.0))).router.plan
+    assert plan is not None
+    assert (plan.predicted_attainment, plan.predicted_by_class, plan.rate) == (0.912, {"chat": 0.912}, 6.0)
+    assert (plan.ttft_ms.p50, plan.ttft_ms.p99, plan.tpot_ms.p90) == (81.23, 400.0, 31.0)
+    assert plan.goodput_per_gpu == 2.0
+    assert plan.placement == "1 x prefill TP 2 + 1 x decode TP 1"
+    assert "512 tokens in, 64 out" in str(plan.workload)
+    assert "seeds 0 to 2" in str(plan.made_with)
+    bare = written(opt(), replace(evaluated(split(), 6.0), prediction=None))
+    [plan_text] = [bare.text[bare.text.index("\nplan:") :]]
+    assert "predicted_attainment" not in plan_text
+
+
+def test_a_colocated_plan_is_one_pool(tmp_path: Path) -> None:
+    config = loaded(tmp_path, written(opt(), evaluated(mixed(4, 256), 5.0)))
+    assert (config.prefill, config.decode, config.mixed) == (0, 0, 4)
+    assert config.engine_of(Role.MIXED).max_batched_tokens == 256
+
+
+def test_the_paced_workers_take_what_the_roofline_says(tmp_path: Path) -> None:
+    problem = opt()
+    config = loaded(tmp_path, written(problem, evaluated(split(), 6.0)))
+    for role, tensor in ((Role.PREFILL, 2), (Role.DECODE, 1)):
+        path = config.engine_of(role).paced_profile
+        assert path is not None
+        costs = problem.device().source.costs(tensor, 1)
+        for shape in ((512, 512**2, 0, 0), (0, 0, 16, 16 * 600)):
+            assert read_profile(path).step_time_s(*shape) == pytest.approx(costs.step_time_s(*shape), rel=0.15)
+
+
+def test_a_profiled_engine_is_served_as_it_was_measured(tmp_path: Path) -> None:
+    problem = profiled(tmp_path, quantization="w8a8")
+    chosen = evaluated(split(prefill_tp=1), 3.0)
+    config = loaded(tmp_path, written(problem, chosen))
+    engine = config.engine_of(Role.PREFILL)
+    assert (engine.model, engine.device, engine.threads, engine.block_size) == ("smollm2-135m", "cpu", 1, 32)
+    assert (engine.quantization, engine.paced_profile) == ("w8a8", None)
+    assert engine.kv_cache_bytes < 4 * 2**30, "what one of two workers has of the machine"
+    rehearsal = loaded(tmp_path, written(problem, chosen, device="paced"))
+    assert (rehearsal.engine.device, rehearsal.engine.model) == ("paced", "dummy:smollm2-135m")
+    path = rehearsal.engine_of(Role.DECODE).paced_profile
+    assert path is not None
+    assert read_profile(path) == STEPS, "without the engine's overhead: real workers have their own"
+
+
+def test_what_cannot_be_served_yet_is_refused_by_its_field(tmp_path: Path) -> None:
+    deep = split()
+    deep = replace(deep, pools=(deep.pools[0], replace(deep.pools[1], pipeline_stages=2)))
+    with pytest.raises(ConfigError, match=r"decode\.engine\.pipeline_stages: 2 .*cannot be served yet"):
+        loaded(tmp_path, written(opt(), evaluated(deep, 6.0)))
+
+
+def test_the_head_says_how_it_was_made() -> None:
+    text = written(opt(), evaluated(split(), 6.0), command=["tandem", "plan", "--model", "opt 13b"]).text
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert "1 x prefill TP 2 + 1 x decode TP 1" in head[0]
+    joined = "\n".join(head)
+    assert "tandem plan --model 'opt 13b'" in joined
+    assert "node-0    prefill-0, decode-0" in joined
+    assert "computes nothing" in joined
+    assert "TTFT 250 ms and TPOT 100 ms" in joined
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_two_plans_differ_where_they_differ() -> None:
+    one, same, other = (
+        written(opt(), evaluated(split(1, count), goodput, prediction=None)).text.splitlines()
+        for count, goodput in ((1, 6.0), (1, 6.0), (2, 6.0))
+    )
+    assert one == same
+    keys = [line.split(":")[0] for line in one if not line.startswith("#")]
+    assert keys == [line.split(":")[0] for line in other if not line.startswith("#")], "the same keys in the same order"
+
+
+def test_several_classes_each_have_their_promise(tmp_path: Path) -> None:
+    classes = {
+        "gold": {"share": 0.25, "ttft_s": 0.1, "queue_share": 0.7},
+        "chat": {"share": 0.75, "ttft_s": 0.25, "tpot_s": 0.1},
+    }
+    router = loaded(tmp_path, written(opt(workload__slo_classes=classes), evaluated(split(), 6.0))).router
+    assert (router.slo.ttft_s, router.slo.tpot_s) == (0.25, 0.1), "who names no class is like most"
+    assert (router.slo_classes["gold"].ttft_s, router.slo_classes["gold"].tpot_s) == (0.1, None)
+    assert router.slo_classes["gold"].share == 0.7
+
+
+def test_a_device_that_there_is_not() -> None:
+    assert device_of(opt()) == "paced"
+    assert device_of(opt(model="smollm2-135m", hardware="cpu-avx2")) == "cpu"
+    assert device_of(opt(), "cpu") == "cpu"
+    with pytest.raises(ConfigError, match="device: 'cuda' is not allowed; allowed: one of cpu, paced"):
+        device_of(opt(), "cuda")

@@ -1,0 +1,173 @@
+"""What a plan is asked for: from a file and flags, and what is wrong with it named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plan_cases import OPT, opt
+from tandem.cluster.latency.links import KNOWN_LINKS, link_of
+from tandem.cluster.latency.profile import DecodeTerms, StepProfile
+from tandem.cluster.planner.problem import Problem, load_problem
+from tandem.cluster.sim.deploy import DistServeCosts, MeasuredCosts, RooflineCosts
+
+FILE = """
+model: opt-13b
+hardware: a100-80g
+nodes: 2
+gpus_per_node: 4
+inter_node: 25Gbps
+intra_node: {bandwidth_gb_s: 300, latency_us: 5}
+memory_bytes: 40GiB
+workload:
+  lengths: pool.csv
+  arrivals: gamma
+  burstiness: 0.5
+  slo_classes:
+    chat: {share: 0.8, ttft_s: 0.25, tpot_s: 0.1}
+    batch: {share: 0.2}
+rate: 12
+price_per_gpu_hour: 2.5
+search: {seeds: 3, seed: 7, processes: 2, time_limit_s: 20}
+"""
+POOL = "arrival_s,input_tokens,output_tokens\n,100,20\n,300,40\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "problem.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_with_everything(tmp_path: Path) -> None:
+    (tmp_path / "pool.csv").write_text(POOL)
+    problem = load_problem(write(tmp_path, FILE), {"search.seeds": 4})
+    assert (problem.gpus, problem.rate, problem.search.seeds, problem.search.seed) == (8, 12, 4, 7)
+    inside, between = problem.links()
+    assert (inside.bandwidth_gb_s, inside.latency_us, between.bandwidth_gb_s) == (300, 5, 3.125)
+    device = problem.device()
+    assert (device.facts.name, device.hardware.memory_bytes) == ("opt-13b", 40 * 2**30)
+    assert device.hardware.devices_per_node == 4
+    assert device.hardware.inter_node.bandwidth_gb_s == 3.125
+    assert isinstance(device.source, RooflineCosts)
+    assert {row.input_tokens for row in problem.requests().pool} == {100, 300}, "the file beside the problem's"
+
+
+def test_what_is_not_said_is_the_hardwares(tmp_path: Path) -> None:
+    problem = opt(gpus_per_node=None)
+    assert (problem.nodes, problem.node_gpus, problem.gpus) == (1, 8, 8)
+    assert problem.links()[0].bandwidth_gb_s == problem.device_hardware().intra_node.bandwidth_gb_s
+    assert problem.attainment == 0.9
+    assert problem.device().context_tokens == 2048
+
+
+def test_a_profile_stands_for_the_roofline(tmp_path: Path) -> None:
+    decode = DecodeTerms(step_s=0.01, row_s=1e-4, context_token_s=1e-6)
+    steps = StepProfile(
+        prefill_step_s=0.01, prefill_token_s=1e-4, decode=decode, large_decode=decode, large_batch_rows=1
+    )
+    steps.save(tmp_path / "steps.json")
+    source = opt(profile=str(tmp_path / "steps.json")).device().source
+    assert source == MeasuredCosts(profiles={(1, 1): steps})
+
+
+def test_a_file_of_distserve(tmp_path: Path) -> None:
+    path = tmp_path / "profiler.json"
+    path.write_text(json.dumps({"facebook/opt-13b": {"1": {}}, "facebook/opt-66b": {"2": {}}}))
+    assert opt(profile=str(path)).device().source == DistServeCosts(path=str(path), model="facebook/opt-13b")
+    with pytest.raises(
+        ValueError, match=r"model: 'opt-6\.7b' is not allowed; allowed: one that .* has: facebook/opt-1"
+    ):
+        opt(model="opt-6.7b", profile=str(path)).device()
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"model": None}, r"model: is missing; allowed: a registered name"),
+    ({"hardware": None}, r"hardware: is missing; allowed: the name of a hardware file"),
+    ({"workload.slo_classes": {}}, r"workload\.slo_classes: is missing; allowed: a class with ttft_s or tpot_s"),
+    ({"workload.slo_classes": {"a": {"share": 1.0}}}, r"workload\.slo_classes: is missing"),
+    ({"workload.slo_classes": {"a": {"ttft_s": 0}}}, r"workload\.slo_classes\.a\.ttft_s: 0 .* above 0"),
+    ({"workload.slo_classes": {"a": {"tttf_s": 1}}}, r"workload\.slo_classes\.a\.tttf_s.*did you mean ttft_s"),
+    ({"workload.slo_classes": {"a": {"ttft_s": 1, "share": 0.5}}}, r"workload\.slo_classes: .*0\.5.* add up to 1"),
+    ({"workload.arrivals": "poison"}, r"workload\.arrivals: 'poison' .*poisson, gamma"),
+    ({"workload.burstiness": 2}, r"workload\.burstiness: 2 .*gamma"),
+    ({"workload": [1]}, r"workload: \[1\] is not allowed; allowed: a section"),
+    ({"dtype": "bf16"}, r"dtype: 'bf16' .*one of float32, bfloat16"),
+    ({"nodes": 0}, r"nodes: 0 .*at least 1"),
+    ({"nodes": 1.5}, r"nodes: 1\.5 .*a whole number"),
+    ({"nodes": 1000}, r"nodes: 1000 .*at most 1024 devices in all"),
+    ({"gpus_per_node": "four"}, r"gpus_per_node: 'four' .*a whole number"),
+    ({"inter_node": "nvlink9"}, r"inter_node: 'nvlink9' .*did you mean nvlink4.*ethernet-25g"),
+    ({"inter_node": 25}, r"inter_node: 25 .*gigabits like 25Gbps"),
+    ({"intra_node": {"bandwidth": 3}}, r"intra_node\.bandwidth.*did you mean bandwidth_gb_s"),
+    ({"memory_bytes": "80 apples"}, r"memory_bytes: '80 apples' .*512MiB"),
+    ({"utilization": 1.2}, r"utilization: 1\.2 .*above 0, at most 1"),
+    ({"attainment": 90}, r"attainment: 90 .*above 0, at most 1"),
+    ({"rate": 0}, r"rate: 0 .*above 0"),
+    ({"price_per_gpu_hour": -1}, r"price_per_gpu_hour: -1 .*above 0"),
+    ({"search.seeds": 1}, r"search\.seeds: 1 .*at least 2"),
+    ({"search.processes": 0}, r"search\.processes: 0 .*at least 1"),
+    ({"search.time_limit_s": 0}, r"search\.time_limit_s: 0 .*above 0"),
+    ({"search": 5}, r"search: 5 .*a section"),
+    ({"gpu_per_node": 4}, r"gpu_per_node.*did you mean gpus_per_node"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error"), WRONG)
+def test_what_is_wrong_is_named(changes: dict[str, Any], error: str) -> None:
+    wanted = {name: value for name, value in {**OPT, **changes}.items() if value is not None}
+    if "workload" in wanted:
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("workload.")}
+    with pytest.raises(ValueError, match=error):
+        load_problem(None, wanted)
+
+
+READ_LATER: list[tuple[dict[str, Any], str]] = [
+    ({"model": "opt-14b"}, r"'opt-14b' is not known.*did you mean 'opt-13b'"),
+    ({"hardware": "a100"}, r"hardware: 'a100' .*did you mean a100-80g"),
+    ({"hardware": "/nowhere.yaml"}, r"hardware: '/nowhere\.yaml' .*a readable YAML file"),
+    ({"profile": "/nowhere.json"}, r"profile: /nowhere\.json cannot be read"),
+    ({"workload.input_tokens": 3000}, r"workload\.input_tokens: '3064 tokens of prompt.*at most 2048"),
+    (
+        {"workload.input_tokens": None, "workload.output_tokens": None, "workload.lengths": "/no.csv"},
+        r"workload.*/no\.csv",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error"), READ_LATER)
+def test_what_cannot_be_read_is_named(changes: dict[str, Any], error: str) -> None:
+    wanted = {name: value for name, value in {**OPT, **changes}.items() if value is not None}
+    problem = load_problem(None, wanted)
+    with pytest.raises(ValueError, match=error):
+        problem.check_files()
+
+
+@pytest.mark.parametrize(("text", "error"), [("- 1", "problem: .*a section"), ("model: [", "problem: .*valid YAML")])
+def test_a_file_that_is_none(tmp_path: Path, text: str, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        load_problem(write(tmp_path, text))
+
+
+def test_a_problem_says_itself_again() -> None:
+    from tandem.cluster.config_schema import parse, plain
+
+    problem = opt(inter_node="ethernet-25g")
+    assert parse(Problem, plain(problem)) == problem
+
+
+@pytest.mark.parametrize(
+    ("value", "gigabytes"),
+    [("25Gbps", 3.125), ("200 Gb/s", 25.0), ("300GB/s", 300.0), ("pcie4", 25.2), ({"bandwidth_gb_s": 2}, 2.0)],
+)
+def test_links_by_any_name(value: Any, gigabytes: float) -> None:
+    assert link_of(value).bandwidth_gb_s == gigabytes
+
+
+def test_known_links_are_faster_by_generation() -> None:
+    speeds = {name: link.bandwidth_gb_s for name, link in KNOWN_LINKS.items()}
+    assert speeds["pcie3"] < speeds["pcie4"] < speeds["pcie5"]
+    assert speeds["ethernet-25g"] == pytest.approx(25 / 8 * 0.94)
+    assert speeds["ethernet-400g"] < 400 / 8

@@ -1,0 +1,125 @@
+"""The answer in sentences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from plan_cases import evaluated, mixed, opt, refused, result, split
+from tandem.cluster.planner.result import Interval, Marginal, PlanResult
+from tandem.cluster.planner.verdict import Answer, answer_of, binding_of, cost_of, for_rate, marginal_of, verdict
+from tandem.cluster.planner.words import number, promises_text, signed, workload_text
+from tandem.cluster.types import Role
+
+NOTHING: dict[str, Any] = {"difference": None, "marginal": ()}
+
+
+def between(low: float, high: float) -> PlanResult:
+    return result(difference=Interval(mean=(low + high) / 2, low=low, high=high))
+
+
+@pytest.mark.parametrize(
+    ("found", "answer", "words"),
+    [
+        (between(0.41, 0.59), Answer.DISAGGREGATE, "Disaggregate: disaggregated has 33 % more goodput per GPU"),
+        (between(0.41, 0.59), Answer.DISAGGREGATE, "(95 % interval 27 to 39 %): 2.00 against 1.50 requests/s per GPU."),
+        (between(-0.4, -0.2), Answer.COLOCATE, "Do not disaggregate: disaggregated has 20 % less goodput per GPU"),
+        (between(-0.4, -0.2), Answer.COLOCATE, "(95 % interval 13 to 27 %)"),
+        (between(-0.1, 0.3), Answer.NOT_CLEAR, "Not clear whether to disaggregate: 2.00 against 1.50"),
+        (between(-0.1, 0.3), Answer.NOT_CLEAR, "difference +0.100, 95 % interval -0.100 to +0.300, which holds 0."),
+        (between(0.0, 0.3), Answer.NOT_CLEAR, "which holds 0"),
+        (
+            result(disaggregated=None, explored=(refused(split()),), **NOTHING),
+            Answer.COLOCATE,
+            "Do not disaggregate: no disaggregated plan is possible here (opt-13b does not fit: 80.00 GiB",
+        ),
+        (
+            result(colocated=None, explored=(refused(mixed(), "weights do not fit"),), **NOTHING),
+            Answer.DISAGGREGATE,
+            "Disaggregate: no colocated plan is possible here (weights do not fit), and the other kind reaches 2.00",
+        ),
+        (
+            result(colocated=replace(evaluated(mixed(), 1.0), goodput=Interval(mean=0, low=0, high=0), why="too slow")),
+            Answer.DISAGGREGATE,
+            "Disaggregate: the best colocated plan serves nothing (too slow)",
+        ),
+        (
+            result(infeasible="even one unloaded request takes 300 ms", disaggregated=None, colocated=None, **NOTHING),
+            Answer.INFEASIBLE,
+            "infeasible: even one unloaded request takes 300 ms",
+        ),
+        (
+            result(infeasible="infeasible: even one", disaggregated=None, colocated=None, **NOTHING),
+            Answer.INFEASIBLE,
+            "infeasible: even one",
+        ),
+        (
+            result(disaggregated=None, colocated=None, explored=(), **NOTHING),
+            Answer.INFEASIBLE,
+            "infeasible: no placement",
+        ),
+    ],
+)
+def test_the_verdict(found: PlanResult, answer: Answer, words: str) -> None:
+    assert answer_of(found) is answer
+    assert words in verdict(found)
+    assert "\n" not in verdict(found)
+    assert verdict(found).count("infeasible") <= 1
+
+
+def test_a_rate_that_was_asked_for() -> None:
+    kept = replace(evaluated(split(), 6.0), keeps_target_rate=True)
+    lost = replace(evaluated(mixed(), 4.5), keeps_target_rate=False)
+    found = result(disaggregated=kept, colocated=lost, target_rate=5.0)
+    assert for_rate(found) == "5.00 requests/s take: disaggregated 3 GPUs, colocated not by 3 GPUs."
+    assert for_rate(result()) == ""
+
+
+def test_what_more_workers_bring() -> None:
+    more = Marginal(role=Role.PREFILL, gpus=2, goodput=8.2, gain=2.2)
+    assert marginal_of(more) == (
+        "1 more prefill worker (2 GPUs) brings +2.20 requests/s, +1.10 per added GPU (to 8.20 in all)"
+    )
+    assert marginal_of(replace(more, gpus=1, gain=0.001)).endswith("(1 GPU) brings nothing that shows")
+    assert "-0.500 requests/s" in marginal_of(replace(more, gain=-0.5))
+
+
+def test_what_binds_and_what_it_costs() -> None:
+    one = evaluated(split(), 6.0)
+    assert binding_of(one) == "TTFT of chat, in 83 % of what misses"
+    assert binding_of(replace(one, binding=None)) == ""
+    hourly = 3 * 2.0  # GPUs times price
+    tokens_per_hour = 6.0 * (512 + 64) * 3600
+    assert cost_of(one, result(), 2.0) == pytest.approx(hourly / tokens_per_hour * 1e6)
+    kept = replace(one, keeps_target_rate=True)
+    assert cost_of(kept, result(target_rate=3.0), 2.0) == pytest.approx(2 * cost_of(one, result(), 2.0))
+    assert cost_of(replace(kept, keeps_target_rate=False), result(target_rate=9.0), 2.0) == cost_of(one, result(), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (1.5, "1.50"),
+        (0.01234, "0.0123"),
+        (123.4, "123"),
+        (54321.0, "54321"),
+        (2e7, "2e+07"),
+        (1e-6, "1e-06"),
+    ],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert number(value) == text
+    assert signed(-value) == (f"-{text}" if value else "+0")
+    assert number(float("inf")) == "-"
+
+
+def test_a_workload_in_words() -> None:
+    assert workload_text(opt()) == "512 tokens in, 64 out; arrivals poisson"
+    varied = opt(workload__range_ratio=0.3, workload__arrivals="gamma", workload__burstiness=0.5)
+    assert workload_text(varied) == "512 tokens in, 64 out +-30 %; arrivals gamma with burstiness 0.5"
+    classes = {"chat": {"share": 0.75, "ttft_s": 0.25, "tpot_s": 0.1}, "batch": {"share": 0.25}}
+    assert promises_text(opt(workload__slo_classes=classes)) == (
+        "chat (75 %): TTFT 250 ms and TPOT 100 ms; batch (25 %): nothing promised; 90 % of each class"
+    )
