@@ -35,6 +35,8 @@ class SentLoad:
         """Those of them that are due at no time: the worker computes before them what is."""
         self.decode_rows = 0
         """Choices that this router decodes there now."""
+        self.version = 0
+        """Counts the changes of these."""
         self._tpot_promises_s: dict[float, int] = {}
         """What those choices were promised as time per output token, inf for nothing, with how many it was."""
         self._on_less = on_less
@@ -51,22 +53,26 @@ class SentLoad:
 
     def prompt_sent(self, tokens: int, patient_tokens: int) -> None:
         """A prompt of so many tokens to compute, of which so many are due at no time, is on its way there."""
+        self.version += 1
         self.queued_prefill_tokens += tokens
         self.patient_prefill_tokens += patient_tokens
 
     def prompt_done(self, tokens: int, patient_tokens: int) -> None:
         """It waits there no longer."""
+        self.version += 1
         self.queued_prefill_tokens -= tokens
         self.patient_prefill_tokens -= patient_tokens
         self._on_less()
 
     def row_begun(self, tpot_s: float) -> None:
         """A choice that was promised `tpot_s` is decoded there."""
+        self.version += 1
         self.decode_rows += 1
         self._tpot_promises_s[tpot_s] = self._tpot_promises_s.get(tpot_s, 0) + 1
 
     def row_ended(self, tpot_s: float) -> None:
         """It is no longer."""
+        self.version += 1
         self.decode_rows -= 1
         left = self._tpot_promises_s.pop(tpot_s) - 1
         if left:

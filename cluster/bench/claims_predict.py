@@ -9,7 +9,7 @@ from ..latency.profile import read_profile
 from ..sim.cluster import ClusterSpec, SimCluster
 from ..sim.request import Asked, Outcome
 from ..sim.router import RouterSpec
-from ..sim.worker import WorkerSpec
+from ..sim.worker_spec import WorkerSpec
 from ..types import Role
 from ..workload.report import RequestRecord
 from ..workload.sweep import SweepResult

@@ -280,6 +280,20 @@ class Scheduler:
 
     # ---------------------------------------------------------------- reports
 
+    @property
+    def waiting(self) -> int:
+        """Sequences that have no blocks yet."""
+        return self._queue.waiting
+
+    def drawn(self, seq_id: str) -> int:
+        """Output tokens that sequence has so far, those of earlier attempts included; 0 if there is none."""
+        seq = self._sequences.get(seq_id)
+        return 0 if seq is None else len(seq.outputs)
+
+    def decodes(self, seq_id: str) -> bool:
+        """Whether it is in the running batch."""
+        return seq_id in self._running
+
     def load(self) -> EngineLoad:
         """Counts for heartbeats and metrics. O(sequences)."""
         return EngineLoad(

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 from ..latency.links import Link
-from ..types import Role
+from ..types import EngineLoad, Role
 from .links import Medium
 from .member import SimMember
+from .observer import Observer, WorkerSample
 from .request import Asked, Outcome
 from .router import RouterSpec, SimRouter
 from .timeline import Timeline
-from .worker import SimWorker, WorkerSpec
+from .worker import SimWorker, Wiring
+from .worker_spec import WorkerSpec
+
+Decided = Callable[[float, Sequence[Outcome]], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A worker that fails: everything that it held and ran is lost."""
+
+    worker_id: str
+    at_s: float
+    back_s: float | None = None
+    """When it is there again, empty; None: never."""
+    silent: bool = False
+    """Its machine is gone, and nobody is told: the router finds out by the heartbeats that do not come. Else its
+    process has died, and its streams break at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,53 +45,59 @@ class ClusterSpec:
     """Between two workers of one node; each node has one such medium a direction."""
     between: Link
     """Out of a node, and into one."""
+    failures: tuple[Failure, ...] = ()
 
 
 class SimCluster:
     """One run: `run` once."""
 
-    def __init__(self, spec: ClusterSpec) -> None:
-        """ValueError where the workers are neither mixed ones nor prefill and decode."""
-        roles = {worker.role for worker in spec.workers}
-        if roles not in ({Role.MIXED}, {Role.PREFILL, Role.DECODE}):
-            found = ", ".join(sorted(roles)) or "none"
-            raise ValueError(f"workers: {found} are not allowed; allowed: mixed ones, or prefill and decode")
+    def __init__(self, spec: ClusterSpec, observer: Observer | None = None) -> None:
+        """ValueError where no worker, or no two of them, can serve a request, or a failure makes no sense."""
+        _check(spec)
         self.timeline = Timeline()
         self._spec = spec
+        self._observer = observer
         self._in_flight = 0
-        self.workers = [
-            SimWorker(self.timeline, worker, epoch=number, rpc_s=spec.router.rpc_s)
-            for number, worker in enumerate(spec.workers, 1)
-        ]
-        self._members = [SimMember(worker) for worker in self.workers]
-        self.router = SimRouter(self.timeline, spec.router, self._members, self._on_end)
-        self._by_id = {worker.spec.worker_id: worker for worker in self.workers}
+        self._epochs: Iterator[int] = count(1)
+        spans = observer if observer is not None and observer.wants_spans else None
+        self._by_id: dict[str, SimWorker] = {}
         self._links: dict[str, Medium] = {}
-        for worker in self.workers:
-            worker.wire(
-                find=self._by_id.get,
-                links=self._links_between,
-                on_heard=self.router.on_heard,
-                on_refused=self.router.on_refused,
-            )
+        self._wiring = Wiring(
+            find=self._living,
+            links=self._links_between,
+            heard=lambda heard: self.router.on_heard(heard),
+            turned=lambda turned: self.router.on_turned(turned),
+            on_step=None if spans is None else spans.step,
+            on_transfer=None if spans is None else spans.transfer,
+        )
+        members = [SimMember(self._worker(worker)) for worker in spec.workers]
+        self._members = {member.worker.spec.worker_id: member for member in members}
+        self.router = SimRouter(self.timeline, spec.router, members, self._on_end)
+
+    @property
+    def workers(self) -> list[SimWorker]:
+        """Every worker in its current life, or its last one, in the order of the spec."""
+        return list(self._by_id.values())
+
+    def _worker(self, spec: WorkerSpec) -> SimWorker:
+        worker = SimWorker(self.timeline, spec, self._wiring, epoch=next(self._epochs), rpc_s=self._spec.router.rpc_s)
+        self._by_id[spec.worker_id] = worker
+        return worker
+
+    def _living(self, worker_id: str) -> SimWorker | None:
+        worker = self._by_id.get(worker_id)
+        return worker if worker is not None and worker.alive else None
 
     def run(
-        self,
-        workload: Iterable[Asked],
-        *,
-        decided: Callable[[float, Sequence[Outcome]], bool] | None = None,
-        decided_period_s: float = 1.0,
+        self, workload: Iterable[Asked], *, decided: Decided | None = None, decided_period_s: float = 1.0
     ) -> list[Outcome]:
-        """Serves the workload, in order of arrival, to its end; outcomes in the same order. ValueError where a request
-        could never run here.
+        """Serves the workload, in order of arrival, to its end; outcomes in the same order. What could never run here
+        is refused.
 
         `decided`: asked every `decided_period_s` of virtual time with the time and all outcomes as they stand; True
         ends the run there, because the rest would not change what its caller wants to know.
         """
         outcomes = [Outcome(asked=asked) for asked in workload]
-        room = min(min(worker.max_model_len, worker.num_blocks * worker.block_size) for worker in self._spec.workers)
-        for outcome in outcomes:
-            _check(outcome.asked, room)
         self._in_flight = len(outcomes)
         coming = iter(outcomes)
 
@@ -87,16 +112,18 @@ class SimCluster:
 
         next_arrival()
         period_s = self._spec.router.heartbeat_s
-        for number, member in enumerate(self._members):
+        for number, member in enumerate(self._members.values()):
             self.timeline.after(period_s * number / len(self._members), partial(self._beat, member))
+        for failure in self._spec.failures:
+            self.timeline.at(failure.at_s, partial(self._fail, failure))
         if decided is not None:
             self._ask(decided, decided_period_s, outcomes)
+        if self._observer is not None and outcomes and math.isfinite(self._observer.sample_period_s):
+            self.timeline.at(outcomes[0].asked.arrival_s, partial(self._sample, self._observer))
         self.timeline.run()
         return outcomes
 
-    def _ask(
-        self, decided: Callable[[float, Sequence[Outcome]], bool], period_s: float, outcomes: Sequence[Outcome]
-    ) -> None:
+    def _ask(self, decided: Decided, period_s: float, outcomes: Sequence[Outcome]) -> None:
         def ask() -> None:
             if decided(self.timeline.now_s(), outcomes):
                 self.timeline.end()
@@ -106,7 +133,7 @@ class SimCluster:
         self.timeline.after(period_s, ask)
 
     def _beat(self, member: SimMember) -> None:
-        if not self._in_flight:
+        if not self._in_flight or not member.worker.alive:
             return
         member.worker.tick()
         member.heartbeat()
@@ -115,6 +142,38 @@ class SimCluster:
 
     def _on_end(self, outcome: Outcome) -> None:
         self._in_flight -= 1
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def _fail(self, failure: Failure) -> None:
+        if not self._in_flight:
+            return
+        member, router, spec = self._members[failure.worker_id], self.router, self._spec.router
+        member.worker.die()
+        if failure.silent:
+            self.timeline.after(spec.heartbeat_timeout_s, partial(router.on_stale, member))
+            self.timeline.after(spec.worker_lost_after_s, partial(router.on_lost, member, silent=True))
+        else:
+            self.timeline.after(spec.rpc_s, partial(router.on_lost, member, silent=False))
+        if failure.back_s is not None:
+            self.timeline.at(failure.back_s, partial(self._come_back, member))
+
+    def _come_back(self, older: SimMember) -> None:
+        if not self._in_flight:
+            return
+        member = SimMember(self._worker(older.worker.spec))
+        self._members[member.worker.spec.worker_id] = member
+        self.router.on_joined(member)
+        self._beat(member)
+
+    # --- what is seen -----------------------------------------------------------------------------------------------
+
+    def _sample(self, observer: Observer) -> None:
+        if not self._in_flight:
+            return
+        workers = [_sample(worker) for worker in self.workers]
+        observer.sample(self.timeline.now_s(), self.router.waiting, workers)
+        self.timeline.after(observer.sample_period_s, partial(self._sample, observer))
 
     def _links_between(self, source: SimWorker, target: SimWorker) -> Sequence[Medium]:
         if source.spec.node == target.spec.node:
@@ -133,10 +192,38 @@ class SimCluster:
         return {name: medium.bytes_total for name, medium in self._links.items()}
 
 
-def _check(asked: Asked, room: int) -> None:
-    longest = len(asked.prompt_token_ids) + asked.output_tokens
-    if longest > room:
-        raise ValueError(
-            f"{asked.request_id}: {longest} tokens of prompt and output are not allowed; allowed: at most {room}, "
-            "what the smallest worker holds"
-        )
+def _sample(worker: SimWorker) -> WorkerSample:
+    load = worker.status().load if worker.alive else EngineLoad(num_blocks=worker.spec.num_blocks)
+    used = load.num_blocks - load.free_blocks - load.cached_blocks if worker.alive else 0
+    return WorkerSample(
+        worker_id=worker.spec.worker_id,
+        up=worker.alive,
+        waiting=load.waiting,
+        running=load.running,
+        held=load.held,
+        queued_prefill_tokens=load.queued_prefill_tokens,
+        num_blocks=load.num_blocks,
+        used_blocks=used,
+        cached_blocks=load.cached_blocks,
+        preemptions_total=load.preemptions_total,
+    )
+
+
+def _check(spec: ClusterSpec) -> None:
+    roles, ids = {worker.role for worker in spec.workers}, [worker.worker_id for worker in spec.workers]
+    if Role.MIXED not in roles and not {Role.PREFILL, Role.DECODE} <= roles:
+        found = ", ".join(sorted(roles)) or "none"
+        raise ValueError(f"workers: {found} are not allowed; allowed: mixed ones, or prefill and decode, or both")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"workers: {', '.join(ids)} are not allowed; allowed: each worker_id once")
+    last_s: dict[str, float] = {}
+    for failure in spec.failures:
+        if failure.worker_id not in ids:
+            raise ValueError(f"failures: worker {failure.worker_id!r} is not allowed; allowed: {', '.join(ids)}")
+        at_s, back_s = failure.at_s, math.inf if failure.back_s is None else failure.back_s
+        if not last_s.get(failure.worker_id, 0.0) <= at_s < back_s:
+            found = f"{failure.worker_id} at {at_s:g} s, back at {back_s:g} s"
+            raise ValueError(f"failures: {found} is not allowed; allowed: from 0 on, back later, one after another")
+        last_s[failure.worker_id] = back_s
+    if spec.failures and not math.isfinite(spec.router.timeout_s):
+        raise ValueError("router.timeout_s: inf is not allowed where workers fail; allowed: seconds")

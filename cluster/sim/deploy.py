@@ -17,7 +17,7 @@ from ..latency.model_facts import ModelFacts
 from ..latency.profile import StepProfile, distserve_profile
 from ..latency.roofline import Roofline
 from ..types import Role
-from .worker import WorkerSpec
+from .worker_spec import WorkerSpec
 
 UNBOUNDED_WAITING = 1_000_000
 """Nobody is turned away at a worker's own door: planning wants to see a queue grow."""

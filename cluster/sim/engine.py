@@ -5,7 +5,8 @@ that are alike are taken together (`cluster.engine.quiet_run`): a run ends early
 a command comes, exactly as the thread would have taken it up then.
 
 Of a pipeline of S stages, a new plan may begin as soon as the slowest stage is free, and is done after S of them; rows
-that decode are split into S micro-batches, of which each is in another stage (DistServe, OSDI '24, §4.1).
+that decode, where no prompt is beside them, are split into S micro-batches, of which each is in another stage
+(DistServe, OSDI '24, §4.1): one plan or a run of them costs the same.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from ..engine.plan import RowOutput, StepOutput, StepPlan
 from ..engine.quiet_run import QuietRun
 from ..engine.scheduler import Scheduler
 from ..engine.scheduler_events import SchedulerEvent
-from ..engine.step_shape import step_shape
+from ..engine.step_shape import StepShape, step_shape
 from ..latency.interface import StepCosts
 from ..latency.linear import OnlineStepTimeFit
 from ..types import SampledToken
+from .observer import StepSpan
 from .timeline import Event, Timeline
 
 TOKEN = SampledToken(1)
@@ -39,11 +41,19 @@ class SimEngine:
         scheduler: Scheduler,
         costs: StepCosts,
         on_events: Callable[[Sequence[SchedulerEvent]], None],
+        *,
+        worker_id: str = "",
+        on_span: Callable[[StepSpan], None] | None = None,
     ) -> None:
+        """`on_span`: told of every step and run."""
         self._timeline = timeline
         self.scheduler = scheduler
         self._costs = costs
+        self._stages = costs.pipeline_stages
         self._on_events = on_events
+        self._worker_id = worker_id
+        self._on_span = on_span
+        self._stopped = False
         self._commands: deque[Command] = deque()
         self._run: _Run | None = None
         self._run_steps = FIRST_RUN_STEPS
@@ -61,10 +71,12 @@ class SimEngine:
 
     def submit(self, command: Command) -> None:
         """Runs `command` between two steps."""
+        if self._stopped:
+            return
         self._commands.append(command)
         if self._run is not None:
             self._cut(self._run)
-        elif not self._looking and self._planned < self._costs.pipeline_stages:
+        elif not self._looking and self._planned < self._stages:
             self._look_at(max(self._timeline.now_s(), self._stage_free_s))
 
     def steps_under_way(self) -> tuple[int, int]:
@@ -73,6 +85,20 @@ class SimEngine:
         if run is None:
             return 0, 0
         return bisect_right(run.ends_s, self._timeline.now_s() - run.begin_s, 0, run.steps), run.rows
+
+    def drawn(self, seq_id: str) -> int:
+        """Output tokens of that sequence by now; 0 where there is none."""
+        drawn = self.scheduler.drawn(seq_id)
+        return drawn + self.steps_under_way()[0] if drawn and self.scheduler.decodes(seq_id) else drawn
+
+    def stop(self) -> None:
+        """Its worker is no more: nothing happens here any more."""
+        self._stopped = True
+        self._commands.clear()
+        if self._run is not None:
+            self._run.end.cancel()
+        if self._boundary is not None:
+            self._boundary.cancel()
 
     def _look(self) -> None:
         """Between two steps: commands, then the next step or run."""
@@ -94,24 +120,49 @@ class SimEngine:
     # --- steps one by one -------------------------------------------------------------------------------------------
 
     def _begin(self, plan: StepPlan) -> None:
-        shape = step_shape(plan)
-        sizes = (shape.prefill_tokens, shape.prefill_squares, shape.decode_rows, shape.context_tokens)
-        now_s, stage_s, step_s = (
-            self._timeline.now_s(),
-            self._costs.stage_time_s(*sizes),
-            self._costs.step_time_s(*sizes),
-        )
+        shape, now_s = step_shape(plan), self._timeline.now_s()
+        step_s, stage_s = self._times_s(shape)
         self.fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, step_s)
         self._planned += 1
         self.steps_total += 1
         self._stage_free_s = now_s + stage_s
         self._done_s = max(self._done_s, now_s + step_s)
-        self._timeline.at(self._done_s, lambda: self._complete(plan))
-        if self._costs.pipeline_stages > 1:
+        self._timeline.at(self._done_s, lambda: self._complete(plan, shape, now_s))
+        if self._stages > 1:
             self._look_at(self._stage_free_s)
 
-    def _complete(self, plan: StepPlan) -> None:
+    def _times_s(self, shape: StepShape) -> tuple[float, float]:
+        """How long the step takes, and after how long the next one may begin."""
+        if self._stages > 1 and not shape.prefill_tokens:
+            step_s = self._costs.step_time_s(0, 0, *self._micro_batch(shape.decode_rows, shape.context_tokens))
+            return step_s, step_s
+        sizes = (shape.prefill_tokens, shape.prefill_squares, shape.decode_rows, shape.context_tokens)
+        step_s = self._costs.step_time_s(*sizes)
+        return step_s, step_s if self._stages == 1 else self._costs.stage_time_s(*sizes)
+
+    def _micro_batch(self, rows: int, context_tokens: int) -> tuple[int, int]:
+        """Of decode rows alone: the rows of the largest one, and their share of the context, which grows by a token a
+        row.
+        """
+        largest = -(-rows // self._stages)
+        return largest, largest * context_tokens // rows
+
+    def _complete(self, plan: StepPlan, shape: StepShape, began_s: float) -> None:
+        if self._stopped:
+            return
         self._planned -= 1
+        if self._on_span is not None:
+            self._on_span(
+                StepSpan(
+                    worker_id=self._worker_id,
+                    start_s=began_s,
+                    end_s=self._timeline.now_s(),
+                    steps=1,
+                    prefill_tokens=shape.prefill_tokens,
+                    decode_rows=shape.decode_rows,
+                    context_tokens=shape.context_tokens,
+                )
+            )
         rows = tuple(RowOutput(row.seq_id, (TOKEN,) if row.sample is not None else ()) for row in plan.rows)
         self.scheduler.complete(StepOutput(plan.plan_id, rows))
         self._publish()
@@ -125,9 +176,8 @@ class SimEngine:
 
     def _begin_run(self, run: QuietRun) -> None:
         now_s = self._timeline.now_s()
-        stages = self._costs.pipeline_stages
-        rows, context = -(-run.decode_rows // stages), -(-run.context_tokens // stages)
-        ends_s = self._costs.decode_steps(rows, context, run.steps).tolist()
+        micro_batch = self._micro_batch(run.decode_rows, run.context_tokens)
+        ends_s = self._costs.decode_steps(*micro_batch, run.steps).tolist()
         end = self._timeline.at(now_s + ends_s[-1], self._end_run)
         self._run = _Run(now_s, run, ends_s, end)
         if self._commands:  # which came while it was looked for
@@ -151,6 +201,18 @@ class SimEngine:
             self._run_steps = min(MAX_RUN_STEPS, 2 * self._run_steps)
         self.steps_total += run.steps
         self.fit.observe(0, run.rows, run.context_tokens, run.ends_s[0])
+        if self._on_span is not None:
+            self._on_span(
+                StepSpan(
+                    worker_id=self._worker_id,
+                    start_s=run.begin_s,
+                    end_s=self._timeline.now_s(),
+                    steps=run.steps,
+                    prefill_tokens=0,
+                    decode_rows=run.rows,
+                    context_tokens=run.context_tokens,
+                )
+            )
         self.scheduler.take_run(run.steps, TOKEN)
         self._publish()
         self._look_at(self._timeline.now_s())

@@ -8,27 +8,32 @@ from .worker import SimWorker
 
 
 class SimMember:
-    """As `router.members.Member`."""
+    """One life of one worker, as `router.members.Member`."""
 
     def __init__(self, worker: SimWorker) -> None:
         self.worker = worker
+        self.role = worker.spec.role
         self.sent = SentLoad()
+        self.routable = True
+        """Its heartbeats are fresh, and its stream stands."""
+        self.attached = True
+        """Its stream stands."""
         self._sent_then = NOTHING
         self._said = self._ask()
-        self._view, self._viewed = self._said, NOTHING
+        self._view, self._version = self._said, self.sent.version
 
     def heartbeat(self) -> None:
         """The worker says how loaded it is."""
         self._said = self._ask()
-        self._sent_then = self._viewed = self.sent.now
-        self._view = corrected(self._said, self._sent_then, self._viewed)
+        self._sent_then, self._version = self.sent.now, self.sent.version
+        self._view = corrected(self._said, self._sent_then, self._sent_then)
 
     @property
     def view(self) -> WorkerView:
-        """As of now."""
-        now = self.sent.now
-        if now != self._viewed:
-            self._view, self._viewed = corrected(self._said, self._sent_then, now), now
+        """As of now: the same object while nothing has changed."""
+        if self.sent.version != self._version:
+            self._version = self.sent.version
+            self._view = corrected(self._said, self._sent_then, self.sent.now)
         return self._view
 
     def _ask(self) -> WorkerView:

@@ -21,11 +21,15 @@ class Reading(Protocol):
 
     holder: HandoffHolder
 
-    def open_pull(self, pull: Pull) -> int | None:
-        """Lets it read under an id; None: refused."""
+    def open_pull(self, pull: Pull) -> int | RefusalReason:
+        """Lets it read under an id, or says why not."""
 
     def close_pull(self, reader_id: int) -> None:
         """It reads no more."""
+
+
+Find = Callable[[str], tuple[Reading | None, Sequence[Medium]]]
+"""The worker of that id, None while it is gone, and what KV crosses on its way from there."""
 
 
 class Pull:
@@ -37,21 +41,22 @@ class Pull:
         action: StartPull,
         *,
         puller: HandoffPuller,
-        source: Reading | None,
-        links: Sequence[Medium],
+        find: Find,
         block_bytes: int,
         rpc_s: float,
         run: Callable[[Sequence[PullerAction]], object],
     ) -> None:
-        """`source` None: the worker is gone. `run` carries out what the puller answers."""
+        """`run` carries out what the puller answers."""
         self.action = action
         self.index = action.first_block
         self.received_bytes = 0
         self.exposed_s = 0.0
+        self.opened_s = 0.0
         self._timeline = timeline
         self._puller = puller
-        self._source = source
-        self._links = links
+        self._find = find
+        self._source: Reading | None = None
+        self._links: Sequence[Medium] = ()
         self._block_bytes = block_bytes
         self._rpc_s = rpc_s
         self._run = run
@@ -60,11 +65,6 @@ class Pull:
         self._last_byte_s = 0.0
         self._ended = False
         timeline.after(action.delay_s + rpc_s, self._open)
-
-    @property
-    def key_there(self) -> str:
-        """What the holder calls it."""
-        return self.action.ticket.prefill_key
 
     def go_on(self) -> None:
         """More may be readable."""
@@ -80,25 +80,31 @@ class Pull:
             self.exposed_s = max(0.0, self._last_byte_s - view.prefill_end_s)
             self._timeline.after(self._rpc_s, lambda: self._end(view.num_tokens))
 
-    def stop(self, reason: RefusalReason) -> None:
-        """It must not read another block: the puller hears why."""
+    def stop(self, reason: RefusalReason | None) -> None:
+        """It must not read another block (None: the puller wants no more of it): the puller hears why."""
         self._close()
         now_s = self._timeline.now_s()
         self._run(self._puller.pull_ended(self.action.key, self.action.pull_index, reason, "", now_s))
 
-    def cancel(self) -> None:
-        """The puller wants no more of it."""
+    def source_lost(self) -> None:
+        """The worker that is read is no more."""
+        self._reader_id = None
+        self.stop(RefusalReason.PEER_LOST)
+
+    def drop(self) -> None:
+        """The worker that reads is no more: nobody hears of it, but the one that was read."""
         self._close()
-        now_s = self._timeline.now_s()
-        self._run(self._puller.pull_ended(self.action.key, self.action.pull_index, None, "", now_s))
 
     def _open(self) -> None:
         if self._ended:
             return
-        self._reader_id = self._source.open_pull(self) if self._source is not None else None
-        if self._reader_id is None:
-            self.stop(RefusalReason.PEER_LOST if self._source is None else RefusalReason.UNKNOWN_TICKET)
+        self.opened_s = self._timeline.now_s()
+        self._source, self._links = self._find(self.action.ticket.prefill_worker)
+        opened = RefusalReason.PEER_LOST if self._source is None else self._source.open_pull(self)
+        if isinstance(opened, RefusalReason):
+            self.stop(opened)
         else:
+            self._reader_id = opened
             self.go_on()
 
     def _arrive(self, blocks: int) -> None:

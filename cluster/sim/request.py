@@ -33,6 +33,8 @@ class Outcome:
     asked: Asked
     refused: str = ""
     """Why it was not let in; empty: it was."""
+    failed: str = ""
+    """Why it was given up after it was let in; empty: it was not. Both are codes of `router.errors`."""
     dispatched_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None

@@ -1,35 +1,37 @@
-"""The router in virtual time: the runtime's admission, dispatch order, forecasts and rankings, with calls that take a
-fixed time instead of a network.
+"""The router in virtual time: the runtime's admission, turns, places, forecasts and rules of trying again, with calls
+that take a fixed time instead of a network.
 
-A request's way: `arrive` (after the router's own work on it) → admission → the dispatch queue → placement, with a
-credit of the decode worker → both halves → first token, tokens, end.
+A request's way: `arrive` (after the router's own work on it) → admission → the queue → a place, with a credit of the
+decode worker → both halves (`choice`) → first token, tokens, end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from ...kvtransfer.ticket import Ticket
 from ...router.admission import Admission
-from ...router.dispatch_policy import DispatchPolicy
-from ...router.errors import Overloaded
-from ...router.forecast import Forecast, forecast, learned, room_tokens
-from ...router.placement import WorkerView, idle_tpot_s, keeps_tpot, rank_decode, rank_mixed, rank_prefill
-from ...router.placing import Path
+from ...router.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from ...router.forecast import learned
+from ...router.placement import WorkerView, idle_tpot_s
+from ...router.placing import NoWorkers, Path, Place, Pools, find_place
 from ...router.prefix_index import PrefixIndex
 from ...router.slo_classes import Promise
-from ..types import Handoff, Role, SamplingParams, SequenceSpec, Side, Urgency, seq_id
+from ...router.tries import Tries
+from ...router.turns import Outlook, Turns
+from ..types import Role, Urgency
+from .choice import ChoiceSpot, SimChoice
 from .member import SimMember
 from .request import Asked, Outcome
 from .timeline import Event, Timeline
-from .worker import Heard, WorkerSpec
+from .worker_spec import Heard, Turned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSpec:
-    """What a simulated router is."""
+    """What a simulated router is. What has a namesake in `RouterConfig` has its meaning."""
 
     promises: dict[str, Promise]
     """By SLO class."""
@@ -46,29 +48,16 @@ class RouterSpec:
     decode_after_prefill: bool = False
     """The decode worker hears of a request only when its prompt is computed: no transfer overlaps with prefill."""
     heartbeat_s: float = 0.25
-
-
-@dataclass(slots=True)
-class _Request:
-    """One request under way."""
-
-    asked: Asked
-    outcome: Outcome
-    promise: Promise
-    urgency: Urgency = field(default_factory=Urgency)
-    tpot_s: float = math.inf
-    keys: dict[int, list[bytes]] = field(default_factory=dict)
-    number: int = 0
-    prefill: SimMember | None = None
-    decode: SimMember | None = None
-    credit_id: int = 0
-    uncached: int = 0
-    """Tokens of the prompt that are to be computed."""
-    path: Path = Path.SPLIT
+    heartbeat_timeout_s: float = 1.0
+    worker_lost_after_s: float = 10.0
+    unready_wait_s: float = 10.0
+    max_attempts: int = 3
+    timeout_s: float = math.inf
+    """Of a request, after which it is given up; inf: never."""
 
 
 class SimRouter:
-    """See the module."""
+    """See the module. The `choice.Desk` of its requests."""
 
     def __init__(
         self,
@@ -77,266 +66,281 @@ class SimRouter:
         members: Sequence[SimMember],
         on_end: Callable[[Outcome], None],
     ) -> None:
+        self.rpc_s = spec.rpc_s
+        self.decode_after_prefill = spec.decode_after_prefill
         self._timeline = timeline
         self._spec = spec
         self._members = {member.worker.spec.worker_id: member for member in members}
         self._on_end = on_end
         self._admission = Admission(spec.max_waiting)
-        self._policy: DispatchPolicy[str] = DispatchPolicy()
+        self._turns: Turns[ChoiceSpot] = Turns(unready_wait_s=spec.unready_wait_s)
         self._prefixes = PrefixIndex()
-        self._caches = any(member.worker.spec.prefix_cache for member in members)
-        self._requests: dict[str, _Request] = {}
+        workers = [member.worker.spec for member in members]
+        self._caches = any(worker.prefix_cache for worker in workers)
+        self._longest = min(worker.max_model_len for worker in workers)
+        self._kv_tokens = min(worker.num_blocks * worker.block_size for worker in workers)
+        self._choices: dict[str, SimChoice] = {}
         self._retry: Event | None = None
+        self._shown: tuple[WorkerView, ...] = ()
+        self._pools = Pools((), (), ())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait here for workers."""
+        return len(self._turns)
 
     # --- the door ---------------------------------------------------------------------------------------------------
 
     def arrive(self, asked: Asked, outcome: Outcome) -> None:
         """A request comes."""
-        request = _Request(asked, outcome, self._spec.promises[asked.slo_class])
-        self._requests[asked.request_id] = request
+        timeout_s = self._spec.timeout_s
+        deadline_s = asked.arrival_s + timeout_s
+        choice = SimChoice(
+            timeline=self._timeline,
+            desk=self,
+            asked=asked,
+            outcome=outcome,
+            promise=self._spec.promises[asked.slo_class],
+            tries=Tries(max_attempts=self._spec.max_attempts, deadline_s=deadline_s, timeout_s=timeout_s),
+            timeout_s=timeout_s,
+        )
         own_s = self._spec.own_s + self._spec.own_token_s * len(asked.prompt_token_ids)
-        self._timeline.after(own_s, lambda: self._admit(request))
+        self._timeline.after(own_s, lambda: self._admit(choice))
 
-    def _admit(self, request: _Request) -> None:
-        now_s, arrival_s, promise = self._timeline.now_s(), request.asked.arrival_s, request.promise
+    def _refusal(self, asked: Asked) -> str:
+        """Why such a request can never be served here, as a code of the runtime's errors; empty: it can."""
+        longest = len(asked.prompt_token_ids) + asked.output_tokens
+        if longest > self._longest:
+            return ContextLengthExceeded.code or ""
+        return InvalidRequest.type if longest - 1 > self._kv_tokens else ""
+
+    def _admit(self, choice: SimChoice) -> None:
+        """As `RouterCore._admit`."""
+        now_s, arrival_s, promise = self._timeline.now_s(), choice.asked.arrival_s, choice.promise
+        refused = self._refusal(choice.asked)
+        if refused:
+            choice.outcome.refused = refused
+            self._on_end(choice.outcome)
+            return
         ttft_s = math.inf if promise.ttft_s is None else promise.ttft_s
-        views = self._prefill_views()
-        uncached = {view.worker_id: len(request.asked.prompt_token_ids) - self._cached(request, view) for view in views}
-        told = self._outlook(request, views, uncached, arrival_s + ttft_s)
+        outlook = self._outlook(choice, arrival_s + ttft_s)
+        told = outlook.forecast
         if told is not None and promise.effective_ttft_s(told.idle_s) > ttft_s:
-            told = self._outlook(request, views, uncached, arrival_s + promise.effective_ttft_s(told.idle_s))
+            told = self._outlook(choice, arrival_s + promise.effective_ttft_s(told.idle_s)).forecast
+        name, decode = choice.asked.request_id, learned(self.pools().decode_workers)
+        idle_s = min((idle_tpot_s(view, choice.context_tokens) for view in decode), default=0.0)
         if self._spec.refuses:
+            elapsed_s = now_s - arrival_s
             try:
                 self._admission.enter(
-                    request.asked.request_id, now_s, promise=promise, forecast=told, elapsed_s=now_s - arrival_s
+                    name, now_s, promise=promise, forecast=told, elapsed_s=elapsed_s, idle_tpot_s=idle_s
                 )
             except Overloaded as refusal:
-                request.outcome.refused = refusal.code or refusal.type
-                self._end(request)
+                choice.outcome.refused = refusal.code or refusal.type
+                self._on_end(choice.outcome)
                 return
-        decode = learned(self._decode_views())
-        idle_s = min((idle_tpot_s(view, len(request.asked.prompt_token_ids)) for view in decode), default=0.0)
-        request.tpot_s = promise.effective_tpot_s(idle_s)
-        self._queue(request, min(uncached.values(), default=1))
+        choice.tpot_s = promise.effective_tpot_s(idle_s)
+        self._choices[name] = choice
+        if math.isfinite(self._spec.timeout_s):
+            choice.deadline = self._timeline.at(max(now_s, arrival_s + self._spec.timeout_s), choice.out_of_time)
+        choice.tries.begin()
+        self._enter(choice, outlook.cost_tokens)
 
-    def _outlook(
-        self, request: _Request, views: tuple[WorkerView, ...], uncached: dict[str, int], deadline_s: float
-    ) -> Forecast | None:
+    def _outlook(self, choice: SimChoice, deadline_s: float) -> Outlook:
+        promise = choice.promise
+        choice.urgency = Urgency(slo_class=promise.slo_class, share=promise.share, deadline_s=deadline_s)
+        return self._look(choice)
+
+    def _look(self, choice: SimChoice) -> Outlook:
+        views, context = self.pools().prompt_workers, choice.context_tokens
+        cached = self._cached_tokens(choice, views)
+        uncached = {worker_id: context - tokens for worker_id, tokens in cached.items()}
+        return self._turns.outlook(views, uncached, choice.urgency, self._timeline.now_s())
+
+    # --- the queue --------------------------------------------------------------------------------------------------
+
+    def queue(self, choice: SimChoice) -> None:
+        """See `choice.Desk`."""
+        self._enter(choice, 1 if choice.half is not None else self._look(choice).cost_tokens)
+
+    def _enter(self, choice: SimChoice, cost_tokens: int) -> None:
         now_s = self._timeline.now_s()
-        promise = request.promise
-        request.urgency = Urgency(slo_class=promise.slo_class, share=promise.share, deadline_s=deadline_s)
-        if not views:
-            return None
-        ahead = self._policy.cost_ahead(request.urgency, now_s)
-        wait_s = self._policy.decode_wait_s(ahead + min(uncached.values()), now_s)
-        return forecast(views, uncached, urgency=request.urgency, ahead_tokens=ahead, decode_wait_s=wait_s)
-
-    # --- dispatch ---------------------------------------------------------------------------------------------------
-
-    def _queue(self, request: _Request, cost_tokens: int) -> None:
-        name, now_s = request.asked.request_id, self._timeline.now_s()
-        request.number += 1
-        self._policy.enter(name, request.urgency, cost=float(cost_tokens), now_s=now_s)
-        self._policy.ready(name)
+        spot = choice.spot = ChoiceSpot(choice, now_s, choice.urgency, needs_room=choice.half is None)
+        spot.waits_until_s = choice.tries.waits_until_s
+        self._turns.expect(spot, cost_tokens, now_s)
+        self._turns.ready(spot)
         self._pump()
+
+    def withdraw(self, choice: SimChoice) -> None:
+        """See `choice.Desk`."""
+        spot, choice.spot = choice.spot, None
+        if spot is not None:
+            self._turns.leave(spot, self._timeline.now_s())
+        name, number = choice.asked.request_id, choice.tries.number
+        while choice.wants:
+            abort = choice.wants.pop().worker.abort_decode
+            self._timeline.after(self.rpc_s, partial(abort, name, number, notify_holder=False))
+
+    def less(self) -> None:
+        """See `choice.Desk`."""
+        self.changed()
 
     def changed(self) -> None:
         """A heartbeat, or less work under way: who was refused may ask again."""
-        if len(self._policy):
-            self._policy.changed()
+        if len(self._turns):
+            self._turns.changed()
             self._pump()
 
     def _pump(self) -> None:
         now_s = self._timeline.now_s()
-        while (name := self._policy.candidate(now_s)) is not None:
-            request = self._requests[name]
-            views = self._prefill_views()
-            if views and room_tokens(views, request.urgency) <= self._policy.asking_cost:
-                break
-            self._policy.ask(name)
-            if self._place(request):
-                self._policy.granted(name, now_s)
-                self._dispatch(request)
-            else:
-                self._policy.refused(name, now_s)
-        retry_s = self._policy.retry_s()
+        for spot in self._turns.due(now_s, self._prompt_workers):
+            self._ask(spot, now_s)
+        retry_s = self._turns.look_again_s(now_s)
         if retry_s is not None and self._retry is None:
-            self._retry = self._timeline.at(max(retry_s, now_s + 0.001), self._try_again)
+            self._retry = self._timeline.at(retry_s, self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None
         self._pump()
 
-    # --- placement --------------------------------------------------------------------------------------------------
+    def _prompt_workers(self) -> tuple[WorkerView, ...]:
+        return self.pools().prompt_workers
 
-    def _place(self, request: _Request) -> bool:
-        prefill, decode = self._prefill_views(), self._decode_views()
-        if not prefill or prefill[0].role is Role.MIXED:
-            return self._place_alone(request, decode, Path.MIXED)
-        cached = {view.worker_id: self._cached(request, view) for view in prefill}
-        context = len(request.asked.prompt_token_ids)
-        best = rank_prefill(prefill, context, cached)[0]
-        request.uncached = context - cached[best.worker_id]
-        request.prefill = self._members[best.worker_id]
-        if request.asked.output_tokens == 1:
-            request.path, request.decode = Path.PREFILL_ONLY, None
-            return True
-        if self._spec.local_threshold_tokens:
-            below = context - self._spec.local_threshold_tokens
-            near = tuple(view for view in decode if self._cached(request, view) > below)
-            if near:
-                return self._place_alone(request, near, Path.LOCAL)
-        request.path = Path.SPLIT
-        return self._reserve(request, rank_decode(self._keeping(request, decode), context))
+    # --- places -----------------------------------------------------------------------------------------------------
 
-    def _place_alone(self, request: _Request, views: tuple[WorkerView, ...], path: Path) -> bool:
-        request.prefill, request.path = None, path
-        cached = {view.worker_id: self._cached(request, view) for view in views}
-        ranked = rank_mixed(self._keeping(request, views), len(request.asked.prompt_token_ids), cached)
-        if not self._reserve(request, ranked):
-            return False
-        assert request.decode is not None
-        request.uncached = len(request.asked.prompt_token_ids) - self._cached(request, request.decode.view)
-        return True
-
-    def _reserve(self, request: _Request, views: tuple[WorkerView, ...]) -> bool:
-        context = len(request.asked.prompt_token_ids)
-        for view in views:
-            member = self._members[view.worker_id]
-            credit_id = member.worker.reserve(request.asked.request_id, request.number, context, request.urgency)
-            if credit_id is not None:
-                request.decode, request.credit_id = member, credit_id
-                return True
-        return False
-
-    @staticmethod
-    def _keeping(request: _Request, views: tuple[WorkerView, ...]) -> tuple[WorkerView, ...]:
-        context = len(request.asked.prompt_token_ids)
-        return tuple(view for view in views if keeps_tpot(view, context, request.tpot_s))
-
-    def _prefill_views(self) -> tuple[WorkerView, ...]:
-        views = self._views(Role.PREFILL)
-        return views or self._views(Role.MIXED)
-
-    def _decode_views(self) -> tuple[WorkerView, ...]:
-        return self._views(Role.DECODE) or self._views(Role.MIXED)
-
-    def _views(self, role: Role) -> tuple[WorkerView, ...]:
-        return tuple(member.view for member in self._members.values() if member.worker.spec.role is role)
-
-    def _cached(self, request: _Request, view: WorkerView) -> int:
-        if not self._caches:
-            return 0
-        blocks = self._prefixes.match_blocks(view.worker_id, self._keys(request, view.block_size))
-        return min(blocks * view.block_size, len(request.asked.prompt_token_ids) - 1)
-
-    def _keys(self, request: _Request, block_size: int) -> list[bytes]:
-        if block_size not in request.keys:
-            request.keys[block_size] = request.asked.block_keys(block_size)
-        return request.keys[block_size]
-
-    # --- what was placed --------------------------------------------------------------------------------------------
-
-    def _dispatch(self, request: _Request) -> None:
-        """Both halves' commands leave: the credit took a round trip, the decode command follows prefill's answer."""
-        outcome, rpc_s = request.outcome, self._spec.rpc_s
-        outcome.tries += 1
-        outcome.path = request.path.value
-        outcome.dispatched_s = outcome.dispatched_s or self._timeline.now_s()
-        first = request.prefill or request.decode
-        assert first is not None
-        patient = 0 if math.isfinite(request.urgency.deadline_s) else request.uncached
-        first.sent.prompt_sent(request.uncached, patient)
-        for member in (request.prefill, request.decode):
-            if member is not None and self._caches:
-                view = member.view
-                self._prefixes.insert(view.worker_id, self._keys(request, view.block_size), view.num_blocks)
-        if request.prefill is not None:
-            outcome.prefill_worker = request.prefill.worker.spec.worker_id
-            self._timeline.after((3 if request.decode else 1) * rpc_s, lambda: self._send_prefill(request))
-        if request.decode is not None:
-            request.decode.sent.row_begun(request.tpot_s)
-            outcome.decode_worker = request.decode.worker.spec.worker_id
-            if not (request.prefill and self._spec.decode_after_prefill):
-                self._timeline.after((5 if request.prefill else 3) * rpc_s, lambda: self._send_decode(request))
-
-    def _send_prefill(self, request: _Request) -> None:
-        assert request.prefill is not None
-        handoff = Handoff.OUT if request.decode is not None else Handoff.NONE
-        spec = self._spec_of(request, Side.PREFILL, handoff, request.prefill.worker.spec)
-        request.prefill.worker.prefill(request.asked.request_id, request.number, spec)
-
-    def _send_decode(self, request: _Request) -> None:
-        assert request.decode is not None
-        handoff = Handoff.NONE if request.prefill is None else Handoff.IN
-        spec = self._spec_of(request, Side.DECODE, handoff, request.decode.worker.spec)
-        ticket = None
-        if request.prefill is not None:
-            source = request.prefill.worker
-            ticket = Ticket(
-                request_id=request.asked.request_id,
-                choice=0,
-                prefill_attempt=request.number,
-                decode_attempt=request.number,
-                prefill_worker=source.spec.worker_id,
-                epoch=source.epoch,
-                num_tokens=spec.context_tokens,
-                fingerprint="",
+    def _ask(self, spot: ChoiceSpot, now_s: float) -> None:
+        """As `Dispatcher._ask` and `Placer.try_place`."""
+        choice = spot.choice
+        try:
+            place = find_place(
+                choice.needs,
+                self.pools(),
+                lambda views: self._cached_tokens(choice, views),
+                self._spec.local_threshold_tokens,
             )
-        request.decode.worker.decode(request.asked.request_id, request.number, spec, request.credit_id, ticket)
+        except NoWorkers as none:
+            if self._turns.absent(spot, now_s):
+                told = choice.tries.nobody_came(none)
+                choice.give_up(told.code or told.type)
+            return
+        decode, credit_id = None, 0
+        if place.path is not Path.PREFILL_ONLY:
+            decode, credit_id = self._reserve(choice, place)
+            if decode is None:
+                self._turns.refused(spot, now_s)
+                return
+        self._turns.placed(spot, now_s)
+        choice.spot = None
+        self.withdraw(choice)
+        self._placed(choice, place, decode, credit_id)
 
-    def _spec_of(self, request: _Request, side: Side, handoff: Handoff, worker: WorkerSpec) -> SequenceSpec:
-        asked = request.asked
-        return SequenceSpec(
-            seq_id=seq_id(asked.request_id, 0, side, request.number),
-            prompt_token_ids=tuple(asked.prompt_token_ids),
-            sampling=SamplingParams(temperature=0.0, max_tokens=asked.output_tokens, ignore_eos=True),
-            handoff=handoff,
-            arrival_s=self._timeline.now_s(),
-            urgency=request.urgency,
-            block_keys=tuple(self._keys(request, worker.block_size)) if worker.prefix_cache else (),
-        )
+    def _reserve(self, choice: SimChoice, place: Place) -> tuple[SimMember | None, int]:
+        """The first worker, best first, that grants a credit, and its id."""
+        name, number, context = choice.asked.request_id, choice.tries.number, choice.context_tokens
+        for view in place.decode:
+            member = self._members[view.worker_id]
+            credit_id = member.worker.reserve(name, number, context, choice.urgency)
+            if credit_id is not None:
+                if member in choice.wants:
+                    choice.wants.remove(member)
+                return member, credit_id
+            if member not in choice.wants:
+                choice.wants.append(member)
+        return None, 0
+
+    def _placed(self, choice: SimChoice, place: Place, decode: SimMember | None, credit_id: int) -> None:
+        prefill = None if place.prefill is None else self._members[place.prefill.worker_id]
+        uncached_tokens = 0
+        if choice.half is None:
+            first = prefill or decode
+            assert first is not None
+            uncached_tokens = choice.context_tokens - place.cached_tokens[first.worker.spec.worker_id]
+        if self._caches:
+            for member in (prefill, decode):
+                if member is not None:
+                    worker = member.worker.spec
+                    self._prefixes.insert(worker.worker_id, self.keys(choice, worker.block_size), worker.num_blocks)
+        choice.dispatch(place.path, prefill, decode, credit_id, uncached_tokens)
+
+    def pools(self) -> Pools:
+        """The workers that can take work now: the same object while nothing has changed."""
+        shown = tuple([member.view for member in self._members.values() if member.routable])
+        if len(shown) != len(self._shown) or any(map(_differ, shown, self._shown)):
+            self._shown = shown
+            of = {role: tuple(view for view in shown if view.role is role) for role in Role}
+            self._pools = Pools(of[Role.PREFILL], of[Role.DECODE], of[Role.MIXED])
+        return self._pools
+
+    def _cached_tokens(self, choice: SimChoice, views: tuple[WorkerView, ...]) -> Mapping[str, int]:
+        if not self._caches:
+            return {view.worker_id: 0 for view in views}
+        most = choice.context_tokens - 1
+        return {
+            view.worker_id: min(
+                self._prefixes.match_blocks(view.worker_id, self.keys(choice, view.block_size)) * view.block_size, most
+            )
+            for view in views
+        }
+
+    def keys(self, choice: SimChoice, block_size: int) -> tuple[bytes, ...]:
+        """See `choice.Desk`. What was answered before a worker was lost is not counted."""
+        if block_size not in choice.keys:
+            choice.keys[block_size] = tuple(choice.asked.block_keys(block_size))
+        return choice.keys[block_size]
 
     # --- what workers say -------------------------------------------------------------------------------------------
 
     def on_heard(self, heard: Heard) -> None:
-        """See `SimWorker.wire`."""
-        self._timeline.after(self._spec.rpc_s, lambda: self._hear(heard))
-
-    def on_refused(self, seq: str) -> None:
-        """See `SimWorker.wire`."""
-        raise AssertionError(f"{seq} was refused by its worker")
+        """See `worker.Wiring`."""
+        self._timeline.after(self.rpc_s, lambda: self._hear(heard))
 
     def _hear(self, heard: Heard) -> None:
-        request = self._requests[heard.request_id]
-        outcome, now_s, rpc_s = request.outcome, self._timeline.now_s(), self._spec.rpc_s
-        if outcome.first_token_s is None:
-            outcome.first_token_s = now_s
-            outcome.queue_s, outcome.prefill_s = heard.queue_s, heard.prefill_s
-            outcome.cached_tokens = heard.cached_tokens
-            self._admission.first_token(heard.request_id, now_s)
-            self._prompt_done(request)
-            if request.prefill and request.decode and self._spec.decode_after_prefill:
-                self._timeline.after(rpc_s, lambda: self._send_decode(request))
-        elif not outcome.transferred_bytes and heard.transferred_bytes:
-            outcome.exposed_transfer_s = heard.exposed_transfer_s
-            outcome.transferred_bytes = heard.transferred_bytes
-            outcome.decode_queue_s = heard.queue_s
-        if heard.tokens > outcome.output_tokens:
-            outcome.output_tokens, outcome.last_token_s = heard.tokens, now_s
-        if heard.finished:
-            if request.decode is not None:
-                request.decode.sent.row_ended(request.tpot_s)
-            self._end(request)
-            self.changed()
+        choice = self._choices.get(heard.request_id)
+        if choice is not None:
+            choice.hear(heard)
 
-    def _prompt_done(self, request: _Request) -> None:
-        first = request.prefill or request.decode
-        assert first is not None
-        patient = 0 if math.isfinite(request.urgency.deadline_s) else request.uncached
-        first.sent.prompt_done(request.uncached, patient)
+    def on_turned(self, turned: Turned) -> None:
+        """See `worker.Wiring`."""
+        self._timeline.after(self.rpc_s, lambda: self._turn(turned))
+
+    def _turn(self, turned: Turned) -> None:
+        choice = self._choices.get(turned.request_id)
+        if choice is not None:
+            choice.turned(turned)
+
+    def first_token(self, choice: SimChoice) -> None:
+        """See `choice.Desk`."""
+        self._admission.first_token(choice.asked.request_id, self._timeline.now_s())
+
+    def ended(self, choice: SimChoice) -> None:
+        """See `choice.Desk`."""
+        del self._choices[choice.asked.request_id]
+        self._admission.leave(choice.asked.request_id)
+        self._on_end(choice.outcome)
+
+    # --- membership -------------------------------------------------------------------------------------------------
+
+    def on_stale(self, member: SimMember) -> None:
+        """Its heartbeats are late: no new work goes there."""
+        member.routable = False
+
+    def on_lost(self, member: SimMember, *, silent: bool) -> None:
+        """Its stream broke, or (`silent`) was given up: what ran there goes on elsewhere. Idempotent."""
+        if not member.attached:
+            return
+        member.routable = member.attached = False
+        self._prefixes.forget(member.worker.spec.worker_id)
+        for choice in list(self._choices.values()):
+            choice.worker_lost(member, silent=silent)
         self.changed()
 
-    def _end(self, request: _Request) -> None:
-        del self._requests[request.asked.request_id]
-        self._on_end(request.outcome)
+    def on_joined(self, member: SimMember) -> None:
+        """A worker is here in a new life."""
+        older = self._members[member.worker.spec.worker_id]
+        self.on_lost(older, silent=False)
+        self._members[member.worker.spec.worker_id] = member
+        self.changed()
+
+
+def _differ(one: object, other: object) -> bool:
+    return one is not other

@@ -6,7 +6,9 @@ and memory is done here with events and counts:
 1. `reserve` promises KV, `prefill` and `decode` queue a sequence, as a router's commands do.
 2. The engine's events go to the holder (blocks, watermark, end of prefill) and to the puller (blocks, first step).
 3. A pull reads what is below the watermark, run after run, over the links between the two workers (`links`).
-4. What a router would hear goes to `on_tokens`.
+4. What a router would hear goes to `Wiring.heard` and `Wiring.turned`.
+
+One object is one life: a worker that fails (`die`) does nothing more, and comes back as another object.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ...kvtransfer.protocol.actions import (
     Refuse,
     ReleaseBlocks,
     Revoke,
+    SendAbort,
     Serve,
     StartPull,
     Wake,
@@ -42,61 +45,30 @@ from ..engine.policies import policy_for
 from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import QueueFull, Scheduler
 from ..engine.scheduler_events import BlocksGranted, PrefillAdvanced, SchedulerEvent, TokensEmitted
-from ..latency.interface import StepCosts
-from ..types import EngineLoad, Handoff, Role, SequenceSpec, StepTimeCoefficients, Urgency
+from ..types import Handoff, SequenceSpec, Side, Urgency
 from .engine import TOKEN, SimEngine
 from .links import Medium
+from .observer import StepSpan, TransferSpan
 from .pull import Pull
 from .timeline import Timeline
+from .worker_spec import Heard, Status, Turned, WorkerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSpec:
-    """What a simulated worker is."""
+class Wiring:
+    """A worker's way to the others."""
 
-    worker_id: str
-    role: Role
-    costs: StepCosts
-    num_blocks: int
-    block_size: int = 16
-    block_bytes: int = 0
-    """Of KV; what a handoff moves."""
-    node: str = ""
-    max_batched_tokens: int = 512
-    max_running: int = 256
-    max_waiting: int = 256
-    max_model_len: int = 2048
-    batching: str = "iteration"
-    prefix_cache: bool = True
-    credit_factor: float = 1.0
-    """Of its blocks: how many may be promised at once."""
-    credit_ttl_s: float = 10.0
-    lease_s: float = 30.0
-    pull_wait_s: float = 30.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Heard:
-    """What a worker tells a router of one sequence."""
-
-    request_id: str
-    tokens: int
-    finished: bool
-    queue_s: float
-    prefill_s: float
-    cached_tokens: int
-    exposed_transfer_s: float = 0.0
-    transferred_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What a heartbeat says."""
-
-    load: EngineLoad
-    credited_blocks: int
-    step_time: StepTimeCoefficients
-    steps_total: int
+    find: Callable[[str], SimWorker | None]
+    """The worker of that id, while it lives."""
+    links: Callable[[SimWorker, SimWorker], Sequence[Medium]]
+    """What KV crosses from one to the other."""
+    heard: Callable[[Heard], None]
+    """What a router is told of a sequence, at the moment it leaves here."""
+    turned: Callable[[Turned], None]
+    """The same of one that cannot go on here."""
+    on_step: Callable[[StepSpan], None] | None = None
+    on_transfer: Callable[[TransferSpan], None] | None = None
+    """Who watches (`observer`)."""
 
 
 @dataclass(slots=True)
@@ -104,18 +76,23 @@ class _Live:
     """A sequence that runs here."""
 
     request_id: str
+    side: Side
+    attempt: int
     handoff: Handoff
     told: bool = False
-    pull: Pull | None = None
+    exposed_transfer_s: float = 0.0
+    transferred_bytes: int = 0
 
 
 class SimWorker:
-    """See the module. `wire` names it to the others before anything runs."""
+    """See the module."""
 
-    def __init__(self, timeline: Timeline, spec: WorkerSpec, *, epoch: int, rpc_s: float) -> None:
+    def __init__(self, timeline: Timeline, spec: WorkerSpec, wiring: Wiring, *, epoch: int, rpc_s: float) -> None:
         """`rpc_s`: how long a message to another worker is on its way."""
         self.spec = spec
         self.epoch = epoch
+        self.alive = True
+        self._wiring = wiring
         self._timeline = timeline
         self._rpc_s = rpc_s
         pool = BlockPool(spec.num_blocks, spec.block_size)
@@ -131,7 +108,14 @@ class SimWorker:
             eos_token_ids=(),
             max_outstanding_plans=spec.costs.pipeline_stages,
         )
-        self.engine = SimEngine(timeline, self.scheduler, spec.costs, self._on_events)
+        self.engine = SimEngine(
+            timeline,
+            self.scheduler,
+            spec.costs,
+            self._on_events,
+            worker_id=spec.worker_id,
+            on_span=wiring.on_step,
+        )
         self.holder = HandoffHolder(
             worker_id=spec.worker_id,
             epoch=epoch,
@@ -146,38 +130,22 @@ class SimWorker:
             credits=CreditLedger(limit_blocks=self.credit_limit_blocks, ttl_s=spec.credit_ttl_s, max_credits=4096),
         )
         self._live: dict[str, _Live] = {}
+        self._pulls: dict[str, Pull] = {}
+        """The newest of each sequence that pulls, or has pulled, its KV."""
         self._readers: dict[int, Pull] = {}
         """Pulls of others that read here."""
-        self._on_heard: Callable[[Heard], None] = lambda heard: None
-        self._on_refused: Callable[[str], None] = lambda seq_id: None
-        self._find: Callable[[str], SimWorker | None] = lambda worker_id: None
-        self._links_to: Callable[[SimWorker, SimWorker], Sequence[Medium]] = lambda source, target: ()
-
-    def wire(
-        self,
-        *,
-        find: Callable[[str], SimWorker | None],
-        links: Callable[[SimWorker, SimWorker], Sequence[Medium]],
-        on_heard: Callable[[Heard], None],
-        on_refused: Callable[[str], None],
-    ) -> None:
-        """`find`: the worker of that id; `links`: what KV crosses from one to the other; `on_heard`, `on_refused`: what
-        a router is told of a sequence, at the moment it leaves here.
-        """
-        self._find, self._links_to = find, links
-        self._on_heard, self._on_refused = on_heard, on_refused
 
     def status(self) -> Status:
         """As a heartbeat that leaves now."""
         load, engine = self.scheduler.load(), self.engine
         steps, rows = engine.steps_under_way()
-        grown = steps * rows // self.spec.block_size
-        load = replace(
-            load,
-            context_tokens=load.context_tokens + steps * rows,
-            free_blocks=max(0, load.free_blocks - grown),
-        )
-        credited = self.puller.counts().credited_blocks
+        if steps:
+            load = replace(
+                load,
+                context_tokens=load.context_tokens + steps * rows,
+                free_blocks=max(0, load.free_blocks - steps * rows // self.spec.block_size),
+            )
+        credited = self.puller.credited_blocks
         return Status(load, credited, engine.fit.coefficients(), engine.steps_total + steps)
 
     def tick(self) -> None:
@@ -186,12 +154,18 @@ class SimWorker:
         self._run_holder(self.holder.tick(now_s))
         self._run_puller(self.puller.tick(now_s))
 
+    def drawn(self, seq_id: str) -> int:
+        """Output tokens of that sequence by now; 0 where it is not here."""
+        return self.engine.drawn(seq_id) if seq_id in self._live else 0
+
     # --- the router's commands --------------------------------------------------------------------------------------
 
     def reserve(self, request_id: str, attempt: int, context_tokens: int, urgency: Urgency) -> int | None:
         """A credit's id, or None: not now. As `DecodeService.reserve`."""
+        if not self.alive:
+            return None
         blocks = -(-(context_tokens + 1) // self.spec.block_size)
-        others = max(0, self.scheduler.load().waiting - self.puller.counts().waiting_blocks)
+        others = max(0, self.scheduler.waiting - self.puller.waiting_blocks)
         places = self.spec.max_waiting - others
         now_s = self._timeline.now_s()
         [action] = self.puller.reserve(request_id, 0, attempt, blocks, now_s, urgency=urgency, places=places)
@@ -199,37 +173,109 @@ class SimWorker:
 
     def prefill(self, request_id: str, attempt: int, spec: SequenceSpec) -> None:
         """Queues a prompt, whose KV is handed off where the spec says OUT."""
+        if not self.alive:
+            return
+        live = _Live(request_id, Side.PREFILL, attempt, spec.handoff)
         if spec.handoff is Handoff.OUT:
             now_s = self._timeline.now_s()
             actions = self.holder.prefill_submitted(request_id, 0, attempt, spec.context_tokens, now_s)
-            if any(isinstance(action, Refuse) for action in actions):
-                self._on_refused(spec.seq_id)
-                return
-        self._add(request_id, spec)
+            for action in actions:
+                if isinstance(action, Refuse):
+                    self._turn(live, action.reason, lost=False)
+                    return
+            self._run_holder(actions)
+        self._add(live, spec)
 
-    def decode(self, request_id: str, attempt: int, spec: SequenceSpec, credit_id: int, ticket: Ticket | None) -> None:
+    def decode(
+        self,
+        request_id: str,
+        attempt: int,
+        spec: SequenceSpec,
+        credit_id: int,
+        ticket: Ticket | None,
+        deadline_s: float = math.inf,
+    ) -> None:
         """Redeems a credit and queues the sequence; no ticket: it is prefilled here."""
-        now_s = self._timeline.now_s()
+        if not self.alive:
+            return
+        now_s, live = self._timeline.now_s(), _Live(request_id, Side.DECODE, attempt, spec.handoff)
         if ticket is None:
             actions = self.puller.submit_local(request_id, 0, attempt, credit_id, now_s)
         else:
-            actions = self.puller.submit(ticket, credit_id, math.inf, now_s)
-        if actions:
-            self._on_refused(spec.seq_id)
-            return
-        self._add(request_id, spec)
+            actions = self.puller.submit(ticket, credit_id, deadline_s, now_s)
+        for action in actions:
+            if isinstance(action, Refuse):
+                self._turn(live, action.reason, lost=False)
+                return
+        self._add(live, spec)
 
-    def _add(self, request_id: str, spec: SequenceSpec) -> None:
-        self._live[spec.seq_id] = _Live(request_id, spec.handoff)
+    def abort_prefill(self, request_id: str, attempt: int) -> None:
+        """Ends that prefill, and what is left of it, wherever it stands."""
+        if not self.alive:
+            return
+        for key in self._keys(request_id, Side.PREFILL, attempt):
+            if self._live[key].handoff is not Handoff.OUT:
+                del self._live[key]
+                self._order(Scheduler.abort, key)
+        self._run_holder(self.holder.abort_attempt(request_id, 0, attempt, self._timeline.now_s()))
+
+    def abort_decode(self, request_id: str, attempt: int, *, notify_holder: bool) -> None:
+        """Ends that attempt, credit included. `notify_holder`: its KV is wanted by nobody any more."""
+        if not self.alive:
+            return
+        for key in self._keys(request_id, Side.DECODE, attempt):
+            del self._live[key]
+            self._order(Scheduler.abort, key)
+        now_s = self._timeline.now_s()
+        self._run_puller(self.puller.abort(request_id, 0, attempt, now_s, notify=notify_holder))
+
+    def die(self) -> None:
+        """Everything that ran here is lost. Tokens that were drawn have been sent."""
+        for key, live in self._live.items():
+            drawn = self.engine.drawn(key)
+            if drawn and live.handoff is not Handoff.OUT and (live.told or live.handoff is Handoff.NONE):
+                self._wiring.heard(Heard(live.request_id, live.side, live.attempt, tokens=drawn))
+        self.alive = False
+        self.engine.stop()
+        for pull in self._pulls.values():
+            pull.drop()
+        for pull in list(self._readers.values()):
+            pull.source_lost()
+        for state in (self._live, self._pulls, self._readers):
+            state.clear()
+
+    def _keys(self, request_id: str, side: Side, attempt: int) -> list[str]:
+        """Sequences of that request and side, of `attempt` and those before it."""
+        names = [f"{request_id}/0/{side[0]}{number}" for number in range(1, attempt + 1)]
+        return [name for name in names if name in self._live]
+
+    def _add(self, live: _Live, spec: SequenceSpec) -> None:
+        self._live[spec.seq_id] = live
 
         def add(scheduler: Scheduler) -> None:
+            if spec.seq_id not in self._live:  # aborted meanwhile
+                return
             try:
                 scheduler.add(spec)
             except QueueFull:
                 del self._live[spec.seq_id]
-                self._on_refused(spec.seq_id)
+                self._not_added(live, spec.seq_id)
 
         self.engine.submit(add)
+
+    def _not_added(self, live: _Live, key: str) -> None:
+        """The engine's queue is full: what the handoff keeps of it goes, and the router may try elsewhere."""
+        now_s = self._timeline.now_s()
+        if live.handoff is Handoff.OUT:
+            self._run_holder(self.holder.prefill_failed(key, RefusalReason.PREFILL_FAILED, now_s))
+        elif live.side is Side.DECODE:
+            self._run_puller(self.puller.abort(live.request_id, 0, live.attempt, now_s, notify=False))
+        self._turn(live, RefusalReason.LIMIT, lost=False)
+
+    def _turn(self, live: _Live, reason: RefusalReason, *, lost: bool) -> None:
+        self._wiring.turned(
+            Turned(live.request_id, live.side, live.attempt, reason.value, lost=lost, retryable=reason.retryable)
+        )
 
     def _order(self, command: Callable[[Scheduler, str], object], key: str) -> None:
         """The engine's thread does it between two steps."""
@@ -271,32 +317,38 @@ class SimWorker:
                 self._tell(live, event)
 
     def _tell(self, live: _Live, event: TokensEmitted) -> None:
+        """A router hears of a sequence's first tokens here and of its last: those between say nothing new."""
+        finished = event.finish_reason is not None
+        if live.told and not finished:
+            return
+        live.told = True
         heard = Heard(
-            request_id=live.request_id,
+            live.request_id,
+            live.side,
+            live.attempt,
             tokens=event.index + len(event.tokens),
-            finished=event.finish_reason is not None,
+            finished=finished,
             queue_s=event.queue_s,
             prefill_s=event.prefill_s,
             cached_tokens=event.cached_tokens,
+            exposed_transfer_s=live.exposed_transfer_s,
+            transferred_bytes=live.transferred_bytes,
         )
-        if live.pull is not None and not live.told:
-            heard.exposed_transfer_s = live.pull.exposed_s
-            heard.transferred_bytes = live.pull.received_bytes
-        live.told = True
-        if heard.finished:
+        if finished:
             del self._live[event.seq_id]
-        self._on_heard(heard)
+        self._wiring.heard(heard)
 
     # --- the holder -------------------------------------------------------------------------------------------------
 
-    def _run_holder(self, actions: Sequence[HolderAction]) -> int | None:
-        served = None
+    def _run_holder(self, actions: Sequence[HolderAction]) -> int | RefusalReason | None:
+        """What the last `Serve` or `Refuse` among them says."""
+        answer: int | RefusalReason | None = None
         for action in actions:
             match action:
                 case Serve(reader_id=reader_id):
-                    served = reader_id
+                    answer = reader_id
                 case Wake(key=key):
-                    for pull in [pull for pull in self._readers.values() if pull.key_there == key]:
+                    for pull in [pull for pull in self._readers.values() if pull.action.ticket.prefill_key == key]:
                         pull.go_on()
                 case Revoke(reader_ids=reader_ids):
                     for reader_id in reader_ids:
@@ -307,17 +359,18 @@ class SimWorker:
                 case AbortPrefill(key=key):
                     self._live.pop(key, None)
                     self._order(Scheduler.abort, key)
-                case Refuse():
-                    return None
-        return served
+                case Refuse(reason=reason):
+                    answer = reason
+        return answer
 
-    def open_pull(self, pull: Pull) -> int | None:
+    def open_pull(self, pull: Pull) -> int | RefusalReason:
         """See `Reading.open_pull`."""
         action, now_s = pull.action, self._timeline.now_s()
-        reader_id = self._run_holder(self.holder.pull(action.ticket, action.first_block, action.pull_index, now_s))
-        if reader_id is not None:
-            self._readers[reader_id] = pull
-        return reader_id
+        answer = self._run_holder(self.holder.pull(action.ticket, action.first_block, action.pull_index, now_s))
+        assert answer is not None
+        if not isinstance(answer, RefusalReason):
+            self._readers[answer] = pull
+        return answer
 
     def close_pull(self, reader_id: int) -> None:
         """See `Reading.close_pull`."""
@@ -328,6 +381,10 @@ class SimWorker:
         """The reader has made its first step."""
         self._run_holder(self.holder.confirm(ticket, self._timeline.now_s()))
 
+    def abort_ticket(self, ticket: Ticket) -> None:
+        """Its reader is over, and no other will come."""
+        self._run_holder(self.holder.abort_ticket(ticket, self._timeline.now_s()))
+
     # --- the puller -------------------------------------------------------------------------------------------------
 
     def _run_puller(self, actions: Sequence[PullerAction]) -> None:
@@ -336,40 +393,73 @@ class SimWorker:
                 case StartPull():
                     self._start(action)
                 case KvReady(key=key):
-                    self._order(_join, key)
+                    self._kv_ready(key)
                 case WriterDone(key=key):
+                    self._pulls.pop(key, None)
                     self._order(Scheduler.writer_done, key)
                 case CancelPull(key=key):
-                    pull = self._live[key].pull
-                    assert pull is not None
-                    pull.cancel()
+                    self._pulls[key].stop(None)
                 case Confirm(ticket=ticket):
                     self._timeline.after(self._rpc_s, partial(self._confirm, ticket))
-                case Failed(key=key):
-                    del self._live[key]
+                case SendAbort(ticket=ticket):
+                    self._timeline.after(self._rpc_s, partial(self._send_abort, ticket))
+                case Failed(key=key, reason=reason):
                     self._order(Scheduler.abort, key)
-                    self._on_refused(key)
+                    live = self._live.pop(key, None)
+                    if live is not None:
+                        self._turn(live, reason, lost=True)
                 case _:
                     raise AssertionError(f"{action} has no effect here")
 
     def _start(self, action: StartPull) -> None:
-        source = self._find(action.ticket.prefill_worker)
-        self._live[action.key].pull = Pull(
+        pull = Pull(
             self._timeline,
             action,
             puller=self.puller,
-            source=source,
-            links=() if source is None else self._links_to(source, self),
+            find=self._source,
             block_bytes=self.spec.block_bytes,
             rpc_s=self._rpc_s,
             run=self._run_puller,
         )
+        before = self._pulls.get(action.key)
+        if before is not None:
+            pull.received_bytes = before.received_bytes
+        self._pulls[action.key] = pull
+
+    def _source(self, worker_id: str) -> tuple[SimWorker | None, Sequence[Medium]]:
+        source = self._wiring.find(worker_id)
+        return source, () if source is None else self._wiring.links(source, self)
+
+    def _kv_ready(self, key: str) -> None:
+        pull, live, on_transfer = self._pulls.pop(key), self._live.get(key), self._wiring.on_transfer
+        if live is not None:
+            live.exposed_transfer_s, live.transferred_bytes = pull.exposed_s, pull.received_bytes
+        if on_transfer is not None:
+            ticket = pull.action.ticket
+            on_transfer(
+                TransferSpan(
+                    request_id=ticket.request_id,
+                    source=ticket.prefill_worker,
+                    target=self.spec.worker_id,
+                    start_s=pull.opened_s,
+                    end_s=self._timeline.now_s(),
+                    size_bytes=pull.received_bytes,
+                    exposed_s=pull.exposed_s,
+                )
+            )
+        self._order(_join, key)
 
     def _confirm(self, ticket: Ticket) -> None:
-        source = self._find(ticket.prefill_worker)
+        source = self._wiring.find(ticket.prefill_worker)
         if source is not None:
             source.confirm(ticket)
-        self.puller.confirm_ended(ticket.decode_key, self._timeline.now_s())
+        if self.alive:
+            self.puller.confirm_ended(ticket.decode_key, self._timeline.now_s())
+
+    def _send_abort(self, ticket: Ticket) -> None:
+        source = self._wiring.find(ticket.prefill_worker)
+        if source is not None:
+            source.abort_ticket(ticket)
 
 
 def _join(scheduler: Scheduler, key: str) -> None:

@@ -24,7 +24,7 @@ from tandem.cluster.latency.profile import distserve_profile
 from tandem.cluster.sim.cluster import ClusterSpec, SimCluster
 from tandem.cluster.sim.request import Asked
 from tandem.cluster.sim.router import RouterSpec
-from tandem.cluster.sim.worker import WorkerSpec
+from tandem.cluster.sim.worker_spec import WorkerSpec
 from tandem.cluster.types import SLO, Role
 from tandem.cluster.workload.report import RequestRecord
 from tandem.router import slo_classes

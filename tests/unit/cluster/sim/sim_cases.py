@@ -10,7 +10,7 @@ from tandem.cluster.latency.profile import DecodeTerms, StepProfile
 from tandem.cluster.sim.cluster import ClusterSpec, SimCluster
 from tandem.cluster.sim.request import Asked, Outcome
 from tandem.cluster.sim.router import RouterSpec
-from tandem.cluster.sim.worker import WorkerSpec
+from tandem.cluster.sim.worker_spec import WorkerSpec
 from tandem.cluster.types import Role
 from tandem.router.slo_classes import Promise
 

@@ -128,12 +128,19 @@ def test_workers_that_cannot_serve_are_refused() -> None:
         cluster(worker("p", Role.PREFILL))
 
 
-def test_a_request_that_could_never_run_is_refused_before_time_starts() -> None:
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [({"max_model_len": 64}, "context_length_exceeded"), ({"num_blocks": 4}, "invalid_request_error")],
+)
+def test_what_can_never_run_is_refused_as_the_router_refuses_it(fields: dict[str, int], why: str) -> None:
     [asked] = workload(1, 1.0)
-    simulated = cluster(*split(max_model_len=64))
-    with pytest.raises(ValueError, match=r"r0: \d+ tokens of prompt and output are not allowed; allowed: at most 64"):
-        simulated.run([replace(asked, prompt_token_ids=(1,) * 60, output_tokens=9)])
-    assert simulated.timeline.events_total == 0
+    simulated = cluster(*split(**fields))
+    fits, too_long = (
+        replace(asked, request_id=str(tokens), prompt_token_ids=(1,) * 55, output_tokens=tokens) for tokens in (9, 11)
+    )
+    outcomes = simulated.run([fits, too_long])
+    assert [(one.done, one.refused) for one in outcomes] == [(True, ""), (False, why)]
+    assert_clean(simulated)
 
 
 def test_a_run_ends_where_its_caller_knows_enough() -> None:
