@@ -15,9 +15,10 @@ Requests = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Runs in a CSV of the same columns. Default: those of the folder.")
 ]
 Only = Annotated[str, typer.Option(help="Runs whose name contains this.")]
+Costs = Annotated[bool, typer.Option("--costs", help="Also the roofline of an A100 beside DistServe's step times.")]
 
 
-def replay(data: Data, requests: Requests = None, only: Only = "") -> None:
+def replay(data: Data, requests: Requests = None, only: Only = "", costs: Costs = False) -> None:
     """Replays measured runs request by request, and prints measured against simulated.
 
     The same arrivals and lengths; each system with one set of constants for all its runs (cluster/sim/systems.py).
@@ -32,6 +33,10 @@ def replay(data: Data, requests: Requests = None, only: Only = "") -> None:
         known = ", ".join(run.name for run in runs)
         raise ValueError(f"--only: {only!r} is in no run's name; allowed: a part of {known}")
     typer.echo(bench.show(rows))
+    if costs:
+        from .bench.replay_costs import compare_costs, show_costs
+
+        typer.echo(f"\n{show_costs(compare_costs(data))}")
     far = [row.run.name for row in rows if abs(row.points) > bench.MAX_POINTS]
     if far:
         typer.echo(f"more than {bench.MAX_POINTS:g} points off: {', '.join(far)}")
