@@ -21,7 +21,7 @@ from ..types import Role
 from .cluster import ClusterSpec
 from .deploy import DeviceModel, Replica, worker_spec
 from .router import RouterSpec
-from .worker import WorkerSpec
+from .worker_spec import WorkerSpec
 
 _FOR_EVER_S = 1e6
 _NO_PROMISE = Promise(slo_class="", share=1.0, ttft_s=None, tpot_s=None)
