@@ -111,7 +111,7 @@ def run_phase(setting: Setting, pool: Pool, rate: float, seed: int, requests: in
         Replica(role=other_role, max_batched_tokens=_PLENTY, max_running=_PLENTY),
         device,
         costs=Costless(),
-        num_blocks=_PLENTY,
+        num_blocks=sum(-(-row.input_tokens // device.block_size) for row in rows) + device.context_tokens,
     )
     if pool.role is Role.PREFILL:
         rows = [replace(row, output_tokens=1) for row in rows]

@@ -122,7 +122,9 @@ class SimEngine:
     def _begin(self, plan: StepPlan) -> None:
         shape, now_s = step_shape(plan), self._timeline.now_s()
         step_s, stage_s = self._times_s(shape)
-        self.fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, step_s)
+        # Of prompts routers want to know how fast a queue of them goes, of answers how long a token takes.
+        heard_s = stage_s if shape.prefill_tokens else step_s
+        self.fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, heard_s)
         self._planned += 1
         self.steps_total += 1
         self._stage_free_s = now_s + stage_s
