@@ -17,7 +17,7 @@ from .place import replica_of
 from .result import Affinity, Candidate, Pool
 from .setting import MAX_REQUESTS, Sample, Setting, draw_sample
 
-_PRECISION = Precision(width=1.04, most=20)
+_PRECISION = Precision(width=1.05, most=20)
 _ANY_SLOPE, _LEAST_SLOPE, _AROUND = 0.5, 0.2, 0.08
 _START_SHARE = 0.6
 """Of the capacity bound: where an estimate's search begins."""
@@ -229,7 +229,7 @@ class Outlook:
         """When each prompt's KV is where it is wanted: the links one after another, all of them as one wide link."""
         setting = self.setting
         far = candidate.affinity is not Affinity.LOW and candidate.gpus > setting.gpus_per_node
-        nodes = min(setting.nodes, -(-candidate.gpus // setting.gpus_per_node))
+        nodes = max(2, min(setting.nodes, -(-candidate.gpus // setting.gpus_per_node)))  # one more may stand beyond
         link = setting.between if far else setting.inside
         lanes = nodes / (1.0 - 1.0 / nodes) if far else candidate.pools[0].pipeline_stages if candidate.cells else 1
         bytes_per_s = link.bandwidth_gb_s * 1e9 * lanes
