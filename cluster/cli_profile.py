@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from .profiler.points import Grid, Point
     from .profiler.repeat import RepeatOptions
 
-_STEPS_SHARE = 0.8
-"""Of the budget; transfers have the rest."""
-_TRANSFERS_AT_LEAST_S = 30.0
-"""What processes take to start on a slow machine is no reason to have no links."""
+_TRANSFERS_SHARE = 0.4
+"""Of the budget, at most; steps have what is left of it."""
+_TRANSFERS_AT_LEAST_S = 60.0
+"""What processes take to start on a busy machine is no reason to have no links."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def profile(
     cached: Annotated[str, typer.Option(help="Cached tokens before a chunk.")] = "512,1536",
     chunk_sizes: Annotated[str, typer.Option(help="Chunks behind them.")] = "64,256,512",
     batch_sizes: Annotated[str, typer.Option(help="Sequences in a decode step.")] = "1,2,4,8,16,32",
-    context: Annotated[str, typer.Option(help="Tokens of KV that each of them has.")] = "64,512,1536",
+    context: Annotated[str, typer.Option(help="Tokens of KV that each of them has.")] = "64,512,1024",
     mixed_batch_sizes: Annotated[str, typer.Option(help="Decode rows beside a chunk.")] = "4,16",
     mixed_context: Annotated[str, typer.Option(help="Tokens of KV that each of those has.")] = "256,1024",
     mixed_chunk_sizes: Annotated[str, typer.Option(help="Chunks beside them.")] = "64,256",
@@ -98,8 +98,7 @@ def profile(
         mixed_contexts=numbers("mixed_context", mixed_context),
         mixed_lengths=numbers("mixed_chunk_sizes", mixed_chunk_sizes),
     )
-    steps_s = budget_s * _STEPS_SHARE if transfers else budget_s
-    repeat = RepeatOptions(rounds=rounds, budget_s=steps_s, max_spread=max_spread, seed=seed)
+    repeat = RepeatOptions(rounds=rounds, budget_s=budget_s, max_spread=max_spread, seed=seed)
     try:
         kv_cache_bytes = parse_bytes(kv_cache)
     except ValueError as error:
@@ -179,25 +178,23 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
         kv_tokens=kv_tokens,
         block_size=config.block_size,
     )
-    places = Places(points, config.block_size)
-    config = replace(config, kv_cache_bytes=places.blocks * block_bytes)
+    config = replace(config, kv_cache_bytes=Places(points, config.block_size).blocks * block_bytes)
+    kv_token_bytes = block_bytes // config.block_size
     machine = machine_facts(config.device)
     display.line(headline(config, machine, len(points)))
+    moved = _measure_transfers(wanted, kv_token_bytes, display) if wanted.transfers else {}
     device = build_device(config, files, None)
     try:
-        steps, out_of_time, gap_s = _measure_steps(wanted, config, device, points, places.blocks, display)
+        left_s = wanted.repeat.budget_s - (time.monotonic() - begin_s)
+        repeat = replace(wanted.repeat, budget_s=max(left_s, wanted.repeat.budget_s * (1 - _TRANSFERS_SHARE)))
+        steps, out_of_time, gap_s = _measure_steps(repeat, config, device, points, display)
     finally:
         device.close()
-    check_agreement({name: step.times_s for name, step in steps.items()}, wanted.repeat.max_spread)
     if late := device.late_steps_total:
-        display.line(f"{late} steps came late: others wanted this machine's processors, or it is too slow for such times")
-    kv_token_bytes = block_bytes // config.block_size
-    moved: dict[str, MeasuredTransfer] = {}
-    if wanted.transfers:
-        left_s = wanted.repeat.budget_s / _STEPS_SHARE - (time.monotonic() - begin_s)
-        moved = _measure_transfers(kv_token_bytes, config.block_size, max(left_s, _TRANSFERS_AT_LEAST_S), display)
-        times = {name: transfer.times_s for name, transfer in moved.items()}
-        check_agreement(times, wanted.max_transfer_spread, option="max_transfer_spread")
+        display.line(
+            f"{late} steps came late: the machine is busy, or too slow for what the paced device was told"
+        )
+    check_agreement({name: step.times_s for name, step in steps.items()}, repeat.max_spread)
     kernels = getattr(getattr(device, "picked", None), "kernels", "")
     about = Measurement(
         model=config.model,
@@ -220,13 +217,30 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
     return fitted_profile(about)
 
 
+def _measure_transfers(wanted: Wanted, kv_token_bytes: int, display: Display) -> dict[str, MeasuredTransfer]:
+    from .profiler.repeat import check_agreement
+    from .profiler.transfers import measure_transfers
+
+    timeout_s = max(wanted.repeat.budget_s * _TRANSFERS_SHARE, _TRANSFERS_AT_LEAST_S)
+    with display.steps(remaining=True) as report:
+        work = measure_transfers(
+            kv_token_bytes,
+            block_size=wanted.config.block_size,
+            timeout_s=timeout_s,
+            on_progress=lambda what, share: report("transfers", what if display.live else "measured", share),
+        )
+        try:
+            moved = asyncio.run(work)
+        except TimeoutError:
+            allowed = "more time, or --no-transfers"
+            raise ValueError(f"budget_s: transfers were not done after {timeout_s:.0f} s; allowed: {allowed}") from None
+    times = {name: transfer.times_s for name, transfer in moved.items()}
+    check_agreement(times, wanted.max_transfer_spread, option="max_transfer_spread")
+    return moved
+
+
 def _measure_steps(
-    wanted: Wanted,
-    config: EngineConfig,
-    device: Device,
-    points: tuple[Point, ...],
-    num_blocks: int,
-    display: Display,
+    repeat: RepeatOptions, config: EngineConfig, device: Device, points: tuple[Point, ...], display: Display
 ) -> tuple[dict[str, MeasuredStep], tuple[str, ...], float]:
     """(steps by name in the order of the points, those for which there was no time, seconds between two steps)."""
     from .profiler.live import engine_overhead_s, measure_steps, measured_steps
@@ -235,35 +249,15 @@ def _measure_steps(
         timings = measure_steps(
             device,
             points,
-            wanted.repeat,
+            repeat,
             block_size=config.block_size,
             on_progress=lambda what, share: report("steps", what if display.live else "measured", share),
         )
         report("steps", "between two steps" if display.live else "measured", 1.0)
-        gap_s = engine_overhead_s(device, block_size=config.block_size, num_blocks=num_blocks)
+        gap_s = engine_overhead_s(device, block_size=config.block_size, num_blocks=device.kv.num_blocks)
     found = measured_steps(timings)
     ordered = {point.name: found[point.name] for point in points if point.name in found}
     return ordered, timings.left_out, gap_s
-
-
-def _measure_transfers(
-    kv_token_bytes: int, block_size: int, timeout_s: float, display: Display
-) -> dict[str, MeasuredTransfer]:
-    from .profiler.transfers import measure_transfers
-
-    with display.steps(remaining=True) as report:
-        try:
-            return asyncio.run(
-                measure_transfers(
-                    kv_token_bytes,
-                    block_size=block_size,
-                    timeout_s=timeout_s,
-                    on_progress=lambda what, share: report("transfers", what if display.live else "measured", share),
-                )
-            )
-        except TimeoutError:
-            allowed = "more time, or --no-transfers"
-            raise ValueError(f"budget_s: transfers were not done after {timeout_s:.0f} s; allowed: {allowed}") from None
 
 
 def machine_facts(device: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Grid:
     """Cached tokens before a chunk of `chunk_lengths`."""
     chunk_lengths: tuple[int, ...] = (64, 256, 512)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    contexts: tuple[int, ...] = (64, 512, 1536)
+    contexts: tuple[int, ...] = (64, 512, 1024)
     mixed_batches: tuple[int, ...] = (4, 16)
     mixed_contexts: tuple[int, ...] = (256, 1024)
     mixed_lengths: tuple[int, ...] = (64, 256)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tandem.cluster.latency.links import INSTANT, Link, read_links
+from tandem.cluster.latency.links import INSTANT, Link, LinkTerms, read_links, shared
+from tandem.cluster.sim.links import Flow, Medium
+from tandem.cluster.sim.timeline import Timeline
 
 
 def test_a_transfer_is_latency_and_bytes() -> None:
@@ -14,6 +16,18 @@ def test_a_transfer_is_latency_and_bytes() -> None:
     assert link.transfer_time_s(2e9, sharers=3) == 6.5
     assert link.transfer_time_s(0) == 0.0
     assert INSTANT.transfer_time_s(10**9) < 1e-5
+
+
+def test_a_simulated_transfer_takes_what_the_link_says() -> None:
+    """Virtual time and everything else cost a transfer by the same rule."""
+    link, sharers = LinkTerms(bandwidth_gb_s=2.0, latency_us=300).named("ib"), 3
+    timeline, done = Timeline(), []
+    medium = Medium(name=link.name, bytes_per_s=link.bytes_per_s, latency_s=link.latency_s)
+    for _ in range(sharers):
+        Flow(timeline, [medium], 10**9, lambda: done.append(timeline.now_s()))
+    timeline.run()
+    assert done == pytest.approx([link.transfer_time_s(1e9, sharers)] * sharers)
+    assert shared(link.bytes_per_s, 0) == shared(link.bytes_per_s, 1) == 2e9
 
 
 def test_links_are_read_by_name() -> None:

@@ -20,9 +20,15 @@ PUBLISHED = {
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
     "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
+    "llama-3.3-70b": 70_553_706_496,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
@@ -48,9 +54,43 @@ def test_parameters_are_the_published_ones(name: str) -> None:
     assert model_facts(name).parameters == PUBLISHED[name]
 
 
-@pytest.mark.parametrize(("name", "billions"), [("opt-66b", 66), ("opt-175b", 175), ("qwen2-72b", 72.7)])
-def test_parameters_are_near_the_published_round_number(name: str, billions: float) -> None:
-    assert model_facts(name).parameters == pytest.approx(billions * 1e9, rel=0.01)
+ROUND_BILLIONS = {"opt-66b": 66, "opt-175b": 175, "qwen2-72b": 72.7}
+"""Where only a round number is published: OPT's paper (Zhang et al. 2022, table 1), Qwen2's report (table 1)."""
+
+
+@pytest.mark.parametrize("name", ROUND_BILLIONS)
+def test_parameters_are_near_the_published_round_number(name: str) -> None:
+    assert model_facts(name).parameters == pytest.approx(ROUND_BILLIONS[name] * 1e9, rel=0.01)
+
+
+def test_every_registered_model_is_held_against_what_its_publisher_says() -> None:
+    assert {name for name in CONFIGS if not name.startswith("tiny-")} == PUBLISHED.keys() | ROUND_BILLIONS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "tied", "vocabulary", "kv_bytes_per_token"),
+    [
+        ("opt-13b", 40, True, 50272, 2 * 40 * 5120 * 2),
+        ("opt-66b", 72, True, 50272, 2 * 64 * 9216 * 2),
+        ("opt-175b", 96, True, 50272, 2 * 96 * 12288 * 2),
+        ("llama-2-7b", 32, False, 32000, 2 * 32 * 4096 * 2),
+        ("llama-2-70b", 8, False, 32000, 2 * 80 * 1024 * 2),
+        ("llama-3.1-8b", 8, False, 128256, 2 * 32 * 1024 * 2),
+        ("llama-3.2-1b", 8, True, 128256, 2 * 16 * 512 * 2),
+        ("qwen2-7b", 4, False, 152064, 2 * 28 * 512 * 2),
+        ("qwen2.5-0.5b", 2, True, 151936, 2 * 24 * 128 * 2),
+        ("qwen3-0.6b", 8, True, 151936, 2 * 28 * 1024 * 2),
+        ("qwen3-32b", 8, False, 151936, 2 * 64 * 1024 * 2),
+        ("smollm2-135m", 3, True, 49152, 23040),
+    ],
+)
+def test_heads_tables_and_kv_are_those_of_the_published_configs(
+    name: str, kv_heads: int, tied: bool, vocabulary: int, kv_bytes_per_token: int
+) -> None:
+    facts = model_facts(name)
+    c = facts.config
+    assert (c.num_kv_heads, c.tie_word_embeddings, c.vocab_size) == (kv_heads, tied, vocabulary)
+    assert facts.kv_bytes_per_token() == kv_bytes_per_token
 
 
 @pytest.mark.parametrize(

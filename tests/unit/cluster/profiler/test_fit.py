@@ -48,7 +48,7 @@ def test_terms_are_found_again_and_errors_told_by_kind() -> None:
 
 def test_every_point_is_judged_by_a_fit_that_has_not_seen_it() -> None:
     """One that is far off shows as such: a fit that had seen it would bend towards it."""
-    fit = fit_steps(measured(wild="decode 32 x 1536"))
+    fit = fit_steps(measured(wild="decode 32 x 1024"))
     assert fit.held_out["decode"].worst == pytest.approx(0.5, abs=0.03), "half of what was measured"
     assert fit.fitted["decode"].worst < fit.held_out["decode"].worst
 
