@@ -26,6 +26,8 @@ from .cli_plan_options import (
     MaxInputLen,
     MaxModelLen,
     MaxOutputLen,
+    MaxPp,
+    MaxTp,
     Memory,
     Model,
     Nodes,
@@ -80,6 +82,8 @@ _PATHS = {
     "seed": "search.seed",
     "processes": "search.processes",
     "time_limit": "search.time_limit_s",
+    "max_tp": "search.max_tensor_parallel",
+    "max_pp": "search.max_pipeline_stages",
 }
 """Where in a problem each option stands."""
 
@@ -114,6 +118,8 @@ def plan(
     seed: Seed = None,
     processes: Processes = None,
     time_limit: TimeLimit = None,
+    max_tp: MaxTp = None,
+    max_pp: MaxPp = None,
     output: OutputFile = None,
     choose: Choose = "best",
     device: Device = None,

@@ -74,11 +74,14 @@ def why_not(setting: Setting, candidate: Candidate, *, spare_nodes: int = 0) -> 
 
 def all_splits(setting: Setting) -> list[tuple[int, int]]:
     """Every (tensor_parallel, pipeline_stages) worth a look: tensor parallelism divides the heads and stays inside a
-    node, stages are even or share the layers, and all of it leaves at most the whole cluster.
+    node, stages are even or share the layers, and all of it leaves at most the whole cluster and stays within the
+    setting's limits.
     """
     config = setting.device.facts.config
-    tensors = [size for size in range(1, setting.gpus_per_node + 1) if config.num_heads % size == 0]
-    stages = [count for count in (1, 2, 3, 4, 6, 8, 12, 16) if count <= config.num_layers]
+    widest = min(setting.gpus_per_node, setting.max_tensor_parallel or setting.gpus_per_node)
+    deepest = min(config.num_layers, setting.max_pipeline_stages or config.num_layers)
+    tensors = [size for size in range(1, widest + 1) if config.num_heads % size == 0]
+    stages = [count for count in (1, 2, 3, 4, 6, 8, 12, 16) if count <= deepest]
     found = []
     for tensor in tensors:
         for count in stages:

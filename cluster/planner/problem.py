@@ -36,6 +36,10 @@ class SearchLimits:
     """That simulate; None: as many as there are processors."""
     time_limit_s: Annotated[float, Within(0.0, 86_400.0, above=True)] = 120.0
     """After which the best of what was seen is the answer."""
+    max_tensor_parallel: Annotated[int | None, Within(1, MAX_GPUS)] = None
+    """Of a worker; None: as many devices as a node has."""
+    max_pipeline_stages: Annotated[int | None, Within(1, MAX_GPUS)] = None
+    """Of a worker; None: as many as make sense. 1: what can be served today."""
 
     def __post_init__(self) -> None:
         check(self)

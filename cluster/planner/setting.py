@@ -41,6 +41,10 @@ class Setting:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     mean_output: float
     """Tokens of an answer."""
+    max_tensor_parallel: int | None = None
+    """None: as many as a node has."""
+    max_pipeline_stages: int | None = None
+    """None: as many as the model's layers allow."""
     rpc_s: float = RPC_S
     own_s: float = OWN_S
 
@@ -81,6 +85,8 @@ def setting_of(problem: Problem) -> Setting:
         target_rate=problem.rate,
         mean_output=sum(row.output_tokens for row in drawn) / len(drawn),
         seeds=tuple(range(first, first + problem.search.seeds)),
+        max_tensor_parallel=problem.search.max_tensor_parallel,
+        max_pipeline_stages=problem.search.max_pipeline_stages,
     )
 
 
