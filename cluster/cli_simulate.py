@@ -39,6 +39,7 @@ from .cli_simulate_options import (
     DecodeTp,
     Dtype,
     Duration,
+    Fail,
     GpusPerNode,
     Hardware,
     InterNode,
@@ -147,6 +148,7 @@ def simulate(
     request_rate: RequestRate = None,
     rate_scale: RateScale = None,
     seed: Seed = None,
+    fail: Fail = None,
     goodput: Goodput = None,
     metric_percentiles: MetricPercentiles = "90,99",
     sweep: Sweep = False,
@@ -199,15 +201,29 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     found = {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
     if given["max_batched_tokens"] is not None:
         found |= {f"{pool}.max_batched_tokens": given["max_batched_tokens"] for pool in ("prefill", "decode", "mixed")}
+    if given["dataset_path"] is not None:  # in place of the file's random lengths
+        found = {"workload.input_tokens": None, "workload.output_tokens": None, "workload.range_ratio": 0.0} | found
     if given["no_refuse"]:
         found["router.refuse"] = False
     if given["burstiness"] is not None and given["arrivals"] is None:
         found["workload.arrivals"] = "gamma"
+    if given["fail"]:
+        found["failures"] = [_failure(text) for text in given["fail"]]
     if given["goodput"]:
         found["workload.slo_classes"] = {"interactive": _promised(given["goodput"])}
     if given["sweep"]:
         found.setdefault("rate", 1.0)  # where the sweep starts
     return found
+
+
+def _failure(text: str) -> dict[str, Any]:
+    """`decode-0@30-45` to a section of `failures`."""
+    worker, _, times = text.rpartition("@")
+    begin, _, end = times.partition("-")
+    try:
+        return {"worker": worker, "at_s": float(begin), "back_s": float(end) if end else None}
+    except ValueError:
+        raise ValueError(f"fail: {text!r} is not allowed; allowed: e.g. decode-0@30 or decode-0@30-45") from None
 
 
 def _promised(pairs: list[str]) -> dict[str, float]:

@@ -52,6 +52,10 @@ Burstiness = Annotated[float | None, typer.Option(help="Shape of the gamma arriv
 RequestRate = Annotated[float | None, typer.Option(help="Requests per second. Default: as the trace has it.")]
 RateScale = Annotated[float | None, typer.Option(help="Replay a trace this many times faster than recorded.")]
 Seed = Annotated[int | None, typer.Option(help="Of arrivals and lengths. Default: 0.", min=0)]
+Fail = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WORKER@S[-S]", help="A worker fails, and perhaps comes back: decode-0@30-45. Repeatable."),
+]
 SaveRequests = Annotated[str | None, typer.Option(metavar="FILE", help="A line of CSV for every request.")]
 SavePlot = Annotated[
     str | None, typer.Option(metavar="FILE", help="Latencies, queues and KV over time: .png, .svg or .pdf.")

@@ -84,10 +84,16 @@ class SimulatedRun:
     def lines(self) -> list[str]:
         """What stands below the table: who was refused, and what each class of several got."""
         found = []
-        refusals = Counter(outcome.refused for outcome in self.outcomes if outcome.refused)
-        if refusals:
-            told = ", ".join(f"{count} {reason}" for reason, count in sorted(refusals.items()))
-            found.append(f"refused     {told}")
+        for name, reasons in (
+            ("refused", [outcome.refused for outcome in self.outcomes]),
+            ("given up", [outcome.failed for outcome in self.outcomes]),
+        ):
+            told = sorted(Counter(reason for reason in reasons if reason).items())
+            if told:
+                found.append(f"{name:<12}" + ", ".join(f"{count} {reason}" for reason, count in told))
+        again = sum(outcome.tries > 1 for outcome in self.outcomes)
+        if again:
+            found.append(f"tried again {again} requests")
         if len(self.by_class) > 1:
             for name, (attained, total) in self.by_class.items():
                 share = f"{attained / total:.1%} of {total} requests kept it" if total else "no requests"
@@ -104,7 +110,9 @@ class Simulation:
         self.workload = read_workload(scenario, self.device)
         self.spec = cluster_spec(scenario, self.device)
         self.promises = {name: promise.slo for name, promise in self.spec.router.promises.items()}
-        draw_rows(replace(scenario, num_requests=1), self.workload)  # says what is missing before anything is run
+        # What is missing or makes no sense is said before anything is run.
+        draw_rows(replace(scenario, num_requests=1), self.workload)
+        SimCluster(self.spec)
 
     @property
     def promised(self) -> bool:
@@ -120,7 +128,7 @@ class Simulation:
             raise ConfigError("seconds", self.scenario.seconds, "long enough for a request to come")
         span_s = max(rows[-1].arrival_s, 1.0)
         recorder = Recorder(sample_period_s=span_s / _SAMPLES, spans=True) if record_all else None
-        cluster = SimCluster(self.spec) if recorder is None else SimCluster(self.spec, recorder)
+        cluster = SimCluster(self.spec, recorder)
         stopped = False
 
         def look(now_s: float, outcomes: Sequence[Outcome]) -> bool:

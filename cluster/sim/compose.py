@@ -20,7 +20,7 @@ from ..latency.memory import DoesNotFit
 from ..latency.profile import MEASURED, StepProfile, read_json, read_profile
 from ..types import Role
 from ..workload.spec import Arrivals, Row, Workload, WorkloadSpec, load
-from .cluster import ClusterSpec
+from .cluster import ClusterSpec, Failure
 from .deploy import DeviceModel, Replica, worker_spec
 from .router import RouterSpec
 from .scenario import DEFAULT_REQUESTS, PoolSection, Scenario
@@ -99,9 +99,18 @@ def cluster_spec(scenario: Scenario, device: DeviceModel | None = None) -> Clust
             rpc_s=scenario.router.rpc_s,
             local_threshold_tokens=scenario.router.local_prefill_threshold_tokens,
             heartbeat_s=scenario.router.heartbeat_s,
+            heartbeat_timeout_s=scenario.router.heartbeat_timeout_s,
+            worker_lost_after_s=scenario.router.worker_lost_after_s,
+            unready_wait_s=scenario.router.unready_wait_s,
+            max_attempts=scenario.router.max_attempts,
+            timeout_s=scenario.router.request_timeout_s,
         ),
         inside=inside,
         between=between,
+        failures=tuple(
+            Failure(worker_id=one.worker, at_s=one.at_s, back_s=one.back_s, silent=one.silent)
+            for one in scenario.failures
+        ),
     )
 
 

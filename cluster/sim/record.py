@@ -13,7 +13,7 @@ from ..workload.report import RequestRecord
 from .observer import StepSpan, TransferSpan, WorkerSample
 from .request import Outcome
 
-UNFINISHED = "unfinished: the run ended before it"
+DONE, UNFINISHED = "done", "unfinished"
 COLUMNS = (
     "request_id",
     "arrival_s",
@@ -42,14 +42,22 @@ COLUMNS = (
 
 
 def ended(outcome: Outcome) -> bool:
-    """Refused, or answered to its end."""
-    return bool(outcome.refused) or outcome.done
+    """Refused, given up, or answered to its end."""
+    return bool(outcome.refused or outcome.failed) or outcome.done
+
+
+def fate(outcome: Outcome) -> str:
+    """`done`, `unfinished` where the run ended before it, else why it was refused or given up."""
+    if outcome.refused:
+        return f"refused: {outcome.refused}"
+    if outcome.failed:
+        return f"failed: {outcome.failed}"
+    return DONE if outcome.done else UNFINISHED
 
 
 def record(outcome: Outcome) -> RequestRecord:
     """As the benchmark client would have seen it: sent when due, its output in one piece."""
     asked = outcome.asked
-    error = f"refused: {outcome.refused}" if outcome.refused else "" if outcome.done else UNFINISHED
     return RequestRecord(
         due_s=asked.arrival_s,
         sent_s=asked.arrival_s,
@@ -57,7 +65,7 @@ def record(outcome: Outcome) -> RequestRecord:
         last_token_s=outcome.last_token_s,
         prompt_tokens=len(asked.prompt_token_ids),
         output_tokens=outcome.output_tokens,
-        error=error,
+        error="" if fate(outcome) == DONE else fate(outcome),
         ended_s=asked.arrival_s if outcome.last_token_s is None else outcome.last_token_s,
         timings=_timings(outcome),
     )
@@ -114,7 +122,7 @@ def _cells(outcome: Outcome, slo: SLO) -> tuple[object, ...]:
         len(asked.prompt_token_ids),
         asked.output_tokens,
         asked.slo_class,
-        f"refused: {outcome.refused}" if outcome.refused else "done" if outcome.done else "unfinished",
+        fate(outcome),
         int(outcome.attains(slo)),
         outcome.path,
         outcome.prefill_worker,

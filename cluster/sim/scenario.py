@@ -50,7 +50,9 @@ class PoolSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSection:
-    """The router. Defaults of time come to what a split request's first token was measured to lose (BENCHMARKS.md)."""
+    """The router; what has a namesake in `RouterConfig` has its meaning. `overhead_s` and `rpc_s` come to about what
+    the first token of a split request was measured to lose (BENCHMARKS.md).
+    """
 
     max_waiting: Count = 256
     refuse: bool = True
@@ -62,6 +64,27 @@ class RouterSection:
     local_prefill_threshold_tokens: Annotated[int, Within(0, 2**31 - 1)] = 0
     """Prompts with fewer uncached tokens are prefilled by the decode worker; 0: off."""
     heartbeat_s: Annotated[float, Within(0.001, 60.0)] = 0.25
+    heartbeat_timeout_s: Annotated[float, Within(0.0, 86_400.0, above=True)] = 1.0
+    worker_lost_after_s: Annotated[float, Within(0.0, 86_400.0, above=True)] = 10.0
+    unready_wait_s: Annotated[float, Within(0.0, 86_400.0, above=True)] = 10.0
+    max_attempts: Annotated[int, Within(1, 100)] = 3
+    request_timeout_s: Annotated[float, Within(0.0, 86_400.0, above=True)] = 600.0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureSection:
+    """A worker that fails: everything that it held and ran is lost."""
+
+    worker: Annotated[str, Text()]
+    """`decode-0`."""
+    at_s: Annotated[float, Within(0.0)]
+    back_s: Annotated[float | None, Within(0.0)] = None
+    """When it is there again, empty; None: never."""
+    silent: bool = False
+    """Its machine is gone, and the router finds out by the heartbeats that do not come; else its streams break."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -76,6 +99,7 @@ class Scenario(DeviceSpec):
     decode: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
     mixed: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
     router: RouterSection = field(default_factory=RouterSection)
+    failures: tuple[FailureSection, ...] = ()
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
     rate: Annotated[float | None, Within(0.0, 1e6, above=True)] = None
     """Requests per second; None: as recorded."""
@@ -94,11 +118,9 @@ class Scenario(DeviceSpec):
                 "rate_scale", self.rate_scale, "1, or any where arrivals are a trace's and rate is not given"
             )
         counts = {name: getattr(self, name).workers for name in _POOLS}
-        if counts["mixed"] and (counts["prefill"] or counts["decode"]):
-            raise ConfigError("mixed.workers", counts["mixed"], "0 beside prefill and decode workers")
         for name in () if counts["mixed"] else ("prefill", "decode"):
             if not counts[name]:
-                raise ConfigError(f"{name}.workers", 0, "at least 1, or mixed workers alone")
+                raise ConfigError(f"{name}.workers", 0, "at least 1, or mixed workers")
 
     @property
     def pools(self) -> tuple[tuple[Role, PoolSection], ...]:
@@ -110,4 +132,8 @@ def read_scenario(path: str | Path | None, overrides: Mapping[str, Any] | None =
     """The scenario in a YAML file (None: an empty one), with values by dotted path that win over it: see
     `device_spec.read_tree`.
     """
-    return parse(Scenario, read_tree(path, "scenario", overrides, _POOLS))
+    tree = read_tree(path, "scenario", overrides, _POOLS)
+    failures = tree.get("failures")
+    if isinstance(failures, list):
+        tree["failures"] = [parse(FailureSection, one, f"failures[{place}]") for place, one in enumerate(failures)]
+    return parse(Scenario, tree)

@@ -1,0 +1,229 @@
+"""`tandem simulate`: the same seed gives the same bytes, reports have the names of a benchmark's, what cannot be is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tandem.cluster import cli
+from tandem.cluster.bench.simulated import SimulatedRun, Simulation
+from tandem.cluster.bench.simulated_sweep import sweep
+from tandem.cluster.bench.simulated_trace import simulated_events
+from tandem.cluster.bench.sweep_load import SweepPlan
+from tandem.cluster.sim.request import Outcome
+from tandem.cluster.sim.scenario import read_scenario
+from tandem.cluster.workload.chrome_trace import TraceEvent
+from tandem.cluster.workload.sweep import SweepPoint
+
+CLUSTER = {"model": "opt-13b", "hardware": "a100-80g", "prefill.workers": 1, "decode.workers": 1, "rate": 4.0}
+FLAGS = ("--model", "opt-13b", "--hardware", "a100-80g", "--prefill", "1", "--decode", "1", "--request-rate", "4")
+PROGRAM = "import sys; from tandem.cluster.cli import run; sys.exit(run(sys.argv[1:]))"
+EVERYTHING = (
+    *("--arrivals", "trace", "--goodput", "ttft:300", "tpot:50", "--save-detailed", "--result-filename", "run.json"),
+    *("--save-requests", "requests.csv", "--save-trace", "trace.json", "--save-plot", "run.svg"),
+)
+CLASSES = {"chat": {"share": 0.5, "ttft_s": 0.5, "tpot_s": 0.1}, "bulk": {"share": 0.5}}
+
+
+def simulation(**fields: Any) -> Simulation:
+    tree = CLUSTER | {"num_requests": 40} | {name.replace("__", "."): value for name, value in fields.items()}
+    return Simulation(read_scenario(None, tree))
+
+
+def simulate(*argv: str) -> int:
+    return cli.run(["simulate", *FLAGS, *argv])
+
+
+@pytest.fixture(scope="module")
+def watched() -> SimulatedRun:
+    return simulation(workload__slo_classes=CLASSES).run(record_all=True)
+
+
+def test_the_example_scenarios_can_be_simulated(repository: Path) -> None:
+    found = sorted((repository / "deploy" / "plans").glob("*.scenario.yaml"))
+    assert found
+    for path in found:
+        result = Simulation(read_scenario(path, {"num_requests": 5})).run()
+        assert result.summary.completed == 5
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    lines = [f"{place * 0.2},{600 + 40 * place % 300},{5 + place},{place % 3} {place % 5}" for place in range(30)]
+    trace.write_text("arrival_s,input_tokens,output_tokens,prefix_hashes\n" + "\n".join(lines) + "\n")
+    written = []
+    for hash_seed in ("1", "2"):
+        folder = tmp_path / hash_seed
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "simulate", *FLAGS[:-2], "--dataset-path", str(trace), *EVERYTHING],
+            cwd=folder,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        written.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())} | {"stdout": done.stdout})
+    assert set(written[0]) == {"run.json", "requests.csv", "trace.json", "run.svg", "stdout"}
+    assert {name for name in written[0] if written[0][name] != written[1][name]} == set()
+
+
+def test_a_saved_result_has_the_names_of_a_benchmarks(tmp_path: Path) -> None:
+    assert (
+        simulate("--num-prompts", "20", "--goodput", "ttft:400", "--save-detailed", "--result-dir", str(tmp_path)) == 0
+    )
+    [path] = tmp_path.iterdir()
+    saved = json.loads(path.read_text())
+    assert (saved["virtual_time"], saved["backend"], saved["model_id"]) == (True, "simulate", "opt-13b")
+    assert (saved["completed"], saved["failed"], saved["num_prompts"], saved["request_rate"]) == (20, 0, 20, 4.0)
+    assert len(saved["ttfts"]) == len(saved["latencies"]) == 20
+    assert saved["p99_ttft_ms"] >= saved["median_ttft_ms"] > 0
+    assert saved["goodput_slo_ms"] == {"ttft": 400.0}
+    assert saved["slo_classes"]["interactive"]["attainment"] == saved["attainment"]
+    assert not [name for name in saved if "lateness" in name or "stall" in name or name in ("date", "itls")]
+
+
+def test_the_first_line_says_that_time_is_virtual(capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("--num-prompts", "5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("VIRTUAL TIME: nothing is computed")
+    assert lines[1] == "opt-13b on a100-80g: 1 x prefill TP 1 + 1 x decode TP 1; random lengths, poisson at 4/s"
+    assert any(line.startswith("TTFT") for line in lines)
+    assert not any(line.startswith(("sent late", "read late")) for line in lines)
+
+
+def test_several_classes_are_judged_each_by_its_own(watched: SimulatedRun) -> None:
+    assert {name: total for name, (_, total) in watched.by_class.items()} != {"chat": 40, "bulk": 0}
+    assert sum(total for _, total in watched.by_class.values()) == 40
+    assert watched.summary.attained == sum(kept for kept, _ in watched.by_class.values())
+    assert watched.as_json(detailed=False)["slo_classes"]["bulk"]["ttft_ms"] is None
+    assert len([line for line in watched.lines() if line.startswith("class")]) == 2
+
+
+def test_a_trace_holds_every_step_and_transfer(watched: SimulatedRun) -> None:
+    events = [event for event in simulated_events(watched) if isinstance(event, TraceEvent)]
+    steps = [event for event in events if event.process == "engines"]
+    assert {event.track for event in steps} == {"prefill-0", "decode-0"}
+    prompts = sum(event.args["prefill_tokens"] for event in steps if event.track == "prefill-0")
+    assert prompts == sum(len(one.asked.prompt_token_ids) for one in watched.outcomes)
+    answers = sum(event.args["steps"] * event.args["decode_rows"] for event in steps)
+    assert answers == sum(one.asked.output_tokens - 1 for one in watched.outcomes)
+    moved = [event for event in events if event.process == "KV on its way"]
+    assert sum(event.args["bytes"] for event in moved) == sum(one.transferred_bytes for one in watched.outcomes)
+
+
+def test_samples_show_queues_and_kv(watched: SimulatedRun) -> None:
+    assert watched.recorder is not None
+    assert len(watched.recorder.samples) > 100
+    times = [at_s for at_s, _, _ in watched.recorder.samples]
+    assert times == sorted(times)
+    assert max(workers[1].running for _, _, workers in watched.recorder.samples) > 1
+    assert all(0 <= one.used_blocks <= one.num_blocks for _, _, workers in watched.recorder.samples for one in workers)
+
+
+def test_watching_changes_nothing() -> None:
+    def times(run: SimulatedRun) -> list[tuple[float | None, float | None]]:
+        return [(one.first_token_s, one.last_token_s) for one in run.outcomes]
+
+    assert times(simulation().run(record_all=True)) == times(simulation().run())
+
+
+def test_a_stopped_run_reports_what_has_ended() -> None:
+    result = simulation(num_requests=200).run(on_progress=lambda now_s, ended, planned: ended >= 50)
+    assert result.stopped
+    assert 50 <= len(result.outcomes) == result.summary.completed < 200
+    assert "PARTIAL: stopped when" in result.notes[-1]
+
+
+def found_by_sweep(**fields: Any) -> tuple[float | None, list[SweepPoint]]:
+    points: list[SweepPoint] = []
+    plan = SweepPlan(target=0.9, seeds=2, duration_s=6.0, resolution=0.3, max_points=8, start_rate=8.0)
+    quick = {"workload__input_tokens": 300, "workload__output_tokens": 8, "prefix_cache": False}
+    result = sweep(simulation(**quick, **fields), plan, on_point=points.append)
+    return None if result.best is None else result.best.rate, points
+
+
+def test_a_sweep_finds_the_knee_under_the_same_seeds_at_every_rate() -> None:
+    promise = {"interactive": {"ttft_s": 0.1, "tpot_s": 0.05}}
+    best, points = found_by_sweep(workload__slo_classes=promise)
+    assert best is not None
+    failed = min(point.rate for point in points if not point.keeps(0.9))
+    assert best < failed <= 1.3 * best
+    assert all(run.seed == place for point in points for place, run in enumerate(point.runs))
+
+
+def test_a_sweep_judges_the_class_that_fares_worst() -> None:
+    classes = {"chat": {"share": 0.5, "ttft_s": 0.01}, "bulk": {"share": 0.5, "ttft_s": 60.0}}
+    best, points = found_by_sweep(workload__slo_classes=classes, router__refuse=False)
+    assert best is None
+    assert points[0].attainment < 0.1
+
+
+def test_a_sweep_without_a_promise_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"goodput: is missing; allowed: with sweep"):
+        sweep(simulation(), SweepPlan())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--num-prompts", "0"), "num_requests: 0 is not allowed; allowed: at least 1"),
+        (("--request-rate", "0"), "rate: 0.0 is not allowed; allowed: above 0"),
+        (("--request-rate", "nan"), "rate: nan is not allowed; allowed: a finite number"),
+        (("--duration", "-1"), "seconds: -1.0 is not allowed; allowed: above 0"),
+        (("--decode", "0"), "decode.workers: 0 is not allowed; allowed: at least 1, or mixed workers"),
+        (("--hardware", "tpu"), "hardware: 'tpu' is not allowed"),
+        (("--goodput", "e2el:5"), "goodput: e2el is not allowed here; allowed: ttft:MS, tpot:MS"),
+        (("--dataset-path", "/nowhere.csv"), "workload.lengths: '/nowhere.csv' is not allowed"),
+        (("--arrivals", "trace"), "workload.lengths: is missing; allowed: the file of a trace"),
+        (("--random-input-len", "9000"), "workload.input_tokens: '9128 tokens of prompt and answer' is not allowed"),
+        (("--config", "/nowhere.yaml"), "scenario: '/nowhere.yaml' is not allowed; allowed: a readable YAML file"),
+        (("--fail", "decode-0"), "fail: 'decode-0' is not allowed; allowed: e.g. decode-0@30"),
+        (("--fail", "decode-7@3"), "failures: worker 'decode-7' is not allowed; allowed: prefill-0, decode-0"),
+        (("--fail", "decode-0@9-3"), "failures: decode-0 at 9 s, back at 3 s is not allowed"),
+        (("--save-requests", "/nowhere/r.csv"), "save_requests: '/nowhere/r.csv' is not allowed"),
+        (("--save-trace", "/"), "save_trace: '/' is not allowed; allowed: a file in a folder that exists"),
+        (("--save-plot", "x.txt"), "save_plot: 'x.txt' is not allowed"),
+        (("--sweep", "--save-requests", "r.csv"), "save_requests: is not allowed with sweep; allowed: one run"),
+        (("--sweep",), "goodput: is missing; allowed: with sweep"),
+        (("--metric-percentiles", "x"), "metric_percentiles: 'x' is not allowed"),
+    ],
+)
+def test_wrong_options_are_one_line_and_named(
+    argv: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate(*argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_who_lost_a_worker_is_tried_again_or_given_up() -> None:
+    back = simulation(failures=[{"worker": "decode-0", "at_s": 3.0, "back_s": 4.0}]).run(record_all=True)
+    assert back.summary.completed == 40
+    again = sum(one.tries > 1 for one in back.outcomes)
+    assert again > 0
+    assert back.lines() == [f"tried again {again} requests"]
+    assert back.recorder is not None
+    down = [at_s for at_s, _, workers in back.recorder.samples if not workers[1].up]
+    assert down
+    assert all(3.0 <= at_s <= 4.0 for at_s in down)
+    gone = simulation(failures=[{"worker": "decode-0", "at_s": 3.0}], router__unready_wait_s=1.0).run()
+    assert gone.summary.failed == sum(bool(one.refused or one.failed) for one in gone.outcomes) > 0
+    assert gone.summary.completed + gone.summary.failed == 40
+
+
+def test_who_was_refused_is_told() -> None:
+    result = simulation(router__max_waiting=1, rate=1000.0).run()
+    refused: list[Outcome] = [one for one in result.outcomes if one.refused]
+    assert refused
+    assert result.summary.failed == len(refused)
+    assert result.lines()[0].startswith(f"refused     {len(refused)} ")
