@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from .points import Point
 
 MIN_ROUNDS = 4
+"""That must fit into the budget, by the estimate …"""
+MIN_TIMES = 3
+"""… and times of a point at the end, where the machine turned out slower; with fewer it is left out."""
 MAX_VISIT_STEPS = 8
 _ESTIMATE_SHARE = 0.25
 """Of the budget: for the first time of each point."""
@@ -106,18 +109,20 @@ def measure_points(
         times[point].append(statistics.median([run(point) for _ in range(visits[point])]))
 
     def there_is_time_for(point: Point) -> bool:
-        return now_s() + costs[point] * visits[point] <= deadline_s
+        step_s = max([costs[point], *times[point][-1:]])
+        return now_s() + step_s * visits[point] <= deadline_s
 
-    for done in range(options.rounds):
+    for _ in range(options.rounds):
         for point in draw.sample(list(times), len(times)):
-            if done < MIN_ROUNDS or there_is_time_for(point):
+            if there_is_time_for(point):
                 visit(point)
     for _ in range(options.rounds):
         again = [point for point in times if spread(times[point]) > options.max_spread and there_is_time_for(point)]
         for point in again:
             if there_is_time_for(point):
                 visit(point)
-    return Timings(times, tuple(left_out))
+    left_out += [point.name for point in times if len(times[point]) < MIN_TIMES]
+    return Timings({point: taken for point, taken in times.items() if len(taken) >= MIN_TIMES}, tuple(left_out))
 
 
 def _estimates(

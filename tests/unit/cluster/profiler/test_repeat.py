@@ -9,6 +9,7 @@ import pytest
 from tandem.cluster.profiler.points import Point
 from tandem.cluster.profiler.repeat import (
     MIN_ROUNDS,
+    MIN_TIMES,
     Disagreement,
     RepeatOptions,
     check_agreement,
@@ -73,6 +74,16 @@ def test_rounds_beyond_the_least_end_with_the_time() -> None:
     timings = measure_points(machine.run, (SHORT, LONG), options, machine.now_s)
     assert MIN_ROUNDS <= len(timings.times_s[LONG]) <= 9
     assert machine.time_s <= 10.0
+
+
+def test_a_machine_that_gets_slower_keeps_the_budget() -> None:
+    """Points that were estimated at a second take ten: the budget ends it, and whoever has too few times is named."""
+    machine = Machine(lambda point, number: proportional(point, 0) * (1 if number < 2 else 10))
+    options = RepeatOptions(visit_s=0.0, budget_s=20.0)
+    timings = measure_points(machine.run, (SHORT, MIDDLE, LONG), options, machine.now_s)
+    assert machine.time_s <= 20.0 + 10.0, "by no more than a visit"
+    assert timings.left_out == ("prefill 1000",)
+    assert all(len(times) >= MIN_TIMES for times in timings.times_s.values())
 
 
 def test_points_that_disagree_are_measured_again_and_every_time_counts() -> None:
