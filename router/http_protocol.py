@@ -56,6 +56,11 @@ class HttpLimits:
 
     connections: int = 4096
     """Open at once; the next one is told 503. Never more than FD_SHARE of the process's file descriptors."""
+    handshakes: int = 1024
+    """TLS handshakes under way at once; the oldest gives way to the next one. Never more than HANDSHAKE_FD_SHARE of the
+    process's file descriptors."""
+    handshake_timeout_s: float = 10.0
+    """From the connection's beginning to the end of its TLS handshake."""
     head_bytes: int = 64 * 1024
     """Request line and headers."""
     headers: int = 128

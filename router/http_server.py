@@ -18,12 +18,15 @@ from email.utils import formatdate
 
 from .http_message import Message
 from .http_protocol import Host, HttpConnection, HttpLimits
+from .tls_door import TlsDoor
 
 _log = logging.getLogger(__name__)
 
 BACKLOG_CONNECTIONS = 2048
 FD_SHARE = 0.75
 """Of the process's file descriptors, how many may be HTTP connections: accepting must not fail for want of one."""
+HANDSHAKE_FD_SHARE = 0.125
+"""The same of TLS handshakes under way, which are no connections yet."""
 SWEEP_S = 0.1
 STOP_TIMEOUT_S = 5.0
 """For answers under way when the server stops."""
@@ -33,8 +36,12 @@ App = Callable[[Message], Awaitable[None]]
 
 def connection_limit(limits: HttpLimits) -> int:
     """Connections to grant in this process."""
+    return _within_share(limits.connections, FD_SHARE)
+
+
+def _within_share(most: int, share: float) -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return limits.connections if soft == resource.RLIM_INFINITY else min(limits.connections, int(soft * FD_SHARE))
+    return most if soft == resource.RLIM_INFINITY else max(1, min(most, int(soft * share)))
 
 
 class HttpServer:
@@ -46,11 +53,20 @@ class HttpServer:
         """Requests, so far."""
         self.host = Host(limits=limits, admit=self._admit, leave=self._leave, handle=self._handle, date=self._date_line)
         self._app = app
-        self._limits = limits
-        self._context = context
+        self.tls: TlsDoor | None = None
+        """What connections pass before they are one, for https."""
+        if context is not None:
+            self.tls = TlsDoor(
+                context,
+                self._connection,
+                most=_within_share(limits.handshakes, HANDSHAKE_FD_SHARE),
+                timeout_s=limits.handshake_timeout_s,
+            )
         self._max_connections = connection_limit(limits)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        """That of http."""
+        self._serving = False
         self._sweeping: asyncio.Task[None] | None = None
         self.answered = 0
         """Requests whose task has ended."""
@@ -61,21 +77,23 @@ class HttpServer:
 
     async def start(self, listener: socket.socket) -> None:
         """Serves on `listener`, which it closes in the end."""
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: HttpConnection(self.host),
-            sock=listener,
-            ssl=self._context,
-            backlog=BACKLOG_CONNECTIONS,
-            ssl_handshake_timeout=self._limits.head_timeout_s if self._context is not None else None,
-        )
+        self._serving = True
+        if self.tls is not None:
+            self.tls.open(listener)
+        else:
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(self._connection, sock=listener, backlog=BACKLOG_CONNECTIONS)
         self._sweeping = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
         """Accepts no more connections, lets answers under way end for STOP_TIMEOUT_S, and ends the rest. Idempotent."""
-        server, self._server = self._server, None
-        if server is None or self._sweeping is None:
+        if not self._serving or self._sweeping is None:
             return
-        server.close()
+        self._serving = False
+        if self._server is not None:
+            self._server.close()
+        if self.tls is not None:
+            await self.tls.close()
         for connection in list(self.connections):
             connection.finish()
         self._tell_if_empty()
@@ -90,8 +108,11 @@ class HttpServer:
         self._sweeping.cancel()
         await asyncio.gather(self._sweeping, return_exceptions=True)
 
+    def _connection(self) -> HttpConnection:
+        return HttpConnection(self.host)
+
     def _admit(self, connection: HttpConnection) -> bool:
-        if self._server is None or len(self.connections) >= self._max_connections:
+        if not self._serving or len(self.connections) >= self._max_connections:
             return False
         self.connections.add(connection)
         return True
@@ -110,7 +131,7 @@ class HttpServer:
         self._tell_if_empty()
 
     def _tell_if_empty(self) -> None:
-        if self._server is None and not self.connections and not self._tasks:
+        if not self._serving and not self.connections and not self._tasks:
             self._empty.set()
 
     async def _answer(self, message: Message) -> None:
