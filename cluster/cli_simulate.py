@@ -70,8 +70,8 @@ from .cli_simulate_options import (
 )
 
 if TYPE_CHECKING:
-    from .bench.simulated import OnProgress, Simulation
-    from .cli_display import Display
+    from .bench.simulated import Simulation
+    from .cli_display import Display, Report
 
 FIRST_LINE = "VIRTUAL TIME: nothing is computed and nobody waits; steps take what a latency model says"
 _PATHS = {
@@ -203,6 +203,8 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
         found |= {f"{pool}.max_batched_tokens": given["max_batched_tokens"] for pool in ("prefill", "decode", "mixed")}
     if given["dataset_path"] is not None:  # in place of the file's random lengths
         found = {"workload.input_tokens": None, "workload.output_tokens": None, "workload.range_ratio": 0.0} | found
+    if given["rate_scale"] is not None:
+        found.setdefault("rate", None)
     if given["no_refuse"]:
         found["router.refuse"] = False
     if given["burstiness"] is not None and given["arrivals"] is None:
@@ -244,7 +246,7 @@ def described(simulation: Simulation) -> str:
         pools.append(f"{pool.workers} x {role.value}{split}")
     rate = "as recorded" if scenario.rate is None else f"at {scenario.rate:g}/s"
     if scenario.rate is None and scenario.rate_scale != 1.0:
-        rate += f", {scenario.rate_scale:g} times faster"
+        rate += f" x {scenario.rate_scale:g}"
     lengths = scenario.workload.lengths or "random lengths"
     cluster = f"{device.facts.name} on {device.hardware.name}: {' + '.join(pools)}"
     return f"{cluster}; {lengths}, {scenario.workload.arrivals.value} {rate}"
@@ -256,8 +258,8 @@ def _run(simulation: Simulation, output: Any, metric_percentiles: str, display: 
     from .bench.simulated import METRICS
 
     percentiles = numbers("metric_percentiles", metric_percentiles, "50,99")
-    with _progress(display, "requests") as on_progress:
-        result = simulation.run(percentiles=percentiles, record_all=output.records_all, on_progress=on_progress)
+    with watched_run(display, "requests") as watch:
+        result = simulation.run(percentiles=percentiles, record_all=output.records_all, on_progress=watch)
     for note in result.notes:
         display.line(f"note: {note}")
     display.line(table(result.summary, percentiles, METRICS, client=False))
@@ -265,7 +267,7 @@ def _run(simulation: Simulation, output: Any, metric_percentiles: str, display: 
         display.line(line)
     for line in output.write_run(result):
         display.line(line)
-    return 130 if result.stopped else 0 if result.summary.completed else 1
+    return watch.exit_code or (0 if result.summary.completed else 1)
 
 
 def _sweep(simulation: Simulation, output: Any, given: Mapping[str, Any], display: Display) -> int:
@@ -291,46 +293,64 @@ def _sweep(simulation: Simulation, output: Any, given: Mapping[str, Any], displa
         f"{plan.seeds} runs of {plan.duration_s:g} s at each rate"
     )
     display.line(SWEEP_HEAD)
-    with _progress(display, "a run's requests") as on_progress:
+    with watched_run(display, "a run's requests") as watch:
         result = sweep(
             simulation,
             plan,
             label=given["label"] or "",
             on_point=lambda point: display.line(sweep_row(point, plan.target)),
-            on_progress=on_progress,
+            on_progress=watch,
         )
-    if result.exit_code:
+    if watch.exit_code:
         display.line("PARTIAL: interrupted; the point under way is left out")
         if not result.points:
-            return result.exit_code
+            return watch.exit_code
     display.line(f"\n{sweep_verdict(result)}")
     for line in output.write_sweep(result):
         display.line(line)
-    return result.exit_code
+    return watch.exit_code
+
+
+class RunWatch:
+    """Shows how far a run is where a person watches, and stops it at the first signal; a second one does what it always
+    did.
+    """
+
+    def __init__(self, what: str, report: Report | None) -> None:
+        self._what = what
+        self._report = report
+        self.exit_code = 0
+        """As shells count it: 130 after Ctrl-C; 0: there was none."""
+
+    def __call__(self, now_s: float, ended: int, planned: int) -> bool:
+        """See `bench.simulated.OnProgress`."""
+        if self._report is not None:
+            self._report("virtual time", f"{now_s:.0f} s, {ended} of {planned} {self._what}", ended / planned)
+        return bool(self.exit_code)
 
 
 @contextmanager
-def _progress(display: Display, what: str) -> Iterator[OnProgress]:
-    """Shows how far a run is where a person watches; the first Ctrl-C stops it, a second one ends the process."""
-    stopped = False
+def watched_run(display: Display, what: str) -> Iterator[RunWatch]:
+    """Inside, the first SIGINT or SIGTERM stops what asks the watch."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopped
-        stopped = True
-        signal.signal(signal.SIGINT, before)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        with display.steps() as report:
+    with display.steps() as report:
+        watch = RunWatch(what, report if display.live else None)
 
-            def on_progress(now_s: float, ended: int, planned: int) -> bool:
-                if display.live:
-                    report("virtual time", f"{now_s:.0f} s, {ended} of {planned} {what}", ended / planned)
-                return stopped
+        def told(number: int, frame: object) -> None:
+            watch.exit_code = 128 + number
+            restore()
 
-            yield on_progress
-    finally:
-        signal.signal(signal.SIGINT, before)
+        for number in before:
+            signal.signal(number, told)
+        try:
+            yield watch
+        finally:
+            restore()
 
 
 def numbers(name: str, text: str, example: str) -> tuple[float, ...]:

@@ -31,7 +31,9 @@ from ..workload.spec import Row
 METRICS = ("ttft", "tpot", "e2el")
 """Tokens between the first and the last are not stamped one by one, so that nothing is said of gaps between them."""
 LOOKS = 200
-"""How often a run is looked at: for progress, a stop, a decided point."""
+"""How often the requests of a run are counted: for progress, for a point that is decided."""
+_MOST_PERIOD_S = 20.0
+"""Between two times that it is asked whether to stop."""
 _SAMPLES = 400
 _CLIENT = ("lateness", "stall", "client_warning", "max_output_tokens_per_s")
 """Of the report, what only a real client has."""
@@ -129,15 +131,9 @@ class Simulation:
         span_s = max(rows[-1].arrival_s, 1.0)
         recorder = Recorder(sample_period_s=span_s / _SAMPLES, spans=True) if record_all else None
         cluster = SimCluster(self.spec, recorder)
-        stopped = False
-
-        def look(now_s: float, outcomes: Sequence[Outcome]) -> bool:
-            nonlocal stopped
-            stopped = on_progress is not None and on_progress(now_s, sum(map(ended, outcomes)), len(outcomes))
-            return stopped
-
-        outcomes = cluster.run(self.asked_of(rows), decided=look, decided_period_s=span_s / LOOKS)
-        return self._result(cluster, outcomes, percentiles, recorder, stopped)
+        look = _Look(on_progress, span_s / LOOKS)
+        outcomes = cluster.run(self.asked_of(rows), decided=look, decided_period_s=min(look.period_s, _MOST_PERIOD_S))
+        return self._result(cluster, outcomes, percentiles, recorder, look.stopped)
 
     def asked_of(self, rows: Sequence[Row]) -> list[Asked]:
         """Drawn requests as this cluster is asked them."""
@@ -197,13 +193,36 @@ class Simulation:
             "dataset_name": "random" if workload.lengths is None else "trace",
             "dataset_path": workload.lengths,
             "num_prompts": planned,
-            "request_rate": scenario.rate if scenario.rate is not None else "as recorded",
+            "request_rate": float(scenario.rate) if scenario.rate is not None else "as recorded",
             "arrivals": workload.arrivals.value,
             "burstiness": workload.burstiness,
             "max_concurrency": None,
             "seed": scenario.seed,
             "scenario": plain(scenario),
         }
+
+
+class _Look:
+    """Looks at a run now and then. Requests are counted less often than it is asked whether to stop: that takes long
+    where there are many.
+    """
+
+    def __init__(self, on_progress: OnProgress | None, period_s: float) -> None:
+        self._on_progress = on_progress
+        self.period_s = period_s
+        """Virtual seconds between two counts."""
+        self._next_s = 0.0
+        self._ended = 0
+        self.stopped = False
+
+    def __call__(self, now_s: float, outcomes: Sequence[Outcome]) -> bool:
+        """See `SimCluster.run`."""
+        if self._on_progress is None:
+            return False
+        if now_s >= self._next_s:
+            self._next_s, self._ended = now_s + self.period_s, sum(map(ended, outcomes))
+        self.stopped = self._on_progress(now_s, self._ended, len(outcomes))
+        return self.stopped
 
 
 def promises_ms(promises: Mapping[str, SLO]) -> dict[str, float]:

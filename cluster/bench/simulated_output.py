@@ -63,7 +63,9 @@ class SimulatedOutput:
     def write_run(self, result: SimulatedRun) -> Iterator[str]:
         """Writes what was asked for and says so. Raises OSError."""
         if self.saves:
-            path = self._path(f"{self.label or result.facts['model_id']}-{result.facts['request_rate']}qps")
+            rate = result.facts["request_rate"]
+            pace = f"{rate:g}qps" if isinstance(rate, float) else "recorded"
+            path = self._path(f"{self.label or result.facts['model_id']}-{pace}")
             result.save(path, label=self.label, detailed=self.detailed)
             yield f"saved       {path}"
         if self.requests is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from tandem.cluster.bench.simulated import SimulatedRun, Simulation
 from tandem.cluster.bench.simulated_sweep import sweep
 from tandem.cluster.bench.simulated_trace import simulated_events
 from tandem.cluster.bench.sweep_load import SweepPlan
+from tandem.cluster.cli_display import Display
+from tandem.cluster.cli_simulate import watched_run
 from tandem.cluster.sim.request import Outcome
 from tandem.cluster.sim.scenario import read_scenario
 from tandem.cluster.workload.chrome_trace import TraceEvent
@@ -143,6 +146,17 @@ def test_a_stopped_run_reports_what_has_ended() -> None:
     assert result.stopped
     assert 50 <= len(result.outcomes) == result.summary.completed < 200
     assert "PARTIAL: stopped when" in result.notes[-1]
+
+
+def test_the_first_ctrl_c_stops_a_run_and_the_second_is_the_shells(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with watched_run(Display(), "requests") as watch:
+        assert watch(1.0, 5, 10) is False
+        signal.raise_signal(signal.SIGINT)
+        assert watch(2.0, 6, 10) is True
+        assert signal.getsignal(signal.SIGINT) is before
+    assert watch.exit_code == 130
+    assert capsys.readouterr().out == ""
 
 
 def found_by_sweep(**fields: Any) -> tuple[float | None, list[SweepPoint]]:
