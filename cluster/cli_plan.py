@@ -88,6 +88,9 @@ _PATHS = {
 """Where in a problem each option stands."""
 
 
+_EVEN = {"workload.range_ratio": 0.0}
+
+
 def plan(
     context: typer.Context,
     config: Config = None,
@@ -162,9 +165,8 @@ def plan(
 
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given, by their place in a problem. ValueError naming the option that is wrong."""
-    found = {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
-    if given["workload"] is not None:
-        found |= _workload(given["workload"])
+    found = {} if given["workload"] is None else _workload(given["workload"])
+    found |= {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
     if given["burstiness"] is not None and given["arrivals"] is None:
         found["workload.arrivals"] = "gamma"
     if given["goodput"] and given["slo_class"]:
@@ -183,7 +185,8 @@ def _workload(path: str) -> dict[str, Any]:
     from .config_schema import ConfigError
 
     if not path.endswith((".yaml", ".yml")):
-        return {"workload.lengths": path}
+        # What a problem's file says of lengths was for want of a file.
+        return {"workload.lengths": path, "workload.input_tokens": None, "workload.output_tokens": None, **_EVEN}
     section = read_yaml(path, "workload")
     section = section.get("workload", section) if isinstance(section, Mapping) else section
     if not isinstance(section, Mapping):

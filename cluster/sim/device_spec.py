@@ -49,7 +49,7 @@ class DeviceSpec:
     """Between two devices of one node; None: the hardware's."""
     inter_node: Link | None = None
     memory_bytes: Annotated[int | None, Bytes(), Within(2**20)] = None
-    """Of a device; None: the hardware's, or a profiled machine's shared out among its workers."""
+    """Of a device; None: the hardware's, or half of a profiled machine's, shared out among its workers."""
     utilization: Annotated[float, Within(0.0, 1.0, above=True)] = DEFAULT_UTILIZATION
     """Of a device's memory, what a worker may use."""
     block_size: Annotated[int, Within(1, 1024)] = 16
@@ -138,10 +138,11 @@ class DeviceSpec:
         if measured is None:
             raise ConfigError("hardware", None, f"a hardware file; {self.profile} does not say what it is of")
         section = measured.measured
-        # A profiled engine is one worker of the machine: what the machine has is shared out among them.
+        # A profiled engine is one worker of the machine: half of what that has is shared out among them, the rest is
+        # everybody else's.
         base = load_hardware("cpu-avx2" if section.device == DeviceKind.CPU else "a100-80g")
         workers = self.gpus_per_node or 1
-        memory = (section.memory_bytes or base.memory_bytes) // workers
+        memory = (section.memory_bytes or base.memory_bytes) // 2 // workers
         name = section.machine or base.name
         return replace(base, name=name, memory_bytes=memory, reserved_bytes=base.reserved_bytes // workers)
 

@@ -171,3 +171,14 @@ def test_known_links_are_faster_by_generation() -> None:
     assert speeds["pcie3"] < speeds["pcie4"] < speeds["pcie5"]
     assert speeds["ethernet-25g"] == pytest.approx(25 / 8 * 0.94)
     assert speeds["ethernet-400g"] < 400 / 8
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("opt-13b-4xa100", 4), ("opt-66b-4x8", 32), ("laptop", 2)])
+def test_the_examples_are_problems(repository: Path, name: str, gpus: int) -> None:
+    problem = load_problem(repository / "deploy" / "plans" / f"{name}.yaml")
+    assert problem.gpus == gpus
+    assert problem.workload.classes["chat"].ttft_s
+    if problem.profile is None:
+        problem.check_files()
+    else:
+        assert problem.profile == "laptop.json", "measured first, on the machine that is planned for"
