@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from ..latency.interface import StepCosts
 from ..types import Role
 
+_HEADROOM_TOKENS = 16
+"""A block for each row, as the scheduler keeps."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
@@ -44,9 +47,7 @@ class QuickWorker:
         self._rows: list[tuple[float, int, int]] = []  # (step at which it ends, request, context then)
         self._steps = 0.0
         self._context = 0.0
-        self._held = 0
-        """Tokens of KV that are spoken for: those of prompt and answer of all that run."""
-        self._now_s = 0.0
+        self._now_s = self._rows_back_s = 0.0
         self.queued_tokens = 0
 
     @property
@@ -74,14 +75,15 @@ class QuickWorker:
             else:
                 return
 
-    def _room(self, prompt: int, answer: int) -> bool:
-        more = prompt + (answer if self._kind.role is not Role.PREFILL else 0)
-        rows = len(self._rows) < self._kind.max_running
-        return rows and (not self._held or self._held + more <= self._kind.kv_tokens)
+    def _room(self, prompt: int) -> bool:
+        """A place in the batch, and KV for the prompt beside what the rows hold and will hold soon."""
+        rows = len(self._rows)
+        held = self._context + rows * _HEADROOM_TOKENS
+        return rows < self._kind.max_running and (not rows or held + prompt <= self._kind.kv_tokens)
 
     def _join(self) -> None:
         """Prompts whose KV has come become rows."""
-        while self._queue and self._room(self._queue[0][1], self._queue[0][3]):
+        while self._queue and self._room(self._queue[0][1]):
             request, prompt, _, answer = self._queue.popleft()
             self.queued_tokens -= prompt
             self._row(request, prompt, answer)
@@ -90,14 +92,13 @@ class QuickWorker:
         """It has its first token and wants `answer - 1` more."""
         heapq.heappush(self._rows, (self._steps + answer - 1, request, prompt + answer))
         self._context += prompt + 1
-        self._held += prompt + answer
 
     def _prompts(self) -> list[tuple[int, int, int]]:
         """(request's place in the queue, from, to) of what the next step computes of prompts."""
-        left = self._kind.budget_tokens - (-(-len(self._rows) // self._stages))
+        left = self._kind.budget_tokens - self._ready_rows()
         chunks = []
-        for place, (_, prompt, done, answer) in enumerate(self._queue):
-            if left <= 0 or (not done and not self._room(prompt, answer)):
+        for place, (_, prompt, done, _) in enumerate(self._queue):
+            if left <= 0 or (not done and not self._room(prompt)):
                 break
             size = min(left, prompt - done)
             chunks.append((place, done, done + size))
@@ -106,15 +107,21 @@ class QuickWorker:
                 break
         return chunks
 
+    def _ready_rows(self) -> int:
+        """Rows that the next step may compute: while one has them, those behind it in a pipeline have none."""
+        return len(self._rows) if self._now_s >= self._rows_back_s else 0
+
     def _mixed_step(self, chunks: Sequence[tuple[int, int, int]]) -> None:
-        rows, context = -(-len(self._rows) // self._stages), int(self._context / self._stages)
+        rows = self._ready_rows()
         tokens = sum(end - start for _, start, end in chunks)
         squares = sum(end * end - start * start for _, start, end in chunks)
-        sizes = (tokens, squares, rows, context)
+        sizes = (tokens, squares, rows, int(self._context) if rows else 0)
         whole_s = self._costs.step_time_s(*sizes)
         stage_s = whole_s if self._stages == 1 else self._costs.stage_time_s(*sizes)
         done_s = self._now_s + whole_s
-        self._grow(1.0 / self._stages, done_s)
+        if rows:
+            self._rows_back_s = done_s
+            self._grow(1.0, done_s)
         self._now_s += stage_s
         for _, start, end in chunks:
             self._queue[0][2] = end
@@ -147,7 +154,6 @@ class QuickWorker:
             _, request, context = heapq.heappop(self._rows)
             self._last_s[request] = now_s
             self._context = max(0.0, self._context - context)
-            self._held -= context
 
 
 def serve(

@@ -25,7 +25,7 @@ def evaluation(
     seeds: int,
 ) -> Evaluation:
     """Of one candidate, of which `founds` are by seed; `seeds`: how many make it a whole answer."""
-    values = [found.goodput for found in founds]
+    values = [min(found.goodput, bound) for found in founds]  # a run that is short flatters
     goodput = interval(values)
     return Evaluation(
         candidate=candidate,
@@ -33,7 +33,7 @@ def evaluation(
         why="" if goodput.mean > 0.0 else "no rate that was tried keeps the promises of enough requests",
         bound=bound,
         estimate=estimate,
-        goodput=Interval(mean=goodput.mean, low=max(0.0, goodput.low), high=min(bound * 2, goodput.high)),
+        goodput=Interval(mean=goodput.mean, low=max(0.0, goodput.low), high=goodput.high),
         seeds=tuple(values),
         points=tuple(_point(trial) for found in founds for trial in sorted(found.trials, key=lambda one: one.rate)),
         binding=binding([trial for found in founds for trial in _first_failures(found, target)]),

@@ -48,7 +48,9 @@ class Precision:
     width: float
     """A kept rate and one that is not, this many times as high or less."""
     nearness: float = 0.0
-    """Or one rate from which the slope leads to the target within this share of it."""
+    """Or one rate from which the slope leads to the target within this share of it; and where the score falls so
+    slowly that no run says more than `noise` about it, one whose score is as near as that."""
+    noise: float = 0.0
     most: int
     """Runs."""
 
@@ -80,7 +82,7 @@ def find_goodput(
         else:
             failed = found
         off = (found.score - target) / slope
-        if abs(off) <= precision.nearness and not found.decided_early:
+        if abs(off) <= max(precision.nearness, precision.noise / slope) and not found.decided_early:
             return rate * (1.0 + off), runs
         if kept is not None and failed is not None:
             if failed.rate <= kept.rate * precision.width:
@@ -105,10 +107,10 @@ def _share(kept: Scored, failed: Scored, target: float) -> float:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval by Student's t. One value says nothing of its spread: from -inf to inf."""
+    """Mean and 95 % interval by Student's t. One value says nothing of its spread: the interval is that value."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
-        return Interval(mean=mean, low=-math.inf, high=math.inf)
+        return Interval(mean=mean, low=mean, high=mean)
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     half = float(stdtrit(len(values) - 1, 0.5 + CONFIDENCE / 2)) * math.sqrt(variance / len(values))
     return Interval(mean=mean, low=mean - half, high=mean + half)

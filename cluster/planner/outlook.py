@@ -46,7 +46,7 @@ class Outlook:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.sample = draw_sample(setting, setting.seeds[0])
+        self.sample = draw_sample(setting, setting.seeds[0], MAX_REQUESTS)
         self._sample_of = cache(lambda seed: draw_sample(setting, seed, MAX_REQUESTS))
         self._costs = cache(setting.device.source.costs)
         self._kind = cache(self._new_kind)
@@ -54,6 +54,9 @@ class Outlook:
         self._slopes: dict[tuple[Candidate | Pool, int], float] = {}
         count = len(self.sample.input_tokens)
         self._squares = sum(tokens * tokens for tokens in self.sample.input_tokens) / count
+        pairs = list(zip(self.sample.input_tokens, self.sample.output_tokens, strict=True))
+        self._context = sum(answer * (prompt + answer / 2) for prompt, answer in pairs) / sum(self.sample.output_tokens)
+        """Of a row at any moment, mean: long answers are there longer."""
 
     def costs(self, pool: Pool) -> StepCosts:
         """Of one worker. ValueError where nothing is known of the split."""
@@ -109,42 +112,38 @@ class Outlook:
     # --- at most ----------------------------------------------------------------------------------------------------
 
     def capacity(self, pool: Pool) -> float:
-        """Requests a second that all workers of the pool compute at most, in full batches that never wait."""
-        costs, mean_in, mean_out = self.costs(pool), self.sample.mean_input, self.sample.mean_output
+        """Requests a second that the pool can go on computing at most: full batches that never wait, as much KV as
+        memory holds, and no step that is longer than the loosest promise on TPOT. A run too short for its queues to
+        grow may look better.
+        """
         if pool.role is Role.PREFILL:
-            batch = max(1.0, pool.max_batched_tokens / mean_in)
-            sizes = (round(batch * mean_in), round(batch * self._squares), 0, 0)
-            return pool.count * batch / costs.stage_time_s(*sizes)
-        rows = self._most_rows(pool)
-        if pool.role is Role.DECODE:
-            answers_s = mean_out * self._row_step_s(pool, rows)
-            return pool.count * rows / answers_s
-        context = mean_in + mean_out / 2
-        rows = min(rows, max(1.0, pool.max_batched_tokens * mean_out / (mean_in + mean_out)))
-        prompts = rows / mean_out
-        sizes = (round(prompts * mean_in), round(prompts * self._squares), round(rows), round(rows * context))
-        return pool.count * prompts / costs.stage_time_s(*sizes)
-
-    def _most_rows(self, pool: Pool) -> float:
-        """That memory, the limit and, of decode workers, the loosest promise on TPOT let one worker decode at once."""
-        context = self.sample.mean_input + self.sample.mean_output / 2
-        rows = float(min(pool.max_running, max(1, int(self._kind(pool).kv_tokens / context))))
+            batch = max(1.0, pool.max_batched_tokens / self.sample.mean_input)
+            sizes = (round(batch * self.sample.mean_input), round(batch * self._squares), 0, 0)
+            return pool.count * batch / self.costs(pool).stage_time_s(*sizes)
+        most = float(min(pool.max_running, max(1, int(self._kind(pool).kv_tokens / self._context))))
+        if pool.role is Role.MIXED:
+            each = self.sample.mean_input / self.sample.mean_output  # prompt tokens for each row, in the long run
+            most = min(most, max(1.0, pool.max_batched_tokens / (1.0 + each)))
         limits = [promise.tpot_s for promise in self.setting.promises.values()]
-        if pool.role is Role.MIXED or None in limits:
-            return rows
-        most_s = max(limit for limit in limits if limit is not None)
-        low, high = 1.0, rows
-        if self._row_step_s(pool, high) <= most_s:
-            return high
-        while high - low > 1.0:
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._row_step_s(pool, middle) <= most_s else (low, middle)
-        return low
+        limit_s = math.inf if None in limits else max(limit for limit in limits if limit is not None)
+        rows = most
+        if self._row_step_s(pool, most) > limit_s:
+            low, high = 1.0, most
+            while high - low > 0.5:
+                middle = (low + high) / 2
+                low, high = (middle, high) if self._row_step_s(pool, middle) <= limit_s else (low, middle)
+            rows = low
+        return pool.count * rows / (self.sample.mean_output * self._row_step_s(pool, rows))
 
     def _row_step_s(self, pool: Pool, rows: float) -> float:
-        each = max(1, math.ceil(rows / pool.pipeline_stages))
-        context = self.sample.mean_input + self.sample.mean_output / 2
-        return self.costs(pool).step_time_s(0, 0, each, round(each * context))
+        """How long `rows` wait for a token; on a mixed worker as many prompts are computed meanwhile as rows end."""
+        stages = pool.pipeline_stages
+        if pool.role is Role.DECODE:
+            each = max(1, math.ceil(rows / stages))
+            return self.costs(pool).step_time_s(0, 0, each, round(each * self._context))
+        prompts = rows / self.sample.mean_output
+        sizes = (round(prompts * self.sample.mean_input), round(prompts * self._squares))
+        return self.costs(pool).stage_time_s(*sizes, max(1, round(rows)), round(rows * self._context))
 
     def bound(self, candidate: Candidate) -> float:
         """Requests a second that the candidate computes at most: its narrowest pool."""
@@ -168,7 +167,7 @@ class Outlook:
             slope=_ANY_SLOPE,
             precision=_PRECISION,
         )
-        return goodput
+        return min(goodput, bound)  # a run that is short flatters
 
     def slope(self, what: Candidate | Pool, seed: int) -> float:
         """Estimated: how much of the score is lost near the goodput when the rate doubles, at least a little."""
@@ -245,8 +244,12 @@ class Outlook:
         self, sample: Sample, arrivals: Sequence[float], first_s: Sequence[float], last_s: Sequence[float]
     ) -> float:
         """`first_s` of a decode phase is where the request came, `last_s` of a prefill phase its first token."""
+        router_s = self.setting.own_s + 5 * self.setting.rpc_s
         limits = {
-            name: (math.inf if one.ttft_s is None else one.ttft_s, math.inf if one.tpot_s is None else one.tpot_s)
+            name: (
+                math.inf if one.ttft_s is None else one.ttft_s - router_s,
+                math.inf if one.tpot_s is None else one.tpot_s,
+            )
             for name, one in self.setting.promises.items()
         }
         total, kept = dict.fromkeys(limits, 0), dict.fromkeys(limits, 0)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ..types import Role
 from .algorithms import algorithm_1, algorithm_2, colocated
@@ -31,14 +32,15 @@ from .setting import Setting, setting_of
 Progress = Callable[[str, float], None]
 """Told what is being done and which share of the whole is done, 0 to 1; from the process that searches."""
 
-PROPOSED = 2
-"""Candidates of each side that are simulated under one seed."""
-PROMISING = 0.9
-"""Of the best estimate: candidates below are not simulated."""
+PROPOSED, SCREEN_ROUNDS = 2, 2
+"""Candidates of each side that are simulated under one seed, and how often others are, if they may be better."""
+OPTIMISM = 1.1
+"""How much better than its estimate, held against what the best came to, a candidate may turn out."""
 BEYOND_BOUND = 1.05
 """How far above its capacity bound a short run may still look good."""
-SCREEN = Precision(width=1.12, nearness=0.06, most=5)
-FINAL = Precision(width=1.06, nearness=0.03, most=6)
+PRECISION = Precision(width=1.1, nearness=0.04, noise=0.015, most=6)
+"""Noise: about a standard deviation of the attainment of 500 requests at 90 %."""
+PHASE_PRECISION = Precision(width=1.2, nearness=0.05, noise=0.03, most=3)
 LOCAL_ROUNDS, LOCAL_GAIN = 6, 1.01
 FINALISTS = 2
 CLOSE = 0.985
@@ -79,7 +81,7 @@ class _Run:
         """Searches."""
         self._progress("splits of each phase", 0.0)
         self._phases.look()
-        self._phases.take(self._simulate(self._phases.searches(SCREEN), "phases alone", 0.05, 0.2))
+        self._phases.take(self._simulate(self._phases.searches(PHASE_PRECISION), "phases alone", 0.05, 0.2))
         split = self._disaggregated()
         mixed = self._colocated(split.candidate.gpus if split is not None else self._setting.gpus)
         split, mixed = self._all_seeds(split, mixed)
@@ -116,7 +118,7 @@ class _Run:
                 seed=seed,
                 start=self._estimate(one) or self._outlook.bound(one) / 2,
                 slope=self._outlook.slope(one, seed),
-                precision=SCREEN,
+                precision=PRECISION,
             )
             for one in wanted
         ]
@@ -165,34 +167,51 @@ class _Run:
                 self._explored[one] = Evaluation(candidate=one, fate=Fate.HOPELESS, why=hopeless.text)
             else:
                 able.append(one)
-        able.sort(key=lambda one: self._worth(one, self._outlook.bound(one)), reverse=True)
-        best = 0.0
         for one in able:
-            bound = self._outlook.bound(one)
-            if self._setting.target_rate is None and bound / one.gpus * BEYOND_BOUND < best:
-                why = f"computes at most {bound:.3g} requests/s, {bound / one.gpus:.3g} a GPU; another keeps {best:.3g}"
-                self._explored[one] = Evaluation(candidate=one, fate=Fate.BOUNDED, bound=bound, why=why)
-                continue
             estimate = self._estimate(one)
+            bound = self._outlook.bound(one)
             self._explored[one] = Evaluation(candidate=one, fate=Fate.ESTIMATED, bound=bound, estimate=estimate)
-            best = max(best, estimate / one.gpus)
-        chosen = [one for one in able if self._explored[one].fate is Fate.ESTIMATED and self._estimate(one) > 0.0]
-        chosen.sort(key=lambda one: self._worth(one, self._estimate(one)), reverse=True)
-        if self._setting.target_rate is None:
-            chosen = [one for one in chosen if self._estimate(one) / one.gpus >= PROMISING * best]
-        return chosen[:PROPOSED]
+        able.sort(key=lambda one: self._worth(one, self._estimate(one)), reverse=True)
+        return [one for one in able if self._estimate(one) > 0.0]
+
+    def _screen_best(self, waiting: list[Candidate], what: str, begin: float, end: float) -> Evaluation | None:
+        """Branch and bound over candidates of one side, the most promising first: a few are simulated, then those of
+        the others that may yet be better.
+        """
+        if not waiting:
+            return None
+        side = waiting[0].disaggregated
+        for place in range(SCREEN_ROUNDS):
+            if not waiting:
+                break
+            self._screen(waiting[:PROPOSED], what, begin + (end - begin) * place / SCREEN_ROUNDS, end)
+            waiting = waiting[PROPOSED:]
+            best = self._best(side)
+            if best is not None:
+                waiting = [one for one in waiting if self._may_beat(one, best)]
+        return self._best(side)
+
+    def _may_beat(self, candidate: Candidate, best: Evaluation) -> bool:
+        """Whether it is worth simulating beside the best so far; else the map says why not."""
+        seen = self._explored[candidate]
+        found = self._worth(best.candidate, best.goodput.mean)
+        if self._worth(candidate, seen.bound * BEYOND_BOUND) < found:
+            why = f"computes at most {seen.bound:.3g} requests/s with {candidate.gpus} GPUs, where another plan keeps "
+            why += f"{best.goodput.mean:.3g} with {best.candidate.gpus}"
+            self._explored[candidate] = replace(seen, fate=Fate.BOUNDED, why=why)
+            return False
+        likely = seen.estimate * min(1.0, best.goodput.mean / best.estimate if best.estimate else 1.0)
+        return self._worth(candidate, likely * OPTIMISM) > found
 
     def _disaggregated(self) -> Evaluation | None:
         prefill, decode = self._phases.of(Role.PREFILL), self._phases.of(Role.DECODE)
         proposals = [*algorithm_1(self._setting, prefill, decode), *algorithm_2(self._setting, prefill, decode)]
-        self._screen(self._propose(proposals), "disaggregated placements", 0.2, 0.4)
-        best = self._best(disaggregated=True)
+        best = self._screen_best(self._propose(proposals), "disaggregated placements", 0.2, 0.4)
         return None if best is None else self._climb(best, 0.4, 0.5)
 
     def _colocated(self, gpus: int) -> Evaluation | None:
         proposals = colocated(self._setting, all_splits(self._setting), gpus)
-        self._screen(self._propose(proposals), "colocated placements", 0.5, 0.6)
-        best = self._best(disaggregated=False)
+        best = self._screen_best(self._propose(proposals), "colocated placements", 0.5, 0.6)
         return None if best is None else self._climb(best, 0.6, 0.65)
 
     def _climb(self, best: Evaluation, begin: float, end: float) -> Evaluation:
@@ -232,12 +251,10 @@ class _Run:
             ]
             close.sort(key=lambda one: self._worth(one.candidate, one.goodput.mean), reverse=True)
             finalists += [one.candidate for one in close[:FINALISTS]]
-        searches = [self._under(one, seed) for one in finalists for seed in self._setting.seeds]
+        searches = [self._under(one, seed) for one in finalists for seed in self._setting.seeds[1:]]
         founds = self._simulate(searches, "all seeds", 0.65, 0.9)
         for one in finalists:
-            own = [found for found in founds if found.search.what == one]
-            if own:
-                self._take(one, own)
+            self._take(one, [*self._founds[one], *(found for found in founds if found.search.what == one)])
         return self._final(split, finalists), self._final(mixed, finalists)
 
     def _final(self, best: Evaluation | None, finalists: Sequence[Candidate]) -> Evaluation | None:
@@ -258,7 +275,7 @@ class _Run:
             seed=seed,
             start=start or found.search.start,
             slope=self._outlook.slope(candidate, seed),
-            precision=FINAL,
+            precision=PRECISION,
         )
 
     def _marginal(self, split: Evaluation | None, mixed: Evaluation | None) -> tuple[Marginal, ...]:
@@ -276,7 +293,7 @@ class _Run:
                 seed=self._setting.seeds[0],
                 start=(self._estimate(one) * scale) or best.seeds[0],
                 slope=self._outlook.slope(one, self._setting.seeds[0]),
-                precision=FINAL,
+                precision=PRECISION,
                 spare_nodes=1,
             )
             for one in grown
@@ -303,7 +320,7 @@ class _Run:
             output_tokens=sample.mean_output,
             target_rate=self._setting.target_rate,
             seeds=self._setting.seeds,
-            resolution=FINAL.nearness,
+            resolution=PRECISION.nearness,
             simulated_requests=self._requests,
             wall_s=time.monotonic() - self._begun_s,
             cpu_s=time.process_time() - self._cpu_s + (self._simulated_s if self._crew.apart else 0.0),
