@@ -59,7 +59,9 @@ class Dispatcher:
         self._members = members
         self._clock = clock
         self._turns: Turns[TaskSpot] = Turns(unready_wait_s=unready_wait_s)
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_s = math.inf
+        """When it is due; handles need not know (uvloop's do not, of what is due at once)."""
         members.watch(self._on_change)
 
     # --- at the door ------------------------------------------------------------------------------------------------
@@ -84,9 +86,10 @@ class Dispatcher:
     def leave(self, spot: TaskSpot) -> None:
         """Gives the place back; idempotent."""
         self._turns.leave(spot, self._clock.now_s())
-        if not len(self._turns) and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if len(self._turns):
+            self._pump()
+        else:
+            self._disarm()
 
     def waiting_by_class(self) -> Mapping[str, int]:
         """How many wait here, by SLO class."""
@@ -112,7 +115,6 @@ class Dispatcher:
         finally:
             self._placer.withdraw(work)
             self.leave(spot)
-            self._pump()
 
     async def _turn(self, spot: TaskSpot) -> None:
         spot.turn = asyncio.get_running_loop().create_future()
@@ -154,11 +156,18 @@ class Dispatcher:
     def _arm(self, now_s: float) -> None:
         """Looks again when who is held may ask again, or has waited long enough for a worker to be there."""
         at_s = self._turns.look_again_s(now_s)
-        if at_s is not None and self._timer is None:
+        if at_s is not None and at_s < self._timer_s:
+            self._disarm()
             self._timer = asyncio.get_running_loop().call_later(at_s - now_s, self._on_timer)
+            self._timer_s = at_s
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_s = None, math.inf
 
     def _on_timer(self) -> None:
-        self._timer = None
+        self._timer, self._timer_s = None, math.inf
         self._pump()
 
     def _prefill_views(self) -> tuple[WorkerView, ...]:

@@ -136,9 +136,17 @@ class DispatchPolicy(Generic[K]):
     def _retry_s(self) -> float:
         return self._tried_s + (RETRY_CHANGED_S if self._changed else RETRY_S)
 
+    @property
+    def holds(self) -> bool:
+        """Whether somebody was refused and waits for it."""
+        return self._held is not None
+
     def retry_s(self) -> float | None:
-        """When `candidate` should be asked again though nothing has happened; None: no need."""
-        return None if self._held is None else self._retry_s()
+        """When `candidate` should be asked again though nothing has happened; None: no need: nobody is held, or what
+        the head of the queue does brings news of itself.
+        """
+        head = self._queue.peek() if self.holds else None
+        return self._retry_s() if head is not None and self.waits(head) else None
 
     def ask(self, key: K) -> None:
         """It asks now."""

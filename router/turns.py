@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ..cluster.types import Urgency
-from .dispatch_policy import DispatchPolicy
+from .dispatch_policy import RETRY_S, DispatchPolicy
 from .forecast import Forecast, forecast, room_tokens
 from .placement import WorkerView
 
@@ -133,11 +133,17 @@ class Turns(Generic[S]):
         return False
 
     def look_again_s(self, now_s: float) -> float | None:
-        """When `due` should be asked again though nothing has happened; None: no need."""
+        """When `due`, asked just now, should be asked again though nothing has happened; None: no need. A change may
+        bring it forward.
+        """
+        if self._unready_s is not None:
+            return now_s + UNREADY_POLL_S if self._policy.holds else None
         retry_s = self._policy.retry_s()
         if retry_s is None:
             return None
-        return max(retry_s, now_s + MIN_WAIT_S) if self._unready_s is None else now_s + UNREADY_POLL_S
+        if retry_s <= now_s:  # it lacks room on prefill workers, of which every change tells
+            return now_s + RETRY_S
+        return max(retry_s, now_s + MIN_WAIT_S)
 
     def _gives_up_s(self, spot: S) -> float:
         """When it has waited long enough for any worker to be there."""

@@ -77,6 +77,9 @@ class SimRouter:
         self._prefixes = PrefixIndex()
         workers = [member.worker.spec for member in members]
         self._caches = any(worker.prefix_cache for worker in workers)
+        promised = any(promise.ttft_s is not None for promise in spec.promises.values())
+        self._forecasts = spec.refuses or promised
+        """Whether anybody looks at a forecast."""
         self._longest = min(worker.max_model_len for worker in workers)
         self._kv_tokens = min(worker.num_blocks * worker.block_size for worker in workers)
         self._choices: dict[str, SimChoice] = {}
@@ -155,6 +158,8 @@ class SimRouter:
         views, context = self.pools().prompt_workers, choice.context_tokens
         cached = self._cached_tokens(choice, views)
         uncached = {worker_id: context - tokens for worker_id, tokens in cached.items()}
+        if not self._forecasts:
+            return Outlook(cost_tokens=min(uncached.values(), default=1), forecast=None)
         return self._turns.outlook(views, uncached, choice.urgency, self._timeline.now_s())
 
     # --- the queue --------------------------------------------------------------------------------------------------
@@ -196,7 +201,9 @@ class SimRouter:
         for spot in self._turns.due(now_s, self._prompt_workers):
             self._ask(spot, now_s)
         retry_s = self._turns.look_again_s(now_s)
-        if retry_s is not None and self._retry is None:
+        if retry_s is not None and (self._retry is None or retry_s < self._retry.at_s):
+            if self._retry is not None:
+                self._retry.cancel()
             self._retry = self._timeline.at(retry_s, self._try_again)
 
     def _try_again(self) -> None:

@@ -90,6 +90,25 @@ def test_who_is_more_urgent_goes_before_the_one_that_is_held_and_does_not_let_ot
     assert day.asks() == ["held"]
 
 
+def test_a_change_brings_the_next_try_forward_and_who_asks_is_not_waited_for_by_the_clock() -> None:
+    day = Day()
+    day.comes("held", due(5.0))
+    day.asks()
+    assert day.policy.retry_s() is None, "nobody was refused"
+    day.refused("held")
+    assert day.policy.retry_s() == RETRY_S
+    day.policy.changed()
+    assert day.policy.retry_s() == RETRY_CHANGED_S
+    day.later(RETRY_CHANGED_S)
+    assert day.asks() == ["held"]
+    assert (day.policy.holds, day.policy.retry_s()) == (True, None), "the answer brings news of itself"
+    day.refused("held")
+    day.policy.enter("urgent", due(1.0), cost=1.0, now_s=day.now_s)
+    assert day.policy.retry_s() is None, "so does the head when it is ready"
+    day.policy.ready("urgent")
+    assert day.policy.candidate(day.now_s) == "urgent"
+
+
 def test_a_held_request_that_leaves_opens_the_queue() -> None:
     day = Day()
     day.comes("held", due(5.0))

@@ -11,7 +11,9 @@ import pytest
 from scenario import scenario
 from tandem.cluster.config import RouterConfig
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
-from tandem.cluster.types import SLO, Role, Side
+from tandem.cluster.types import SLO, Role, SamplingParams, Side, Urgency
+from tandem.router import dispatch_policy
+from tandem.router.attempt import Work
 from tandem.router.errors import PromiseUnattainable, Unavailable
 from tandem.router.slo_classes import BATCH, SLOClasses
 
@@ -155,6 +157,48 @@ async def test_many_are_dispatched_at_once_not_one_round_trip_after_the_other(ri
         await asyncio.gather(*firsts, return_exceptions=True)
         for stream in streams:
             await stream.aclose()
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_who_was_refused_asks_again_soon_after_a_change_however_far_its_own_retry_is(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch_policy, "RETRY_S", 3600.0)
+    monkeypatch.setattr(dispatch_policy, "RETRY_CHANGED_S", 0.2)
+    async with rig() as r:
+        prefill, decode = await r.split()
+        answer(r, prefill, decode)
+        decode.refuse["Reserve"] = [grpc.StatusCode.RESOURCE_EXHAUSTED] * 2
+        asked = asyncio.create_task(r.collect(r.request()))
+        for refused in (1, 2):
+            await r.until(lambda refused=refused: len(decode.requests(pb.ReserveRequest)) == refused, "a refusal")
+            await r.until(lambda: r.core._dispatcher._turns._policy.retry_s() is not None, "the router to hear it")
+            await r.heartbeat(decode)  # sooner than it may ask: its next try is moved forward
+        await asked
+        r.assert_nothing_left()
+
+
+@scenario
+async def test_those_behind_one_that_leaves_before_it_is_ready_have_their_turn(rig: Any) -> None:
+    async with rig() as r:
+        prefill, decode = await r.split()
+        answer(r, prefill, decode)
+        dispatcher = r.core._dispatcher
+        work = Work(
+            request_id="first",
+            number=1,
+            prompt_token_ids=(1,),
+            output_token_ids=(),
+            sampling=SamplingParams(max_tokens=1),
+            urgency=Urgency(slo_class="interactive", share=0.9, deadline_s=0.0),
+        )
+        first = dispatcher.expect(work, 1)
+        behind = asyncio.create_task(r.collect(r.request()))
+        await r.until(lambda: sum(dispatcher.waiting_by_class().values()) == 2, "the other to wait")
+        assert not decode.requests(pb.ReserveRequest)
+        dispatcher.leave(first)
+        await behind
         r.assert_nothing_left()
 
 
