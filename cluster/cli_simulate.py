@@ -27,7 +27,6 @@ from .cli_bench_serve_options import (
     SweepRates,
     SweepResolution,
     SweepSeeds,
-    SweepTimeout,
 )
 from .cli_simulate_options import (
     Arrivals,
@@ -91,6 +90,7 @@ _PATHS = {
     "mixed": "mixed.workers",
     "mixed_tp": "mixed.tensor_parallel",
     "mixed_pp": "mixed.pipeline_stages",
+    "max_batched_tokens": "max_batched_tokens",
     "max_model_len": "max_model_len",
     "local_prefill_threshold": "router.local_prefill_threshold_tokens",
     "dataset_path": "workload.lengths",
@@ -158,7 +158,6 @@ def simulate(
     sweep_rates: SweepRates = None,
     sweep_resolution: SweepResolution = 0.05,
     sweep_max_points: SweepMaxPoints = 12,
-    sweep_timeout: SweepTimeout = 3600.0,
     label: Label = None,
     save_result: SaveResult = False,
     save_detailed: SaveDetailed = False,
@@ -190,7 +189,7 @@ def simulate(
     display = Display()
     display.line(FIRST_LINE)
     simulation = Simulation(scenario)
-    display.line(described(simulation))
+    display.line(described(simulation, sweep=sweep))
     if sweep:
         raise typer.Exit(_sweep(simulation, output, context.params, display))
     raise typer.Exit(_run(simulation, output, metric_percentiles, display))
@@ -199,8 +198,6 @@ def simulate(
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given, by their place in a scenario."""
     found = {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
-    if given["max_batched_tokens"] is not None:
-        found |= {f"{pool}.max_batched_tokens": given["max_batched_tokens"] for pool in ("prefill", "decode", "mixed")}
     if given["dataset_path"] is not None:  # in place of the file's random lengths
         found = {"workload.input_tokens": None, "workload.output_tokens": None, "workload.range_ratio": 0.0} | found
     if given["rate_scale"] is not None:
@@ -237,14 +234,14 @@ def _promised(pairs: list[str]) -> dict[str, float]:
     return {f"{name}_s": limit / 1e3 for name, limit in promises_ms.items()}
 
 
-def described(simulation: Simulation) -> str:
+def described(simulation: Simulation, *, sweep: bool = False) -> str:
     """The cluster and the load on one line."""
     scenario, device = simulation.scenario, simulation.device
     pools = []
     for role, pool in scenario.pools:
         split = f" TP {pool.tensor_parallel}" + (f" PP {pool.pipeline_stages}" if pool.pipeline_stages > 1 else "")
         pools.append(f"{pool.workers} x {role.value}{split}")
-    rate = "as recorded" if scenario.rate is None else f"at {scenario.rate:g}/s"
+    rate = "as recorded" if scenario.rate is None else f"{'from' if sweep else 'at'} {scenario.rate:g}/s"
     if scenario.rate is None and scenario.rate_scale != 1.0:
         rate += f" x {scenario.rate_scale:g}"
     lengths = scenario.workload.lengths or "random lengths"
@@ -286,7 +283,6 @@ def _sweep(simulation: Simulation, output: Any, given: Mapping[str, Any], displa
         rates=() if rates is None else numbers("sweep_rates", rates, "1,2,4"),
         resolution=given["sweep_resolution"],
         max_points=given["sweep_max_points"],
-        timeout_s=given["sweep_timeout"],
     )
     display.line(
         f"{plan.target:.0%} of requests to keep {promised(promises_ms(simulation.promises))}; "

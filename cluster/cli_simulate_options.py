@@ -29,7 +29,7 @@ DecodePp = Annotated[int | None, typer.Option("--decode-pp", help="Pipeline stag
 Mixed = Annotated[int | None, typer.Option(help="Workers that do both, alone.")]
 MixedTp = Annotated[int | None, typer.Option("--mixed-tp", help="Devices that split each layer of one.")]
 MixedPp = Annotated[int | None, typer.Option("--mixed-pp", help="Pipeline stages of one.")]
-MaxBatchedTokens = Annotated[int | None, typer.Option(help="Of a step of every worker. Default: 2048.")]
+MaxBatchedTokens = Annotated[int | None, typer.Option(help="Of a step of a worker. Default: 2048.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest context, tokens. Default: the model's.")]
 LocalPrefillThreshold = Annotated[
     int | None, typer.Option(help="Prompts with fewer uncached tokens skip the prefill pool. Default: 0, off.")

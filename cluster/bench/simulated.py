@@ -93,6 +93,9 @@ class SimulatedRun:
             told = sorted(Counter(reason for reason in reasons if reason).items())
             if told:
                 found.append(f"{name:<12}" + ", ".join(f"{count} {reason}" for reason, count in told))
+        prompts = sum(len(outcome.asked.prompt_token_ids) for outcome in self.outcomes)
+        if cached := sum(outcome.cached_tokens for outcome in self.outcomes):
+            found.append(f"prefixes    {cached / prompts:.1%} of prompt tokens were cached")
         again = sum(outcome.tries > 1 for outcome in self.outcomes)
         if again:
             found.append(f"tried again {again} requests")

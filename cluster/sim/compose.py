@@ -33,19 +33,21 @@ def workers(scenario: Scenario, device: DeviceModel) -> tuple[WorkerSpec, ...]:
     """
     nodes = _nodes(scenario)
     return tuple(
-        _worker(f"{role.value}-{number}", role, pool, next(nodes), device)
+        _worker(f"{role.value}-{number}", role, pool, next(nodes), device, scenario.max_batched_tokens)
         for role, pool in scenario.pools
         for number in range(pool.workers)
     )
 
 
-def _worker(worker_id: str, role: Role, pool: PoolSection, node: str, device: DeviceModel) -> WorkerSpec:
+def _worker(
+    worker_id: str, role: Role, pool: PoolSection, node: str, device: DeviceModel, max_batched_tokens: int
+) -> WorkerSpec:
     replica = Replica(
         role=role,
         tensor_parallel=pool.tensor_parallel,
         pipeline_stages=pool.pipeline_stages,
         node=node,
-        max_batched_tokens=pool.max_batched_tokens,
+        max_batched_tokens=pool.max_batched_tokens or max_batched_tokens,
         max_running=pool.max_running,
         batching=pool.batching,
     )

@@ -33,8 +33,8 @@ class PoolSection:
     pipeline_stages: Annotated[int, Within(1, 1024)] = 1
     node: Annotated[str | None, Text()] = None
     """Where all of them stand; None: nodes are filled one after another."""
-    max_batched_tokens: Count = 2048
-    """Of a step: what prompts are cut into."""
+    max_batched_tokens: Annotated[int | None, Within(1, 2**20)] = None
+    """None: the scenario's."""
     max_running: Count = 256
     max_waiting: Count = 256
     batching: Annotated[str, OneOf(("iteration", "request", "prompts_alone"))] = "iteration"
@@ -95,6 +95,8 @@ class Scenario(DeviceSpec):
     """Everything that a simulation depends on."""
 
     prefix_cache: bool = True
+    max_batched_tokens: Count = 2048
+    """Of a step of any worker: what prompts are cut into."""
     prefill: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
     decode: PoolSection = field(default_factory=lambda: PoolSection(workers=0))
     mixed: PoolSection = field(default_factory=lambda: PoolSection(workers=0))

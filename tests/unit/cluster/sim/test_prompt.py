@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from sim_cases import assert_clean, cluster, split, worker
 from tandem.cluster.hashing import block_keys
 from tandem.cluster.sim.prompt import Prompt
 from tandem.cluster.sim.prompts import asked
+from tandem.cluster.sim.worker_spec import WorkerSpec
+from tandem.cluster.types import Role
 from tandem.cluster.workload.spec import Row
 
 
@@ -61,3 +66,14 @@ def test_prompts_share_what_the_trace_says_and_nothing_else() -> None:
 def test_where_no_cache_looks_all_prompts_are_one_token() -> None:
     first, second = asked([row(5, 1), row(3)], sharing=False)
     assert (first.prompt_token_ids, second.prompt_token_ids) == ((0,) * 5, (0,) * 3)
+
+
+@pytest.mark.parametrize("pools", [split(prefix_cache=True), (worker("m0", Role.MIXED, prefix_cache=True),)])
+def test_the_cache_hits_exactly_where_the_trace_says(pools: tuple[WorkerSpec, ...]) -> None:
+    rows = [row(96, 1, 2, 3), row(128, 1, 2, 3, 4), row(90, 1, 2, 9), row(96, 7, 2, 3), row(64), row(65, 1, 2, 3)]
+    coming = [replace(one, arrival_s=5.0 * place, output_tokens=20) for place, one in enumerate(rows)]
+    simulated = cluster(*pools)
+    outcomes = simulated.run(asked(coming))
+    # The last token of a prompt is always computed: of 65 tokens that are all there, 64.
+    assert [outcome.cached_tokens for outcome in outcomes] == [0, 96, 64, 0, 0, 64]
+    assert_clean(simulated)

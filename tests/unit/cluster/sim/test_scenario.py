@@ -136,3 +136,8 @@ def test_no_rate_is_refused_where_nothing_was_recorded() -> None:
     with pytest.raises(ConfigError, match=r"rate: is missing; allowed: requests per second"):
         draw_rows(found, read_workload(found, found.device()))
     assert draw_rows(replace(found, rate=1.0, num_requests=1), read_workload(found, found.device()))[0].arrival_s == 0.0
+
+
+def test_a_step_is_as_large_for_all_pools_but_those_that_say_otherwise() -> None:
+    spec = cluster_spec(scenario(max_batched_tokens=1024, decode__max_batched_tokens=300))
+    assert [(one.role, one.max_batched_tokens) for one in spec.workers] == [(Role.PREFILL, 1024), (Role.DECODE, 300)]
