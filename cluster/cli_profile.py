@@ -166,7 +166,8 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
     from .latency.measured import Measurement
     from .launch.compose import build_device
     from .profiler.fit import fitted_profile
-    from .profiler.points import Places, fitting
+    from .profiler.live import overhead_blocks
+    from .profiler.points import Places, check_enough, fitting
     from .profiler.repeat import check_agreement
 
     config, begin_s = wanted.config, time.monotonic()
@@ -178,7 +179,9 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
         kv_tokens=kv_tokens,
         block_size=config.block_size,
     )
-    config = replace(config, kv_cache_bytes=Places(points, config.block_size).blocks * block_bytes)
+    check_enough(points, too_large)
+    num_blocks = max(Places(points, config.block_size).blocks, overhead_blocks(config.block_size))
+    config = replace(config, kv_cache_bytes=num_blocks * block_bytes)
     kv_token_bytes = block_bytes // config.block_size
     machine = machine_facts(config.device)
     display.line(headline(config, machine, len(points)))
@@ -191,9 +194,7 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
     finally:
         device.close()
     if late := device.late_steps_total:
-        display.line(
-            f"{late} steps came late: the machine is busy, or too slow for what the paced device was told"
-        )
+        display.line(f"{late} steps came late: the machine is busy, or too slow for what the paced device was told")
     check_agreement({name: step.times_s for name, step in steps.items()}, repeat.max_spread)
     kernels = getattr(getattr(device, "picked", None), "kernels", "")
     about = Measurement(

@@ -32,6 +32,8 @@ from ..worker.engine_thread import EngineThread
 from .points import Places, Point
 from .repeat import RepeatOptions, Timings, measure_points
 
+STEPS = 40
+"""Decode steps between which `engine_overhead_s` looks."""
 _PROMPT_TOKENS = 16
 _GIVE_UP_S = 120.0
 
@@ -88,12 +90,17 @@ def measured_steps(timings: Timings) -> dict[str, MeasuredStep]:
     return found
 
 
-def engine_overhead_s(device: Device, *, block_size: int, num_blocks: int, rows: int = 8, steps: int = 40) -> float:
+def overhead_blocks(block_size: int, steps: int = STEPS) -> int:
+    """Blocks that `engine_overhead_s` needs at least."""
+    return -(-(_PROMPT_TOKENS + steps) // block_size)
+
+
+def engine_overhead_s(device: Device, *, block_size: int, num_blocks: int, rows: int = 8, steps: int = STEPS) -> float:
     """Seconds between the end of a decode step and the begin of the next, in an engine thread with a real scheduler:
-    the median over a batch that decodes. RuntimeError if the engine failed or did not come to an end.
+    the median over a batch that decodes, of fewer `rows` where the KV memory holds no more. RuntimeError if the engine
+    failed or did not come to an end.
     """
-    if num_blocks * block_size < rows * (_PROMPT_TOKENS + steps + 1):
-        rows = max(1, num_blocks * block_size // (_PROMPT_TOKENS + steps + 1))
+    rows = max(1, min(rows, num_blocks // overhead_blocks(block_size, steps)))
     watched = _Gaps(device)
     ended = threading.Event()
     failures: list[BaseException] = []
@@ -111,7 +118,7 @@ def engine_overhead_s(device: Device, *, block_size: int, num_blocks: int, rows:
         ended.set()
 
     engine = EngineThread(
-        _scheduler(num_blocks, block_size, rows, _PROMPT_TOKENS + steps + 1),
+        _scheduler(num_blocks, block_size, rows, _PROMPT_TOKENS + steps),
         watched,
         on_events=on_events,
         on_failure=on_failure,

@@ -15,6 +15,8 @@ from ..engine.plan import SampleSpec, StepPlan, StepRow
 from ..types import SamplingParams
 
 MAX_NUMBER = 2**20
+MIN_POINTS = 6
+"""With a prompt, and with decode rows: what a fit needs, and points to leave out of it."""
 _GREEDY = SamplingParams(temperature=0.0)
 _PROMPT = "prompt"
 
@@ -107,6 +109,17 @@ def fitting(
         kept.pop()
     fits = tuple(point for point in points if point in kept)
     return fits, tuple(point.name for point in points if point not in kept)
+
+
+def check_enough(points: Sequence[Point], left_out: Sequence[str] = ()) -> None:
+    """ValueError where a fit would have too little to go by, before anything is measured."""
+    for what, count in (
+        ("a prompt", sum(point.length > 0 for point in points)),
+        ("decode rows", sum(point.batch > 0 for point in points)),
+    ):
+        if count < MIN_POINTS:
+            lost = f"; the model's context or its KV memory does not hold {', '.join(left_out)}" if left_out else ""
+            raise ValueError(f"points: {count} with {what} are too few; allowed: at least {MIN_POINTS}{lost}")
 
 
 class Places:

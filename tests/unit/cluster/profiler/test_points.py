@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tandem.cluster.engine.step_shape import step_shape
-from tandem.cluster.profiler.points import Grid, Places, Point, fitting
+from tandem.cluster.profiler.points import Grid, Places, Point, check_enough, fitting
 
 SMALL = Grid(
     lengths=(8, 16),
@@ -58,6 +58,15 @@ def test_what_does_not_fit_is_left_out_by_name_the_largest_first() -> None:
     assert fitting(SMALL.points(), max_model_len=64, kv_tokens=0, block_size=4)[0] == ()
     with pytest.raises(ValueError, match="points: none is left"):
         Places((), 4)
+
+
+def test_too_few_points_are_refused_before_they_are_measured() -> None:
+    check_enough(Grid().points())
+    with pytest.raises(ValueError, match=r"points: 4 with a prompt are too few; allowed: at least 6$"):
+        check_enough(SMALL.points())
+    prompts = [point for point in Grid().points() if not point.batch]
+    with pytest.raises(ValueError, match=r"points: 0 with decode rows .* does not hold decode 9 x 9"):
+        check_enough(prompts, ["decode 9 x 9"])
 
 
 @pytest.mark.parametrize(
