@@ -61,7 +61,7 @@ def remarks(problem: Problem, result: PlanResult, *, timed: bool = True) -> list
     end = "" if result.complete else ": the time limit ended the search, so the answer may not be the best one"
     took = f", in {result.wall_s:.1f} s ({result.cpu_s:.1f} s of processors)" if timed else ""
     lines.append(
-        f"{len(result.explored)} placement{'' if len(result.explored) == 1 else 's'} looked at, {result.simulated_requests:,} requests simulated under "
+        f"Placements looked at: {len(result.explored)}; requests simulated: {result.simulated_requests:,} under "
         f"{len(result.seeds)} seeds{took}{end}."
     )
     if problem.price_per_gpu_hour is None and not result.infeasible:
