@@ -31,6 +31,7 @@ from .cli_bench_serve_options import (
 from .cli_simulate_options import (
     Arrivals,
     Burstiness,
+    Cluster,
     Config,
     DatasetPath,
     Decode,
@@ -114,6 +115,7 @@ _PATHS = {
 def simulate(
     context: typer.Context,
     config: Config = None,
+    cluster: Cluster = None,
     model: Model = None,
     hardware: Hardware = None,
     profile: Profile = None,
@@ -185,7 +187,7 @@ def simulate(
         label=label,
     )
     output.check()
-    scenario = read_scenario(config, overrides(context.params))
+    scenario = read_scenario(config, _of_cluster(config, cluster) | overrides(context.params))
     display = Display()
     display.line(FIRST_LINE)
     simulation = Simulation(scenario)
@@ -193,6 +195,18 @@ def simulate(
     if sweep:
         raise typer.Exit(_sweep(simulation, output, context.params, display))
     raise typer.Exit(_run(simulation, output, metric_percentiles, display))
+
+
+def _of_cluster(config: str | None, cluster: str | None) -> dict[str, Any]:
+    """What the file of a cluster says."""
+    if cluster is None:
+        return {}
+    if config is not None:
+        raise ValueError(f"config: {config!r} is not allowed beside cluster; allowed: one of them, and flags")
+    from .config_file import load_config
+    from .sim.from_cluster import cluster_values
+
+    return cluster_values(load_config(cluster))
 
 
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:

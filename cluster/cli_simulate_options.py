@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 Config = Annotated[str | None, typer.Option("--config", metavar="FILE", help="scenario.yaml; flags win over it.")]
+Cluster = Annotated[
+    str | None, typer.Option("--cluster", metavar="FILE", help="cluster.yaml or plan.yaml: its workers and router.")
+]
 Model = Annotated[str | None, typer.Option(help="Name, e.g. opt-13b, or a config.json. Default: the profile's.")]
 Hardware = Annotated[str | None, typer.Option(help="Name, e.g. a100-80g, or a .yaml file. Default: the profile's.")]
 GpusPerNode = Annotated[int | None, typer.Option(help="Default: the hardware's.")]

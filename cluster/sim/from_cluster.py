@@ -1,0 +1,70 @@
+"""A cluster's own file, or a plan's, as the values of a scenario: what `tandem serve` would start, in virtual time.
+
+    scenario = read_scenario(None, cluster_values(load_config("plan.yaml")) | {"hardware": "h100", "rate": 8.0})
+
+What a cluster's file does not say has to come from elsewhere: the hardware (its links; its steps where no profile is
+named) and the workload.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...router.slo_classes import INTERACTIVE
+from ..config import ClusterConfig, EngineConfig, RouterConfig
+from ..config_schema import ConfigError
+from ..latency.measured import QUANTIZED_DTYPES
+from ..types import Role
+
+_CPU_HARDWARE = "cpu-avx2"
+_SHARED = ("block_size", "max_model_len", "prefix_cache")
+_OF_A_POOL = ("tensor_parallel", "pipeline_stages", "max_batched_tokens", "max_running", "max_waiting", "batching")
+_OF_THE_ROUTER = (
+    "max_waiting",
+    "heartbeat_timeout_s",
+    "worker_lost_after_s",
+    "unready_wait_s",
+    "max_attempts",
+    "request_timeout_s",
+    "local_prefill_threshold_tokens",
+)
+
+
+def cluster_values(config: ClusterConfig) -> dict[str, Any]:
+    """Values by their dotted path in a scenario. ConfigError for workers whose step times stand in no file."""
+    engines = {role: config.engine_of(role) for role in Role}
+    counts = {Role.PREFILL: config.prefill, Role.DECODE: config.decode, Role.MIXED: config.mixed}
+    engine = next(engines[role] for role in Role if counts[role])
+    values: dict[str, Any] = {name: getattr(engine, name) for name in _SHARED}
+    values |= {"model": engine.model, "dtype": QUANTIZED_DTYPES.get(engine.quantization or "", engine.dtype)}
+    values |= {"kv_dtype": engine.dtype}
+    if engine.device == "cpu":
+        values["hardware"] = _CPU_HARDWARE
+    for role, count in counts.items():
+        values[f"{role.value}.workers"] = count
+        if count:
+            values |= {f"{role.value}.{name}": value for name, value in _pool(role, engines[role]).items()}
+    values |= {f"router.{name}": getattr(config.router, name) for name in _OF_THE_ROUTER}
+    return values | _load(config.router)
+
+
+def _pool(role: Role, engine: EngineConfig) -> dict[str, Any]:
+    if engine.device == "paced" and engine.paced_profile is None:
+        raise ConfigError(f"{role.value}.engine.paced_profile", None, "a file, where workers are paced")
+    values = {name: getattr(engine, name) for name in _OF_A_POOL}
+    return values | {"kv_cache_bytes": engine.kv_cache_bytes, "profile": engine.paced_profile}
+
+
+def _load(router: RouterConfig) -> dict[str, Any]:
+    """The classes' promises, with as many requests each; the rate that was planned for."""
+    classes = router.slo_classes or {INTERACTIVE: router.slo}
+    sections: dict[str, Any] = {
+        name: {"share": 1.0 / len(classes), "ttft_s": kind.ttft_s, "tpot_s": kind.tpot_s}
+        for name, kind in classes.items()
+    }
+    for name, kind in router.slo_classes.items():
+        sections[name]["queue_share"] = kind.share
+    values: dict[str, Any] = {"workload.slo_classes": sections}
+    if router.plan is not None and router.plan.rate is not None:
+        values["rate"] = router.plan.rate
+    return values
