@@ -5,16 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import TypeVar
 
 from ..parent import die_with_parent
 from .goodput import Precision, find_goodput
 from .result import Candidate, Pool
 from .setting import Setting
 from .trial import Trial, run_candidate, run_phase
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,11 @@ def _carry_out(search: Search, deadline_s: float) -> Found:
     return carry_out(_setting, search, deadline_s)
 
 
+def _call(function: Callable[[Setting, Item], Answer], item: Item) -> Answer:
+    assert _setting is not None
+    return function(_setting, item)
+
+
 def _ready() -> None:
     """Nothing: a process that does it has started."""
 
@@ -146,6 +156,26 @@ class Crew:
     def late(self) -> bool:
         """Whether the time is up."""
         return time.monotonic() > self._deadline_s
+
+    def each(self, function: Callable[[Setting, Item], Answer], items: Sequence[Item]) -> Iterator[Answer]:
+        """`function`, one that a module names, of every item; answers in their order, as they come. None is begun once
+        the time is up: there are fewer answers then.
+        """
+        if self._pool is None:
+            for item in items:
+                if self.late:
+                    return
+                yield function(self._setting, item)
+            return
+        waiting: deque[Future[Answer]] = deque()
+        for item in items:
+            if self.late:
+                break
+            waiting.append(self._pool.submit(_call, function, item))
+            if len(waiting) > 2 * self._processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def run(self, searches: Sequence[Search], on_found: Callable[[Found], None]) -> list[Found]:
         """Carries out all, in any order; answers in theirs. `on_found` hears of each as it comes."""
