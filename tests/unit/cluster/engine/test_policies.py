@@ -56,7 +56,7 @@ def test_shares_stay_within_the_budget_and_starve_nobody(role: Role, budget: int
     assert rows > 0 or decode == 0
 
 
-@pytest.mark.parametrize("batching", ["iteration", "request", "prompts_alone"])
+@pytest.mark.parametrize("batching", ["iteration", "request", "prompts_alone", "distserve"])
 def test_policies_know_their_role(batching: str) -> None:
     assert [policy_for(role, batching).role for role in Role] == list(Role)
 
