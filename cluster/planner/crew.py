@@ -63,7 +63,8 @@ def carry_out(setting: Setting, search: Search, deadline_s: float) -> Found:
     what = search.what
     if search.spare_nodes:
         setting = replace(setting, nodes=setting.nodes + search.spare_nodes)
-    requests = setting.run_requests(search.start)
+    cells = what.cells if isinstance(what, Candidate) else 1
+    requests = setting.run_requests(search.start / cells)
     late = False
 
     def run(rate: float) -> Trial:

@@ -48,12 +48,14 @@ class QuickWorker:
         self._steps = 0.0
         self._context = 0.0
         self._now_s = self._rows_back_s = 0.0
+        budget = kind.budget_tokens
+        self._token_s = self._costs.step_time_s(budget, budget**2, 0, 0) / budget
         self.queued_tokens = 0
 
-    @property
-    def load(self) -> float:
-        """Less is better for who comes next."""
-        return self.queued_tokens + float(len(self._rows) if self._kind.role is not Role.PREFILL else 0) * 16
+    def load_s(self, now_s: float) -> float:
+        """Less is better for who comes next: seconds until its prompt would be begun, and what the rows slow it by."""
+        rows = 0 if self._kind.role is Role.PREFILL else len(self._rows)
+        return max(0.0, self._now_s - now_s) + (self.queued_tokens + rows * _HEADROOM_TOKENS) * self._token_s
 
     def add(self, now_s: float, request: int, prompt: int, answer: int) -> None:
         """A request comes. On a decode worker its prompt is there already."""
@@ -167,7 +169,7 @@ def serve(
     for request, (at_s, prompt, answer) in enumerate(zip(arrivals_s, prompts, answers, strict=True)):
         for worker in workers:
             worker.advance(at_s)
-        chosen = workers[0] if count == 1 else min(workers, key=lambda one: one.load)
+        chosen = workers[0] if count == 1 else min(workers, key=lambda one: one.load_s(at_s))
         if kind.role is not Role.DECODE or answer > 1:
             chosen.add(at_s, request, prompt, answer)
     for worker in workers:

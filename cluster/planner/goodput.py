@@ -102,7 +102,9 @@ def find_goodput(
 
 
 def _share(kept: Scored, failed: Scored, target: float) -> float:
-    """Of the way from one to the other: where a straight line meets the target."""
+    """Of the way from one to the other: where a straight line meets the target, or the middle where there is none."""
+    if failed.decided_early:
+        return 0.5
     return min(1.0, (kept.score - target) / (kept.score - failed.score))
 
 

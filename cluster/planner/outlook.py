@@ -159,7 +159,7 @@ class Outlook:
 
     def _find(self, what: Candidate | Pool, seed: int) -> float:
         bound = self.capacity(what) if isinstance(what, Pool) else self.bound(what)
-        count = self.setting.run_requests(_START_SHARE * bound)
+        count = self.setting.run_requests(_START_SHARE * bound / _cells(what))
         goodput, _ = find_goodput(
             lambda rate: Guess(rate, self.score(what, rate, seed, count)),
             start=_START_SHARE * bound,
@@ -175,7 +175,7 @@ class Outlook:
             rate = self.goodput(what, seed)
             fall = 0.0
             if rate:
-                count = self.setting.run_requests(rate)
+                count = self.setting.run_requests(rate / _cells(what))
                 ends = [self.score(what, rate * factor, seed, count) for factor in (1.0 - _AROUND, 1.0 + _AROUND)]
                 fall = (ends[0] - ends[1]) / (2 * _AROUND)
             self._slopes[what, seed] = max(_LEAST_SLOPE, fall)
@@ -183,8 +183,6 @@ class Outlook:
 
     def score(self, what: Candidate | Pool, rate: float, seed: int, requests: int) -> float:
         """As `Trial.score`, estimated."""
-        if isinstance(what, Candidate):
-            requests = -(-requests // what.cells)
         sample = self._sample_of(seed).first(requests)
         if isinstance(what, Pool):
             arrivals = [at_s / rate for at_s in sample.arrivals]
@@ -263,3 +261,7 @@ class Outlook:
             late += good and place >= half
         worst = min(kept[name] / count for name, count in total.items() if count)
         return min(worst, late / (len(arrivals) - half))
+
+
+def _cells(what: Candidate | Pool) -> int:
+    return what.cells if isinstance(what, Candidate) else 1

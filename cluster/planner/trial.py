@@ -76,7 +76,8 @@ class Trial:
 
 
 def run_candidate(setting: Setting, candidate: Candidate, rate: float, seed: int, requests: int) -> Trial:
-    """The whole candidate, links and router included. Of several cells one is simulated, with its share of the load.
+    """The whole candidate, links and router included. Of several cells one is simulated, with its share of the load:
+    `requests` are its own.
     ValueError where it cannot run (`place.check`).
     """
     spec, workload = cluster_of(setting, candidate, rate, seed, requests)
