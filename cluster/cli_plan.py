@@ -136,6 +136,7 @@ def plan(
     --request-rate, 130 interrupted.
     """
     from .cli_display import Display
+    from .planner.curves import with_curves
     from .planner.predict import with_predictions
     from .planner.problem import load_problem
     from .planner.search import plan as search
@@ -148,6 +149,14 @@ def plan(
     with display.steps() as steps:
         result = search(problem, lambda what, share: steps("plan", what, share))
         result = with_predictions(setting, result, lambda what, share: steps("latencies", what, share))
+        if report is not None:
+            result = with_curves(
+                setting,
+                result,
+                processes=problem.search.chosen_processes,
+                time_limit_s=problem.search.time_limit_s,
+                progress=lambda what, share: steps("report", what, share),
+            )
     _print(problem, setting, result, verbose=verbose)
     chosen = _chosen(result, choose)
     if output is not None:
