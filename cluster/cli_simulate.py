@@ -12,13 +12,11 @@ import typer
 
 from .cli_bench_serve_options import (
     AttainmentTarget,
-    Goodput,
     Label,
     MaxInputLen,
     MaxOutputLen,
     MetricPercentiles,
     ResultDir,
-    ResultFilename,
     SaveDetailed,
     SaveResult,
     Sweep,
@@ -40,6 +38,7 @@ from .cli_simulate_options import (
     Dtype,
     Duration,
     Fail,
+    Goodput,
     GpusPerNode,
     Hardware,
     InterNode,
@@ -47,6 +46,7 @@ from .cli_simulate_options import (
     LocalPrefillThreshold,
     MaxBatchedTokens,
     MaxModelLen,
+    Memory,
     Mixed,
     MixedPp,
     MixedTp,
@@ -63,10 +63,14 @@ from .cli_simulate_options import (
     RandomRangeRatio,
     RateScale,
     RequestRate,
+    ResultFilename,
     SavePlot,
     SaveRequests,
     SaveTrace,
     Seed,
+    SloClass,
+    of_cluster,
+    overrides,
 )
 
 if TYPE_CHECKING:
@@ -74,42 +78,6 @@ if TYPE_CHECKING:
     from .cli_display import Display, Report
 
 FIRST_LINE = "VIRTUAL TIME: nothing is computed and nobody waits; steps take what a latency model says"
-_PATHS = {
-    "model": "model",
-    "hardware": "hardware",
-    "profile": "profile",
-    "gpus_per_node": "gpus_per_node",
-    "intra_node": "intra_node",
-    "inter_node": "inter_node",
-    "dtype": "dtype",
-    "prefill": "prefill.workers",
-    "prefill_tp": "prefill.tensor_parallel",
-    "prefill_pp": "prefill.pipeline_stages",
-    "decode": "decode.workers",
-    "decode_tp": "decode.tensor_parallel",
-    "decode_pp": "decode.pipeline_stages",
-    "mixed": "mixed.workers",
-    "mixed_tp": "mixed.tensor_parallel",
-    "mixed_pp": "mixed.pipeline_stages",
-    "max_batched_tokens": "max_batched_tokens",
-    "max_model_len": "max_model_len",
-    "local_prefill_threshold": "router.local_prefill_threshold_tokens",
-    "dataset_path": "workload.lengths",
-    "num_prompts": "num_requests",
-    "duration": "seconds",
-    "random_input_len": "workload.input_tokens",
-    "random_output_len": "workload.output_tokens",
-    "random_range_ratio": "workload.range_ratio",
-    "max_input_len": "workload.max_input_tokens",
-    "max_output_len": "workload.max_output_tokens",
-    "over_length": "workload.over_length",
-    "arrivals": "workload.arrivals",
-    "burstiness": "workload.burstiness",
-    "request_rate": "rate",
-    "rate_scale": "rate_scale",
-    "seed": "seed",
-}
-"""Where in a scenario each option stands."""
 
 
 def simulate(
@@ -122,6 +90,7 @@ def simulate(
     gpus_per_node: GpusPerNode = None,
     intra_node: IntraNode = None,
     inter_node: InterNode = None,
+    memory: Memory = None,
     dtype: Dtype = None,
     prefill: Prefill = None,
     prefill_tp: PrefillTp = None,
@@ -152,6 +121,7 @@ def simulate(
     seed: Seed = None,
     fail: Fail = None,
     goodput: Goodput = None,
+    slo_class: SloClass = None,
     metric_percentiles: MetricPercentiles = "90,99",
     sweep: Sweep = False,
     attainment_target: AttainmentTarget = 0.9,
@@ -187,7 +157,7 @@ def simulate(
         label=label,
     )
     output.check()
-    scenario = read_scenario(config, _of_cluster(config, cluster) | overrides(context.params))
+    scenario = read_scenario(config, of_cluster(config, cluster) | overrides(context.params))
     display = Display()
     display.line(FIRST_LINE)
     simulation = Simulation(scenario)
@@ -195,57 +165,6 @@ def simulate(
     if sweep:
         raise typer.Exit(_sweep(simulation, output, context.params, display))
     raise typer.Exit(_run(simulation, output, metric_percentiles, display))
-
-
-def _of_cluster(config: str | None, cluster: str | None) -> dict[str, Any]:
-    """What the file of a cluster says."""
-    if cluster is None:
-        return {}
-    if config is not None:
-        raise ValueError(f"config: {config!r} is not allowed beside cluster; allowed: one of them, and flags")
-    from .config_file import load_config
-    from .sim.from_cluster import cluster_values
-
-    return cluster_values(load_config(cluster))
-
-
-def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given, by their place in a scenario."""
-    found = {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
-    if given["dataset_path"] is not None:  # in place of the file's random lengths
-        found = {"workload.input_tokens": None, "workload.output_tokens": None, "workload.range_ratio": 0.0} | found
-    if given["rate_scale"] is not None:
-        found.setdefault("rate", None)
-    if given["no_refuse"]:
-        found["router.refuse"] = False
-    if given["burstiness"] is not None and given["arrivals"] is None:
-        found["workload.arrivals"] = "gamma"
-    if given["fail"]:
-        found["failures"] = [_failure(text) for text in given["fail"]]
-    if given["goodput"]:
-        found["workload.slo_classes"] = {"interactive": _promised(given["goodput"])}
-    if given["sweep"]:
-        found.setdefault("rate", 1.0)  # where the sweep starts
-    return found
-
-
-def _failure(text: str) -> dict[str, Any]:
-    """`decode-0@30-45` to a section of `failures`."""
-    worker, _, times = text.rpartition("@")
-    begin, _, end = times.partition("-")
-    try:
-        return {"worker": worker, "at_s": float(begin), "back_s": float(end) if end else None}
-    except ValueError:
-        raise ValueError(f"fail: {text!r} is not allowed; allowed: e.g. decode-0@30 or decode-0@30-45") from None
-
-
-def _promised(pairs: list[str]) -> dict[str, float]:
-    from .workload.report import parse_goodput
-
-    promises_ms = parse_goodput(pairs)
-    if "e2el" in promises_ms:
-        raise ValueError("goodput: e2el is not allowed here; allowed: ttft:MS, tpot:MS")
-    return {f"{name}_s": limit / 1e3 for name, limit in promises_ms.items()}
 
 
 def described(simulation: Simulation, *, sweep: bool = False) -> str:

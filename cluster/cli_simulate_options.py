@@ -1,10 +1,11 @@
-"""The options of `tandem simulate`: those of a load are called as `tandem bench serve` calls them, those of a cluster
-as `tandem serve` does.
+"""The options of `tandem simulate`, and the values of a scenario that they stand for. Those of a load are called as
+`tandem bench serve` calls them, those of a cluster as `tandem serve` does, those of devices as `tandem plan` does.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +21,10 @@ IntraNode = Annotated[
 ]
 InterNode = Annotated[str | None, typer.Option(help="Link between nodes, e.g. 25Gbps. Default: the hardware's.")]
 Profile = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Of `tandem profile` or DistServe's simulator: what steps take.")
+    str | None,
+    typer.Option("--profile", "--distserve", metavar="FILE", help="Of `tandem profile` or DistServe's simulator."),
 ]
+Memory = Annotated[str | None, typer.Option(help="Of a device, e.g. 40GiB. Default: the hardware's.")]
 Dtype = Annotated[str | None, typer.Option(help="Of weights and activations. Default: bfloat16.")]
 Prefill = Annotated[int | None, typer.Option(help="Prefill workers. Default: 0.")]
 PrefillTp = Annotated[int | None, typer.Option("--prefill-tp", help="Devices that split each layer of one.")]
@@ -29,7 +32,7 @@ PrefillPp = Annotated[int | None, typer.Option("--prefill-pp", help="Pipeline st
 Decode = Annotated[int | None, typer.Option(help="Decode workers. Default: 0.")]
 DecodeTp = Annotated[int | None, typer.Option("--decode-tp", help="Devices that split each layer of one.")]
 DecodePp = Annotated[int | None, typer.Option("--decode-pp", help="Pipeline stages of one.")]
-Mixed = Annotated[int | None, typer.Option(help="Workers that do both, alone.")]
+Mixed = Annotated[int | None, typer.Option(help="Workers that do both. Default: 0.")]
 MixedTp = Annotated[int | None, typer.Option("--mixed-tp", help="Devices that split each layer of one.")]
 MixedPp = Annotated[int | None, typer.Option("--mixed-pp", help="Pipeline stages of one.")]
 MaxBatchedTokens = Annotated[int | None, typer.Option(help="Of a step of a worker. Default: 2048.")]
@@ -48,6 +51,13 @@ RandomInputLen = Annotated[int | None, typer.Option(help="Tokens of a random pro
 RandomOutputLen = Annotated[int | None, typer.Option(help="Tokens of its answer. Default: 128.")]
 RandomRangeRatio = Annotated[float | None, typer.Option(help="Lengths vary by this share, 0 to below 1.")]
 OverLength = Annotated[str | None, typer.Option(help="What the caps do: clip or drop. Default: clip.")]
+Goodput = Annotated[list[str] | None, typer.Option(metavar="METRIC:MS...", help="Promises: ttft:MS tpot:MS.")]
+SloClass = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME:SHARE:METRIC:MS...", help="A class of requests: chat:0.8:ttft:250:tpot:100. Repeatable."
+    ),
+]
 Arrivals = Annotated[
     str | None, typer.Option(help="poisson, gamma, constant or trace. Default: gamma with --burstiness, else poisson.")
 ]
@@ -59,6 +69,7 @@ Fail = Annotated[
     list[str] | None,
     typer.Option(metavar="WORKER@S[-S]", help="A worker fails, and perhaps comes back: decode-0@30-45. Repeatable."),
 ]
+ResultFilename = Annotated[str | None, typer.Option(metavar="FILE", help="Default: by label and rate.")]
 SaveRequests = Annotated[str | None, typer.Option(metavar="FILE", help="A line of CSV for every request.")]
 SavePlot = Annotated[
     str | None, typer.Option(metavar="FILE", help="Latencies, queues and KV over time: .png, .svg or .pdf.")
@@ -66,3 +77,113 @@ SavePlot = Annotated[
 SaveTrace = Annotated[
     str | None, typer.Option(metavar="FILE", help="Requests, steps and transfers on a time line, for ui.perfetto.dev.")
 ]
+
+_PATHS = {
+    "model": "model",
+    "hardware": "hardware",
+    "profile": "profile",
+    "gpus_per_node": "gpus_per_node",
+    "intra_node": "intra_node",
+    "inter_node": "inter_node",
+    "memory": "memory_bytes",
+    "dtype": "dtype",
+    "prefill": "prefill.workers",
+    "prefill_tp": "prefill.tensor_parallel",
+    "prefill_pp": "prefill.pipeline_stages",
+    "decode": "decode.workers",
+    "decode_tp": "decode.tensor_parallel",
+    "decode_pp": "decode.pipeline_stages",
+    "mixed": "mixed.workers",
+    "mixed_tp": "mixed.tensor_parallel",
+    "mixed_pp": "mixed.pipeline_stages",
+    "max_batched_tokens": "max_batched_tokens",
+    "max_model_len": "max_model_len",
+    "local_prefill_threshold": "router.local_prefill_threshold_tokens",
+    "dataset_path": "workload.lengths",
+    "num_prompts": "num_requests",
+    "duration": "seconds",
+    "random_input_len": "workload.input_tokens",
+    "random_output_len": "workload.output_tokens",
+    "random_range_ratio": "workload.range_ratio",
+    "max_input_len": "workload.max_input_tokens",
+    "max_output_len": "workload.max_output_tokens",
+    "over_length": "workload.over_length",
+    "arrivals": "workload.arrivals",
+    "burstiness": "workload.burstiness",
+    "request_rate": "rate",
+    "rate_scale": "rate_scale",
+    "seed": "seed",
+}
+"""Where in a scenario each option stands."""
+
+
+def of_cluster(config: str | None, cluster: str | None) -> dict[str, Any]:
+    """What the file of a cluster says."""
+    if cluster is None:
+        return {}
+    if config is not None:
+        raise ValueError(f"config: {config!r} is not allowed beside cluster; allowed: one of them, and flags")
+    from .config_file import load_config
+    from .sim.from_cluster import cluster_values
+
+    return cluster_values(load_config(cluster))
+
+
+def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, by their place in a scenario."""
+    found = {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
+    if given["dataset_path"] is not None:  # in place of the file's random lengths
+        found = {"workload.input_tokens": None, "workload.output_tokens": None, "workload.range_ratio": 0.0} | found
+    if given["rate_scale"] is not None:
+        found.setdefault("rate", None)
+    if given["no_refuse"]:
+        found["router.refuse"] = False
+    if given["burstiness"] is not None and given["arrivals"] is None:
+        found["workload.arrivals"] = "gamma"
+    if given["fail"]:
+        found["failures"] = [_failure(text) for text in given["fail"]]
+    if given["goodput"] and given["slo_class"]:
+        raise ValueError("slo_class: is not allowed with goodput; allowed: one of the two")
+    if given["goodput"]:
+        found["workload.slo_classes"] = {"interactive": _promised("goodput", given["goodput"])}
+    if given["slo_class"]:
+        found["workload.slo_classes"] = dict(map(_slo_class, given["slo_class"]))
+    if given["sweep"]:
+        found.setdefault("rate", 1.0)  # where the sweep starts
+    return found
+
+
+def _failure(text: str) -> dict[str, Any]:
+    """`decode-0@30-45` to a section of `failures`."""
+    worker, _, times = text.rpartition("@")
+    begin, _, end = times.partition("-")
+    try:
+        return {"worker": worker, "at_s": float(begin), "back_s": float(end) if end else None}
+    except ValueError:
+        raise ValueError(f"fail: {text!r} is not allowed; allowed: e.g. decode-0@30 or decode-0@30-45") from None
+
+
+def _slo_class(text: str) -> tuple[str, dict[str, float]]:
+    """`chat:0.8:ttft:250:tpot:100` to its name and its section."""
+    name, *words = text.split(":")
+    try:
+        share, values = float(words[0]), words[2::2]
+    except (IndexError, ValueError):
+        raise ValueError(f"slo_class: {text!r} is not allowed; allowed: e.g. chat:0.8:ttft:250:tpot:100") from None
+    if len(words) != 1 + 2 * len(values):
+        raise ValueError(f"slo_class: {text!r} is not allowed; allowed: e.g. chat:0.8:ttft:250:tpot:100")
+    pairs = [f"{metric}:{value}" for metric, value in zip(words[1::2], values, strict=True)]
+    return name, {"share": share, **_promised("slo_class", pairs)}
+
+
+def _promised(option: str, pairs: list[str]) -> dict[str, float]:
+    """`["ttft:250", "tpot:100"]` to seconds."""
+    from .workload.report import parse_goodput
+
+    try:
+        promises_ms = parse_goodput(pairs)
+    except ValueError as error:
+        raise ValueError(f"{option}{str(error).removeprefix('goodput')}") from None
+    if "e2el" in promises_ms:
+        raise ValueError(f"{option}: e2el is not allowed here; allowed: ttft:MS, tpot:MS")
+    return {f"{name}_s": limit / 1e3 for name, limit in promises_ms.items()}

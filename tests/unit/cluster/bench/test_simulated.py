@@ -97,7 +97,7 @@ def test_a_saved_result_has_the_names_of_a_benchmarks(tmp_path: Path) -> None:
 
 
 def test_the_first_line_says_that_time_is_virtual(capsys: pytest.CaptureFixture[str]) -> None:
-    assert simulate("--num-prompts", "5") == 0
+    assert simulate("--num-prompts", "5", "--slo-class", "a:0.5:ttft:9", "--slo-class", "b:0.5") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("VIRTUAL TIME: nothing is computed")
     assert lines[1] == "opt-13b on a100-80g: 1 x prefill TP 1 + 1 x decode TP 1; random lengths, poisson at 4/s"
@@ -202,6 +202,12 @@ def test_a_sweep_without_a_promise_is_refused() -> None:
         (("--arrivals", "trace"), "workload.lengths: is missing; allowed: the file of a trace"),
         (("--random-input-len", "9000"), "workload.input_tokens: '9128 tokens of prompt and answer' is not allowed"),
         (("--config", "/nowhere.yaml"), "scenario: '/nowhere.yaml' is not allowed; allowed: a readable YAML file"),
+        (("--slo-class", "chat:x"), "slo_class: 'chat:x' is not allowed; allowed: e.g. chat:0.8:ttft:250:tpot:100"),
+        (("--slo-class", "chat:1:ttft"), "slo_class: 'chat:1:ttft' is not allowed; allowed: e.g. chat:0.8"),
+        (("--slo-class", "chat:1:itl:5"), "slo_class: 'itl:5' is not allowed; allowed: ttft:MS"),
+        (("--slo-class", "chat:0.5:ttft:5"), "workload.slo_classes: 'shares that add up to 0.5' is not allowed"),
+        (("--slo-class", "a:1", "--goodput", "ttft:5"), "slo_class: is not allowed with goodput"),
+        (("--config", "x.yaml", "--cluster", "y.yaml"), "config: 'x.yaml' is not allowed beside cluster"),
         (("--fail", "decode-0"), "fail: 'decode-0' is not allowed; allowed: e.g. decode-0@30"),
         (("--fail", "decode-7@3"), "failures: worker 'decode-7' is not allowed; allowed: prefill-0, decode-0"),
         (("--fail", "decode-0@9-3"), "failures: decode-0 at 9 s, back at 3 s is not allowed"),
