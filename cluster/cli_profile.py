@@ -179,7 +179,8 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
         kv_tokens=kv_tokens,
         block_size=config.block_size,
     )
-    check_enough(points, too_large)
+    lost = f"the model's context or its KV memory does not hold {', '.join(too_large)}"
+    check_enough(points, lost if too_large else "")
     num_blocks = max(Places(points, config.block_size).blocks, overhead_blocks(config.block_size))
     config = replace(config, kv_cache_bytes=num_blocks * block_bytes)
     kv_token_bytes = block_bytes // config.block_size
@@ -245,6 +246,7 @@ def _measure_steps(
 ) -> tuple[dict[str, MeasuredStep], tuple[str, ...], float]:
     """(steps by name in the order of the points, those for which there was no time, seconds between two steps)."""
     from .profiler.live import engine_overhead_s, measure_steps, measured_steps
+    from .profiler.points import check_enough
 
     with display.steps(remaining=True) as report:
         timings = measure_steps(
@@ -254,6 +256,7 @@ def _measure_steps(
             block_size=config.block_size,
             on_progress=lambda what, share: report("steps", what if display.live else "measured", share),
         )
+        check_enough(timings.times_s, f"budget_s: {repeat.budget_s:.0f} s were over before the others")
         report("steps", "between two steps" if display.live else "measured", 1.0)
         gap_s = engine_overhead_s(device, block_size=config.block_size, num_blocks=device.kv.num_blocks)
     found = measured_steps(timings)

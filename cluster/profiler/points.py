@@ -8,7 +8,7 @@ always the same: so that a step may be repeated, and in any order, and finds the
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..engine.plan import SampleSpec, StepPlan, StepRow
@@ -111,15 +111,17 @@ def fitting(
     return fits, tuple(point.name for point in points if point not in kept)
 
 
-def check_enough(points: Sequence[Point], left_out: Sequence[str] = ()) -> None:
-    """ValueError where a fit would have too little to go by, before anything is measured."""
+def check_enough(points: Iterable[Point], why: str = "") -> None:
+    """ValueError where a fit would have too little to go by; `why` says what may have taken the others."""
+    kept = list(points)
     for what, count in (
-        ("a prompt", sum(point.length > 0 for point in points)),
-        ("decode rows", sum(point.batch > 0 for point in points)),
+        ("a prompt", sum(point.length > 0 for point in kept)),
+        ("decode rows", sum(point.batch > 0 for point in kept)),
     ):
         if count < MIN_POINTS:
-            lost = f"; the model's context or its KV memory does not hold {', '.join(left_out)}" if left_out else ""
-            raise ValueError(f"points: {count} with {what} are too few; allowed: at least {MIN_POINTS}{lost}")
+            raise ValueError(
+                f"points: {count} with {what} are too few; allowed: at least {MIN_POINTS}{'; ' if why else ''}{why}"
+            )
 
 
 class Places:
