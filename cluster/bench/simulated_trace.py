@@ -19,7 +19,7 @@ def simulated_events(result: SimulatedRun) -> Iterator[TraceEvent | TraceCounter
     yield from request_events(result.records, "r", {})
     if result.recorder is None:
         return
-    yield from (_step(span) for span in result.recorder.steps)
+    yield from _steps(result.recorder.steps)
     yield from _transfers(result.recorder.transfers)
     for at_s, waiting, workers in result.recorder.samples:
         yield TraceCounter(name="waiting at the router", at_s=at_s, process=QUEUES, values={"requests": waiting})
@@ -27,14 +27,23 @@ def simulated_events(result: SimulatedRun) -> Iterator[TraceEvent | TraceCounter
             yield from _counters(at_s, worker)
 
 
-def _step(span: StepSpan) -> TraceEvent:
+def _steps(spans: Sequence[StepSpan]) -> Iterator[TraceEvent]:
+    """Those of a pipeline overlap, so that each has a lane."""
+    for worker_id in dict.fromkeys(span.worker_id for span in spans):
+        group = [span for span in spans if span.worker_id == worker_id]
+        found = lanes([(span.start_s, span.end_s) for span in group])
+        for span, lane in zip(group, found, strict=True):
+            yield _step(span, f"{worker_id}, overlapping {lane}" if lane else worker_id)
+
+
+def _step(span: StepSpan, track: str) -> TraceEvent:
     kinds = [name for name, size in (("prefill", span.prefill_tokens), ("decode", span.decode_rows)) if size]
     return TraceEvent(
         name=" + ".join(kinds) + (f", {span.steps} steps" if span.steps > 1 else ""),
         start_s=span.start_s,
         end_s=span.end_s,
         process=ENGINES,
-        track=span.worker_id,
+        track=track,
         args={
             "steps": span.steps,
             "prefill_tokens": span.prefill_tokens,

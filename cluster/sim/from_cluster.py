@@ -8,13 +8,14 @@ named) and the workload.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ...router.slo_classes import INTERACTIVE
-from ..config import ClusterConfig, EngineConfig, RouterConfig
+from ..config import ClusterConfig, EngineConfig, RouterConfig, SLOClass
 from ..config_schema import ConfigError
 from ..latency.measured import QUANTIZED_DTYPES
-from ..types import Role
+from ..types import SLO, Role
 
 _CPU_HARDWARE = "cpu-avx2"
 _SHARED = ("block_size", "max_model_len", "prefix_cache")
@@ -57,7 +58,7 @@ def _pool(role: Role, engine: EngineConfig) -> dict[str, Any]:
 
 def _load(router: RouterConfig) -> dict[str, Any]:
     """The classes' promises, with as many requests each; the rate that was planned for."""
-    classes = router.slo_classes or {INTERACTIVE: router.slo}
+    classes: Mapping[str, SLO | SLOClass] = router.slo_classes or {INTERACTIVE: router.slo}
     sections: dict[str, Any] = {
         name: {"share": 1.0 / len(classes), "ttft_s": kind.ttft_s, "tpot_s": kind.tpot_s}
         for name, kind in classes.items()
