@@ -16,9 +16,12 @@ Requests = Annotated[
 ]
 Only = Annotated[str, typer.Option(help="Runs whose name contains this.")]
 Costs = Annotated[bool, typer.Option("--costs", help="Also the roofline of an A100 beside DistServe's step times.")]
+Ablate = Annotated[bool, typer.Option("--ablate", help="Also each system less one of its parts.")]
 
 
-def replay(data: Data, requests: Requests = None, only: Only = "", costs: Costs = False) -> None:
+def replay(
+    data: Data, requests: Requests = None, only: Only = "", costs: Costs = False, ablate: Ablate = False
+) -> None:
     """Replays measured runs request by request, and prints measured against simulated.
 
     The same arrivals and lengths; each system with one set of constants for all its runs (cluster/sim/systems.py).
@@ -33,6 +36,12 @@ def replay(data: Data, requests: Requests = None, only: Only = "", costs: Costs 
         known = ", ".join(run.name for run in runs)
         raise ValueError(f"--only: {only!r} is in no run's name; allowed: a part of {known}")
     typer.echo(bench.show(rows))
+    if ablate:
+        for system in dict.fromkeys(row.run.system for row in rows):
+            own = [row.run for row in rows if row.run.system == system]
+            less = bench.ablations(bench.SYSTEMS[system])
+            found = {name: [bench.replay(run, data, part) for run in own] for name, part in less.items()}
+            typer.echo(f"\n{bench.show_ablations(found)}")
     if costs:
         from .bench.replay_costs import compare_costs, show_costs
 

@@ -9,17 +9,18 @@ import gzip
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..latency.hardware import load_hardware
+from ..latency.links import INSTANT
 from ..latency.model_facts import model_facts
 from ..sim.cluster import ClusterSpec, SimCluster
 from ..sim.deploy import DeviceModel, Replica
 from ..sim.request import Asked
-from ..sim.systems import SYSTEMS, PublishedCosts, ServingSystem
+from ..sim.systems import SYSTEMS, Control, PublishedCosts, ServingSystem
 from ..types import Role
 
 MODEL, TTFT_S, TPOT_S = "opt-13b", 0.25, 0.1
@@ -115,12 +116,12 @@ def _run(name: str, rows: Sequence[Mapping[str, str]]) -> MeasuredRun:
     )
 
 
-def replay(run: MeasuredRun, data: Path) -> Replayed:
-    """Simulates the run. `data`: the folder of DistServe's coefficients. ValueError for a system or a split that
-    nothing is known of.
+def replay(run: MeasuredRun, data: Path, system: ServingSystem | None = None) -> Replayed:
+    """Simulates the run. `data`: the folder of DistServe's coefficients; `system`: instead of the one that the run
+    names. ValueError for a system or a split that nothing is known of.
     """
     began_s = time.monotonic()
-    outcomes = SimCluster(cluster_of(run, data)).run(run.asked)
+    outcomes = SimCluster(cluster_of(run, data, system)).run(run.asked)
     simulated = _seen(
         [np.nan if outcome.ttft_s is None else outcome.ttft_s for outcome in outcomes],
         [np.nan if outcome.tpot_s is None else outcome.tpot_s for outcome in outcomes],
@@ -129,9 +130,28 @@ def replay(run: MeasuredRun, data: Path) -> Replayed:
     return Replayed(run=run, measured=measured, simulated=simulated, took_s=time.monotonic() - began_s)
 
 
-def cluster_of(run: MeasuredRun, data: Path) -> ClusterSpec:
-    """The run's system and split on A100-80Gs."""
-    system = SYSTEMS.get(run.system)
+def ablations(system: ServingSystem) -> dict[str, ServingSystem]:
+    """The system less one of its parts, by what is left out: which of them the measured runs need."""
+    control = system.control
+    found = {
+        "as it is": system,
+        "no cost of a drawn token": replace(system, control=replace(control, step_row_s=0.0)),
+        "no control plane beside the 2 ms a step of the profile": replace(system, control=Control()),
+    }
+    if Role.DECODE in system.batching:
+        decode = replace(system.batching[Role.DECODE], policy="iteration")
+        ours = replace(system, batching={**system.batching, Role.DECODE: decode})
+        found["KV moves in no time"] = replace(system, inside=INSTANT)
+        found["decode as ours: pulls beside steps, recomputes"] = ours
+    else:
+        mixed = replace(system.batching[Role.MIXED], policy="iteration", max_batched_tokens=512)
+        found["batching as ours: chunks of 512"] = replace(system, batching={Role.MIXED: mixed})
+    return found
+
+
+def cluster_of(run: MeasuredRun, data: Path, system: ServingSystem | None = None) -> ClusterSpec:
+    """The run's system, or another one in its place, and its split on A100-80Gs."""
+    system = system or SYSTEMS.get(run.system)
     if system is None:
         raise ValueError(f"{run.name}: backend: {run.system!r} is not known; known: {', '.join(SYSTEMS)}")
     held = _kv_tokens(data)
@@ -179,6 +199,24 @@ def _seen(ttft_s: Iterable[float], tpot_s: Iterable[float]) -> Seen:
         tpot_p50_s=float(np.nanpercentile(tpot, 50)),
         tpot_p90_s=float(np.nanpercentile(tpot, 90)),
     )
+
+
+def show_ablations(rows: Mapping[str, Sequence[Replayed]]) -> str:
+    """A table of Markdown, by what was left out: attainment, points off, TPOT in milliseconds."""
+    runs = next(iter(rows.values()))
+    lines = [
+        f"| left out | {' | '.join(row.run.name for row in runs)} |",
+        f"|---|{'---|' * len(runs)}",
+        "| (measured) | " + " | ".join(_attained(row.measured) for row in runs) + " |",
+    ]
+    for name, replayed in rows.items():
+        cells = (f"{_attained(row.simulated)} ({row.points:+.1f} points)" for row in replayed)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _attained(seen: Seen) -> str:
+    return f"{100 * seen.attainment:.1f} %, TPOT {1e3 * seen.tpot_p50_s:.0f} / {1e3 * seen.tpot_p90_s:.0f}"
 
 
 def show(rows: Sequence[Replayed]) -> str:

@@ -201,8 +201,8 @@ VLLM = ServingSystem(
     batching={Role.MIXED: Batching(policy="prompts_alone", max_batched_tokens=16_384, max_running=1024)},
     # Calibrated. Its loop takes new requests in between two steps, a call of Ray and the tokenizer each; sequences are
     # packed, scheduled, sampled and made text one by one in Python.
-    control=Control(request_s=2e-3, prompt_step_s=19e-3, step_row_s=0.65e-3, step_token_s=1e-7),
-    prefill_factor=0.82,  # calibrated: 1.15 times what was measured, where DistServe's simulator has 1.4 times
+    control=Control(request_s=2e-3, prompt_step_s=18e-3, step_row_s=0.67e-3, step_token_s=1e-7),
+    prefill_factor=0.83,  # calibrated: 1.16 times what was measured, where DistServe's simulator has 1.4 times
     decode_factor=1 / 1.2,
 )
 
