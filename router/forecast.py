@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..cluster.latency.linear import DEFAULT_TOKEN_BUDGET, StepTimeModel
+from ..cluster.latency.linear import DEFAULT_TOKEN_BUDGET, step_time_model
 from ..cluster.types import Role, Urgency
 from .placement import WorkerView
 
@@ -57,19 +57,25 @@ def _beside(view: WorkerView) -> tuple[int, int, int]:
 
 def prefill_s(view: WorkerView, tokens: float) -> float:
     """Seconds that this worker computes for so many prompt tokens, in full steps; beside its decodes if it has any."""
-    return StepTimeModel(view.step_time).predict_prefill_s(tokens, *_beside(view))
+    return step_time_model(view.step_time).predict_prefill_s(tokens, *_beside(view))
 
 
 def tokens_per_s(view: WorkerView) -> float:
     """Prompt tokens that this worker computes in a second of full steps."""
     room, rows, context_tokens = _beside(view)
-    return room / max(StepTimeModel(view.step_time).step_time_s(room, rows, context_tokens), 1e-9)
+    return room / max(step_time_model(view.step_time).step_time_s(room, rows, context_tokens), 1e-9)
 
 
 def room_tokens(views: Sequence[WorkerView], urgency: Urgency) -> float:
-    """Prompt tokens of such urgency that may yet be sent to these workers before some have to wait at the router."""
+    """Prompt tokens of such urgency that may yet be sent to these workers before some have to wait at the router. Every
+    stage of a pipeline has its own, or all but one would stand idle.
+    """
     return sum(
-        max(0.0, DEFAULT_TOKEN_BUDGET + QUEUE_S * tokens_per_s(view) - view.tokens_before(urgency)) for view in views
+        max(
+            0.0,
+            view.pipeline_stages * (DEFAULT_TOKEN_BUDGET + QUEUE_S * tokens_per_s(view)) - view.tokens_before(urgency),
+        )
+        for view in views
     )
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..cluster.latency.linear import StepTimeModel
+from ..cluster.latency.linear import step_time_model
 from ..cluster.types import Role, StepTimeCoefficients, Urgency
 
 ANSWER_TOKENS = 128
@@ -43,6 +43,8 @@ class WorkerView:
     """Steps that it has run: its coefficients are a guess until it has run some."""
     patient_prefill_tokens: int = 0
     """Of `queued_prefill_tokens`: those that are due at no time."""
+    pipeline_stages: int = 1
+    """It works on as many prompts at once."""
     tightest_tpot_s: float = math.inf
     """The tightest promise among the choices that this router decodes there; inf: none."""
 
@@ -76,18 +78,18 @@ def missing(prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> str:
 
 def predicted_ttft_s(view: WorkerView, uncached_tokens: int) -> float:
     """Seconds until this worker would have the first token of a prompt with that many tokens to compute."""
-    return StepTimeModel(view.step_time).predict_ttft_s(view.queued_prefill_tokens, uncached_tokens)
+    return step_time_model(view.step_time).predict_ttft_s(view.queued_prefill_tokens, uncached_tokens)
 
 
 def predicted_tpot_s(view: WorkerView, context_tokens: int) -> float:
     """Seconds per output token if one more sequence of that context joined this worker's batch."""
     rows = min(view.running + view.waiting + 1, view.max_running)
-    return StepTimeModel(view.step_time).predict_tpot_s(rows, view.context_tokens + context_tokens)
+    return step_time_model(view.step_time).predict_tpot_s(rows, view.context_tokens + context_tokens)
 
 
 def idle_tpot_s(view: WorkerView, context_tokens: int) -> float:
     """Seconds per output token if that worker decoded nothing else."""
-    return StepTimeModel(view.step_time).predict_tpot_s(1, context_tokens)
+    return step_time_model(view.step_time).predict_tpot_s(1, context_tokens)
 
 
 def keeps_tpot(view: WorkerView, context_tokens: int, tpot_s: float) -> bool:

@@ -19,7 +19,7 @@ names one content for ever: whoever reads a block from outside compares generati
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 
 from ..types import BlockRef
 
@@ -102,10 +102,22 @@ class BlockPool:
             raise OutOfBlocks(
                 f"{count} blocks wanted for {holder!r}, {self.num_available} of {self.num_blocks} available"
             )
-        refs = tuple(self._take() for _ in range(count))
-        if refs:
-            self._tables.setdefault(holder, []).extend(ref.block_id for ref in refs)
-        return refs
+        ids = self._take(count)
+        if ids:
+            self._tables.setdefault(holder, []).extend(ids)
+        generations = self._generations
+        return tuple([BlockRef(block_id, generations[block_id]) for block_id in ids])
+
+    def grow(self, table: list[int], count: int) -> None:
+        """As `allocate`, for a holder that has a table (`tables`) and asks for no references."""
+        if not self.can_allocate(count):
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} of {self.num_blocks} available")
+        table += self._take(count)
+
+    @property
+    def tables(self) -> Mapping[str, list[int]]:
+        """Every holder's table, live; read-only for callers but for `grow`."""
+        return self._tables
 
     def share(self, refs: Sequence[BlockRef], holder: str) -> None:
         """Adds a holder to held or cached blocks, at the end of the holder's table. Generations stay.
@@ -114,18 +126,22 @@ class BlockPool:
         holder's already.
         """
         mine = set(self.table(holder))
-        for ref in refs:
-            block_id = ref.block_id
-            if self.generation(block_id) != ref.generation:
-                raise IntegrityError(f"{holder!r} wants {ref}, but its generation is {self._generations[block_id]} now")
-            if self._holders[block_id] == 0 and block_id not in self._cached:
-                raise IntegrityError(f"{holder!r} wants {ref}, but that block is free")
+        holders, cached = self._holders, self._cached
+        for block_id, generation in refs:
+            if self.generation(block_id) != generation:
+                wanted = BlockRef(block_id, generation)
+                raise IntegrityError(
+                    f"{holder!r} wants {wanted}, but its generation is {self._generations[block_id]} now"
+                )
+            if holders[block_id] == 0 and block_id not in cached:
+                raise IntegrityError(f"{holder!r} wants {BlockRef(block_id, generation)}, but that block is free")
             if block_id in mine:
-                raise IntegrityError(f"{holder!r} wants {ref} twice")
+                raise IntegrityError(f"{holder!r} wants {BlockRef(block_id, generation)} twice")
             mine.add(block_id)
-        for ref in refs:
-            self._cached.pop(ref.block_id, None)
-            self._holders[ref.block_id] += 1
+        for block_id, _ in refs:
+            if holders[block_id] == 0:
+                del cached[block_id]
+            holders[block_id] += 1
         if refs:
             self._tables.setdefault(holder, []).extend(ref.block_id for ref in refs)
 
@@ -135,9 +151,10 @@ class BlockPool:
         The table is walked from its end, so that the tail of a chain is evicted before the head that leads to it.
         """
         table = self._tables.pop(holder, [])
+        holders = self._holders
         for block_id in reversed(table):
-            self._holders[block_id] -= 1
-            if self._holders[block_id] == 0:
+            left = holders[block_id] = holders[block_id] - 1
+            if left == 0:
                 if block_id in self._retained:
                     self._cached[block_id] = None
                 else:
@@ -215,17 +232,21 @@ class BlockPool:
             unknown = sorted(set(self._tables) - set(known_holders))
             _require(not unknown, f"blocks are held by {unknown}, whom nobody knows")
 
-    def _take(self) -> BlockRef:
-        if self._free:
-            block_id = self._free.popleft()
-        else:
-            block_id, _ = self._cached.popitem(last=False)
-            self._retained.discard(block_id)
-            self.on_evict(block_id)
-        self._holders[block_id] = 1
-        # Before the block is handed out, hence before anybody writes into it (`kvtransfer.mapped.segment`).
-        self._generations[block_id] += 1
-        return BlockRef(block_id, self._generations[block_id])
+    def _take(self, count: int) -> list[int]:
+        free, generations, holders = self._free, self._generations, self._holders
+        ids: list[int] = []
+        for _ in range(count):
+            if free:
+                block_id = free.popleft()
+            else:
+                block_id, _ = self._cached.popitem(last=False)
+                self._retained.discard(block_id)
+                self.on_evict(block_id)
+            holders[block_id] = 1
+            # Before the block is handed out, hence before anybody writes into it (`kvtransfer.mapped.segment`).
+            generations[block_id] += 1
+            ids.append(block_id)
+        return ids
 
 
 def _require(condition: bool, message: str) -> None:

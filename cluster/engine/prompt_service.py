@@ -4,8 +4,6 @@ to those that have theirs.
 
 from __future__ import annotations
 
-from itertools import chain
-
 from ..clock import Clock
 from ..types import Handoff
 from .policies import BatchPolicy
@@ -35,6 +33,9 @@ class PromptService:
         self._pulling = pulling
         self._max_running = max_running
         self._max_model_len = max_model_len
+        self.running_out = 0
+        """Of those that run, how many are handed off after their prompt, and never grow; whoever ends one counts it
+        down."""
 
     def serve(
         self, policy: BatchPolicy, budget: int, events: list[SchedulerEvent], *, may_admit: bool
@@ -92,8 +93,7 @@ class PromptService:
         return self._max_running - len(self._running) - len(self._pulling)
 
     def _growing(self) -> int:
-        resident = chain(self._running.values(), self._pulling.values())
-        return sum(seq.spec.handoff is not Handoff.OUT for seq in resident)
+        return len(self._running) + len(self._pulling) - self.running_out
 
     def _grant(self, seq: Sequence, headroom_blocks: int, events: list[SchedulerEvent]) -> bool:
         """Takes `seq` into the running batch, or to wait for its KV; False if blocks are lacking."""
@@ -106,6 +106,7 @@ class PromptService:
         else:
             seq.state = State.RUNNING
             self._running[seq.seq_id] = seq
+            self.running_out += seq.spec.handoff is Handoff.OUT
         if seq.needs_pull or seq.spec.handoff is Handoff.OUT:
             events.append(BlocksGranted(seq_id=seq.seq_id, blocks=blocks, cached_tokens=seq.cached_tokens))
         if seq.admitted_s is None:

@@ -55,7 +55,7 @@ def grow_rows(rows: Collection[Sequence], kv: SequenceKV) -> None:
     """Gives `rows` the blocks of their next step, which `quiet_run` has found to be there."""
     for seq, blocks in zip(rows, _blocks_to_grow(rows, kv, 1), strict=True):
         if blocks:
-            kv.pool.allocate(blocks, seq.seq_id)
+            kv.pool.grow(kv.pool.tables[seq.seq_id], blocks)
 
 
 def take_run(rows: Collection[Sequence], kv: SequenceKV, steps: int, token_id: int) -> list[Sequence]:
@@ -64,22 +64,23 @@ def take_run(rows: Collection[Sequence], kv: SequenceKV, steps: int, token_id: i
     """
     drawn = [token_id] * steps
     telling: list[Sequence] = []
-    pool, size, caches = kv.pool, kv.pool.block_size, kv.cache.enabled
+    pool, size, caches, tables = kv.pool, kv.pool.block_size, kv.cache.enabled, kv.pool.tables
     for seq in rows:
-        scheduled, table = seq.scheduled + steps, pool.table(seq.seq_id)
+        scheduled, table, tokens = seq.scheduled + steps, tables[seq.seq_id], seq.tokens
         if scheduled > len(table) * size:
-            pool.allocate(-(-scheduled // size) - len(table), seq.seq_id)
+            pool.grow(table, -(-scheduled // size) - len(table))
         seq.computed = seq.scheduled = scheduled
-        seq.tokens += drawn
+        tokens += drawn
         seq.outputs += drawn
         if caches:
             kv.written(seq)
-        if not seq.told or len(seq.tokens) >= seq.last_len:
+        if not seq.told or len(tokens) >= seq.last_len:
             telling.append(seq)
     return sorted(telling, key=attrgetter("order"))
 
 
 def _blocks_to_grow(rows: Collection[Sequence], kv: SequenceKV, steps: int) -> list[int]:
     """Blocks that each of `rows` lacks for the KV of its next `steps` tokens."""
-    size, table = kv.pool.block_size, kv.pool.table
-    return [max(0, (seq.scheduled + steps - 1) // size + 1 - len(table(seq.seq_id))) for seq in rows]
+    size, tables, ahead = kv.pool.block_size, kv.pool.tables, steps - 1
+    lacking = [(seq.scheduled + ahead) // size + 1 - len(tables[seq.seq_id]) for seq in rows]
+    return [blocks if blocks > 0 else 0 for blocks in lacking]

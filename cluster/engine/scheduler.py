@@ -24,7 +24,7 @@ from operator import attrgetter
 
 from ..clock import Clock
 from ..types import EngineLoad, Handoff, SampledToken, SequenceSpec
-from .block_pool import BlockPool
+from .block_pool import BlockPool, IntegrityError
 from .integrity import check_sequences
 from .plan import StepOutput, StepPlan, StepRow
 from .policies import BatchPolicy, StepView
@@ -302,7 +302,7 @@ class Scheduler:
             held=len(self._held),
             queued_prefill_tokens=self._queue.prefill_tokens,
             patient_prefill_tokens=self._queue.patient_tokens,
-            context_tokens=sum(len(seq.tokens) for seq in self._running.values()),
+            context_tokens=sum([len(seq.tokens) for seq in self._running.values()]),
             num_blocks=self._kv.pool.num_blocks,
             free_blocks=self._kv.pool.num_free,
             cached_blocks=self._kv.pool.num_cached,
@@ -314,6 +314,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Proves that every block is accounted for and every sequence in exactly one place. Raises IntegrityError."""
         places = {State.PULLING: self._pulling, State.RUNNING: self._running, State.HELD: self._held}
+        out = sum(seq.spec.handoff is Handoff.OUT for seq in self._running.values())
+        if out != self._prompts.running_out:
+            raise IntegrityError(f"scheduler: {out} that run are handed off, {self._prompts.running_out} counted")
         in_plans = [seq for outstanding in self._outstanding for seq in outstanding.sequences]
         check_sequences(self._sequences, self._queue, places, in_plans)
         self._kv.check_integrity([seq for seq in self._sequences.values() if seq.state is not State.WAITING])
@@ -413,13 +416,16 @@ class Scheduler:
             self._end(seq)
         elif seq.spec.handoff is Handoff.OUT:
             del self._running[seq.seq_id]
+            self._prompts.running_out -= 1
             self._held[seq.seq_id] = seq
             seq.state = State.HELD
 
     def _end(self, seq: Sequence) -> None:
         self._queue.remove(seq)
-        for place in (self._pulling, self._running, self._held):
-            place.pop(seq.seq_id, None)
+        if self._running.pop(seq.seq_id, None) is not None:
+            self._prompts.running_out -= seq.spec.handoff is Handoff.OUT
+        self._pulling.pop(seq.seq_id, None)
+        self._held.pop(seq.seq_id, None)
         seq.state = State.ENDED
         self._forget_if_idle(seq)
 

@@ -1,4 +1,5 @@
-"""What a scheduler tells its worker: one frozen dataclass per thing that happened, in order, through `take_events`.
+"""What a scheduler tells its worker: one frozen value per thing that happened, in order, through `take_events`; what is
+told with every token is a named tuple, which is made three times as fast as a frozen dataclass.
 
 For a sequence the order is always: BlocksGranted? (PrefillAdvanced | Preempted)* TokensEmitted*, the last
 TokensEmitted with a finish reason, or SequenceFailed instead. An aborted sequence says nothing after `Scheduler.abort`
@@ -8,6 +9,7 @@ has returned.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..types import BlockRef, FinishReason, SampledToken
 
@@ -27,20 +29,18 @@ class BlocksGranted:
     """Prefix hit, a multiple of the block size: KV that is already there and is neither computed nor transferred."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillAdvanced:
+class PrefillAdvanced(NamedTuple):
     """A prefill chunk is done: the KV of positions < computed_tokens is written."""
 
     seq_id: str
     computed_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokensEmitted:
+class TokensEmitted(NamedTuple):
     """New output tokens of one sequence."""
 
     seq_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # in the place of tuple.index
     """Output index of the first of `tokens`; `SequenceSpec.output_token_ids` count as indices 0…"""
     tokens: tuple[SampledToken, ...]
     finish_reason: FinishReason | None = None

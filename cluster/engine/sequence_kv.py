@@ -70,11 +70,12 @@ class SequenceKV:
         """Makes sure that the position `seq.scheduled` has a slot; False if that takes a block and none is
         available.
         """
-        if seq.scheduled < len(self.pool.table(seq.seq_id)) * self.pool.block_size:
+        table = self.pool.tables[seq.seq_id]
+        if seq.scheduled < len(table) * self.pool.block_size:
             return True
         if not self.pool.can_allocate(1):
             return False
-        self.pool.allocate(1, seq.seq_id)
+        self.pool.grow(table, 1)
         return True
 
     def growth_blocks(self, seq: Sequence, max_model_len: int) -> int:

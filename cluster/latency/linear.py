@@ -14,6 +14,7 @@ import itertools
 import math
 import threading
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +78,12 @@ class StepTimeModel:
     def predict_tpot_s(self, running: int, context_tokens: int) -> float:
         """Seconds per output token of a decode batch of `running` sequences that hold `context_tokens` of KV in all."""
         return self.step_time_s(0, max(running, 1), context_tokens)
+
+
+@lru_cache(maxsize=4096)
+def step_time_model(coefficients: StepTimeCoefficients) -> StepTimeModel:
+    """The model of these coefficients; whoever ranks workers asks for the same ones again and again."""
+    return StepTimeModel(coefficients)
 
 
 class OnlineStepTimeFit:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -120,7 +122,8 @@ class SimCluster:
             self._ask(decided, decided_period_s, outcomes)
         if self._observer is not None and outcomes and math.isfinite(self._observer.sample_period_s):
             self.timeline.at(outcomes[0].asked.arrival_s, partial(self._sample, self._observer))
-        self.timeline.run()
+        with _seldom_collected():
+            self.timeline.run()
         return outcomes
 
     def _ask(self, decided: Decided, period_s: float, outcomes: Sequence[Outcome]) -> None:
@@ -190,6 +193,17 @@ class SimCluster:
     def crossed_bytes(self) -> dict[str, int]:
         """KV that crossed each medium, by its name."""
         return {name: medium.bytes_total for name, medium in self._links.items()}
+
+
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """A run makes millions of small objects and hardly any cycle: they are looked for a hundred times as seldom."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _sample(worker: SimWorker) -> WorkerSample:

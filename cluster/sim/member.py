@@ -57,4 +57,5 @@ class SimMember:
             step_time=status.step_time,
             steps_total=status.steps_total,
             patient_prefill_tokens=load.patient_prefill_tokens,
+            pipeline_stages=spec.costs.pipeline_stages,
         )

@@ -5,6 +5,7 @@ promise lapses. Who is refused is remembered for a short time (`wants`): nobody 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...cluster.types import Urgency
@@ -39,6 +40,8 @@ class CreditLedger:
         self._entries: dict[str, _Entry] = {}
         self._blocks = 0
         self._next_id = 1
+        self._next_expiry_s = math.inf
+        """No promise lapses before."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -84,7 +87,7 @@ class CreditLedger:
         if entry is not None:
             if entry.expires_s is None:
                 return None
-            entry.expires_s = now_s + self._ttl_s
+            entry.expires_s = now_s + self._ttl_s  # later than it was: what lapses next is known as before
             return entry.credit_id
         self._wants.expire(now_s)
         self._wants.ask(key, owner, attempt, blocks, urgency, now_s)
@@ -98,6 +101,7 @@ class CreditLedger:
         credit_id, self._next_id = self._next_id, self._next_id + 1
         self._entries[key] = _Entry(credit_id, owner, attempt, blocks, router_id, now_s + self._ttl_s)
         self._blocks += blocks
+        self._next_expiry_s = min(self._next_expiry_s, now_s + self._ttl_s)
         return credit_id
 
     def redeem(self, credit_id: int, key: str, now_s: float) -> RefusalReason | None:
@@ -118,9 +122,14 @@ class CreditLedger:
     def expire(self, now_s: float) -> tuple[str, ...]:
         """Drops promises that nobody redeemed in time, and wants; returns the keys of the promises."""
         self._wants.expire(now_s)
+        if now_s < self._next_expiry_s:
+            return ()
         lapsed = tuple(k for k, e in self._entries.items() if e.expires_s is not None and now_s >= e.expires_s)
         for key in lapsed:
             self.drop(key)
+        self._next_expiry_s = min(
+            (e.expires_s for e in self._entries.values() if e.expires_s is not None), default=math.inf
+        )
         return lapsed
 
     def drop(self, key: str) -> None:

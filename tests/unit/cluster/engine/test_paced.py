@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,9 +199,9 @@ def test_bans_are_honored_and_a_total_ban_fails_the_row() -> None:
     first = expected_tokens(PROMPT, 1, vocab_size=VOCAB)[0]
     row = Driver(paced, PROMPT, range(4)).row(0, 9)
     assert row.sample is not None
-    [output] = run(paced, [replace(row, sample=replace(row.sample, banned_token_ids=(first,)))])
+    [output] = run(paced, [row._replace(sample=row.sample._replace(banned_token_ids=(first,)))])
     assert output.tokens[0].token_id == first + 1
-    [output] = run(paced, [replace(row, sample=replace(row.sample, banned_token_ids=tuple(range(VOCAB))))])
+    [output] = run(paced, [row._replace(sample=row.sample._replace(banned_token_ids=tuple(range(VOCAB))))])
     assert output.tokens == ()
     assert "banned_token_ids" in output.error
 
