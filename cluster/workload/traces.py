@@ -1,9 +1,11 @@
 """Recorded loads: when requests came and how long they were. Prompts are made up to the recorded lengths, sharing
 blocks where the trace says that the real ones did.
 
-Two formats: Mooncake's JSON lines (`timestamp` in ms, `input_length`, `output_length`, `hash_ids`, one for each 512
-tokens; Qin et al. 2024), and CSV with a head, `arrival_s,input_tokens,output_tokens[,prefix_hashes]`, where an empty
-`arrival_s` says that only the lengths were recorded. Either may be gzipped.
+Mooncake's JSON lines (`timestamp` in ms, `input_length`, `output_length`, `hash_ids`, one for each 512 tokens; Qin et
+al. 2024), or CSV with a head, gzipped or not: `arrival_s,input_tokens,output_tokens[,prefix_hashes]`, where an empty
+`arrival_s` says that only the lengths were recorded; Azure's `TIMESTAMP,ContextTokens,GeneratedTokens` (Patel et al.
+2024), whose timestamps are dates; BurstGPT's `Timestamp,…,Request tokens,Response tokens,…` (Wang et al. 2024), whose
+requests without an answer have failed and are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -28,6 +31,8 @@ MAX_ARRIVAL_S = 366 * 86400.0
 MAX_REQUESTS = 2**20
 MAX_BLOCK_ID = 2**63 - 1
 _CSV_FIELDS = ("arrival_s", "input_tokens", "output_tokens")
+_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_BURST_GPT = ("Timestamp", "Request tokens", "Response tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,28 +191,48 @@ def _json_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], path: st
 
 
 def _csv_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], path: str) -> Iterator[TraceRequest]:
-    names = _cells(first[1], f"{path}:{first[0]}")
-    missing = [name for name in _CSV_FIELDS if name not in names]
-    if missing:
+    names = _cells(first[1].removeprefix("\ufeff"), f"{path}:{first[0]}")
+    columns = next((found for found in (_CSV_FIELDS, _AZURE, _BURST_GPT) if set(found) <= set(names)), None)
+    if columns is None:
+        missing = next(name for name in _CSV_FIELDS if name not in names)
         raise ValueError(
-            f"dataset_path: {path}:{first[0]} has no column {missing[0]!r}; allowed: JSON lines, or CSV with "
-            f"{', '.join(_CSV_FIELDS)} and perhaps prefix_hashes"
+            f"dataset_path: {path}:{first[0]} has no column {missing!r}; allowed: JSON lines, or CSV with "
+            f"{', '.join(_CSV_FIELDS)} and perhaps prefix_hashes, or that of Azure's or BurstGPT's traces"
         )
+    arrival, prompt, answer = columns
+    begin: datetime | None = None
     for number, text in rest:
         where = f"{path}:{number}"
         cells = _cells(text, where)
         if len(cells) != len(names):
             raise ValueError(f"dataset_path: {where} has {len(cells)} columns, its head {len(names)}")
         row = dict(zip(names, cells, strict=True))
+        if columns is _BURST_GPT and row[answer] == "0":
+            continue
         hashes = row.get("prefix_hashes", "").split()
         if len(hashes) > MAX_HASHES:
             raise _wrong(where, "prefix_hashes", hashes, f"at most {MAX_HASHES} integers")
+        if columns is _AZURE:
+            at = _date(row[arrival], where, arrival)
+            begin = begin or datetime(at.year, 1, 1, tzinfo=at.tzinfo)
+            arrival_s: float | None = (at - begin).total_seconds()
+        else:
+            arrival_s = _number(row[arrival], where, arrival)
         yield TraceRequest(
-            arrival_s=_arrival(_number(row["arrival_s"], where, "arrival_s"), where, "arrival_s", 1.0),
-            input_tokens=_digits(row["input_tokens"], where, "input_tokens", 1, MAX_TOKENS),
-            output_tokens=_digits(row["output_tokens"], where, "output_tokens", 1, MAX_TOKENS),
+            arrival_s=_arrival(arrival_s, where, arrival, 1.0),
+            input_tokens=_digits(row[prompt], where, prompt, 1, MAX_TOKENS),
+            output_tokens=_digits(row[answer], where, answer, 1, MAX_TOKENS),
             block_ids=tuple(_digits(item, where, "prefix_hashes", 0, MAX_BLOCK_ID) for item in hashes),
         )
+
+
+def _date(text: str, where: str, field: str) -> datetime:
+    """A date and time, in UTC where it does not say."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise _wrong(where, field, text, "a date and time, e.g. 2023-11-16 18:15:46.68") from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def _cells(text: str, where: str) -> list[str]:

@@ -186,3 +186,34 @@ def test_a_pool_of_lengths_comes_at_the_rate_that_is_asked_for(tmp_path: Path) -
     assert len(drawn.arrivals_s) == 200
     assert drawn.arrivals_s[-1] == pytest.approx(19.9, rel=0.3)
     assert {len(request.prompt) for request in drawn.requests} == {10, 20}
+
+
+def test_published_traces_are_read_as_they_are(tmp_path: Path) -> None:
+    azure = tmp_path / "AzureLLMInferenceTrace_conv.csv"
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
+    )
+    later = tmp_path / "AzureLLMInferenceTrace_2024.csv"
+    later.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 23:59:59.5+00:00,7,1\n2024-05-11 00:00:01+00:00,8,2\n"
+    )
+    burst = tmp_path / "BurstGPT_1.csv"
+    burst.write_text(
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log\n6,GPT-4,90,0,90,API log\n45,ChatGPT,1087,230,1317,Conversation log\n"
+    )
+    found = {
+        path: [(row.arrival_s, row.input_tokens, row.output_tokens) for row in read_trace(path)]
+        for path in (azure, later, burst)
+    }
+    assert found[azure] == [(0.0, 374, 44), (pytest.approx(4.314579, abs=2e-6), 396, 109)]
+    assert found[later] == [(0.0, 7, 1), (1.5, 8, 2)]
+    assert found[burst] == [(0.0, 472, 18), (40.0, 1087, 230)]
+
+
+def test_a_date_that_is_none_is_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,374,44\n")
+    with pytest.raises(ValueError, match=r"azure.csv:2: TIMESTAMP is 'yesterday'; allowed: a date and time"):
+        read_trace(path)
