@@ -64,6 +64,10 @@ class FairQueue(Generic[K]):
         """All keys, in the order in which they would be taken if nobody else came. The queue must not change before
         the last one that is looked at.
         """
+        if (line := self._only_line()) is not None:
+            for waiter in line:
+                yield waiter.key
+            return
         heads = [(max(self._now, c.finish), -c.share, name, 0) for name, c in self._classes.items() if c.line]
         heapq.heapify(heads)
         while heads:
@@ -88,6 +92,8 @@ class FairQueue(Generic[K]):
 
     def peek(self) -> K | None:
         """Who would be taken next."""
+        if (line := self._only_line()) is not None:
+            return line[0].key if line else None
         return next(iter(self), None)
 
     def take(self, key: K) -> None:
@@ -119,6 +125,10 @@ class FairQueue(Generic[K]):
 
     def cost_ahead(self, urgency: Urgency, now_s: float) -> float:
         """Cost of those that would be served before somebody who came now, as if it were pushed and iterated."""
+        line = self._only_line()
+        if line is not None and (not line or line[0].slo_class == urgency.slo_class):
+            due = (min(urgency.deadline_s, now_s + PATIENCE_S), self._next_order)
+            return sum([waiter.cost for waiter in line[: bisect_left(line, due, key=_DUE)]])
         probe = object()
         ahead = 0.0
         self.push(probe, urgency, cost=1.0, now_s=now_s)  # type: ignore[arg-type]
@@ -130,6 +140,16 @@ class FairQueue(Generic[K]):
         finally:
             self.remove(probe)  # type: ignore[arg-type]
         raise AssertionError("the probe was not found")
+
+    def _only_line(self) -> list[_Waiter[K]] | None:
+        """Of the only class in which anybody waits, as is usual; empty where nobody does. None: there are several."""
+        found: list[_Waiter[K]] = []
+        for mine in self._classes.values():
+            if mine.line:
+                if found:
+                    return None
+                found = mine.line
+        return found
 
     def _forget_idle(self) -> None:
         """Classes that wait for nothing and owe nothing are forgotten: the table is as large as what waits."""

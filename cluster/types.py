@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
@@ -84,8 +85,7 @@ class SampledToken:
     """(token id, logprob), most likely first."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRef:
+class BlockRef(NamedTuple):
     """Names one block as it was handed out: the pool raises the generation each time it hands a block out anew."""
 
     block_id: int
