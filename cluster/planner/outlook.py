@@ -229,7 +229,7 @@ class Outlook:
         nodes = max(2, min(setting.nodes, -(-candidate.gpus // setting.gpus_per_node)))  # one more may stand beyond
         link = setting.between if far else setting.inside
         lanes = nodes / (1.0 - 1.0 / nodes) if far else candidate.pools[0].pipeline_stages if candidate.cells else 1
-        bytes_per_s = link.bandwidth_gb_s * 1e9 * lanes
+        bytes_per_s = link.bytes_per_s * lanes
         token_bytes = setting.device.facts.kv_bytes_per_token()
         free_s, ready_s = 0.0, list(first_s)
         for place in sorted(range(len(first_s)), key=first_s.__getitem__):

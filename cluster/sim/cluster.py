@@ -186,8 +186,7 @@ class SimCluster:
 
     def _link(self, name: str, link: Link) -> Medium:
         if name not in self._links:
-            bytes_per_s, latency_s = link.bandwidth_gb_s * 1e9, link.latency_us * 1e-6
-            self._links[name] = Medium(name=name, bytes_per_s=bytes_per_s, latency_s=latency_s)
+            self._links[name] = Medium(name=name, bytes_per_s=link.bytes_per_s, latency_s=link.latency_s)
         return self._links[name]
 
     def crossed_bytes(self) -> dict[str, int]:
