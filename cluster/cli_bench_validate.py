@@ -29,6 +29,10 @@ Profile = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="paced: steps take what the profile says; cpu: the real engine.")]
 Plans = Annotated[str, typer.Option(help=f"Clusters, e.g. {PACED_PLANS}; 2M/512: mixed, chunks of 512 tokens.")]
+Config = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Instead of --plans: files of `tandem plan`; may be given again."),
+]
 Rates = Annotated[str, typer.Option(help="Requests/s per worker, ascending. Default: --shares of what it can serve.")]
 Shares = Annotated[str, typer.Option(help="Rates, as shares of the one at which 90 % attain in virtual time.")]
 Promise = Annotated[str, typer.Option(help="TTFT:TPOT in ms. Default: by the device.")]
@@ -48,6 +52,7 @@ def validate(
     profile: Profile = None,
     device: Device = "paced",
     plans: Plans = "",
+    config: Config = None,
     rates: Rates = "",
     shares: Shares = "0.4,0.7,0.9",
     promise: Promise = "",
@@ -118,6 +123,8 @@ def _subjects(display: Display, given: Mapping[str, Any], folder: Path) -> tuple
     """The clusters, and the one whose overheads are looked at."""
     from .bench.validate_subjects import QUICK_PROFILE, cpu_subject, paced_subject
 
+    if given["config"]:
+        return _configured(display, given, folder)
     names = (given["plans"] or (PACED_PLANS if given["device"] == "paced" else CPU_PLANS)).split(",")
     if given["device"] == "cpu":
         made = [
@@ -136,6 +143,24 @@ def _subjects(display: Display, given: Mapping[str, Any], folder: Path) -> tuple
     _profile(display, given, steps)
     QUICK_PROFILE.save(quick)
     return [paced_subject(text, steps) for text in names], paced_subject("1P+1D", quick)
+
+
+def _configured(display: Display, given: Mapping[str, Any], folder: Path) -> tuple[list[Subject], Subject]:
+    """The clusters of files, all of one device; of engines that compute, the first tells the overheads."""
+    from .bench.validate_subjects import QUICK_PROFILE, config_subject, paced_subject
+    from .config_file import load_config
+
+    scale = given["time_scale"] if given["device"] == "paced" else 1.0
+    found = []
+    for place, path in enumerate(given["config"]):
+        config, label = load_config(path), f"{Path(path).stem}-{place}"
+        if config.engine.device != given["device"]:
+            raise ValueError(f"config: {path} is for device {config.engine.device}; --device {given['device']} is not")
+        found.append(config_subject(config, label, time_scale=scale, folder=folder, profile=given["profile"]))
+    if given["device"] == "cpu":
+        return found, found[0]
+    QUICK_PROFILE.save(folder / "quick.json")
+    return found, paced_subject("1P+1D", folder / "quick.json")
 
 
 def _profile(display: Display, given: Mapping[str, Any], path: Path) -> None:

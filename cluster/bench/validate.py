@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..workload.sweep import RateSearch, SweepPoint
@@ -28,7 +29,7 @@ MAX_POINTS = 3.0
 MAX_ERROR = 0.1
 """Of TTFT and TPOT, p50 and p90."""
 QUANTILES = ("ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90")
-_VARIANT = "validate"
+VARIANT = "validate"
 _SEARCH_POINTS, _SEARCH_S = 14, 120.0
 _Z = 1.96
 
@@ -168,7 +169,14 @@ async def validate(
         numbers = range(load.seed, load.seed + seeds)
         predicted = [predict(trial.subject, replace(load, seed=seed), overheads, _warmups(system)) for seed in numbers]
         [attempts] = await compare(
-            [system], load, seeds=seeds, kept=kept, end_s=end_s, say=say, run=run_behind_promises, variant=_VARIANT
+            [system],
+            load,
+            seeds=seeds,
+            kept=kept,
+            end_s=end_s,
+            say=say,
+            run=partial(run_behind_promises, trial.subject),
+            variant=VARIANT,
         )
         rows += [row_of(system.label, load, place, predicted, attempts) for place in range(len(load.rates))]
     return Validation(overheads=overheads, rows=tuple(rows))
@@ -188,9 +196,11 @@ def saturation(subject: Subject, load: Staircase, overheads: Overheads, start: f
     return kept
 
 
-async def run_behind_promises(system: System, load: Staircase, say: Callable[[str], None]) -> list[StairResult]:
+async def run_behind_promises(
+    subject: Subject, system: System, load: Staircase, say: Callable[[str], None]
+) -> list[StairResult]:
     """As `run_system`, behind a router that refuses what it cannot serve in time."""
-    with RunningSystem(system, router_for(load)) as running:
+    with RunningSystem(system, router_for(subject, load)) as running:
         options = options_for(running, load)
         async with connect(options) as served:
             warmups, _ = load.requests(served.vocabulary, warmups=_warmups(system))

@@ -1,13 +1,15 @@
 """What processes on this machine add to the latency model: answers that nothing disturbs, beside what the model says
-of them. The medians of a few requests, one after the other, then some at once.
+of them. A few requests, one after the other, then some at once; lower quartiles, because what else the machine does in
+between is not part of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import statistics
 from collections.abc import Sequence
+
+import numpy as np
 
 from ..latency.profile import StepProfile
 from ..workload.datasets import BenchRequest
@@ -17,7 +19,7 @@ from .run import Served
 from .validate_predict import FIRST_TOKEN_CALLS, Overheads
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 34
-ALONE, AT_ONCE = 6, 8
+ALONE, AT_ONCE = 10, 8
 _SEED = 0xCA11
 _SETTLED = 2
 """Gaps between tokens that still carry the handoff."""
@@ -37,14 +39,19 @@ def overheads_of(
 ) -> Overheads:
     """From the answers seen. Pure; nothing comes out below zero."""
     first_s = [_first_s(record) - prefill.step_time_s(PROMPT_TOKENS, PROMPT_TOKENS**2, 0, 0) for record in alone]
-    step_s = max(0.0, statistics.median(_beyond_s(record, decode, 1) for record in alone))
-    first_token_s = max(0.0, statistics.median(first_s) - step_s)
+    step_s = max(0.0, _typical(_beyond_s(alone, decode, 1)))
+    first_token_s = max(0.0, _typical(first_s) - step_s)
     second_s = [record.itls_s[0] - decode.step_time_s(0, 0, 1, PROMPT_TOKENS + 1) for record in alone]
     rpc_s = first_token_s / (2 * FIRST_TOKEN_CALLS)
-    handoff_s = max(0.0, statistics.median(second_s) - step_s - rpc_s)
-    rows_s = statistics.median(_beyond_s(record, decode, len(together)) for record in together) if together else step_s
+    handoff_s = max(0.0, _typical(second_s) - step_s - rpc_s)
+    rows_s = _typical(_beyond_s(together, decode, len(together))) if together else step_s
     row_s = max(0.0, rows_s - step_s) / max(1, len(together) - 1)
     return Overheads(first_token_s=first_token_s, step_s=step_s, row_s=row_s, handoff_s=handoff_s)
+
+
+def _typical(values_s: Sequence[float]) -> float:
+    """The lower quartile."""
+    return float(np.quantile(values_s, 0.25))
 
 
 def _first_s(record: RequestRecord) -> float:
@@ -52,12 +59,10 @@ def _first_s(record: RequestRecord) -> float:
     return record.ttft_s
 
 
-def _beyond_s(record: RequestRecord, decode: StepProfile, rows: int) -> float:
-    """By how much longer than modelled the steps of an answer took, in its middle, where all of `rows` run."""
-    times_s = record.chunk_times_s
-    gaps_s = [later - earlier for earlier, later in itertools.pairwise(times_s)][_SETTLED:-_SETTLED]
-    context = rows * (PROMPT_TOKENS + OUTPUT_TOKENS // 2)
-    return statistics.fmean(gaps_s) - decode.step_time_s(0, 0, rows, context)
+def _beyond_s(records: Sequence[RequestRecord], decode: StepProfile, rows: int) -> list[float]:
+    """By how much longer than modelled the steps in the middle of each answer took, where all of `rows` run."""
+    modelled_s = decode.step_time_s(0, 0, rows, rows * (PROMPT_TOKENS + OUTPUT_TOKENS // 2))
+    return [statistics.fmean(record.itls_s[_SETTLED:-_SETTLED]) - modelled_s for record in records]
 
 
 async def _ask(served: Served, request: BenchRequest) -> RequestRecord:

@@ -5,7 +5,7 @@ what the machine adds to them as measured constants (`Overheads`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...router.slo_classes import INTERACTIVE_SHARE, Promise
@@ -16,7 +16,7 @@ from ..latency.profile import StepProfile, read_profile
 from ..sim.cluster import ClusterSpec, SimCluster
 from ..sim.request import Asked, Outcome
 from ..sim.router import RouterSpec
-from ..sim.worker import WorkerSpec
+from ..sim.worker_spec import WorkerSpec
 from ..types import SLO, Role
 from ..workload.report import RequestRecord
 from ..workload.sweep import SweepRun
@@ -77,7 +77,8 @@ class Subject:
     system: System
     profile: str | None = None
     """File of the step profile of an engine that computes; None: each engine's own, `paced_profile`."""
-    max_model_len: int = 2048
+    router: RouterConfig = field(default_factory=lambda: RouterConfig(max_waiting=1024))
+    """Its bounds and settings; promises are the load's."""
 
     @property
     def label(self) -> str:
@@ -118,7 +119,7 @@ class Subject:
             max_batched_tokens=engine.max_batched_tokens,
             max_running=engine.max_running,
             max_waiting=engine.max_waiting,
-            max_model_len=engine.max_model_len or self.max_model_len,
+            max_model_len=engine.max_model_len or facts.config.max_model_len,
             batching=engine.batching,
             prefix_cache=False,
         )
@@ -133,11 +134,11 @@ class PredictedStair:
     """See `claims_load.quantiles_ms`."""
 
 
-def router_for(load: Staircase) -> RouterConfig:
+def router_for(subject: Subject, load: Staircase) -> RouterConfig:
     """The router as it would serve: it refuses what it cannot serve within the load's first promise."""
     promise = load.promises[0]
     slo = SLO(ttft_s=promise.ttft_s * load.time_scale, tpot_s=promise.tpot_s * load.time_scale)
-    return RouterConfig(slo=slo, max_waiting=1024, request_timeout_s=3600.0)
+    return replace(subject.router, slo=slo, slo_classes={}, request_timeout_s=3600.0)
 
 
 def predict(subject: Subject, load: Staircase, overheads: Overheads, warmups: int) -> list[PredictedStair]:
@@ -166,7 +167,7 @@ def simulate(subject: Subject, load: Staircase, overheads: Overheads, warmups: i
     ]
     spec = ClusterSpec(
         workers=workers,
-        router=router_spec(router_for(load), overheads),
+        router=router_spec(router_for(subject, load), overheads),
         inside=this_machine(overheads),
         between=this_machine(overheads),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .validate import MAX_ERROR, MAX_POINTS, QUANTILES, Figures, Overheads, Row, Validation
+from .validate import MAX_ERROR, MAX_POINTS, QUANTILES, Figures, Row, Validation
+from .validate_predict import Overheads
 
 _TITLES = {"ttft_p50": "TTFT p50", "ttft_p90": "p90", "tpot_p50": "TPOT p50", "tpot_p90": "p90"}
 _LABEL, _CELL = 30, 22

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from ..config import EngineConfig
-from ..latency.profile import DecodeTerms, StepProfile
+from ..config import ClusterConfig, EngineConfig
+from ..latency.profile import DecodeTerms, StepProfile, read_profile
+from ..types import Role, StepTimeCoefficients
 from .claims_cluster import System
 from .claims_systems import WHOLE_PROMPTS, colocated, split
 from .validate_predict import Subject
@@ -52,6 +54,51 @@ def paced_subject(text: str, profile: str | Path) -> Subject:
     return Subject(system=split(prefill + decode, profiles, prefill=prefill))
 
 
+def config_subject(
+    config: ClusterConfig, label: str, *, time_scale: float, folder: Path, profile: str | None = None
+) -> Subject:
+    """The cluster of a file that `tandem plan` wrote. Profiles of paced workers are written into `folder`, so many
+    times as slow; engines that compute have the one given. ValueError.
+    """
+    engines = {
+        role: _scaled(config.engine_of(role), time_scale, folder / f"{label}.{role.value}.json")
+        for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.MIXED, config.mixed))
+        if count
+    }
+    workers = config.prefill + config.decode + config.mixed
+    if config.mixed and config.prefill:
+        raise ValueError(f"config: {label} has mixed workers beside both pools, which the simulator does not know")
+    if workers > MAX_WORKERS:
+        raise ValueError(f"config: {label} has {workers} workers; allowed: at most {MAX_WORKERS} on one machine")
+    system = System(
+        label=label,
+        engine=engines.get(Role.DECODE) or engines[Role.MIXED],
+        prefill=config.prefill,
+        decode=config.decode,
+        mixed=config.mixed,
+        prefill_engine=engines.get(Role.PREFILL),
+    )
+    return Subject(system=system, profile=profile, router=config.router)
+
+
+def _scaled(engine: EngineConfig, factor: float, path: Path) -> EngineConfig:
+    """The engine with its step times in a file of its own; one that computes as it is."""
+    if engine.device != "paced":
+        return engine
+    if engine.paced_profile is not None:
+        profile = read_profile(engine.paced_profile)
+    else:
+        terms = StepTimeCoefficients(
+            step_s=engine.paced_step_s,
+            prefill_token_s=engine.paced_prefill_token_s,
+            decode_row_s=engine.paced_decode_row_s,
+            context_token_s=engine.paced_context_token_s,
+        )
+        profile = StepProfile.linear(terms)
+    profile.scaled(factor).save(path)
+    return replace(engine, paced_profile=str(path), prefix_cache=False)
+
+
 def cpu_subject(text: str, model: str, profile: str | Path, *, kv_cache_bytes: int, max_model_len: int) -> Subject:
     """Workers that compute, one thread each, and the profile that was measured of them. ValueError."""
     prefill, decode, mixed, chunk = parse_pools(text)
@@ -65,4 +112,4 @@ def cpu_subject(text: str, model: str, profile: str | Path, *, kv_cache_bytes: i
     )
     label = f"{mixed} mixed" if mixed else f"{prefill} prefill + {decode} decode"
     system = System(label=f"{label}, cpu", engine=engine, prefill=prefill, decode=decode, mixed=mixed)
-    return Subject(system=system, profile=str(profile), max_model_len=max_model_len)
+    return Subject(system=system, profile=str(profile))

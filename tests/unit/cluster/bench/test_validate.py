@@ -1,0 +1,210 @@
+"""Prediction beside measurement: what counts, what is out, what a machine's overheads do to a prediction."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tandem.cluster.bench import validate as validate_module
+from tandem.cluster.bench.claims_disaggregation import StairResult
+from tandem.cluster.bench.claims_load import Promise, Staircase, quantiles_ms
+from tandem.cluster.bench.claims_machine import Strain
+from tandem.cluster.bench.validate import Figures, Row, Validation, row_of, saturation
+from tandem.cluster.bench.validate_calibrate import OUTPUT_TOKENS, PROMPT_TOKENS, overheads_of
+from tandem.cluster.bench.validate_predict import NONE, Overheads, PredictedStair, predict, router_for, simulate
+from tandem.cluster.bench.validate_show import show, show_overheads
+from tandem.cluster.bench.validate_subjects import QUICK_PROFILE, cpu_subject, paced_subject, parse_pools
+from tandem.cluster.latency.profile import DecodeTerms, StepProfile
+from tandem.cluster.workload.report import RequestRecord
+from tandem.cluster.workload.sweep import SweepRun
+
+CALM = Strain(cpu={"router": 0.2}, waited={"router": 0.01}, busy=0.3, stolen=0.0)
+TERMS = DecodeTerms(step_s=0.01, row_s=1e-4, context_token_s=0.0)
+PROFILE = StepProfile(prefill_step_s=0.01, prefill_token_s=1e-4, decode=TERMS, large_decode=TERMS, large_batch_rows=64)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    path = tmp_path / "lengths.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arrival_s", "input_tokens", "output_tokens"])
+        writer.writerows([["", 50 + 7 * number % 90, 5 + 3 * number % 20] for number in range(100)])
+    return str(path)
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> Path:
+    PROFILE.save(tmp_path / "steps.json")
+    return tmp_path / "steps.json"
+
+
+def load_of(trace: str, *rates: float, **fields: float) -> Staircase:
+    promise = Promise(ttft_s=0.1, tpot_s=0.03)
+    return Staircase(dataset_path=trace, rates=rates, stair_s=20.0, promises=(promise,), **fields)
+
+
+def test_plans_are_written_as_pools() -> None:
+    assert parse_pools("2P+1D")[:3] == (2, 1, 0)
+    assert parse_pools(" 3m ") == (0, 0, 3, 512)
+    assert parse_pools("2M/256") == (0, 0, 2, 256)
+    for text in ("", "1P", "2D+1P", "0M", "1P+0D", "9P+9D", "1P+1D+2M"):
+        with pytest.raises(ValueError, match=r"plans: .* is not allowed; allowed: 2P\+1D"):
+            parse_pools(text)
+
+
+def test_the_machines_constants_come_out_of_answers_that_took_longer_than_modelled() -> None:
+    """Prefill 20 ms and steps of 8 ms, and what is added to them here: 3 ms, 0.5 ms a step, 2 ms a handoff."""
+    first_s = QUICK_PROFILE.prefill_step_s + 0.003 + 0.0005
+    gaps_s = [0.008 + 0.0005 + 0.002] + [0.0085] * (OUTPUT_TOKENS - 2)
+
+    def answer(slower: float, row_s: float = 0.0) -> RequestRecord:
+        times = [first_s * slower]
+        for gap_s in gaps_s:
+            times.append(times[-1] + (gap_s + row_s) * slower)
+        return RequestRecord(due_s=0, sent_s=0, first_token_s=times[0], last_token_s=times[-1], chunk_times_s=(*times,))
+
+    alone = [answer(1.0)] * 6 + [answer(3.0)] * 4
+    found = overheads_of(alone, [answer(1.0, row_s=0.0007)] * 8, QUICK_PROFILE, QUICK_PROFILE)
+    assert found.first_token_s == pytest.approx(0.003)
+    assert found.step_s == pytest.approx(0.0005)
+    assert found.row_s == pytest.approx(0.0001)
+    assert found.handoff_s + found.rpc_s == pytest.approx(0.002)
+    assert found.own_s + 4 * found.rpc_s == pytest.approx(0.003)
+    quick = [replace(one, first_token_s=0.001) for one in alone]
+    assert overheads_of(quick, [], QUICK_PROFILE, QUICK_PROFILE).first_token_s == 0.0
+    assert PROMPT_TOKENS > 0
+
+
+def test_overheads_are_added_where_they_arise(trace: str, steps: Path) -> None:
+    load = load_of(trace, 0.5)
+    bare, more = (
+        {outcome.asked.request_id: outcome for outcome in simulate(paced_subject("1P+1D", steps), load, overheads, 4)}
+        for overheads in (NONE, Overheads(first_token_s=0.004, step_s=0.001, handoff_s=0.002))
+    )
+    assert bare.keys() == more.keys()
+    for name, outcome in bare.items():
+        other = more[name]
+        assert other.ttft_s is not None
+        assert outcome.ttft_s is not None
+        assert other.ttft_s - outcome.ttft_s >= 0.005 - 1e-9
+        later_s = other.last_token_s - other.first_token_s - (outcome.last_token_s - outcome.first_token_s)
+        assert later_s >= 0.001 * (outcome.output_tokens - 1)
+    assert Overheads(pace=2.0).on(PROFILE).decode.step_s == 0.02
+
+
+def test_the_router_in_virtual_time_refuses_as_the_real_one_would(trace: str, steps: Path) -> None:
+    load = replace(load_of(trace, 2.0, 250.0, time_scale=2.0), stair_s=3.0)
+    config = router_for(paced_subject("1M", steps), load)
+    assert (config.slo.ttft_s, config.slo.tpot_s) == (0.2, 0.06)
+    outcomes = simulate(paced_subject("1M", steps), load, NONE, 0)
+    refused = [outcome for outcome, on in zip(outcomes, load.judged(), strict=True) if on == 1 and outcome.refused]
+    assert refused
+    calm, flooded = predict(paced_subject("1M", steps), load, NONE, 0)
+    assert calm.run.attainment == 1.0
+    assert flooded.run.failed == len(refused)
+    assert flooded.run.attainment < 0.9
+
+
+def test_rates_can_be_shares_of_what_a_cluster_serves(trace: str, steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate_module, "_SEARCH_S", 40.0)
+    PROFILE.scaled(100.0).save(steps)
+    load = replace(load_of(trace, 1.0), promises=(Promise(ttft_s=10.0, tpot_s=2.0),))
+    one, two = (saturation(paced_subject(text, steps), load, NONE, 0.5) for text in ("1M", "2M"))
+    assert 1.5 * one < two < 3 * one
+    impossible = replace(load, promises=(Promise(ttft_s=0.001, tpot_s=0.001),))
+    assert saturation(paced_subject("1M", steps), impossible, NONE, 0.5) == 0.0
+
+
+def test_an_engine_that_computes_has_a_profile_of_its_own(steps: Path) -> None:
+    subject = cpu_subject("1P+1D", "smollm2-135m", steps, kv_cache_bytes=2**28, max_model_len=640)
+    prefill, decode = subject.workers(Overheads(step_s=0.002))
+    assert (prefill.role.value, decode.role.value) == ("prefill", "decode")
+    assert prefill.num_blocks == 2**28 // (30 * 2 * 3 * 64 * 2 * 16)
+    assert decode.costs.step_time_s(0, 0, 1, 10) == pytest.approx(0.01 + 1e-4 + 0.002)
+    with pytest.raises(ValueError, match="profile: is missing"):
+        replace(subject, profile=None).workers(NONE)
+
+
+def run_of(attained: int, requests: int = 100, seed: int = 0) -> SweepRun:
+    return SweepRun(seed=seed, requests=requests, attained=attained, late_requests=0, late_attained=0, duration_s=10.0)
+
+
+def stair(attained: int, *, seed: int = 0, ttft_ms: float = 100.0, late: int = 0) -> StairResult:
+    found = {"ttft_p50": (ttft_ms, ttft_ms - 5, ttft_ms + 5)}
+    return StairResult(
+        rate=1.0, runs=(run_of(attained, seed=seed),), steps=100, late_steps=late, strain=CALM, quantiles_ms=found
+    )
+
+
+def told(attained: int, *, seed: int = 0, ttft_ms: float = 100.0) -> PredictedStair:
+    return PredictedStair(run=run_of(attained, seed=seed), quantiles_ms={"ttft_p50": (ttft_ms, 0.0, 0.0)})
+
+
+def row(attained: int, predicted: int, ttft_ms: float = 100.0) -> Row:
+    return row_of("x", load_of("t", 1.0), 0, [[told(predicted)]], [[stair(attained, ttft_ms=ttft_ms)]])
+
+
+def test_what_differs_by_too_much_below_saturation_is_out() -> None:
+    assert row(97, 99).misses == ()
+    assert row(95, 99).misses == ("attainment",)
+    assert row(95, 99).points == pytest.approx(-4.0)
+    assert row(99, 99, ttft_ms=115.0).misses == ("ttft_p50",)
+    assert row(99, 99, ttft_ms=115.0).error("ttft_p50") == pytest.approx(0.15)
+    assert math.isnan(row(99, 99).error("tpot_p90"))
+    assert row(40, 80).misses == ()
+    assert not row(40, 80).below_saturation
+
+
+def test_void_stairs_do_not_count_and_predictions_are_of_the_seeds_that_do() -> None:
+    load = load_of("t", 1.0)
+    predicted = [[told(99, seed=0)], [told(91, seed=1)]]
+    attempts = [[stair(10, seed=0, late=50)], [stair(90, seed=1)]]
+    found = row_of("x", load, 0, predicted, attempts)
+    assert (found.predicted.attained, found.measured) == (
+        91,
+        Figures(requests=100, attained=90, quantiles_ms={"ttft_p50": (100.0, 95.0, 105.0)}),
+    )
+    assert len(found.void) == 1
+    assert "seed 0: 50 of 100 steps were late" in found.void[0]
+    nothing = row_of("x", load, 0, predicted, attempts[:1])
+    assert (nothing.measured, nothing.predicted.requests) == (None, 200)
+    # A seed that was tried again counts with the try that counts.
+    again = row_of("x", load, 0, predicted[:1], [*attempts[:1], [stair(98, seed=0)]])
+    assert again.measured is not None
+    assert again.measured.attained == 98
+
+
+def test_quantiles_come_with_intervals_and_are_scaled_back() -> None:
+    records = [
+        RequestRecord(due_s=0, sent_s=0, first_token_s=0.2 + 0.002 * number, last_token_s=2.0, output_tokens=1)
+        for number in range(101)
+    ]
+    failed = RequestRecord(due_s=0, sent_s=0, first_token_s=99.0, error="gone")
+    found = quantiles_ms([*records, failed], 2.0)
+    assert set(found) == {"ttft_p50", "ttft_p90"}
+    value, low, high = found["ttft_p50"]
+    assert value == pytest.approx(150.0)
+    assert 130.0 < low < 150.0 < high < 170.0
+    assert quantiles_ms([failed], 1.0) == {}
+
+
+def test_the_table_says_what_is_within_what_is_out_and_what_was_void() -> None:
+    void = row_of("y", load_of("t", 1.0), 0, [[told(99)]], [[stair(99, late=50)]])
+    found = Validation(overheads=Overheads(first_token_s=0.002), rows=(row(98, 99), row(90, 99), row(30, 50), void))
+    text = show(found)
+    assert "below saturation: 1 of 2 rates within 3 points" in text
+    assert "at most 9.0 points" in text
+    assert "OUT: attainment" in text
+    assert "saturated" in text
+    assert "VOID  y at 1/s, seed 0: 50 of 100 steps were late" in text
+    assert show(Validation(overheads=NONE, rows=())).endswith("nothing below saturation was measured")
+    saved = json.loads(json.dumps(found.as_json({"a": 1}), allow_nan=False))
+    assert saved["rows"][0]["attainment_points"] == pytest.approx(-1.0)
+    assert saved["rows"][3]["measured"] is None
+    assert "2.00 ms to a first token" in show_overheads(found.overheads)
+    assert "1.30 times" in show_overheads(Overheads(pace=1.3))
