@@ -28,6 +28,7 @@ def replay(
     Ends with status 1 where a run is more than 5 points off.
     """
     from .bench import replay as bench
+    from .sim.systems import SYSTEMS
 
     path = requests or data / bench.REQUESTS
     runs = bench.read_runs(path)
@@ -39,14 +40,14 @@ def replay(
     if ablate:
         for system in dict.fromkeys(row.run.system for row in rows):
             own = [row.run for row in rows if row.run.system == system]
-            less = bench.ablations(bench.SYSTEMS[system])
+            less = bench.ablations(SYSTEMS[system])
             found = {name: [bench.replay(run, data, part) for run in own] for name, part in less.items()}
             typer.echo(f"\n{bench.show_ablations(found)}")
     if costs:
         from .bench.replay_costs import compare_costs, show_costs
 
         typer.echo(f"\n{show_costs(compare_costs(data))}")
-    far = [row.run.name for row in rows if abs(row.points) > bench.MAX_POINTS + 1e-9]
+    far = [row.run.name for row in rows if abs(row.points) > bench.MAX_POINTS]
     if far:
         typer.echo(f"more than {bench.MAX_POINTS:g} points off: {', '.join(far)}")
         raise typer.Exit(1)

@@ -155,11 +155,16 @@ def cluster_of(run: MeasuredRun, data: Path, system: ServingSystem | None = None
     if system is None:
         raise ValueError(f"{run.name}: backend: {run.system!r} is not known; known: {', '.join(SYSTEMS)}")
     held = _kv_tokens(data)
-    return system.cluster(
-        [(replica, 1) for replica in _replicas(run, system)],
-        device_of(system, data),
-        kv_tokens=lambda replica: held[replica.tensor_parallel, replica.pipeline_stages],
-    )
+
+    def kv_tokens(replica: Replica) -> int:
+        split = replica.tensor_parallel, replica.pipeline_stages
+        if split not in held:
+            known = ", ".join(f"TP {wide} PP {deep}" for wide, deep in held)
+            raise ValueError(f"{run.name}: TP {split[0]} PP {split[1]}: nothing is known of its memory; known: {known}")
+        return held[split]
+
+    workers = [(replica, 1) for replica in _replicas(run, system)]
+    return system.cluster(workers, device_of(system, data), kv_tokens=kv_tokens)
 
 
 def device_of(system: ServingSystem, data: Path, model: str = MODEL) -> DeviceModel:
