@@ -15,12 +15,12 @@ from ..sim.cluster import SimCluster
 from .crew import Crew
 from .result import Candidate, Evaluation, PlanResult, RatePoint
 from .setting import Setting
-from .show import runners_up
+from .show import alternatives
 from .trial import cluster_of
 
 SHARES = (0.3, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 """Of goodput: the rates."""
-SEEDS, OTHERS = 2, 2
+SEEDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,10 @@ def with_curves(
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> PlanResult:
     """The same result; the best plans and the next of their kind have points over all rates, as far as time allows."""
-    best = [one for one in (result.disaggregated, result.colocated) if one is not None and one.goodput.mean > 0.0]
-    chosen = [*best, *runners_up(result)[:OTHERS]]
     loads = [
         Load(one.candidate, one.goodput.mean * share, seed)
         for seed in result.seeds[:SEEDS]
-        for one in chosen
+        for one in alternatives(result)
         for share in SHARES
     ]
     points: dict[Candidate, list[RatePoint]] = {}
@@ -56,8 +54,9 @@ def with_curves(
             progress("attainment against rate", (number + 1) / len(loads))
 
     def longer(one: Evaluation) -> Evaluation:
-        found = points.get(one.candidate)
-        return one if found is None else replace(one, points=tuple(sorted(found, key=lambda p: (p.seed, p.rate))))
+        found = points.get(one.candidate, [])
+        whole = len(found) // len(SHARES) * len(SHARES)  # a seed that time cut short would bend the mean
+        return replace(one, points=tuple(found[:whole])) if whole else one
 
     return replace(
         result,

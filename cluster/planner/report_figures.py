@@ -21,18 +21,17 @@ from numpy.typing import NDArray
 
 from ..types import Role
 from .result import Evaluation, Fate, PhaseResult, PlanResult
-from .show import runners_up
+from .show import alternatives
 from .words import number
 
 LEGEND = (
     "x: refused, it does not fit or cannot be split so. -: not even one request alone keeps the promises. "
     "~: estimated, <: bounded; both too low to be simulated. Framed: the best disaggregated plan."
 )
-MAX_CURVES = 5
 GRID = 160
 """Rates at which the curves of several seeds are averaged."""
 COLORS = {"disaggregated": "#1f6fb4", "colocated": "#d9731a"}
-_OTHERS = ("#7a9e6b", "#a78bb5", "#9a9a9a")
+_PALE = {"disaggregated": "#8fbbe0", "colocated": "#efb98a"}
 _MUTED, _EDGE = "#666666", "#bbbbbb"
 _LOOKED = (Fate.SIMULATED, Fate.SCREENED)
 
@@ -119,20 +118,17 @@ def curve(one: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def draw_curves(axes: Any, result: PlanResult, target: float) -> None:
     """Attainment against offered rate per GPU."""
-    shown: list[tuple[str, str, Evaluation]] = []
-    for kind, one in (("disaggregated", result.disaggregated), ("colocated", result.colocated)):
-        if one is not None and one.points:
-            shown.append((kind, COLORS[kind], one))
-    others = [one for one in runners_up(result) if one.points][: MAX_CURVES - len(shown)]
-    shown += [("runner-up", color, one) for color, one in zip(_OTHERS, others, strict=False)]
-    for kind, color, one in reversed(shown):
-        best = kind != "runner-up"
+    shown = [one for one in alternatives(result) if one.points]
+    for one in reversed(shown):
+        best = one in (result.disaggregated, result.colocated)
+        kind = "disaggregated" if one.candidate.disaggregated else "colocated"
+        color = (COLORS if best else _PALE)[kind]
         rates, values = curve(one)
         rates = rates / one.candidate.gpus
         with np.errstate(all="ignore"):
             known = ~np.isnan(values).all(axis=0)
             mean, low, high = (f(values[:, known], axis=0) * 100 for f in (np.nanmean, np.nanmin, np.nanmax))
-        label = f"{kind}: {one.candidate.label}, {number(one.goodput_per_gpu)}"
+        label = f"{kind if best else 'next'}: {one.candidate.label}, {number(one.goodput_per_gpu)}"
         axes.plot(rates[known], mean, color=color, linewidth=2.0 if best else 1.2, label=label, zorder=3 if best else 2)
         axes.fill_between(rates[known], low, high, color=color, alpha=0.15 if best else 0.08, linewidth=0)
         if best and one.goodput.mean:
@@ -226,8 +222,7 @@ def draw_counts(axes: Any, result: PlanResult) -> None:
 
 
 def _phase_cell(one: PhaseResult) -> Cell:
-    looked = one.fate in _LOOKED
-    return Cell(one.goodput_per_gpu if looked else one.bound / one.gpus, one.fate)
+    return Cell(one.goodput_per_gpu, one.fate)
 
 
 def _draw_map(

@@ -81,6 +81,15 @@ def runners_up(result: PlanResult) -> list[Evaluation]:
     return found[:MAX_RUNNERS_UP]
 
 
+def alternatives(result: PlanResult) -> list[Evaluation]:
+    """What is drawn: the best of both kinds, and the next best of each."""
+    best = [one for one in (result.disaggregated, result.colocated) if one is not None and one.goodput.mean > 0.0]
+    others = runners_up(result)
+    for disaggregated in (True, False):
+        best += [one for one in others if one.candidate.disaggregated is disaggregated][:1]
+    return best
+
+
 def _facts(problem: Problem, setting: Setting) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)

@@ -17,7 +17,7 @@ from tandem.cluster.planner.report import check_report, page, save_report
 from tandem.cluster.planner.report_figures import curve, pair_cells
 from tandem.cluster.planner.result import Affinity, Fate, PlanResult
 from tandem.cluster.planner.setting import setting_of
-from tandem.cluster.planner.show import remarks, runners_up, show
+from tandem.cluster.planner.show import alternatives, remarks, runners_up, show
 
 
 def shown(problem: Problem, found: PlanResult, **options: Any) -> str:
@@ -152,3 +152,9 @@ def test_a_plan_that_is_colocated_alone() -> None:
     alone = evaluated(mixed(1), 1.2)
     found = result(disaggregated=None, colocated=alone, explored=(alone,), difference=None, phases=())
     assert line_of(shown(opt(), found), "placement")[1] == "1 x mixed TP 1, 512 tokens a step, 256 rows"
+
+
+def test_what_is_drawn_is_the_best_and_the_next_of_both_kinds() -> None:
+    labels = [one.candidate.label for one in alternatives(result())]
+    assert labels[:2] == ["1 x prefill TP 2 + 1 x decode TP 1", "3 x mixed TP 1, chunks of 512"]
+    assert labels[2:] == ["2 x prefill TP 2 + 1 x decode TP 1", "4 x mixed TP 1, chunks of 512"]
