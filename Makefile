@@ -52,6 +52,7 @@ soak: dev
 # Minutes each: claims of the papers that this engine is measured by; DATA names the folder of traces and profiles.
 paper: dev
 	$(BIN)/python -m pytest tests/paper
+	$(BIN)/tandem bench replay --data $(DATA)/measured/distserve --ablate --costs
 	$(BIN)/tandem bench kv-waste --dataset-path $(SHAREGPT)
 	timeout 480 $(BIN)/tandem bench batching --dataset-path $(DATA)/workloads/azure2023_conv.csv.gz --profile $(A100)
 	timeout 900 $(BIN)/tandem bench disaggregation --dataset-path $(SHAREGPT) --profile $(A100) --max-minutes 12 $(ARGS)
