@@ -11,6 +11,7 @@ from .cli_bench_handoff import handoff
 from .cli_bench_replay import replay
 from .cli_bench_router import router
 from .cli_bench_serve import serve
+from .cli_bench_simulate import simulate
 from .cli_bench_validate import validate
 
 bench = typer.Typer(help="Measure a running server, an engine, a handoff, a router.", rich_markup_mode=None)
@@ -20,6 +21,7 @@ bench.command("handoff")(handoff)
 bench.command("engine")(engine)
 bench.command("disaggregation")(disaggregation)
 bench.command("replay")(replay)
+bench.command("simulate")(simulate)
 bench.command("validate")(validate)
 bench.command("batching")(batching)
 bench.command("kv-waste")(kv_waste)
