@@ -18,7 +18,7 @@ from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...kvtransfer.mapped.fd_passing import SegmentServer, share
 from ...kvtransfer.mapped.transport import MappedKVTransport
-from ...kvtransfer.mover.worker import KVMover, spawn_mover
+from ...kvtransfer.mover.worker import KVMover, attach_mover, spawn_mover
 from ...kvtransfer.ticket import SegmentOffer
 from ...kvtransfer.transport import KVTransport
 from ...prefill_worker.service import PrefillService
@@ -127,7 +127,12 @@ class WorkerRuntime:
         say("services", None)
         self._device = device
         if self._mover is not None:
-            await self._mover.attach(device.kv, transport=config.transport, credentials=credentials)
+            failed = await attach_mover(
+                self._mover, config.kv_mover, device.kv, transport=config.transport, credentials=credentials
+            )
+            if failed:
+                self._mover = None
+                self._warn(failed)
         if config.transport != "grpc":
             self._segments = await share(device.kv.segment)
         offer = None if self._segments is None else self._segments.offer
@@ -136,8 +141,7 @@ class WorkerRuntime:
         shell.on_leave = self._on_leave
         asked, longest = config.engine.max_model_len, shell.facts.max_model_len
         if asked is not None and longest < asked:
-            self.warning = f"its KV memory holds {longest} tokens, so that contexts end there, not at {asked}"
-            logger.warning("worker %s: %s", config.worker_id, self.warning)
+            self._warn(f"its KV memory holds {longest} tokens, so that contexts end there, not at {asked}")
         kv_port = await self._serve_kv(shell, prefill, device, credentials)
         self._server = make_server(credentials)
         add_WorkerServicer_to_server(Servicer(shell, prefill, decode), self._server)
@@ -157,6 +161,10 @@ class WorkerRuntime:
         if config.metrics_port is not None:
             self._metrics = WorkerMetricsServer(config, worker_registry(shell.status), credentials)
         logger.info("worker %s (%s) serves on %s, KV on %s", config.worker_id, config.role, shell.address, kv_port)
+
+    def _warn(self, text: str) -> None:
+        self.warning = f"{self.warning}; {text}" if self.warning else text
+        logger.warning("worker %s: %s", self._config.worker_id, text)
 
     async def _serve_kv(
         self, shell: WorkerShell, prefill: PrefillService, device: Device, credentials: MemberCredentials

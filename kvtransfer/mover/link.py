@@ -29,6 +29,10 @@ Handler = Callable[[bytes], AsyncGenerator[bytes, None]]
 MAX_CALLS = 8192
 """Under way in one direction."""
 MAX_MESSAGE_BYTES = 2**22
+MAX_UNSENT_BYTES = 2**24
+"""Written and not taken by the other end's process (it stands still, perhaps): no more calls begin, and no more items
+are made, beyond it.
+"""
 WINDOW = 2
 """Items of a call that its caller has not taken."""
 CANCEL_S = 5.0
@@ -91,6 +95,9 @@ class Link(asyncio.Protocol):
         self._bytes = bytearray()
         self._transport: asyncio.Transport | None = None
         self._heard_s = 0.0
+        self._taken = asyncio.Event()
+        """The other end takes what is written to it."""
+        self._taken.set()
 
     async def join(self, end: socket.socket) -> None:
         """Takes over one end of a socket pair."""
@@ -114,25 +121,25 @@ class Link(asyncio.Protocol):
                 call.end(HandoffRefused(RefusalReason.PEER_LOST, f"{self._name} does not answer"))
 
     async def ask(self, method: str, body: bytes, *, timeout_s: float) -> bytes:
-        """A call with one item for an answer. `HandoffRefused`: the other end's reason, DEADLINE, PEER_LOST."""
+        """A call with one item for an answer, with which its handler ends. `HandoffRefused`: the other end's reason,
+        DEADLINE, PEER_LOST, LIMIT.
+        """
+        number, call = self._call(method, body)
         try:
-            async with asyncio.timeout(timeout_s), aclosing(self.stream(method, body)) as items:
-                async for item in items:
-                    return item
-        except TimeoutError as error:
-            raise HandoffRefused(RefusalReason.DEADLINE, f"{self._name}: no answer to {method}") from error
-        raise HandoffRefused(RefusalReason.PEER_LOST, f"{self._name} did not answer {method}")
+            await asyncio.wait({call.over}, timeout=timeout_s)
+            if call.items:
+                return call.items.popleft()
+            if not call.over.done():
+                raise HandoffRefused(RefusalReason.DEADLINE, f"{self._name}: no answer to {method}")
+            if (refusal := call.over.result()) is not None:
+                raise refusal
+            raise HandoffRefused(RefusalReason.PEER_LOST, f"{self._name} did not answer {method}")
+        finally:
+            await self._leave(number, call)
 
     async def stream(self, method: str, body: bytes) -> AsyncGenerator[bytes, None]:
         """The items of a call. Close it: with `on_stuck`, that returns when the handler at the other end has ended."""
-        if self._transport is None or self._transport.is_closing():
-            raise self._lost()
-        if len(self._calls) >= MAX_CALLS:
-            raise HandoffRefused(RefusalReason.LIMIT, f"{MAX_CALLS} calls to {self._name} are under way")
-        self._last += 1
-        number, call = self._last, _Call()
-        self._calls[number] = call
-        self._send(_Kind.CALL, number, method, body)
+        number, call = self._call(method, body)
         try:
             while True:
                 while call.items:
@@ -146,11 +153,29 @@ class Link(asyncio.Protocol):
                 await call.news.wait()
                 call.news.clear()
         finally:
-            try:
-                if not call.over.done():
-                    await self._cancel(number, call)
-            finally:
-                self._calls.pop(number, None)
+            await self._leave(number, call)
+
+    def _call(self, method: str, body: bytes) -> tuple[int, _Call]:
+        """Begins a call; `_leave` follows."""
+        if self._transport is None or self._transport.is_closing():
+            raise self._lost()
+        if len(self._calls) >= MAX_CALLS:
+            raise HandoffRefused(RefusalReason.LIMIT, f"{MAX_CALLS} calls to {self._name} are under way")
+        if not self._taken.is_set():
+            text = f"{self._name} has yet to take {self._transport.get_write_buffer_size()} bytes"
+            raise HandoffRefused(RefusalReason.LIMIT, text)
+        self._last += 1
+        number, call = self._last, _Call()
+        self._calls[number] = call
+        self._send(_Kind.CALL, number, method, body)
+        return number, call
+
+    async def _leave(self, number: int, call: _Call) -> None:
+        try:
+            if not call.over.done():
+                await self._cancel(number, call)
+        finally:
+            self._calls.pop(number, None)
 
     async def _cancel(self, number: int, call: _Call) -> None:
         """Cancels a call and waits until the other end has ended it, whatever is cancelled here meanwhile."""
@@ -174,6 +199,15 @@ class Link(asyncio.Protocol):
         """Called by the loop, once."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass
         self._heard_s = asyncio.get_running_loop().time()
+        self._transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+
+    def pause_writing(self) -> None:
+        """Called by the loop: MAX_UNSENT_BYTES wait to be taken."""
+        self._taken.clear()
+
+    def resume_writing(self) -> None:
+        """Called by the loop: most of them were."""
+        self._taken.set()
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop; whole messages are taken at once."""
@@ -198,6 +232,7 @@ class Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the loop, once: refuses every call of this end and ends every call of the other."""
+        self._taken.set()
         for call in list(self._calls.values()):
             call.end(self._lost())
         for served in list(self._served.values()):
@@ -244,6 +279,7 @@ class Link(asyncio.Protocol):
         async with aclosing(items):
             await served.room.acquire()
             async for item in items:
+                await self._taken.wait()
                 self._send(_Kind.ITEM, number, item)
                 await served.room.acquire()
 

@@ -19,6 +19,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from ...cluster.auth import MemberCredentials
+from ...cluster.processors import processors
 from .. import wire
 from ..mapped.segment import SegmentError, have_shared_memory
 from ..source import SourceDriver
@@ -128,7 +129,7 @@ class KVMover:
             except HandoffRefused as refused:
                 if refused.reason is RefusalReason.PEER_LOST:
                     return
-                if refused.reason is RefusalReason.DEADLINE:
+                if refused.reason in (RefusalReason.DEADLINE, RefusalReason.LIMIT):
                     await asyncio.sleep(0)  # what has come while this process itself stood still is heard first
                     if self._link.silence_s >= PONG_S:
                         self._kill()
@@ -195,17 +196,27 @@ async def spawn_mover(kv_mover: str, *, computes: bool) -> KVMover | None:
         return None
 
 
+async def attach_mover(
+    mover: KVMover, kv_mover: str, store: KVStore, *, transport: str, credentials: MemberCredentials
+) -> str:
+    """As `KVMover.attach`. Where `auto` wanted the mover and it cannot do it, it is ended, and a line for the operator
+    returned: the worker's own loop moves its KV. Empty: it is attached.
+    """
+    try:
+        await mover.attach(store, transport=transport, credentials=credentials)
+    except MoverLost as error:
+        if kv_mover == "process":
+            raise
+        await mover.stop()
+        return f"its own loop moves its KV, not a process beside it: {error}"
+    return ""
+
+
 def _pays(computes: bool) -> bool:
     """Whether `auto` means a process: it can share the memory, finds a processor beside the engine's, and the engine's
     steps are real. Paced workers are run by the dozen on a few processors.
     """
-    return computes and _processors() > 1 and have_shared_memory()
-
-
-def _processors() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return computes and processors() > 1 and have_shared_memory()
 
 
 def _start() -> tuple[socket.socket, socket.socket, subprocess.Popen[bytes]]:

@@ -47,7 +47,7 @@ class OnThisLoop:
         return 0
 
 
-async def start_mover(store: MemoryKVStore, *, transport: str = "grpc", credentials: Any = SECRET) -> KVMover:
+async def unattached_mover() -> tuple[KVMover, OnThisLoop]:
     link, its_link = socket.socketpair()
     gift, its_gift = socket.socketpair()
     running = OnThisLoop()
@@ -60,6 +60,11 @@ async def start_mover(store: MemoryKVStore, *, transport: str = "grpc", credenti
     mover = KVMover(cast("subprocess.Popen[bytes]", running), gift)
     await running.mover.link.join(its_link)
     await mover._link.join(link)
+    return mover, running
+
+
+async def start_mover(store: MemoryKVStore, *, transport: str = "grpc", credentials: Any = SECRET) -> KVMover:
+    mover, _ = await unattached_mover()
     try:
         await mover.attach(store, transport=transport, credentials=credentials)
     except BaseException:
@@ -348,6 +353,36 @@ def test_more_blocks_than_were_wanted_are_written_nowhere(pair_class: Any) -> No
     play(pair_class, scene)
 
 
+@pytest.mark.parametrize("kv_mover", ["auto", "process"])
+def test_a_mover_that_cannot_map_the_memory_is_ended_and_only_who_insists_fails(
+    pair_class: Any, monkeypatch: pytest.MonkeyPatch, kv_mover: str
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise SegmentError("no memory left")
+
+    monkeypatch.setattr(process, "take", broken)
+
+    async def scene() -> None:
+        mover, running = await unattached_mover()
+        store = pair_class(transport=Later()).held
+        try:
+            attach = worker.attach_mover(mover, kv_mover, store, transport="grpc", credentials=SECRET)
+            if kv_mover == "process":
+                with pytest.raises(MoverLost, match="no memory left"):
+                    await attach
+            else:
+                said = await attach
+                assert said.startswith("its own loop moves its KV, not a process beside it: ")
+                assert "no memory left" in said
+                async with asyncio.timeout(PATIENCE_S):
+                    while not running.gone:  # noqa: ASYNC110  (nobody announces it)
+                        await asyncio.sleep(0)
+        finally:
+            await mover.stop()
+
+    asyncio.run(scene())
+
+
 def test_who_is_given_a_mover(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto`: devices that compute, where a processor is left for it and memory can be shared with it."""
     spawned: list[str] = []
@@ -357,7 +392,7 @@ def test_who_is_given_a_mover(monkeypatch: pytest.MonkeyPatch) -> None:
         return "mover"
 
     monkeypatch.setattr(worker.KVMover, "spawn", spawn)
-    monkeypatch.setattr(worker, "_processors", lambda: 2)
+    monkeypatch.setattr(worker, "processors", lambda: 2)
 
     def made(kv_mover: str, *, computes: bool = True) -> bool:
         return asyncio.run(worker.spawn_mover(kv_mover, computes=computes)) is not None
@@ -366,7 +401,7 @@ def test_who_is_given_a_mover(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made("process", computes=False)
     assert not made("thread")
     assert not made("auto", computes=False)
-    monkeypatch.setattr(worker, "_processors", lambda: 1)
+    monkeypatch.setattr(worker, "processors", lambda: 1)
     assert not made("auto")
     assert made("process")
     monkeypatch.setattr(worker, "have_shared_memory", lambda: False)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import uvloop
-from tandem.kvtransfer.mover.link import WINDOW, Handler, Link
+from tandem.kvtransfer.mover import link
+from tandem.kvtransfer.mover.link import WINDOW, Handler, Link, _Kind
 from tandem.kvtransfer.ticket import HandoffRefused, RefusalReason
 
 PATIENCE_S = 20.0
@@ -83,6 +84,49 @@ def test_both_ends_ask(run_on: Callable[[Any], Any]) -> None:
         assert await ends.far.ask("back", b"there", timeout_s=PATIENCE_S) == b"there and back"
 
     play({"echo": echo}, scene, run_on=run_on)
+
+
+def test_an_answer_ends_its_call_and_nothing_more_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    take = Link._take
+
+    def heard(self: Link, message: list[Any]) -> None:
+        said.append(_Kind(message[0]).name)
+        take(self, message)
+
+    monkeypatch.setattr(Link, "_take", heard)
+
+    async def scene(ends: Ends) -> None:
+        assert await ends.near.ask("echo", b"x", timeout_s=PATIENCE_S) == b"x"
+        assert await ends.near.ask("echo", b"y", timeout_s=PATIENCE_S) == b"y"
+
+    play({"echo": echo}, scene)
+    assert said == ["CALL", "ITEM", "DONE"] * 2
+
+
+def test_what_waits_for_an_end_that_reads_nothing_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "MAX_UNSENT_BYTES", 2**18)
+
+    async def scene(ends: Ends) -> None:
+        assert ends.far._transport is not None
+        assert ends.near._transport is not None
+        ends.far._transport.pause_reading()
+        ask = ends.near.ask
+        begun = [asyncio.create_task(ask("echo", b"x" * 2**16, timeout_s=PATIENCE_S)) for _ in range(100)]
+        await until(lambda: begun[-1].done())
+        refusals = [task for task in begun if task.done()]
+        assert 0 < len(refusals) < 100
+        for refused in refusals:
+            error = refused.exception()
+            assert isinstance(error, HandoffRefused)
+            assert error.reason is RefusalReason.LIMIT
+        assert ends.near._transport.get_write_buffer_size() < 2**19
+        ends.far._transport.resume_reading()
+        answers = await asyncio.gather(*(task for task in begun if task not in refusals))
+        assert {len(answer) for answer in answers} == {2**16}
+        assert await ends.near.ask("echo", b"again", timeout_s=PATIENCE_S) == b"again"
+
+    play({"echo": echo}, scene)
 
 
 def test_a_refusal_keeps_its_reason() -> None:
