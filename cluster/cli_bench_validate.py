@@ -68,6 +68,11 @@ def validate(
     save_result: SaveResult = None,
 ) -> None:
     """Predicted and measured, side by side: attainment, TTFT and TPOT of clusters of real processes on this machine."""
+    run_validation(dict(context.params))
+
+
+def run_validation(given: Mapping[str, Any]) -> None:
+    """The command with its options by name. ValueError naming the one that is wrong."""
     import signal
     import sys
     import tempfile
@@ -75,9 +80,8 @@ def validate(
 
     from .cli_display import Display
 
-    given = dict(context.params)
     _check(given)
-    end_s = time.monotonic() + 60 * max_minutes
+    end_s = time.monotonic() + 60 * given["max_minutes"]
     display = Display()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     with tempfile.TemporaryDirectory(prefix="tandem-validate-") as folder:

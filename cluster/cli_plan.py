@@ -44,6 +44,7 @@ from .cli_plan_options import (
     Seeds,
     SloClass,
     TimeLimit,
+    Validate,
     Verbose,
     Workload,
 )
@@ -88,6 +89,21 @@ _PATHS = {
 """Where in a problem each option stands."""
 
 
+_VALIDATION: Mapping[str, Any] = {
+    "plans": "",
+    "rates": "",
+    "shares": "0.4,0.7,0.9",
+    "stair_s": 16.0,
+    "settle_s": 4.0,
+    "guard_s": 4.0,
+    "time_scale": 1.0,
+    "seeds": 1,
+    "max_minutes": 10.0,
+    "results": None,
+    "model": "",
+    "save_result": None,
+}
+"""Options of `tandem bench validate` as it has them by itself."""
 _EVEN = {"workload.range_ratio": 0.0}
 
 
@@ -127,6 +143,7 @@ def plan(
     choose: Choose = "best",
     device: Device = None,
     report: Report = None,
+    validate: Validate = False,
     save_result: SaveResult = None,
     verbose: Verbose = False,
 ) -> None:
@@ -169,6 +186,8 @@ def plan(
     if save_result is not None:
         _save(save_result, problem, result)
         display.line(f"saved       {save_result}")
+    if validate:
+        _validate(problem, setting, result, device)
     raise typer.Exit(exit_code(result))
 
 
@@ -241,6 +260,8 @@ def _check(problem: Problem, given: Mapping[str, Any]) -> None:
     if given["choose"] not in CHOICES:
         raise ValueError(f"choose: {given['choose']!r} is not allowed; allowed: {', '.join(CHOICES)}")
     device_of(problem, given["device"])
+    if given["validate"]:
+        _check_validation(problem)
     if given["report"] is not None:
         from .planner.report import check_report
 
@@ -251,6 +272,15 @@ def _check(problem: Problem, given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: {path!r} is not allowed; allowed: a file in a folder that exists")
     if given["output"] is not None and Path(given["output"]).suffix not in (".yaml", ".yml"):
         raise ValueError(f"output: {given['output']!r} is not allowed; allowed: a file that ends in .yaml or .yml")
+
+
+def _check_validation(problem: Problem) -> None:
+    """ValueError where the load cannot be put on real processes."""
+    kinds = list(problem.workload.classes.values())
+    if len(kinds) != 1 or kinds[0].ttft_s is None or kinds[0].tpot_s is None:
+        raise ValueError("validate: is not allowed here; allowed with one class that has a TTFT and a TPOT")
+    if problem.workload.lengths is None:
+        raise ValueError("validate: is not allowed without workload; allowed with a file of lengths")
 
 
 def _print(problem: Problem, setting: Setting, result: PlanResult, *, verbose: bool) -> None:
@@ -295,6 +325,33 @@ def _write_plan(
         display.line(f"            tandem serve cannot start it yet: {error}")
         return
     display.line(f"start it    tandem serve --config {path}")
+
+
+def _validate(problem: Problem, setting: Setting, result: PlanResult, device: str | None) -> None:
+    """`tandem bench validate` of the best plans: real router and worker processes, predicted beside measured."""
+    import tempfile
+
+    from .cli_bench_validate import run_validation
+    from .planner.plan_file import device_of, plan_file
+
+    [kind] = problem.workload.classes.values()
+    assert kind.ttft_s is not None  # _check
+    assert kind.tpot_s is not None
+    measured = problem.measured()
+    with tempfile.TemporaryDirectory(prefix="tandem-plan-") as folder:
+        files = []
+        for one in (result.disaggregated, result.colocated):
+            if one is None or one.goodput.mean == 0.0 or any(pool.pipeline_stages > 1 for pool in one.candidate.pools):
+                continue
+            name = "disaggregated" if one.candidate.disaggregated else "colocated"
+            files.append(str(Path(folder) / f"{name}.yaml"))
+            plan_file(problem, setting, result, one, name=name, device=device).save(files[-1])
+        if not files:
+            raise ValueError("validate: there is no plan that can be started; allowed with one, see --max-pp 1")
+        options = {"config": files, "device": device_of(problem, device), "dataset_path": problem.workload.lengths}
+        options |= {"profile": problem.profile if measured is not None else None}
+        options |= {"promise": f"{kind.ttft_s * 1e3:g}:{kind.tpot_s * 1e3:g}", "seed": problem.search.seed}
+        run_validation({**_VALIDATION, **options})
 
 
 def command() -> list[str]:

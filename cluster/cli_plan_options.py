@@ -67,5 +67,11 @@ Device = Annotated[
     ),
 ]
 Report = Annotated[str | None, typer.Option(metavar="FILE", help="Curves, the map of the search: .html or .png.")]
+Validate = Annotated[
+    bool,
+    typer.Option(
+        "--validate", help="Then start both best plans as processes here, and hold them against it (minutes)."
+    ),
+]
 SaveResult = Annotated[str | None, typer.Option(metavar="FILE", help="Everything that was found, as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Also what was refused, with the arithmetic.")]

@@ -109,15 +109,17 @@ def plan_file(
         document["worker_cpus"] = max(0.01, min(_MOST_PACED_CPUS, int(_PACED_CPUS / workers * 100) / 100))
     document["router"] = _router(problem)
     document["plan"] = _prediction(problem, setting, result, chosen)
-    head = _head(problem, setting, result, chosen, kind, command)
+    ending = [f"made with   {shlex.join(command)}"] if command else []
+    ending.append(f"start with  tandem serve --config {name}.yaml")
+    head = _head(problem, setting, result, chosen, kind, ending)
     body = yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=_WIDTH, allow_unicode=True)
     return PlanFile(text=f"{head}\n{body}", profiles=profiles)
 
 
 def _head(
-    problem: Problem, setting: Setting, result: PlanResult, chosen: Evaluation, kind: str, command: Sequence[str]
+    problem: Problem, setting: Setting, result: PlanResult, chosen: Evaluation, kind: str, ending: list[str]
 ) -> str:
-    """Comments: what this is, how it was made, how it is started, where its workers belong."""
+    """Comments: what this is, where its workers belong, and at the end what is said of how it is used."""
     lines = [
         f"Made by tandem plan {__version__}: {chosen.candidate.label}.",
         verdict(result),
@@ -131,10 +133,9 @@ def _head(
     ]
     if kind == "paced":
         lines += ["The paced device computes nothing and takes the time that the plan predicts: a rehearsal.", ""]
-    if command:
-        lines.append(f"made with   {shlex.join(command)}")
-    lines.append("start with  tandem serve --config FILE")
-    wrapped = [piece for line in lines for piece in (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") or [""])]
+    wrapped = [
+        piece for line in [*lines, *ending] for piece in (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") or [""])
+    ]
     return "\n".join(f"# {line}".rstrip() for line in wrapped)
 
 

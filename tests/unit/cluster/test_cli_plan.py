@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import orjson
 import pytest
-from tandem.cluster import cli_plan
+from tandem.cluster import cli_bench_validate, cli_plan
 from tandem.cluster.cli import run
 from tandem.cluster.config_file import load_config
 from tandem.cluster.planner import predict, search
@@ -105,6 +106,8 @@ def test_a_workload_of_its_own_file(tmp_path: Path) -> None:
             "output: '/nowhere/plan.yaml' is not allowed; allowed: a file in a folder",
         ),
         (["--save-result", "/nowhere/r.json"], "save_result: '/nowhere/r.json' is not allowed"),
+        (["--validate"], "validate: is not allowed here; allowed with one class that has a TTFT and a TPOT"),
+        (["--validate", "--goodput", "tpot:9"], "validate: is not allowed without workload"),
         (["--hardware", "a100"], "hardware: 'a100' is not allowed; allowed: did you mean a100-80g?"),
         (["--model", "opt-14b"], "model 'opt-14b' is not known (did you mean 'opt-13b'?)"),
         (["--workload", "/no/lengths.csv"], "workload.lengths: '/no/lengths.csv' is not allowed; allowed: a file that"),
@@ -184,3 +187,24 @@ def test_what_serve_cannot_start_yet_is_said(
     options = ["--gpus-per-node", "4", "--output", str(tmp_path / "plan.yaml")]
     assert run([*MODEL, *options]) == 0
     assert "tandem serve cannot start it yet: decode.engine.pipeline_stages: 2" in capsys.readouterr().out
+
+
+def test_both_plans_are_validated_as_they_were_planned(
+    tmp_path: Path, found: Callable[[PlanResult], Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pool.csv").write_text("arrival_s,input_tokens,output_tokens\n,100,20\n")
+    mixed = Candidate(pools=(Pool(role=Role.MIXED, count=2),), affinity=Affinity.COLOCATED)
+    found(replace(FOUND, colocated=replace(CHOSEN, candidate=mixed)))
+    asked: list[tuple[dict[str, Any], list[int]]] = []
+
+    def validation(given: dict[str, Any]) -> None:
+        configs = [load_config(path) for path in given["config"]]
+        asked.append((given, [config.prefill + config.decode + config.mixed for config in configs]))
+
+    monkeypatch.setattr(cli_bench_validate, "run_validation", validation)
+    assert run([*MODEL, "--goodput", "tpot:100", "--workload", str(tmp_path / "pool.csv"), "--validate"]) == 0
+    [(given, workers)] = asked
+    assert workers == [2, 2]
+    assert (given["device"], given["promise"], given["profile"]) == ("paced", "250:100", None)
+    options = set(inspect.signature(cli_bench_validate.validate).parameters) - {"context"}
+    assert set(given) == options, "every option of the other command"

@@ -135,6 +135,7 @@ def test_the_head_says_how_it_was_made() -> None:
     assert "tandem plan --model 'opt 13b'" in joined
     assert "node-0    prefill-0, decode-0" in joined
     assert "computes nothing" in joined
+    assert head[-1] == "# start with  tandem serve --config plan.yaml"
     assert "TTFT 250 ms and TPOT 100 ms" in joined
     assert max(map(len, text.splitlines())) <= 120
 
