@@ -26,6 +26,9 @@ from .router import RouterSpec
 from .scenario import DEFAULT_REQUESTS, PoolSection, Scenario
 from .worker_spec import WorkerSpec
 
+MAX_BLOCKS = 2**22
+"""Of KV in a simulated worker."""
+
 
 def workers(scenario: Scenario, device: DeviceModel) -> tuple[WorkerSpec, ...]:
     """Every worker, on its node. ValueError naming the pool: DoesNotFit with the arithmetic, a split that is not
@@ -68,6 +71,8 @@ def _worker(
         raise DoesNotFit(f"{role.value}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{role.value}.{error}") from None
+    if spec.num_blocks > MAX_BLOCKS:
+        raise ConfigError(f"{role.value}.kv_cache_bytes", f"{spec.num_blocks} blocks", f"at most {MAX_BLOCKS} blocks")
     return replace(spec, max_waiting=pool.max_waiting)
 
 

@@ -39,7 +39,7 @@ class PoolSection:
     max_waiting: Count = 256
     batching: Annotated[str, OneOf(("iteration", "request", "prompts_alone"))] = "iteration"
     """`prompts_alone`: never a prompt and a decode row in one step."""
-    kv_cache_bytes: Annotated[int | None, Bytes(), Within(1)] = None
+    kv_cache_bytes: Annotated[int | None, Bytes(), Within(1, 2**50)] = None
     """KV memory of a worker; None: what weights and activations leave of its devices."""
     profile: Annotated[str | None, Text()] = None
     """A step profile of this split; None: what the scenario's devices take for it."""

@@ -106,6 +106,10 @@ def test_without_a_bound_a_thousand_requests_come() -> None:
         ({"decode__batching": "orca"}, "decode.batching: 'orca' is not allowed; allowed: one of iteration, request"),
         ({"decode__tensor_parallel": 3}, "decode.tensor_parallel: 3 is not allowed for opt-13b with 40 heads"),
         ({"decode__kv_cache_bytes": "1MiB"}, "decode.kv_cache_bytes: 1048576 is not allowed; allowed: at least"),
+        (
+            {"decode__kv_cache_bytes": 2**49},
+            "decode.kv_cache_bytes: '42949672 blocks' is not allowed; allowed: at most",
+        ),
         ({"intra_node": "fast"}, "intra_node: 'fast' is not allowed; allowed:"),
         ({"router__overhead_s": -1}, "router.overhead_s: -1 is not allowed; allowed: at least 0"),
         ({"workload__arrivals": "uniform"}, "workload.arrivals: 'uniform' is not allowed"),
