@@ -47,7 +47,7 @@ def replay(
         from .bench.replay_costs import compare_costs, show_costs
 
         typer.echo(f"\n{show_costs(compare_costs(data))}")
-    far = [row.run.name for row in rows if abs(row.points) > bench.MAX_POINTS]
+    far = [row.run.name for row in rows if round(abs(row.points), 3) > bench.MAX_POINTS]
     if far:
         typer.echo(f"more than {bench.MAX_POINTS:g} points off: {', '.join(far)}")
         raise typer.Exit(1)

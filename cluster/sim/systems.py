@@ -208,7 +208,7 @@ VLLM = ServingSystem(
 
 TANDEM = ServingSystem(
     name="tandem",
-    source="this project: the runtime's defaults, with the router's and the handoff's times of BENCHMARKS.md",
+    source="this project: the runtime's batching, and the planner's times of a message and of the router's own work",
     batching={
         Role.PREFILL: Batching(policy="iteration", max_batched_tokens=2048, max_running=256),
         Role.DECODE: Batching(policy="iteration", max_batched_tokens=2048, max_running=256),
