@@ -43,8 +43,6 @@ class Overheads:
     """To a decode step, for each row."""
     handoff_s: float = 0.0
     """From the end of prefill to where its KV can be used, beyond one call's time."""
-    pace: float = 1.0
-    """By how much longer steps take while all workers compute at once; 1: what they share does not slow them."""
 
     @property
     def rpc_s(self) -> float:
@@ -58,12 +56,11 @@ class Overheads:
 
     def on(self, profile: StepProfile) -> StepProfile:
         """The steps of that profile on this machine."""
-        paced = profile if self.pace == 1.0 else profile.scaled(self.pace)
         return replace(
-            paced,
-            overhead_s=paced.overhead_s + self.step_s,
-            decode=replace(paced.decode, row_s=paced.decode.row_s + self.row_s),
-            large_decode=replace(paced.large_decode, row_s=paced.large_decode.row_s + self.row_s),
+            profile,
+            overhead_s=profile.overhead_s + self.step_s,
+            decode=replace(profile.decode, row_s=profile.decode.row_s + self.row_s),
+            large_decode=replace(profile.large_decode, row_s=profile.large_decode.row_s + self.row_s),
         )
 
 

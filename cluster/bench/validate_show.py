@@ -14,11 +14,10 @@ _LABEL, _CELL = 30, 22
 
 def show_overheads(found: Overheads) -> str:
     """The machine's constants, on one line."""
-    text = (
+    return (
         f"this machine adds {1e3 * found.first_token_s:.2f} ms to a first token, {1e3 * found.step_s:.2f} ms to a step "
         f"and {1e6 * found.row_s:.0f} us for each of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff"
     )
-    return text if found.pace == 1.0 else f"{text}; steps take {found.pace:.2f} times as long while all compute"
 
 
 def show(found: Validation) -> str:
