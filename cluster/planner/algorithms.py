@@ -8,7 +8,7 @@ stays inside it. Both only propose: what they propose is then simulated whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import gcd
+from math import ceil, gcd
 
 from ..types import Role
 from .result import Affinity, Candidate, PhaseResult, Pool
@@ -26,7 +26,9 @@ def algorithm_1(setting: Setting, prefill: Sequence[PhaseResult], decode: Sequen
     found: dict[Candidate, float] = {}
     for one in _best(prefill):
         for other in _best(decode):
-            for n, m in _counts(setting.gpus, one.gpus, other.gpus, one.goodput, other.goodput):
+            counts = _counts(setting.gpus, one.gpus, other.gpus, one.goodput, other.goodput)
+            counts += _enough(setting, one, other)
+            for n, m in counts:
                 candidate = _pair(one, other, n, m, Affinity.HIGH, 1)
                 found[candidate] = min(n * one.goodput, m * other.goodput)
     return _ranked(setting, found)
@@ -48,6 +50,9 @@ def algorithm_2(setting: Setting, prefill: Sequence[PhaseResult], decode: Sequen
             for n, m in _counts(size, *widths, one.goodput, other.goodput):
                 segment = n * widths[0] + m * widths[1]
                 cells = (size // segment) * setting.nodes // stages
+                if setting.target_rate is not None:
+                    each = min(n * one.goodput, m * other.goodput)
+                    cells = min(cells, ceil(setting.target_rate / each))
                 if cells:
                     candidate = _pair(one, other, n * cells, m * cells, Affinity.LOW, cells)
                     found[candidate] = cells * min(n * one.goodput, m * other.goodput)
@@ -85,6 +90,15 @@ def _counts(gpus: int, one: int, other: int, one_rate: float, other_rate: float)
                 times = gpus // (ratio[0] * one + ratio[1] * other)
                 largest[ratio] = ratio[0] * times, ratio[1] * times
     return list(largest.values())
+
+
+def _enough(setting: Setting, one: PhaseResult, other: PhaseResult) -> list[tuple[int, int]]:
+    """(n, m) that keep the rate that is wanted, and one more of either; none: no rate is wanted."""
+    if setting.target_rate is None:
+        return []
+    n, m = ceil(setting.target_rate / one.goodput), ceil(setting.target_rate / other.goodput)
+    around = [(n, m), (n + 1, m), (n, m + 1)]
+    return [(n, m) for n, m in around if n * one.gpus + m * other.gpus <= setting.gpus]
 
 
 def _pair(one: PhaseResult, other: PhaseResult, n: int, m: int, affinity: Affinity, cells: int) -> Candidate:

@@ -52,7 +52,7 @@ def rate_of(one: Evaluation, result: PlanResult) -> float:
 
 def predict(setting: Setting, candidate: Candidate, rate: float) -> Prediction:
     """Under the first seeds, all requests together. ValueError where the candidate cannot run."""
-    requests = setting.run_requests(rate)
+    requests = setting.run_requests(rate / candidate.cells)
     outcomes: list[Outcome] = []
     for seed in setting.seeds[:SEEDS]:
         spec, workload = cluster_of(setting, candidate, rate, seed, requests)

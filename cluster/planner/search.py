@@ -184,7 +184,8 @@ class _Run:
         for place in range(SCREEN_ROUNDS):
             if not waiting:
                 break
-            self._screen(waiting[:PROPOSED], what, begin + (end - begin) * place / SCREEN_ROUNDS, end)
+            ends = [begin + (end - begin) * (place + after) / SCREEN_ROUNDS for after in (0, 1)]
+            self._screen(waiting[:PROPOSED], what, *ends)
             waiting = waiting[PROPOSED:]
             best = self._best(side)
             if best is not None:

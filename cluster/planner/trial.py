@@ -77,8 +77,7 @@ class Trial:
 
 def run_candidate(setting: Setting, candidate: Candidate, rate: float, seed: int, requests: int) -> Trial:
     """The whole candidate, links and router included. Of several cells one is simulated, with its share of the load:
-    `requests` are its own.
-    ValueError where it cannot run (`place.check`).
+    `requests` are its own. ValueError where it cannot run (`place.why_not`).
     """
     spec, workload = cluster_of(setting, candidate, rate, seed, requests)
     trial = _run(setting, spec, workload, setting.promises, rate / candidate.cells, seed)
@@ -88,12 +87,14 @@ def run_candidate(setting: Setting, candidate: Candidate, rate: float, seed: int
 def cluster_of(
     setting: Setting, candidate: Candidate, rate: float, seed: int, requests: int
 ) -> tuple[ClusterSpec, list[Asked]]:
-    """What is simulated of a candidate: one of its cells, and its share of the load. ValueError as `run_candidate`."""
+    """What is simulated of a candidate: one of its cells, and its share of the load, so many requests of it. ValueError
+    as `run_candidate`.
+    """
     workers = tuple(
         worker_spec(f"{replica.role.value}-{number}", replica, setting.device)
         for number, replica in enumerate(replicas_of(setting, candidate))
     )
-    rows = _rows(setting, rate / candidate.cells, seed, max(1, -(-requests // candidate.cells)))
+    rows = _rows(setting, rate / candidate.cells, seed, requests)
     router = RouterSpec(promises=setting.promises, refuses=False, own_s=setting.own_s, rpc_s=setting.rpc_s)
     spec = ClusterSpec(workers=workers, router=router, inside=setting.inside, between=setting.between)
     return spec, asked(rows, sharing=setting.device.prefix_cache)

@@ -1,0 +1,81 @@
+"""Estimates: exact where the simulation is simple, near it where it is not."""
+
+from __future__ import annotations
+
+import pytest
+from plan_cases import opt
+from tandem.cluster.latency.profile import DecodeTerms, StepProfile
+from tandem.cluster.planner.estimate import Kind, serve
+from tandem.cluster.planner.outlook import Outlook
+from tandem.cluster.planner.result import Affinity, Candidate
+from tandem.cluster.planner.setting import default_pool, setting_of
+from tandem.cluster.planner.trial import run_candidate, run_phase
+from tandem.cluster.types import Role
+
+TERMS = DecodeTerms(step_s=0.01, row_s=0.0, context_token_s=0.0)
+COSTS = StepProfile(prefill_step_s=0.0, prefill_token_s=1e-3, decode=TERMS, large_decode=TERMS, large_batch_rows=1000)
+
+
+def kind(role: Role, budget: int = 1000, rows: int = 8, kv_tokens: int = 100_000) -> Kind:
+    return Kind(role=role, costs=COSTS, budget_tokens=budget, max_running=rows, kv_tokens=kv_tokens)
+
+
+def test_prompts_wait_for_those_before_them() -> None:
+    first_s, last_s = serve(kind(Role.PREFILL, budget=100), 1, [0.0, 0.05, 1.0], [100, 100, 50], [1, 1, 1])
+    assert first_s == pytest.approx([0.1, 0.2, 1.05])
+    assert last_s == first_s
+
+
+def test_two_workers_take_turns() -> None:
+    first_s, _ = serve(kind(Role.PREFILL), 2, [0.0, 0.01], [100, 100], [1, 1])
+    assert first_s == pytest.approx([0.1, 0.11])
+
+
+def test_rows_get_a_token_a_step() -> None:
+    _, last_s = serve(kind(Role.DECODE), 1, [0.0, 0.0], [10, 10], [11, 21])
+    assert last_s == pytest.approx([0.1, 0.2])
+
+
+def test_rows_that_find_no_place_wait() -> None:
+    _, last_s = serve(kind(Role.DECODE, rows=1), 1, [0.0, 0.0], [10, 10], [11, 11])
+    assert last_s == pytest.approx([0.1, 0.2])
+    _, last_s = serve(kind(Role.DECODE, kv_tokens=40), 1, [0.0, 0.0], [30, 30], [11, 11])
+    assert last_s == pytest.approx([0.1, 0.2])
+
+
+def test_a_prompt_holds_up_the_rows_beside_it() -> None:
+    first_s, last_s = serve(kind(Role.MIXED, budget=101), 1, [0.0, 0.105], [10, 100], [21, 1])
+    assert first_s[1] == pytest.approx(0.22)  # the step under way ends at 0.11; then 100 tokens beside a row: 0.11 s
+    assert last_s[0] == pytest.approx(0.01 + 20 * 0.01 + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("role", "tensor", "stages", "rate"),
+    [(Role.PREFILL, 1, 1, 8.0), (Role.PREFILL, 1, 2, 12.0), (Role.DECODE, 1, 1, 20.0), (Role.MIXED, 2, 1, 8.0)],
+)
+def test_an_estimate_is_near_the_simulation(role: Role, tensor: int, stages: int, rate: float) -> None:
+    setting = setting_of(opt(workload__range_ratio=0.5))
+    pool = default_pool(role, 1, tensor, stages, 1024)
+    if role is Role.MIXED:
+        candidate = Candidate(pools=(pool,), affinity=Affinity.COLOCATED)
+        told, seen = Outlook(setting).score(candidate, rate, 0, 120), run_candidate(setting, candidate, rate, 0, 120)
+    else:
+        told, seen = Outlook(setting).score(pool, rate, 0, 120), run_phase(setting, pool, rate, 0, 120)
+    assert told == pytest.approx(seen.score, abs=0.1)
+
+
+def test_a_promise_that_nobody_keeps_alone_is_hopeless() -> None:
+    setting = setting_of(opt(**{"workload__slo_classes": {"chat": {"ttft_s": 0.01, "tpot_s": 0.1}}}))
+    pool = default_pool(Role.PREFILL, 1, 1, 1, 2048)
+    hopeless = Outlook(setting).hopeless(pool)
+    assert hopeless is not None
+    assert "even one unloaded request takes" in hopeless.text
+    assert "promised are 0.01 s" in hopeless.text
+    assert Outlook(setting).hopeless(default_pool(Role.DECODE, 1, 1, 1, 2048)) is None
+
+
+def test_more_workers_have_as_much_more_capacity() -> None:
+    outlook = Outlook(setting_of(opt()))
+    for role in Role:
+        one, two = (outlook.capacity(default_pool(role, count, 1, 1, 1024)) for count in (1, 2))
+        assert two == pytest.approx(2 * one)

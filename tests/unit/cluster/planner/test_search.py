@@ -1,0 +1,151 @@
+"""The whole search on small problems: what it answers at the edges, and that better means never worse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plan_cases import opt
+from tandem.cluster.planner import setting as setting_module
+from tandem.cluster.planner.result import Fate, PlanResult
+from tandem.cluster.planner.search import plan
+from tandem.cluster.types import Role
+
+NOISE = 0.2
+"""Of the goodput of runs as short as these."""
+
+PLANNED: dict[str, PlanResult] = {}
+"""By problem: several tests ask the same."""
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setting_module, "MIN_REQUESTS", 30)
+    monkeypatch.setattr(setting_module, "MAX_REQUESTS", 50)
+
+
+def planned(
+    ttft_s: float = 0.25, tpot_s: float = 0.05, prompt: int = 256, answer: int = 16, **changes: Any
+) -> PlanResult:
+    small = {
+        "search__seeds": 2,
+        "search__processes": 1,
+        "search__max_pipeline_stages": 1,
+        "search__max_tensor_parallel": 2,
+        "gpus_per_node": 2,
+        "workload__input_tokens": prompt,
+        "workload__output_tokens": answer,
+        "workload__range_ratio": 0.3,
+        "workload__slo_classes": {"chat": {"ttft_s": ttft_s, "tpot_s": tpot_s}},
+    }
+    problem = opt(**small | changes)
+    key = repr(problem)
+    if key not in PLANNED:
+        PLANNED[key] = plan(problem)
+    return PLANNED[key]
+
+
+def best_of(result: PlanResult) -> float:
+    return result.best.goodput_per_gpu if result.best is not None else 0.0
+
+
+def test_both_sides_are_answered_under_all_seeds() -> None:
+    said: list[tuple[str, float]] = []
+    small = opt(
+        gpus_per_node=2,
+        search__seeds=2,
+        search__processes=1,
+        search__max_pipeline_stages=1,
+        workload__input_tokens=256,
+        workload__output_tokens=16,
+    )
+    result = plan(small, lambda what, share: said.append((what, share)))
+    assert result.disaggregated is not None
+    assert result.colocated is not None
+    assert result.difference is not None
+    for side in (result.disaggregated, result.colocated):
+        assert side.fate is Fate.SIMULATED
+        assert len(side.seeds) == 2
+        assert side.goodput.low <= side.goodput.mean <= min(side.goodput.high, side.bound)
+        assert {point.seed for point in side.points} == {0, 1}
+    assert result.colocated.candidate.gpus <= result.disaggregated.candidate.gpus
+    assert {one.role for one in result.marginal} <= set(Role)
+    assert result.marginal
+    assert said[-1] == ("done", 1.0)
+    assert [share for _, share in said] == sorted(share for _, share in said)
+
+
+def test_the_same_problem_has_the_same_answer() -> None:
+    one = planned()
+    PLANNED.clear()
+    other = planned()
+    assert one.explored == tuple(
+        type(two)(**{name: getattr(two, name) for name in two.__slots__} | {"simulated_s": mine.simulated_s})
+        for mine, two in zip(one.explored, other.explored, strict=True)
+    )
+
+
+def test_one_gpu_is_colocated() -> None:
+    result = planned(gpus_per_node=1)
+    assert result.disaggregated is None
+    assert result.colocated is not None
+    assert any("only colocated is possible" in note for note in result.notes)
+
+
+def test_a_promise_that_nobody_can_keep_is_infeasible_and_says_why() -> None:
+    result = planned(ttft_s=0.01)
+    assert result.best is None
+    assert result.infeasible.startswith("even one unloaded request takes ")
+    assert {one.fate for one in result.explored} == {Fate.HOPELESS}
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    result = planned(model="opt-175b")
+    assert result.best is None
+    assert "no split fits: opt-175b" in result.infeasible
+    assert "GiB" in result.infeasible
+
+
+def test_without_bandwidth_colocated_wins() -> None:
+    result = planned(intra_node="1Gbps", answer=64)
+    assert result.best is not None
+    assert not result.best.candidate.disaggregated
+
+
+def test_prompts_with_one_token_need_no_decode() -> None:
+    result = planned(answer=1, prompt=1024, workload__range_ratio=0.0, ttft_s=0.5)
+    assert result.best is not None
+    assert result.best.binding is None or result.best.binding.promise == "ttft"
+
+
+def test_long_answers_are_bound_by_their_tokens() -> None:
+    result = planned(prompt=16, answer=100, tpot_s=0.03)
+    assert result.best is not None
+    assert result.best.goodput.mean > 0.0
+
+
+def test_a_rate_that_is_wanted_is_kept_with_as_few_gpus_as_do() -> None:
+    free = planned()
+    assert free.best is not None
+    result = planned(rate=0.3 * free.best.goodput.mean)
+    assert result.best is not None
+    assert result.best.keeps_target_rate
+    assert result.best.candidate.gpus <= 2
+
+
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ttft_s=st.sampled_from([0.1, 0.2]), change=st.sampled_from([{"ttft_s": 0.8}, {"tpot_s": 0.2}, {"gpus_per_node": 3}])
+)
+def test_a_looser_promise_or_more_gpus_never_lower_goodput(ttft_s: float, change: dict[str, Any]) -> None:
+    before = planned(ttft_s=ttft_s)
+    after = planned(**{"ttft_s": ttft_s} | change)
+    assert best_of(after) >= (1.0 - NOISE) * best_of(before)
+
+
+def test_faster_links_never_lower_goodput() -> None:
+    slow, fast = (planned(nodes=2, gpus_per_node=1, inter_node=link, answer=32) for link in ("10Gbps", "400Gbps"))
+    assert slow.disaggregated is None or fast.disaggregated is not None
+    assert best_of(fast) >= (1.0 - NOISE) * best_of(slow)
