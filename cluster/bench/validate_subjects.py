@@ -58,7 +58,7 @@ def config_subject(
     config: ClusterConfig, label: str, *, time_scale: float, folder: Path, profile: str | None = None
 ) -> Subject:
     """The cluster of a file that `tandem plan` wrote. Profiles of paced workers are written into `folder`, so many
-    times as slow; engines that compute have the one given. ValueError.
+    times as slow; engines that compute have the `profile` given. ValueError.
     """
     engines = {
         role: _scaled(config.engine_of(role), time_scale, folder / f"{label}.{role.value}.json")
@@ -78,7 +78,8 @@ def config_subject(
         mixed=config.mixed,
         prefill_engine=engines.get(Role.PREFILL),
     )
-    return Subject(system=system, profile=profile, router=config.router)
+    computes = system.engine.device != "paced"
+    return Subject(system=system, profile=profile if computes else None, router=config.router)
 
 
 def _scaled(engine: EngineConfig, factor: float, path: Path) -> EngineConfig:
