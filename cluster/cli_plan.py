@@ -348,7 +348,11 @@ def _validate(problem: Problem, setting: Setting, result: PlanResult, device: st
             plan_file(problem, setting, result, one, name=name, device=device).save(files[-1])
         if not files:
             raise ValueError("validate: there is no plan that can be started; allowed with one, see --max-pp 1")
-        options = {"config": files, "device": device_of(problem, device), "dataset_path": problem.workload.lengths}
+        options: dict[str, Any] = {
+            "config": files,
+            "device": device_of(problem, device),
+            "dataset_path": problem.workload.lengths,
+        }
         options |= {"profile": problem.profile if measured is not None else None}
         options |= {"promise": f"{kind.ttft_s * 1e3:g}:{kind.tpot_s * 1e3:g}", "seed": problem.search.seed}
         run_validation({**_VALIDATION, **options})

@@ -10,6 +10,8 @@ from enum import StrEnum
 from .result import Evaluation, Interval, Marginal, PlanResult
 from .words import gpus, number, signed
 
+MIN_PAIRS = 2
+"""Seeds under which both were simulated, for an interval."""
 _UNITS = "requests/s per GPU"
 
 
@@ -23,14 +25,16 @@ class Answer(StrEnum):
 
 
 def answer_of(result: PlanResult) -> Answer:
-    """Not clear where the interval of the difference holds 0."""
+    """Not clear where the interval of the difference holds 0, or one seed makes none."""
     if result.infeasible or result.best is None:
         return Answer.INFEASIBLE
     if not _serves(result.disaggregated):
         return Answer.COLOCATE
     if not _serves(result.colocated):
         return Answer.DISAGGREGATE
-    if result.difference is None or result.difference.low <= 0.0 <= result.difference.high:
+    if _pairs(result) < MIN_PAIRS or result.difference is None:
+        return Answer.NOT_CLEAR
+    if result.difference.low <= 0.0 <= result.difference.high:
         return Answer.NOT_CLEAR
     return Answer.DISAGGREGATE if result.difference.low > 0.0 else Answer.COLOCATE
 
@@ -50,8 +54,8 @@ def verdict(result: PlanResult) -> str:
     assert mixed is not None
     sides = f"{number(split.goodput_per_gpu)} against {number(mixed.goodput_per_gpu)} {_UNITS}"
     difference = result.difference
-    if difference is None:
-        return f"Not clear: {sides}, without an interval."
+    if difference is None or _pairs(result) < MIN_PAIRS:
+        return f"Not clear whether to disaggregate: {sides}, both under one seed only, so without an interval."
     span = f"difference {signed(difference.mean)}, 95 % interval {signed(difference.low)} to {signed(difference.high)}"
     if answer is Answer.NOT_CLEAR:
         return f"Not clear whether to disaggregate: {sides}; {span}, which holds 0."
@@ -106,8 +110,16 @@ def cost_of(one: Evaluation, result: PlanResult, price_per_gpu_hour: float) -> f
 
 
 def interval(found: Interval, scale: float = 1.0) -> str:
-    """`1.60 (1.52 to 1.68)`."""
+    """`1.60 (1.52 to 1.68)`; of one seed the mean alone."""
+    if found.low == found.mean == found.high:
+        return number(found.mean * scale)
     return f"{number(found.mean * scale)} ({number(found.low * scale)} to {number(found.high * scale)})"
+
+
+def _pairs(result: PlanResult) -> int:
+    """Seeds under which both best plans were simulated."""
+    both = result.disaggregated, result.colocated
+    return min(len(one.seeds) if one is not None else 0 for one in both)
 
 
 def _serves(one: Evaluation | None) -> bool:

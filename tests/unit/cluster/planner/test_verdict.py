@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from plan_cases import evaluated, mixed, opt, refused, result, split
 from tandem.cluster.planner.result import Interval, Marginal, PlanResult
-from tandem.cluster.planner.verdict import Answer, answer_of, binding_of, cost_of, for_rate, marginal_of, verdict
+from tandem.cluster.planner.verdict import (
+    Answer,
+    answer_of,
+    binding_of,
+    cost_of,
+    for_rate,
+    interval,
+    marginal_of,
+    verdict,
+)
 from tandem.cluster.planner.words import number, promises_text, signed, workload_text
 from tandem.cluster.types import Role
 
@@ -66,6 +75,17 @@ def test_the_verdict(found: PlanResult, answer: Answer, words: str) -> None:
     assert words in verdict(found)
     assert "\n" not in verdict(found)
     assert verdict(found).count("infeasible") <= 1
+
+
+def test_one_seed_makes_no_interval() -> None:
+    one = replace(evaluated(split(), 6.0), seeds=(6.0,), goodput=Interval(mean=6.0, low=6.0, high=6.0))
+    found = result(disaggregated=one, difference=Interval(mean=0.5, low=0.5, high=0.5))
+    assert answer_of(found) is Answer.NOT_CLEAR
+    assert verdict(found) == (
+        "Not clear whether to disaggregate: 2.00 against 1.50 requests/s per GPU, both under one seed only, "
+        "so without an interval."
+    )
+    assert interval(one.goodput) == "6.00"
 
 
 def test_a_rate_that_was_asked_for() -> None:
