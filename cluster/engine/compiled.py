@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.compiled.code_cache import alone, once
+from ...kernels.compiled.code_cache import once
 from ...kernels.compiled.decoder import CompiledModel, StepArrays
 from ...kernels.compiled.decoder_weights import DecoderShape, DecoderWeights, unsupported, weights_from_arrays
+from ...kernels.compiled.file_lock import alone
 from ...kernels.compiled.packed import layout
 from ...kernels.compiled.target import code_folder
 from ..models.config import ModelConfig

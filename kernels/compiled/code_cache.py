@@ -21,7 +21,6 @@ import pickle
 import re
 import shutil
 import stat
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,12 +31,11 @@ from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
+from .file_lock import Wait, alone
+
 MAGIC = b"TANDEMC1"
 KEPT_FOLDERS = 8
 """Folders of compiled code that `prune` leaves: the last used ones. One is 2 to 3 MB."""
-ALONE_S = 300.0
-"""How long `alone` waits for another process."""
-_POLL_S = 0.05
 _DIGEST_BYTES = 16
 _IN_USE = ".used"
 _SUFFIX = ".code"
@@ -45,7 +43,6 @@ _OURS = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}")
 """What `target.code_folder` is called."""
 
 logger = logging.getLogger(__name__)
-Wait = Callable[[], None]
 
 
 class CodeCache(NullCache):  # type: ignore[misc]  # numba has no types
@@ -216,29 +213,3 @@ def once(folder: Path, what: str, wait: Wait | None = None) -> Iterator[None]:
     with suppress(OSError):
         done.touch()
         prune(folder.parent)
-
-
-@contextmanager
-def alone(path: Path, wait: Wait | None = None) -> Iterator[None]:
-    """One process of this machine at a time, by a lock on the file `path`; `wait` is called while another has it.
-
-    The body should look first whether the other one did its work. Where no lock can be had, or not within `ALONE_S`,
-    the work is done twice.
-    """
-    with ExitStack() as stack:
-        handle = None
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = stack.enter_context(path.open("a"))
-        deadline_s = time.monotonic() + ALONE_S
-        while handle is not None and time.monotonic() < deadline_s:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if wait is not None:
-                    wait()
-                time.sleep(_POLL_S)
-            except OSError:
-                break
-        yield

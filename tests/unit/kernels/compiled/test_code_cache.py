@@ -13,8 +13,9 @@ from typing import Any
 
 import numba
 import pytest
-from tandem.kernels.compiled import code_cache
-from tandem.kernels.compiled.code_cache import CodeCache, alone, once, prune
+from tandem.kernels.compiled import code_cache, file_lock
+from tandem.kernels.compiled.code_cache import CodeCache, once, prune
+from tandem.kernels.compiled.file_lock import alone
 
 
 def triple(x):  # type: ignore[no-untyped-def]
@@ -171,7 +172,7 @@ def test_a_body_that_fails_is_not_done(tmp_path: Path) -> None:
 
 
 def test_who_waits_too_long_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_cache, "ALONE_S", 0.1)
+    monkeypatch.setattr(file_lock, "ALONE_S", 0.1)
     waits: list[int] = []
     with (tmp_path / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
