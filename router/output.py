@@ -85,10 +85,6 @@ class OutputStream:
         """For logprobs."""
         return self._tokenizer.token_bytes(token_id)
 
-    def token_text(self, token_id: int) -> str:
-        """For logprobs; part of a character shows as U+FFFD."""
-        return self._tokenizer.token_text(token_id)
-
     def push(
         self, index: int, tokens: Sequence[SampledToken], finish: FinishReason | None, stop_token_id: int | None
     ) -> OutputChunk:
