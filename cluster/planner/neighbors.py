@@ -21,9 +21,9 @@ def neighbors(setting: Setting, candidate: Candidate) -> list[Candidate]:
         prefill, decode = candidate.pools
         moves = [(1, 0), (0, 1), (-1, 0), (0, -1), (1, -1), (-1, 1)]
         for more, other in moves:
-            pools = _counted(prefill, more * step), _counted(decode, other * step)
-            if min(pool.count for pool in pools) >= step:
-                found.append(replace(candidate, pools=pools))
+            counted = _counted(prefill, more * step), _counted(decode, other * step)
+            if min(pool.count for pool in counted) >= step:
+                found.append(replace(candidate, pools=counted))
     for place, pool in enumerate(candidate.pools):
         for changed in _limits(pool):
             pools = tuple(changed if index == place else one for index, one in enumerate(candidate.pools))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..latency.interface import StepCosts
+from ..sim.deploy import costs_of
 from ..types import Role
 from .estimate import Kind, serve
 from .goodput import Precision, find_goodput
@@ -48,7 +49,6 @@ class Outlook:
         self.setting = setting
         self.sample = draw_sample(setting, setting.seeds[0], MAX_REQUESTS)
         self._sample_of = cache(lambda seed: draw_sample(setting, seed, MAX_REQUESTS))
-        self._costs = cache(setting.device.source.costs)
         self._kind = cache(self._new_kind)
         self._goodputs: dict[tuple[Candidate | Pool, int], float] = {}
         self._slopes: dict[tuple[Candidate | Pool, int], float] = {}
@@ -60,7 +60,7 @@ class Outlook:
 
     def costs(self, pool: Pool) -> StepCosts:
         """Of one worker. ValueError where nothing is known of the split."""
-        return self._costs(pool.tensor_parallel, pool.pipeline_stages)
+        return costs_of(self.setting.device.source, pool.tensor_parallel, pool.pipeline_stages)
 
     def _new_kind(self, pool: Pool) -> Kind:
         memory = self.setting.device.memory(replica_of(pool))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..sim.deploy import Replica
+from ..sim.deploy import Replica, costs_of
 from .result import Affinity, Candidate, Pool
 from .setting import Setting
 
@@ -66,7 +66,7 @@ def why_not(setting: Setting, candidate: Candidate, *, spare_nodes: int = 0) -> 
     try:
         for replica in replicas_of(setting, candidate):
             setting.device.memory(replica)
-            setting.device.source.costs(replica.tensor_parallel, replica.pipeline_stages)
+            costs_of(setting.device.source, replica.tensor_parallel, replica.pipeline_stages)
     except ValueError as error:
         return str(error)
     return ""

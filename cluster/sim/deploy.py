@@ -131,6 +131,21 @@ class DeviceModel:
         )
 
 
+_KNOWN: dict[tuple[int, int, int], tuple[CostSource, StepCosts]] = {}
+"""By source, which is held so that its id stays its own, and split."""
+_MAX_KNOWN = 1024
+
+
+def costs_of(source: CostSource, tensor_parallel: int, pipeline_stages: int) -> StepCosts:
+    """As `CostSource.costs`, worked out once: a search asks for the same few splits for every worker of every run."""
+    key = id(source), tensor_parallel, pipeline_stages
+    if key not in _KNOWN:
+        if len(_KNOWN) >= _MAX_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = source, source.costs(tensor_parallel, pipeline_stages)
+    return _KNOWN[key][1]
+
+
 def worker_spec(
     worker_id: str, replica: Replica, device: DeviceModel, *, costs: StepCosts | None = None, num_blocks: int = 0
 ) -> WorkerSpec:
@@ -142,7 +157,7 @@ def worker_spec(
     return WorkerSpec(
         worker_id=worker_id,
         role=replica.role,
-        costs=costs or device.source.costs(replica.tensor_parallel, replica.pipeline_stages),
+        costs=costs or costs_of(device.source, replica.tensor_parallel, replica.pipeline_stages),
         num_blocks=num_blocks or device.memory(replica).blocks,
         block_size=device.block_size,
         block_bytes=-(-device.block_size * device.facts.kv_bytes_per_token() // replica.handoff_shards),
