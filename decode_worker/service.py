@@ -26,9 +26,10 @@ from ..cluster.types import Handoff, SampledToken, Side, seq_id
 from ..cluster.worker.engine_thread import EngineThread
 from ..cluster.worker.services import DecodeHandler, LiveSequence
 from ..cluster.worker.shell import WorkerShell
-from ..kvtransfer.sink import SinkDriver, TransferStats
+from ..kvtransfer.sink import SinkDriver
 from ..kvtransfer.store import KVStore
 from ..kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, Ticket
+from ..kvtransfer.transfer_stats import TransferStats
 from ..kvtransfer.transport import KVTransport
 
 _LAST_ENDS = frozenset({"deadline", "failed", "invalid"})

@@ -43,28 +43,13 @@ from .protocol.puller import HandoffPuller
 from .protocol.puller_state import PullerCounts
 from .store import KVStore
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
+from .transfer_stats import TransferStats
 from .transport import BlockFrame, EndFrame, KVTransport, PullRequest, WrittenBlocks
 from .wire import check_blocks
 
 log = logging.getLogger(__name__)
 
 CONFIRM_TRIES = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferStats:
-    """What one transfer took, on the decode worker's clock."""
-
-    transfer_s: float
-    """From the first KV byte to the last, retries included."""
-    exposed_transfer_s: float
-    """Last KV byte minus end of prefill, at least 0: what the client waits for. The end of prefill is known by its age
-    when the end frame left, so one network latency is not counted."""
-    bytes: int
-    blocks: int
-    retries: int
-    transport: str
-    """How the last pull came: `EndFrame.transport`."""
 
 
 @dataclass(slots=True)

@@ -20,11 +20,11 @@ import xxhash
 from ..cluster.types import MAX_TOP_LOGPROBS, BlockRef, SampledToken
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket
 from .transport import BlockFrame, EndFrame, KVFrame, PullRequest, RefFrame
+from .wire_fields import as_bool, as_bytes, as_float, as_int, as_text, corrupt
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_LAYOUT_BYTES = 32 * 1024
 MAX_BLOCKS_PER_MESSAGE = 1024
-MAX_TEXT = 512
 MAX_MESSAGE_TEXT = 2048
 MAX_SOCKET_NAME = 100
 """Bytes of `sockaddr_un.sun_path`, the leading NUL and a reserve taken off."""
@@ -68,18 +68,18 @@ def check_block(frame: BlockFrame, block_bytes: int) -> None:
     checksum.
     """
     if len(frame.payload) != block_bytes:
-        raise _corrupt(f"block {frame.block_index} has {len(frame.payload)} bytes, expected {block_bytes}")
+        raise corrupt(f"block {frame.block_index} has {len(frame.payload)} bytes, expected {block_bytes}")
     if frame.checksum is None:
         return
     if checksum_of(frame) != frame.checksum:
-        raise _corrupt(f"checksum of block {frame.block_index} of {frame.ticket.prefill_key} does not match")
+        raise corrupt(f"checksum of block {frame.block_index} of {frame.ticket.prefill_key} does not match")
 
 
 def check_blocks(frames: Sequence[BlockFrame], block_bytes: int, *, checksum: bool) -> None:
     """`check_block` of each. With `checksum`, a frame that needs one must have it."""
     for frame in frames:
         if checksum and frame.checksum is None and frame.verify is None:
-            raise _corrupt(f"block {frame.block_index} came without its checksum")
+            raise corrupt(f"block {frame.block_index} came without its checksum")
         check_block(frame, block_bytes)
 
 
@@ -150,10 +150,10 @@ def decode_hello(data: bytes) -> Hello:
         return Hello(protocol_version=header[1], worker_id="peer", epoch=0, fingerprint="", layout=b"")
     return Hello(
         protocol_version=header[1],
-        worker_id=_text(header[2], "worker_id"),
-        epoch=_int(header[3], "epoch", _U64),
-        fingerprint=_text(header[4], "fingerprint"),
-        layout=_binary(header[5], "layout"),
+        worker_id=as_text(header[2], "worker_id"),
+        epoch=as_int(header[3], "epoch", _U64),
+        fingerprint=as_text(header[4], "fingerprint"),
+        layout=as_bytes(header[5], "layout"),
         offer=_offer(header[6]),
     )
 
@@ -163,10 +163,10 @@ def decode_pull(data: bytes) -> PullRequest:
     header = _header(data, Kind.PULL, 7)[0]
     return PullRequest(
         ticket=_ticket(header[2]),
-        first_block=_int(header[3], "first_block", _U31),
-        pull_index=_int(header[4], "pull_index", _U31),
-        checksum=_bool(header[5], "checksum"),
-        mapped=_bool(header[6], "mapped"),
+        first_block=as_int(header[3], "first_block", _U31),
+        pull_index=as_int(header[4], "pull_index", _U31),
+        checksum=as_bool(header[5], "checksum"),
+        mapped=as_bool(header[6], "mapped"),
     )
 
 
@@ -185,10 +185,10 @@ def decode_ack(data: bytes) -> None:
 def decode_refused(data: bytes) -> HandoffRefused:
     """Inverse of `encode_refused`: the exception, to be raised."""
     header = _header(data, Kind.REFUSED, 4)[0]
-    reason = _text(header[2], "reason")
+    reason = as_text(header[2], "reason")
     if reason not in _REASONS:
-        raise _corrupt(f"reason {reason!r} is not known")
-    return HandoffRefused(RefusalReason(reason), _text(header[3], "message", MAX_MESSAGE_TEXT))
+        raise corrupt(f"reason {reason!r} is not known")
+    return HandoffRefused(RefusalReason(reason), as_text(header[3], "message", MAX_MESSAGE_TEXT))
 
 
 def decode_hello_reply(data: bytes) -> Hello:
@@ -215,26 +215,26 @@ def _decode_blocks(parts: _Parts) -> tuple[BlockFrame, ...]:
     header, payload = _checked(parts, Kind.BLOCKS, 4)
     ticket, blocks = _ticket(header[2]), header[3]
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= MAX_BLOCKS_PER_MESSAGE:
-        raise _corrupt(f"blocks is not a list of 1…{MAX_BLOCKS_PER_MESSAGE}")
+        raise corrupt(f"blocks is not a list of 1…{MAX_BLOCKS_PER_MESSAGE}")
     frames, offset = [], 0
     for block in blocks:
         if not isinstance(block, list) or len(block) != 4:
-            raise _corrupt("a block is not [index, generation, length, checksum]")
-        length = _int(block[2], "length", _U31)
+            raise corrupt("a block is not [index, generation, length, checksum]")
+        length = as_int(block[2], "length", _U31)
         if offset + length > len(payload):
-            raise _corrupt(f"payload has {len(payload)} bytes, its header promises more")
+            raise corrupt(f"payload has {len(payload)} bytes, its header promises more")
         frames.append(
             BlockFrame(
                 ticket=ticket,
-                block_index=_int(block[0], "block_index", _U31),
-                generation=_int(block[1], "generation", _U64),
+                block_index=as_int(block[0], "block_index", _U31),
+                generation=as_int(block[1], "generation", _U64),
                 payload=payload[offset : offset + length],
-                checksum=None if block[3] is None else _int(block[3], "checksum", _U64),
+                checksum=None if block[3] is None else as_int(block[3], "checksum", _U64),
             )
         )
         offset += length
     if offset != len(payload):
-        raise _corrupt(f"payload has {len(payload)} bytes, its header promises {offset}")
+        raise corrupt(f"payload has {len(payload)} bytes, its header promises {offset}")
     return tuple(frames)
 
 
@@ -242,17 +242,17 @@ def _decode_refs(parts: _Parts) -> tuple[RefFrame | EndFrame, ...]:
     header, following = _checked(parts, Kind.REFS, 4)
     ticket, blocks = _ticket(header[2]), header[3]
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= MAX_BLOCKS_PER_MESSAGE:
-        raise _corrupt(f"blocks is not a list of 1…{MAX_BLOCKS_PER_MESSAGE}")
+        raise corrupt(f"blocks is not a list of 1…{MAX_BLOCKS_PER_MESSAGE}")
     frames = []
     for block in blocks:
         if not isinstance(block, list) or len(block) != 3:
-            raise _corrupt("a block is not [index, block id, generation]")
+            raise corrupt("a block is not [index, block id, generation]")
         frames.append(
             RefFrame(
                 ticket=ticket,
-                block_index=_int(block[0], "block_index", _U31),
-                block_id=_int(block[1], "block_id", _U31),
-                generation=_int(block[2], "generation", _U64),
+                block_index=as_int(block[0], "block_index", _U31),
+                block_id=as_int(block[1], "block_id", _U31),
+                generation=as_int(block[2], "generation", _U64),
             )
         )
     return (*frames, _decode_end(_split(following))) if len(following) else tuple(frames)
@@ -262,23 +262,23 @@ def _decode_end(parts: _Parts) -> EndFrame:
     header = _checked(parts, Kind.END, 9)[0]
     top = header[6]
     if not isinstance(top, list) or len(top) > MAX_TOP_LOGPROBS:
-        raise _corrupt(f"top is not a list of at most {MAX_TOP_LOGPROBS}")
+        raise corrupt(f"top is not a list of at most {MAX_TOP_LOGPROBS}")
     pairs = []
     for pair in top:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise _corrupt("top: an entry is not [token id, logprob]")
-        pairs.append((_int(pair[0], "top token", _U31), _float(pair[1], "top logprob")))
+            raise corrupt("top: an entry is not [token id, logprob]")
+        pairs.append((as_int(pair[0], "top token", _U31), as_float(pair[1], "top logprob")))
     token = SampledToken(
-        token_id=_int(header[4], "token_id", _U31),
-        logprob=None if header[5] is None else _float(header[5], "logprob"),
+        token_id=as_int(header[4], "token_id", _U31),
+        logprob=None if header[5] is None else as_float(header[5], "logprob"),
         top=tuple(pairs),
     )
     return EndFrame(
         ticket=_ticket(header[2]),
-        num_tokens=_int(header[3], "num_tokens", _U31),
+        num_tokens=as_int(header[3], "num_tokens", _U31),
         first_token=token,
-        prefill_end_age_s=_float(header[7], "prefill_end_age_s"),
-        total_bytes=_int(header[8], "total_bytes", _U64),
+        prefill_end_age_s=as_float(header[7], "prefill_end_age_s"),
+        total_bytes=as_int(header[8], "total_bytes", _U64),
     )
 
 
@@ -293,16 +293,16 @@ def _ticket_fields(ticket: Ticket) -> list[object]:
 
 def _ticket(fields: object) -> Ticket:
     if not isinstance(fields, list) or len(fields) != 8:
-        raise _corrupt("ticket is not a list of 8 fields")
+        raise corrupt("ticket is not a list of 8 fields")
     return Ticket(
-        request_id=_text(fields[0], "request_id"),
-        choice=_int(fields[1], "choice", _U31),
-        prefill_attempt=_int(fields[2], "prefill_attempt", _U31),
-        decode_attempt=_int(fields[3], "decode_attempt", _U31),
-        prefill_worker=_text(fields[4], "prefill_worker"),
-        epoch=_int(fields[5], "epoch", _U64),
-        num_tokens=_int(fields[6], "num_tokens", _U31, lowest=1),
-        fingerprint=_text(fields[7], "fingerprint"),
+        request_id=as_text(fields[0], "request_id"),
+        choice=as_int(fields[1], "choice", _U31),
+        prefill_attempt=as_int(fields[2], "prefill_attempt", _U31),
+        decode_attempt=as_int(fields[3], "decode_attempt", _U31),
+        prefill_worker=as_text(fields[4], "prefill_worker"),
+        epoch=as_int(fields[5], "epoch", _U64),
+        num_tokens=as_int(fields[6], "num_tokens", _U31, lowest=1),
+        fingerprint=as_text(fields[7], "fingerprint"),
     )
 
 
@@ -310,11 +310,11 @@ def _offer(fields: object) -> SegmentOffer | None:
     if fields is None:
         return None
     if not isinstance(fields, list) or len(fields) != 2:
-        raise _corrupt("offer is not [socket name, nonce]")
-    nonce = _binary(fields[1], "nonce")
+        raise corrupt("offer is not [socket name, nonce]")
+    nonce = as_bytes(fields[1], "nonce")
     if len(nonce) != NONCE_BYTES:
-        raise _corrupt(f"nonce: not {NONCE_BYTES} bytes")
-    return SegmentOffer(socket_name=_text(fields[0], "socket_name", MAX_SOCKET_NAME), nonce=nonce)
+        raise corrupt(f"nonce: not {NONCE_BYTES} bytes")
+    return SegmentOffer(socket_name=as_text(fields[0], "socket_name", MAX_SOCKET_NAME), nonce=nonce)
 
 
 def _message(header: list[object], *payloads: memoryview) -> bytes:
@@ -328,14 +328,14 @@ def _message(header: list[object], *payloads: memoryview) -> bytes:
 def _split(data: bytes | memoryview) -> _Parts:
     """Header and payload; the header is a list of at least kind and version, both integers."""
     if len(data) < _PREFIX.size:
-        raise _corrupt(f"a message of {len(data)} bytes is too short")
+        raise corrupt(f"a message of {len(data)} bytes is too short")
     length, digest = _PREFIX.unpack_from(data)
     if not 0 < length <= MAX_HEADER_BYTES or _PREFIX.size + length > len(data):
-        raise _corrupt(f"header length {length} is out of bounds")
+        raise corrupt(f"header length {length} is out of bounds")
     view = memoryview(data)
     packed, payload = view[_PREFIX.size : _PREFIX.size + length], view[_PREFIX.size + length :]
     if xxhash.xxh3_64_intdigest(packed) != digest:
-        raise _corrupt("the header's checksum does not match")
+        raise corrupt("the header's checksum does not match")
     try:
         header = msgpack.unpackb(
             packed,
@@ -347,11 +347,11 @@ def _split(data: bytes | memoryview) -> _Parts:
             max_ext_len=0,
         )
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise _corrupt(f"header is not msgpack: {error}") from error
+        raise corrupt(f"header is not msgpack: {error}") from error
     if not isinstance(header, list) or len(header) < 2:
-        raise _corrupt("header is not a list")
+        raise corrupt("header is not a list")
     for value, name in zip(header, ("kind", "version"), strict=False):
-        _int(value, name, _U31)
+        as_int(value, name, _U31)
     return header, payload
 
 
@@ -362,7 +362,7 @@ def _kind(data: bytes) -> Kind:
 def _kind_of(parts: _Parts) -> Kind:
     value = parts[0][0]
     if value not in list(Kind):
-        raise _corrupt(f"kind {value} is not known")
+        raise corrupt(f"kind {value} is not known")
     return Kind(value)
 
 
@@ -373,7 +373,7 @@ def _header(data: bytes, kind: Kind, length: int, *, any_version: bool = False) 
 def _checked(parts: _Parts, kind: Kind, length: int, *, any_version: bool = False) -> _Parts:
     header, payload = parts
     if header[0] != kind:
-        raise _corrupt(f"kind {header[0]} where {kind.name} was due")
+        raise corrupt(f"kind {header[0]} where {kind.name} was due")
     if header[1] != PROTOCOL_VERSION:
         if any_version:
             return header, payload
@@ -381,41 +381,7 @@ def _checked(parts: _Parts, kind: Kind, length: int, *, any_version: bool = Fals
             RefusalReason.VERSION_MISMATCH, f"message of KV protocol {header[1]}, this is {PROTOCOL_VERSION}"
         )
     if len(header) != length:
-        raise _corrupt(f"{kind.name} has {len(header)} fields, not {length}")
+        raise corrupt(f"{kind.name} has {len(header)} fields, not {length}")
     if kind not in (Kind.BLOCKS, Kind.REFS) and len(payload):
-        raise _corrupt(f"{kind.name} carries {len(payload)} bytes of payload")
+        raise corrupt(f"{kind.name} carries {len(payload)} bytes of payload")
     return header, payload
-
-
-def _int(value: object, name: str, highest: int, *, lowest: int = 0) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
-        raise _corrupt(f"{name}: not an integer in {lowest}…{highest}")
-    return value
-
-
-def _float(value: object, name: str) -> float:
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        raise _corrupt(f"{name}: not a number")
-    return float(value)
-
-
-def _text(value: object, name: str, limit: int = MAX_TEXT) -> str:
-    if not isinstance(value, str) or len(value) > limit:
-        raise _corrupt(f"{name}: not a text of at most {limit} characters")
-    return value
-
-
-def _bool(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise _corrupt(f"{name} is not a boolean")
-    return value
-
-
-def _binary(value: object, name: str) -> bytes:
-    if not isinstance(value, bytes):
-        raise _corrupt(f"{name}: not bytes")
-    return value
-
-
-def _corrupt(message: str) -> HandoffRefused:
-    return HandoffRefused(RefusalReason.CORRUPT, message)

@@ -13,9 +13,10 @@ from tandem.kvtransfer.layout import KVGroup, KVLayout
 from tandem.kvtransfer.mapped.fd_passing import SegmentServer
 from tandem.kvtransfer.mapped.transport import MappedKVTransport
 from tandem.kvtransfer.memory_store import MemoryKVStore
-from tandem.kvtransfer.sink import SinkDriver, TransferStats
+from tandem.kvtransfer.sink import SinkDriver
 from tandem.kvtransfer.source import SourceDriver
 from tandem.kvtransfer.ticket import Peer, SegmentOffer, Ticket
+from tandem.kvtransfer.transfer_stats import TransferStats
 
 TOKEN = SampledToken(42, -0.25, ((42, -0.25),))
 D = "r/0/d0"

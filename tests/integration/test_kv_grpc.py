@@ -16,8 +16,9 @@ from tandem.cluster.types import BlockRef, SampledToken
 from tandem.kvtransfer.grpc_transport import GrpcKVTransport
 from tandem.kvtransfer.layout import KVGroup, KVLayout
 from tandem.kvtransfer.memory_store import MemoryKVStore
-from tandem.kvtransfer.sink import SinkDriver, TransferStats
+from tandem.kvtransfer.sink import SinkDriver
 from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, Ticket
+from tandem.kvtransfer.transfer_stats import TransferStats
 from tandem.kvtransfer.transport import EndFrame, PullRequest
 from tandem.kvtransfer.wire import decode_ack
 

@@ -14,9 +14,10 @@ from tandem.cluster.types import BlockRef, SampledToken
 from tandem.kvtransfer.layout import KVGroup, KVLayout
 from tandem.kvtransfer.memory_store import MemoryKVStore
 from tandem.kvtransfer.memory_transport import MemoryKVTransport
-from tandem.kvtransfer.sink import SinkDriver, TransferStats
+from tandem.kvtransfer.sink import SinkDriver
 from tandem.kvtransfer.source import SourceDriver
 from tandem.kvtransfer.ticket import Peer, Ticket
+from tandem.kvtransfer.transfer_stats import TransferStats
 from tandem.kvtransfer.transport import KVTransport
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder's own modules
