@@ -28,6 +28,8 @@ def answer_of(result: PlanResult) -> Answer:
     """Not clear where the interval of the difference holds 0, or one seed makes none."""
     if result.infeasible or result.best is None:
         return Answer.INFEASIBLE
+    if _missing(result):
+        return Answer.NOT_CLEAR
     if not _serves(result.disaggregated):
         return Answer.COLOCATE
     if not _serves(result.colocated):
@@ -46,6 +48,10 @@ def verdict(result: PlanResult) -> str:
         why = result.infeasible or "no placement that was looked at keeps the promises at any rate"
         return why if why.startswith("infeasible") else f"infeasible: {why}"
     split, mixed = result.disaggregated, result.colocated
+    if missing := _missing(result):
+        assert result.best is not None  # else nothing is feasible
+        reached = f"the best other plan reaches {number(result.best.goodput_per_gpu)} {_UNITS}"
+        return f"Not clear: the time limit ended the search before any {missing} plan was simulated; {reached}."
     if not _serves(split):
         return f"Do not disaggregate: {_why_not(split, 'disaggregated', result)}."
     if not _serves(mixed):
@@ -114,6 +120,14 @@ def interval(found: Interval, scale: float = 1.0) -> str:
     if found.low == found.mean == found.high:
         return number(found.mean * scale)
     return f"{number(found.mean * scale)} ({number(found.low * scale)} to {number(found.high * scale)})"
+
+
+def _missing(result: PlanResult) -> str:
+    """The kind of which time left no plan to compare with; empty: none."""
+    if result.complete:
+        return ""
+    kinds = {"disaggregated": result.disaggregated, "colocated": result.colocated}
+    return next((name for name, one in kinds.items() if one is None), "")
 
 
 def _pairs(result: PlanResult) -> int:

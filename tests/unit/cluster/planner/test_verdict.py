@@ -77,6 +77,15 @@ def test_the_verdict(found: PlanResult, answer: Answer, words: str) -> None:
     assert verdict(found).count("infeasible") <= 1
 
 
+def test_what_there_was_no_time_for_is_not_impossible() -> None:
+    found = result(colocated=None, difference=None, complete=False)
+    assert answer_of(found) is Answer.NOT_CLEAR
+    assert verdict(found) == (
+        "Not clear: the time limit ended the search before any colocated plan was simulated; "
+        "the best other plan reaches 2.00 requests/s per GPU."
+    )
+
+
 def test_one_seed_makes_no_interval() -> None:
     one = replace(evaluated(split(), 6.0), seeds=(6.0,), goodput=Interval(mean=6.0, low=6.0, high=6.0))
     found = result(disaggregated=one, difference=Interval(mean=0.5, low=0.5, high=0.5))
