@@ -133,7 +133,8 @@ class HandoffPuller:
         actions: list[PullerAction] = []
         for record in list(self._records.values()):
             ticket = record.ticket
-            if ChoiceKey(ticket.request_id, ticket.choice) == name and ticket.decode_attempt <= decode_attempt:
+            same_choice = ticket.request_id == request_id and ticket.choice == choice
+            if same_choice and ticket.decode_attempt <= decode_attempt:
                 actions += self._abort(record, notify, now_s)
         return actions
 
