@@ -165,7 +165,7 @@ def failures_of(drawn: list[tuple[int, float, float | None, bool]], workers: tup
     return failures
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     pools=st.sampled_from(sorted(POOLS)),
     drawn=FAILURES,
