@@ -87,7 +87,7 @@ def run_validation(given: Mapping[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="tandem-validate-") as folder:
         subjects, quick = _subjects(display, given, Path(folder))
         overheads = _overheads(display, quick)
-        trials = [_trial(display, subject, overheads, given) for subject in subjects]
+        trials = [_trial(display, subject, given) for subject in subjects]
         run_trials(display, trials, overheads, given, end_s)
 
 
@@ -199,17 +199,19 @@ def _overheads(display: Display, quick: Subject) -> Overheads:
     return found
 
 
-def _trial(display: Display, subject: Subject, overheads: Overheads, given: Mapping[str, Any]) -> Trial:
+def _trial(display: Display, subject: Subject, given: Mapping[str, Any]) -> Trial:
     """The cluster with the rates that it climbs."""
     from dataclasses import replace
 
     from .bench.validate import Trial, saturation
+    from .bench.validate_predict import NONE
 
     load = _load(given)
     if given["rates"]:
         rates = tuple(rate * subject.system.workers for rate in numbers("rates", given["rates"]))
         return Trial(subject=subject, load=replace(load, rates=rates))
-    most = saturation(subject, load, overheads, start=float(subject.system.workers))
+    # Without the overheads, which differ from one start to the next: runs that are kept have the same rates again.
+    most = saturation(subject, load, NONE, start=float(subject.system.workers))
     if not most:
         raise ValueError(f"promise: {subject.label} keeps {load.promises[0]} at no rate, in virtual time")
     display.line(f"{subject.label}: in virtual time 90 % keep {load.promises[0]} up to {most:.3g} requests/s")

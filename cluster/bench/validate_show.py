@@ -9,7 +9,7 @@ from .validate import MAX_ERROR, MAX_POINTS, QUANTILES, Figures, Row, Validation
 from .validate_predict import Overheads
 
 _TITLES = {"ttft_p50": "TTFT p50", "ttft_p90": "p90", "tpot_p50": "TPOT p50", "tpot_p90": "p90"}
-_LABEL, _CELL = 30, 22
+_LABEL, _CELL = 30, 24
 
 
 def show_overheads(found: Overheads) -> str:
@@ -32,7 +32,7 @@ def show(found: Validation) -> str:
 def _row(row: Row) -> str:
     told, seen = row.predicted, row.measured
     cells = f"{row.label[: _LABEL - 1]:<{_LABEL}}{row.rate:>7.3g}"
-    cells += f"{_share(told) + ' / ' + _measured_share(seen):>{_CELL}}{_signed(row.points, 1):>8}"
+    cells += f"{_share(told) + ' / ' + _measured_share(row):>{_CELL}}{_signed(row.points, 1):>8}"
     for name in QUANTILES:
         cells += f"{_latency(told, name) + ' / ' + _latency(seen, name):>{_CELL}}{_signed(100 * row.error(name), 1):>7}"
     state = "" if row.below_saturation else "  saturated"
@@ -65,9 +65,10 @@ def _share(figures: Figures) -> str:
     return f"{100 * figures.attainment:.1f}"
 
 
-def _measured_share(figures: Figures | None) -> str:
+def _measured_share(row: Row) -> str:
+    figures = row.measured
     if figures is None:
-        return "VOID"
+        return "VOID" if row.void else "-"
     low, high = figures.interval
     return f"{100 * figures.attainment:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 

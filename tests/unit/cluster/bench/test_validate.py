@@ -201,6 +201,7 @@ def test_the_table_says_what_is_within_what_is_out_and_what_was_void() -> None:
     assert "at most 9.0 points" in text
     assert "OUT: attainment" in text
     assert "saturated" in text
+    assert text.count("VOID") == 2
     assert "VOID  y at 1/s, seed 0: 50 of 100 steps were late" in text
     assert show(Validation(overheads=NONE, rows=())).endswith("nothing below saturation was measured")
     saved = json.loads(json.dumps(found.as_json({"a": 1}), allow_nan=False))
