@@ -17,8 +17,8 @@ RPC_S = 0.0005
 """A command's way to a worker and a token's way back, on a network inside a data center."""
 OWN_S = 0.001
 """The router's own work on a request."""
-MIN_RUN_S, RUN_LIVES = 45.0, 3.0
-MIN_REQUESTS, MAX_REQUESTS = 300, 1000
+MIN_RUN_S, RUN_LIVES = 40.0, 2.0
+MIN_REQUESTS, MAX_REQUESTS = 300, 700
 SAMPLE_REQUESTS = 400
 """Looked at where a mean or a share over the workload is wanted."""
 

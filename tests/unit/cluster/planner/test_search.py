@@ -135,7 +135,7 @@ def test_a_rate_that_is_wanted_is_kept_with_as_few_gpus_as_do() -> None:
     assert result.best.candidate.gpus <= 2
 
 
-@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ttft_s=st.sampled_from([0.1, 0.2]), change=st.sampled_from([{"ttft_s": 0.8}, {"tpot_s": 0.2}, {"gpus_per_node": 3}])
 )
