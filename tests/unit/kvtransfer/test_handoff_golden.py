@@ -365,6 +365,6 @@ def test_every_event_in_every_state(side: str) -> None:
 def test_events_are_methods(machine: type, events: Any) -> None:
     public = {name for name in vars(machine) if not name.startswith("_")}
     assert public - set(events) == {"check_integrity", "counts", "state_of"} | (
-        {"view"} if machine is HandoffHolder else {"retries_of", "targets_of"}
+        {"view"} if machine is HandoffHolder else {"credited_blocks", "retries_of", "targets_of", "waiting_blocks"}
     )
     assert set(events) <= public
