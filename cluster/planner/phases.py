@@ -82,7 +82,9 @@ class Phases:
         for found in founds:
             assert isinstance(found.search.what, Pool)
             before = self.results[found.search.what]
-            self.results[found.search.what] = replace(before, fate=Fate.SCREENED, goodput=found.goodput)
+            self.results[found.search.what] = replace(
+                before, fate=Fate.SCREENED, goodput=min(found.goodput, before.bound)
+            )
 
     def of(self, role: Role) -> list[PhaseResult]:
         """Those of one phase, the best for each GPU first."""

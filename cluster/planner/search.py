@@ -32,7 +32,7 @@ from .setting import Setting, setting_of
 Progress = Callable[[str, float], None]
 """Told what is being done and which share of the whole is done, 0 to 1; from the process that searches."""
 
-PROPOSED, SCREEN_ROUNDS = 2, 2
+PROPOSED, SCREEN_ROUNDS = 2, 3
 """Candidates of each side that are simulated under one seed, and how often others are, if they may be better."""
 OPTIMISM = 1.1
 """How much better than its estimate, held against what the best came to, a candidate may turn out."""
@@ -185,8 +185,9 @@ class _Run:
             if not waiting:
                 break
             ends = [begin + (end - begin) * (place + after) / SCREEN_ROUNDS for after in (0, 1)]
-            self._screen(waiting[:PROPOSED], what, *ends)
-            waiting = waiting[PROPOSED:]
+            chosen = _unlike(waiting)[:PROPOSED]
+            self._screen(chosen, what, *ends)
+            waiting = [one for one in waiting if one not in chosen]
             best = self._best(side)
             if best is not None:
                 waiting = [one for one in waiting if self._may_beat(one, best)]
@@ -349,3 +350,11 @@ class _Run:
                 "cells hand off inside themselves only: each has its own router, and an even share of the load"
             )
         return tuple(notes)
+
+
+def _unlike(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The first of each kind of splits: limits of batches are what the local search is for."""
+    found: dict[tuple[tuple[int, int], ...], Candidate] = {}
+    for one in candidates:
+        found.setdefault(tuple((pool.tensor_parallel, pool.pipeline_stages) for pool in one.pools), one)
+    return list(found.values())
