@@ -193,7 +193,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
 def test_asking_for_logprobs_does_not_change_the_token() -> None:
     rows = logits(len(CASES), seed=5)
     plain = [spec(i, seed=9, **fields) for i, fields in enumerate(CASES.values())]
-    asking = [replace(s, params=replace(s.params, top_logprobs=i % 3)) for i, s in enumerate(plain)]
+    asking = [s._replace(params=replace(s.params, top_logprobs=i % 3)) for i, s in enumerate(plain)]
     without, with_logprobs = sample(rows, plain), sample(rows, asking)
     assert tokens(without) == tokens(with_logprobs)
     for i, (bare, result) in enumerate(zip(without, with_logprobs, strict=True)):
