@@ -9,7 +9,7 @@ _AS_IT_IS = (
     *("max_model_len", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks"),
     *("credit_limit_blocks", "running", "waiting", "held", "max_running", "max_waiting", "streams", "leases", "pulls"),
     *("integrity_ok", "integrity_age_s", "preemptions_total", "steps_total", "late_steps_total", "threads", "kv_bytes"),
-    "kv_mover_pid",
+    *("kv_mover_pid", "max_batched_tokens"),
 )
 _BY_NAME = ("holder_states", "puller_states", "pulls_total", "handoff_failures_total")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..cluster.latency.linear import DEFAULT_TOKEN_BUDGET, step_time_model
+from ..cluster.latency.linear import step_time_model
 from ..cluster.types import Role, Urgency
 from .placement import WorkerView
 
@@ -50,9 +50,9 @@ def learned(views: Sequence[WorkerView]) -> tuple[WorkerView, ...]:
 def _beside(view: WorkerView) -> tuple[int, int, int]:
     """(prompt tokens that a full step of this worker has room for, decode rows beside them, their context)."""
     if view.role is not Role.MIXED:
-        return DEFAULT_TOKEN_BUDGET, 0, 0
-    rows = min(view.running, DEFAULT_TOKEN_BUDGET - 1)
-    return DEFAULT_TOKEN_BUDGET - rows, rows, view.context_tokens
+        return view.max_batched_tokens, 0, 0
+    rows = min(view.running, view.max_batched_tokens - 1)
+    return view.max_batched_tokens - rows, rows, view.context_tokens
 
 
 def prefill_s(view: WorkerView, tokens: float) -> float:
@@ -73,7 +73,8 @@ def room_tokens(views: Sequence[WorkerView], urgency: Urgency) -> float:
     return sum(
         max(
             0.0,
-            view.pipeline_stages * (DEFAULT_TOKEN_BUDGET + QUEUE_S * tokens_per_s(view)) - view.tokens_before(urgency),
+            view.pipeline_stages * (view.max_batched_tokens + QUEUE_S * tokens_per_s(view))
+            - view.tokens_before(urgency),
         )
         for view in views
     )
@@ -99,8 +100,9 @@ def forecast(
     level_s = max(_level_s(views, queue_s, ahead_tokens), decode_wait_s)
     idle_s = min(own_s.values())
     for view in views:
-        # A prompt is done when its step is, and that has as many of the tokens that wait as there is room for.
-        beside = min(_beside(view)[0], view.queued_prefill_tokens + ahead_tokens)
+        # A prompt is done when its step is. Where more waits than a step has room for, its step is full of others too.
+        room = _beside(view)[0]
+        beside = min(room, max(0.0, view.queued_prefill_tokens + ahead_tokens - room))
         own_s[view.worker_id] = max(own_s[view.worker_id], prefill_s(view, beside))
     best = min(views, key=lambda view: (max(queue_s[view.worker_id], level_s) + own_s[view.worker_id], view.worker_id))
     return Forecast(

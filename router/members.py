@@ -21,7 +21,7 @@ from grpc import aio
 
 from ..cluster.auth import OPEN, MemberCredentials
 from ..cluster.clock import Clock
-from ..cluster.latency.linear import StepTimeModel
+from ..cluster.latency.linear import DEFAULT_TOKEN_BUDGET, StepTimeModel
 from ..cluster.messages import step_time_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.proto.tandem_internal_v1_pb2_grpc import RegistryServicer
@@ -287,6 +287,7 @@ def as_said(member: Member) -> WorkerView:
         running=status.running,
         waiting=status.waiting,
         max_running=max(1, status.max_running),
+        max_batched_tokens=status.max_batched_tokens or DEFAULT_TOKEN_BUDGET,
         max_waiting=status.max_waiting,
         context_tokens=status.context_tokens,
         step_time=step_time_from_proto(status.step_time),

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..cluster.latency.linear import step_time_model
+from ..cluster.latency.linear import DEFAULT_TOKEN_BUDGET, step_time_model
 from ..cluster.types import Role, StepTimeCoefficients, Urgency
 
 ANSWER_TOKENS = 128
@@ -45,6 +45,8 @@ class WorkerView:
     """Of `queued_prefill_tokens`: those that are due at no time."""
     pipeline_stages: int = 1
     """It works on as many prompts at once."""
+    max_batched_tokens: int = DEFAULT_TOKEN_BUDGET
+    """Token budget of its steps."""
     tightest_tpot_s: float = math.inf
     """The tightest promise among the choices that this router decodes there; inf: none."""
 
@@ -78,7 +80,8 @@ def missing(prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> str:
 
 def predicted_ttft_s(view: WorkerView, uncached_tokens: int) -> float:
     """Seconds until this worker would have the first token of a prompt with that many tokens to compute."""
-    return step_time_model(view.step_time).predict_ttft_s(view.queued_prefill_tokens, uncached_tokens)
+    model = step_time_model(view.step_time)
+    return model.predict_ttft_s(view.queued_prefill_tokens, uncached_tokens, view.max_batched_tokens)
 
 
 def predicted_tpot_s(view: WorkerView, context_tokens: int) -> float:

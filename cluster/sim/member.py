@@ -52,6 +52,7 @@ class SimMember:
             running=load.running,
             waiting=load.waiting,
             max_running=spec.max_running,
+            max_batched_tokens=max(spec.max_batched_tokens, spec.max_running),
             max_waiting=spec.max_waiting,
             context_tokens=load.context_tokens,
             step_time=status.step_time,

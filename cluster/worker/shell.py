@@ -339,6 +339,7 @@ class WorkerShell:
             context_tokens=load.context_tokens,
             max_waiting=engine_config.max_waiting,
             max_running=engine_config.max_running,
+            max_batched_tokens=engine_config.max_batched_tokens,
             step_time=step_time_to_proto(engine.step_time),
             streams=len(self._live),
             integrity_ok=self.failure is None,

@@ -57,8 +57,10 @@ def test_two_workers_share_what_stands_ahead_and_the_shorter_queue_takes_more_of
 
 
 def test_decode_that_keeps_everybody_back_counts_where_it_is_longer() -> None:
-    assert told(view(), ahead=1000, decode_wait_s=3.0).ttft_s == pytest.approx(3.512), "in a full step"
-    assert told(view(), ahead=1000, decode_wait_s=0.5).ttft_s == pytest.approx(1.512)
+    assert told(view(), ahead=1000, decode_wait_s=3.0).ttft_s == pytest.approx(3.488), (
+        "behind it there is most of a step more"
+    )
+    assert told(view(), ahead=1000, decode_wait_s=0.5).ttft_s == pytest.approx(1.488)
 
 
 def test_a_prefix_that_one_worker_has_shortens_its_own_part() -> None:
@@ -121,3 +123,19 @@ def test_a_row_more_must_keep_its_own_promise_and_those_of_the_rows_that_run() -
     assert keeps_tpot(replace(decode, running=0, tightest_tpot_s=0.001), 100, 0.001), (
         "nobody is faster than who is idle"
     )
+
+
+def test_a_workers_own_token_budget_counts() -> None:
+    """Steps of 2048 tokens: a prompt of 1500 is one of them, and as much more may wait at the worker."""
+    steps = StepTimeCoefficients(step_s=0.1, prefill_token_s=1e-3)
+    small, large = view(step_time=steps), view(step_time=steps, max_batched_tokens=2048)
+    assert told(small, tokens=1500).own_s == pytest.approx(3 * 0.1 + 1.5)
+    assert told(large, tokens=1500).own_s == pytest.approx(0.1 + 1.5)
+    assert room_tokens([large], PATIENT) == pytest.approx(2048 + QUEUE_S * tokens_per_s(large))
+    assert told(view(role=Role.MIXED, running=12, max_batched_tokens=1012)).own_s == pytest.approx(0.12 + 0.1)
+
+
+def test_what_fits_into_one_step_with_it_does_not_count_twice() -> None:
+    assert told(view(queued_prefill_tokens=300)).ttft_s == pytest.approx(0.4)
+    assert told(view(queued_prefill_tokens=900)).ttft_s == pytest.approx(0.9 + 0.388), "the rest of its step is others'"
+    assert told(view(queued_prefill_tokens=3000)).ttft_s == pytest.approx(3.0 + 0.512)
