@@ -216,6 +216,9 @@ class Evaluation:
     """Processor seconds that it took."""
     prediction: Prediction | None = None
     """At the rate that was asked for, else at goodput; of the best of their kind only."""
+    decided: bool = True
+    """False: the time limit or an interruption cut the simulations of it short. `goodput` and `seeds` are then what had
+    been seen of it, its lowest that is sure; 0 and none where nothing was, and there is the `estimate` only."""
 
     @property
     def goodput_per_gpu(self) -> float:
@@ -250,7 +253,7 @@ class PlanResult:
     """The answer."""
 
     disaggregated: Evaluation | None
-    """The best one; None: none is possible here (`why` of those in `explored` says why)."""
+    """The best one; None: none is possible here (`why` of those in `explored` says why), or the side is not decided."""
     colocated: Evaluation | None
     difference: Interval | None
     """Disaggregated minus colocated, goodput for each GPU, paired by seed; None without both."""
@@ -272,8 +275,27 @@ class PlanResult:
     cpu_s: float = 0.0
     """Of all processes together."""
     complete: bool = True
-    """False: the time budget ended the search early."""
+    """False: the time budget or an interruption ended the search early."""
+    interrupted: bool = False
+    """It was a signal (Ctrl-C, SIGTERM), not the time limit."""
+    disaggregated_decided: bool = True
+    """False: the search ended before this side was looked at as a whole search would. `disaggregated` is then the best
+    so far, under as many seeds as its `seeds` says, or None where nothing was simulated: see `likely`."""
+    colocated_decided: bool = True
+    """The same of the other side."""
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def decided(self) -> bool:
+        """Whether both sides are, so that the verdict is one."""
+        return self.disaggregated_decided and self.colocated_decided
+
+    def likely(self, disaggregated: bool) -> Evaluation | None:
+        """What promises most of one side by its estimate alone (`Evaluation.estimate`, requests a second; nothing of it
+        need have been simulated): what to name of a side that is not decided. None: no estimate was made.
+        """
+        able = [one for one in self.explored if one.candidate.disaggregated is disaggregated and one.estimate > 0.0]
+        return max(able, key=lambda one: one.estimate / one.candidate.gpus, default=None)
 
     @property
     def best(self) -> Evaluation | None:

@@ -75,7 +75,7 @@ class _Run:
         self._founds: dict[Candidate, list[Found]] = {}
         self._requests = 0
         self._simulated_s = 0.0
-        self._complete = True
+        self._complete = self._in_time = True
 
     def result(self) -> PlanResult:
         """Searches."""
@@ -85,6 +85,7 @@ class _Run:
         split = self._disaggregated()
         mixed = self._colocated(split.candidate.gpus if split is not None else self._setting.gpus)
         split, mixed = self._all_seeds(split, mixed)
+        self._in_time = self._complete
         more = self._marginal(split, mixed)
         self._progress("done", 1.0)
         return self._answer(split, mixed, more)
@@ -310,6 +311,7 @@ class _Run:
             key=lambda one: (order.index(one.fate), -one.goodput_per_gpu, -one.estimate / one.candidate.gpus),
         )
         sample = self._outlook.sample
+        decided = self._decided(True, split), self._decided(False, mixed)
         return PlanResult(
             disaggregated=split,
             colocated=mixed,
@@ -317,7 +319,7 @@ class _Run:
             explored=tuple(explored),
             phases=(*self._phases.of(Role.PREFILL), *self._phases.of(Role.DECODE)),
             marginal=more,
-            infeasible="" if split is not None or mixed is not None else self._infeasible(),
+            infeasible="" if split is not None or mixed is not None or not all(decided) else self._infeasible(),
             input_tokens=sample.mean_input,
             output_tokens=sample.mean_output,
             target_rate=self._setting.target_rate,
@@ -327,8 +329,17 @@ class _Run:
             wall_s=time.monotonic() - self._begun_s,
             cpu_s=time.process_time() - self._cpu_s + (self._simulated_s if self._crew.apart else 0.0),
             complete=self._complete,
+            disaggregated_decided=decided[0],
+            colocated_decided=decided[1],
             notes=self._notes(),
         )
+
+    def _decided(self, disaggregated: bool, best: Evaluation | None) -> bool:
+        """Whether more time would not have told more of that side."""
+        if self._in_time or best is not None:
+            return best is None or best.fate is Fate.SIMULATED
+        own = [one for one in self._explored.values() if one.candidate.disaggregated is disaggregated]
+        return all(one.fate in (Fate.REFUSED, Fate.HOPELESS) for one in own)
 
     def _infeasible(self) -> str:
         """Why nothing serves: the promise that is missed by least, or the memory that is missing."""
@@ -337,8 +348,6 @@ class _Run:
         refused = [one.why for one in self._explored.values() if one.fate is Fate.REFUSED] or self._phases.refused
         if refused and all(one.fate is Fate.REFUSED for one in self._explored.values()):
             return f"no split fits: {refused[-1]}"
-        if not self._complete:
-            return "the time limit ended the search before anything was found that keeps the promises"
         return "no rate that was tried keeps the promises of enough requests with any placement"
 
     def _notes(self) -> tuple[str, ...]:
