@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from ..engine.plan import RowOutput, StepOutput, StepPlan
 from ..engine.quiet_run import QuietRun
@@ -21,8 +22,8 @@ from ..engine.scheduler import Scheduler
 from ..engine.scheduler_events import SchedulerEvent
 from ..engine.step_shape import StepShape, step_shape
 from ..latency.interface import StepCosts
-from ..latency.linear import OnlineStepTimeFit
-from ..types import SampledToken
+from ..latency.linear import PRIOR_STEPS, OnlineStepTimeFit, linear_terms
+from ..types import Role, SampledToken, StepTimeCoefficients
 from .observer import StepSpan
 from .timeline import Event, Timeline
 
@@ -44,8 +45,9 @@ class SimEngine:
         *,
         worker_id: str = "",
         on_span: Callable[[StepSpan], None] | None = None,
+        prior: StepTimeCoefficients | None = None,
     ) -> None:
-        """`on_span`: told of every step and run."""
+        """`on_span`: told of every step and run; `prior`: what the worker says of its steps before it has run one."""
         self._timeline = timeline
         self.scheduler = scheduler
         self._costs = costs
@@ -66,7 +68,8 @@ class SimEngine:
         self._boundary: Event | None = None
         """When the engine looks for work again."""
         self.steps_total = 0
-        self.fit = OnlineStepTimeFit()
+        self.fit = OnlineStepTimeFit() if prior is None else OnlineStepTimeFit(prior, prior_steps=PRIOR_STEPS)
+        self._known_steps = self.fit.steps
         """What the worker reports, and routers predict from."""
 
     def submit(self, command: Command) -> None:
@@ -78,6 +81,11 @@ class SimEngine:
             self._cut(self._run)
         elif not self._looking and self._planned < self._stages:
             self._look_at(max(self._timeline.now_s(), self._stage_free_s))
+
+    @property
+    def learned_steps(self) -> int:
+        """Steps that the fit stands for, those of runs one by one."""
+        return self._known_steps + self.steps_total
 
     def steps_under_way(self) -> tuple[int, int]:
         """(steps, rows) of the run under way that are done already, though the scheduler has not heard of them."""
@@ -128,7 +136,8 @@ class SimEngine:
         self._planned += 1
         self.steps_total += 1
         self._stage_free_s = now_s + stage_s
-        self._done_s = max(self._done_s, now_s + step_s)
+        # The last stage takes a plan up when the one before has left it: a small one behind a large one is a bubble.
+        self._done_s = max(self._done_s + step_s / self._stages, now_s + step_s)
         self._timeline.at(self._done_s, lambda: self._complete(plan, shape, now_s))
         if self._stages > 1:
             self._look_at(self._stage_free_s)
@@ -223,6 +232,20 @@ class SimEngine:
         events = self.scheduler.take_events()
         if events:
             self._on_events(events)
+
+
+@lru_cache(maxsize=256)
+def prior_of(costs: StepCosts, role: Role) -> StepTimeCoefficients:
+    """What a worker of these costs says of its steps before it has run one; see `SimEngine._begin` for pipelines."""
+    stages = costs.pipeline_stages
+
+    def heard_s(prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
+        if prefill_tokens:
+            return costs.stage_time_s(prefill_tokens, prefill_squares, decode_rows, context_tokens)
+        rows = -(-decode_rows // stages)
+        return costs.step_time_s(0, 0, rows, rows * context_tokens // decode_rows)
+
+    return linear_terms(heard_s, role=role)
 
 
 class _Run:
