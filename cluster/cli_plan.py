@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ from .cli_plan_options import (
     Verbose,
     Workload,
 )
+from .cli_promises import slo_classes
+from .cli_typed import as_typed
 
 if TYPE_CHECKING:
     from .cli_display import Display
@@ -55,8 +57,10 @@ if TYPE_CHECKING:
     from .planner.result import Evaluation, PlanResult
     from .planner.setting import Setting
 
-INFEASIBLE, RATE_NOT_KEPT = 3, 4
-"""Exit codes beside those of all commands: no plan keeps the promises; none keeps them at the rate that was asked."""
+INFEASIBLE, RATE_NOT_KEPT, UNDECIDED, INTERRUPTED = 3, 4, 5, 130
+"""Exit codes beside those of all commands: no plan keeps the promises; none keeps them at the rate that was asked; the
+time limit ended the search before that was known; a signal did.
+"""
 CHOICES = ("best", "disaggregated", "colocated")
 _PATHS = {
     "model": "model",
@@ -87,23 +91,13 @@ _PATHS = {
     "max_pp": "search.max_pipeline_stages",
 }
 """Where in a problem each option stands."""
-
-
-_VALIDATION: Mapping[str, Any] = {
-    "plans": "",
-    "rates": "",
-    "shares": "0.4,0.7,0.9",
-    "stair_s": 16.0,
-    "settle_s": 4.0,
-    "guard_s": 4.0,
-    "time_scale": 1.0,
-    "seeds": 1,
-    "max_minutes": 10.0,
-    "results": None,
-    "model": "",
-    "save_result": None,
+_MADE = {
+    "config": "problem",
+    "workload": "workload.lengths",
+    "goodput": "workload.slo_classes",
+    "slo_class": "workload.slo_classes",
 }
-"""Options of `tandem bench validate` as it has them by itself."""
+"""The same of options whose values are made of what was given."""
 _EVEN = {"workload.range_ratio": 0.0}
 
 
@@ -150,45 +144,33 @@ def plan(
     """Search the placement with the highest goodput per GPU, and say whether to disaggregate at all.
 
     Exit codes: 0 a plan was found, 1 failed, 2 wrong usage, 3 no plan keeps the promises, 4 none keeps them at
-    --request-rate, 130 interrupted.
+    --request-rate, 5 undecided: the time limit ended the search, and what is shown and written is the best so far,
+    130 interrupted: the best so far is shown, nothing is written.
     """
     from .cli_display import Display
-    from .planner.curves import with_curves
     from .planner.predict import with_predictions
     from .planner.problem import load_problem
     from .planner.search import plan as search
     from .planner.setting import setting_of
 
-    problem = load_problem(config, overrides(context.params))
-    _check(problem, context.params)
-    setting = setting_of(problem)
+    with as_typed(context, _PATHS | _MADE, config):
+        problem = load_problem(config, overrides(context.params))
+        _check(problem, context.params)
+        setting = setting_of(problem)
     display = Display()
     with display.steps() as steps:
         result = search(problem, lambda what, share: steps("plan", what, share))
-        result = with_predictions(setting, result, lambda what, share: steps("latencies", what, share))
-        if report is not None:
-            result = with_curves(
-                setting,
-                result,
-                processes=problem.search.chosen_processes,
-                time_limit_s=problem.search.time_limit_s,
-                progress=lambda what, share: steps("report", what, share),
-            )
+        if not result.interrupted:
+            result = with_predictions(setting, result, lambda what, share: steps("plan", what, share))
     _print(problem, setting, result, verbose=verbose)
-    chosen = _chosen(result, choose)
-    if output is not None:
-        _write_plan(display, problem, setting, result, chosen, context.params)
-    if report is not None:
-        from .planner.report import save_report
-
-        save_report(report, problem, setting, result, command())
-        display.line(f"drawn       {report}")
-    if save_result is not None:
-        _save(save_result, problem, result)
-        display.line(f"saved       {save_result}")
-    if validate:
+    if not result.interrupted:
+        _write(display, problem, setting, result, context.params)
+    code = exit_code(result)
+    if report is not None and not (code == INTERRUPTED or _draw(display, problem, setting, result, report)):
+        code = INTERRUPTED
+    if validate and code != INTERRUPTED:
         _validate(problem, setting, result, device)
-    raise typer.Exit(exit_code(result))
+    raise typer.Exit(code)
 
 
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,13 +179,8 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     found |= {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
     if given["burstiness"] is not None and given["arrivals"] is None:
         found["workload.arrivals"] = "gamma"
-    if given["goodput"] and given["slo_class"]:
-        raise ValueError("slo_class: is not allowed with goodput; allowed: one of the two")
-    if given["goodput"]:
-        words = ":".join(given["goodput"]).split(":")
-        found["workload.slo_classes"] = {"interactive": _promises("goodput", words)}
-    if given["slo_class"]:
-        found["workload.slo_classes"] = dict(_slo_class(text) for text in given["slo_class"])
+    if classes := slo_classes(given):
+        found["workload.slo_classes"] = classes
     return found
 
 
@@ -224,33 +201,6 @@ def _workload(path: str) -> dict[str, Any]:
     if beside is not None and beside.exists():
         section = {**section, "lengths": str(beside)}
     return {f"workload.{key}": value for key, value in section.items()}
-
-
-def _slo_class(text: str) -> tuple[str, dict[str, float]]:
-    """`chat:0.8:ttft:250:tpot:100` to its name and its section."""
-    name, *words = text.split(":")
-    try:
-        share = float(words[0])
-    except (IndexError, ValueError):
-        raise ValueError(f"slo_class: {text!r} is not allowed; allowed: NAME:SHARE:ttft:MS:tpot:MS") from None
-    return name, {"share": share, **_promises("slo_class", words[1:])}
-
-
-def _promises(option: str, words: Sequence[str]) -> dict[str, float]:
-    """`ttft:250:tpot:100` to seconds."""
-    found: dict[str, float] = {}
-    pairs = zip(words[::2], words[1::2], strict=False)
-    for metric, milliseconds in pairs:
-        try:
-            seconds = float(milliseconds) / 1e3
-        except ValueError:
-            raise ValueError(f"{option}: {milliseconds!r} is not allowed; allowed: milliseconds") from None
-        if metric not in ("ttft", "tpot"):
-            raise ValueError(f"{option}: {metric!r} is not allowed; allowed: ttft, tpot")
-        found[f"{metric}_s"] = seconds
-    if len(words) % 2 or not words:
-        raise ValueError(f"{option}: {':'.join(words)!r} is not allowed; allowed: ttft:MS, tpot:MS or both")
-    return found
 
 
 def _check(problem: Problem, given: Mapping[str, Any]) -> None:
@@ -280,7 +230,7 @@ def _check_validation(problem: Problem) -> None:
     if len(kinds) != 1 or kinds[0].ttft_s is None or kinds[0].tpot_s is None:
         raise ValueError("validate: is not allowed here; allowed with one class that has a TTFT and a TPOT")
     if problem.workload.lengths is None:
-        raise ValueError("validate: is not allowed without workload; allowed with a file of lengths")
+        raise ValueError("validate: is not allowed without a file of lengths; allowed with --workload FILE")
 
 
 def _print(problem: Problem, setting: Setting, result: PlanResult, *, verbose: bool) -> None:
@@ -299,20 +249,24 @@ def _chosen(result: PlanResult, choose: str) -> Evaluation | None:
     return found if found is not None and found.goodput.mean > 0.0 else None
 
 
+def _write(display: Display, problem: Problem, setting: Setting, result: PlanResult, given: Mapping[str, Any]) -> None:
+    """The plan and the whole result, where they were asked for: before anything more is simulated for a picture."""
+    if given["output"] is not None:
+        _write_plan(display, problem, setting, result, given)
+    if given["save_result"] is not None:
+        _save(given["save_result"], problem, result)
+        display.line(f"saved       {given['save_result']}")
+
+
 def _write_plan(
-    display: Display,
-    problem: Problem,
-    setting: Setting,
-    result: PlanResult,
-    chosen: Evaluation | None,
-    given: Mapping[str, Any],
+    display: Display, problem: Problem, setting: Setting, result: PlanResult, given: Mapping[str, Any]
 ) -> None:
     """Writes the file and says what to do with it, or why `serve` will refuse it."""
     from .config import ConfigError
     from .config_file import load_config
     from .planner.plan_file import plan_file
 
-    path = given["output"]
+    path, chosen = given["output"], _chosen(result, given["choose"])
     if chosen is None:
         display.line(f"not written {path}: there is no such plan")
         return
@@ -327,11 +281,35 @@ def _write_plan(
     display.line(f"start it    tandem serve --config {path}")
 
 
+def _draw(display: Display, problem: Problem, setting: Setting, result: PlanResult, path: str) -> bool:
+    """The report, with runs of its own for its curves; False: interrupted, nothing was drawn."""
+    from .planner.curves import with_curves
+    from .planner.report import save_report
+
+    try:
+        with display.steps() as steps:
+            result = with_curves(
+                setting,
+                result,
+                processes=problem.search.chosen_processes,
+                time_limit_s=problem.search.time_limit_s,
+                progress=lambda what, share: steps("report", what, share),
+            )
+    except KeyboardInterrupt:
+        display.line(f"not drawn   {path}: interrupted")
+        return False
+    save_report(path, problem, setting, result, command())
+    display.line(f"drawn       {path}")
+    return True
+
+
 def _validate(problem: Problem, setting: Setting, result: PlanResult, device: str | None) -> None:
     """`tandem bench validate` of the best plans: real router and worker processes, predicted beside measured."""
     import tempfile
+    from inspect import Parameter, signature
 
     from .cli_bench_validate import run_validation
+    from .cli_bench_validate import validate as validation
     from .planner.plan_file import device_of, plan_file
 
     [kind] = problem.workload.classes.values()
@@ -355,7 +333,8 @@ def _validate(problem: Problem, setting: Setting, result: PlanResult, device: st
         }
         options |= {"profile": problem.profile if measured is not None else None}
         options |= {"promise": f"{kind.ttft_s * 1e3:g}:{kind.tpot_s * 1e3:g}", "seed": problem.search.seed}
-        run_validation({**_VALIDATION, **options})
+        options = {name: one.default for name, one in signature(validation).parameters.items()} | options
+        run_validation({name: value for name, value in options.items() if value is not Parameter.empty})
 
 
 def command() -> list[str]:
@@ -365,8 +344,14 @@ def command() -> list[str]:
 
 def exit_code(result: PlanResult) -> int:
     """See `plan`."""
+    if result.interrupted:
+        return INTERRUPTED
+    if result.infeasible:
+        return INFEASIBLE
+    if not result.decided:
+        return UNDECIDED
     best = result.best
-    if best is None or result.infeasible:
+    if best is None:
         return INFEASIBLE
     return RATE_NOT_KEPT if result.target_rate is not None and not best.keeps_target_rate else 0
 

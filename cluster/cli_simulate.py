@@ -27,6 +27,7 @@ from .cli_bench_serve_options import (
     SweepSeeds,
 )
 from .cli_simulate_options import (
+    PATHS,
     Arrivals,
     Burstiness,
     Cluster,
@@ -72,6 +73,7 @@ from .cli_simulate_options import (
     of_cluster,
     overrides,
 )
+from .cli_typed import as_typed
 
 if TYPE_CHECKING:
     from .bench.simulated import Simulation
@@ -145,26 +147,25 @@ def simulate(
     from .cli_display import Display
     from .sim.scenario import read_scenario
 
-    output = SimulatedOutput(
-        save_result=save_result,
-        detailed=save_detailed,
-        result_dir=result_dir,
-        result_filename=result_filename,
-        requests=save_requests,
-        plot=save_plot,
-        trace=save_trace,
-        sweep=sweep,
-        label=label,
-    )
-    output.check()
-    scenario = read_scenario(config, of_cluster(config, cluster) | overrides(context.params))
-    display = Display()
-    display.line(FIRST_LINE)
-    simulation = Simulation(scenario)
-    display.line(described(simulation, sweep=sweep))
-    if sweep:
-        raise typer.Exit(_sweep(simulation, output, context.params, display))
-    raise typer.Exit(_run(simulation, output, metric_percentiles, display))
+    with as_typed(context, PATHS, config or cluster):
+        output = SimulatedOutput(
+            save_result=save_result,
+            detailed=save_detailed,
+            result_dir=result_dir,
+            result_filename=result_filename,
+            requests=save_requests,
+            plot=save_plot,
+            trace=save_trace,
+            sweep=sweep,
+            label=label,
+        )
+        output.check()
+        simulation = Simulation(read_scenario(config, of_cluster(config, cluster) | overrides(context.params)))
+        percentiles = numbers("metric_percentiles", metric_percentiles, "50,99")
+        display = Display()
+        if sweep:
+            raise typer.Exit(_sweep(simulation, output, context.params, display))
+    raise typer.Exit(_run(simulation, output, percentiles, display))
 
 
 def described(simulation: Simulation, *, sweep: bool = False) -> str:
@@ -182,12 +183,17 @@ def described(simulation: Simulation, *, sweep: bool = False) -> str:
     return f"{cluster}; {lengths}, {scenario.workload.arrivals.value} {rate}"
 
 
-def _run(simulation: Simulation, output: Any, metric_percentiles: str, display: Display) -> int:
+def _head(simulation: Simulation, display: Display, *, sweep: bool = False) -> None:
+    display.line(FIRST_LINE)
+    display.line(described(simulation, sweep=sweep))
+
+
+def _run(simulation: Simulation, output: Any, percentiles: tuple[float, ...], display: Display) -> int:
     """Returns the exit code: 1 where no request came to its end, 130 where Ctrl-C ended the run."""
     from .bench.show import table
     from .bench.simulated import METRICS
 
-    percentiles = numbers("metric_percentiles", metric_percentiles, "50,99")
+    _head(simulation, display)
     with watched_run(display, "requests") as watch:
         result = simulation.run(percentiles=percentiles, record_all=output.records_all, on_progress=watch)
     for note in result.notes:
@@ -217,6 +223,7 @@ def _sweep(simulation: Simulation, output: Any, given: Mapping[str, Any], displa
         resolution=given["sweep_resolution"],
         max_points=given["sweep_max_points"],
     )
+    _head(simulation, display, sweep=True)
     display.line(
         f"{plan.target:.0%} of requests to keep {promised(promises_ms(simulation.promises))}; "
         f"{plan.seeds} runs of {plan.duration_s:g} s at each rate"

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_promises import slo_classes
+
 Config = Annotated[str | None, typer.Option("--config", metavar="FILE", help="scenario.yaml; flags win over it.")]
 Cluster = Annotated[
     str | None, typer.Option("--cluster", metavar="FILE", help="cluster.yaml or plan.yaml: its workers and router.")
@@ -78,7 +80,7 @@ SaveTrace = Annotated[
     str | None, typer.Option(metavar="FILE", help="Requests, steps and transfers on a time line, for ui.perfetto.dev.")
 ]
 
-_PATHS = {
+PATHS = {
     "model": "model",
     "hardware": "hardware",
     "profile": "profile",
@@ -113,8 +115,15 @@ _PATHS = {
     "request_rate": "rate",
     "rate_scale": "rate_scale",
     "seed": "seed",
+    "config": "scenario",
+    "no_refuse": "router.refuse",
+    "fail": "failures",
+    "goodput": "workload.slo_classes",
+    "slo_class": "workload.slo_classes",
 }
 """Where in a scenario each option stands."""
+_MADE = ("config", "no_refuse", "fail", "goodput", "slo_class")
+"""Options whose values are made of what was given."""
 
 
 def of_cluster(config: str | None, cluster: str | None) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def of_cluster(config: str | None, cluster: str | None) -> dict[str, Any]:
 
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given, by their place in a scenario."""
-    found = {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
+    found = {path: given[name] for name, path in PATHS.items() if given[name] is not None and name not in _MADE}
     if given["dataset_path"] is not None:  # in place of the file's random lengths
         found = {"workload.input_tokens": None, "workload.output_tokens": None, "workload.range_ratio": 0.0} | found
     if given["rate_scale"] is not None:
@@ -142,12 +151,8 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
         found["workload.arrivals"] = "gamma"
     if given["fail"]:
         found["failures"] = [_failure(text) for text in given["fail"]]
-    if given["goodput"] and given["slo_class"]:
-        raise ValueError("slo_class: is not allowed with goodput; allowed: one of the two")
-    if given["goodput"]:
-        found["workload.slo_classes"] = {"interactive": _promised("goodput", given["goodput"])}
-    if given["slo_class"]:
-        found["workload.slo_classes"] = dict(map(_slo_class, given["slo_class"]))
+    if classes := slo_classes(given):
+        found["workload.slo_classes"] = classes
     if given["sweep"]:
         found.setdefault("rate", 1.0)  # where the sweep starts
     return found
@@ -161,29 +166,3 @@ def _failure(text: str) -> dict[str, Any]:
         return {"worker": worker, "at_s": float(begin), "back_s": float(end) if end else None}
     except ValueError:
         raise ValueError(f"fail: {text!r} is not allowed; allowed: e.g. decode-0@30 or decode-0@30-45") from None
-
-
-def _slo_class(text: str) -> tuple[str, dict[str, float]]:
-    """`chat:0.8:ttft:250:tpot:100` to its name and its section."""
-    name, *words = text.split(":")
-    try:
-        share, values = float(words[0]), words[2::2]
-    except (IndexError, ValueError):
-        raise ValueError(f"slo_class: {text!r} is not allowed; allowed: e.g. chat:0.8:ttft:250:tpot:100") from None
-    if len(words) != 1 + 2 * len(values):
-        raise ValueError(f"slo_class: {text!r} is not allowed; allowed: e.g. chat:0.8:ttft:250:tpot:100")
-    pairs = [f"{metric}:{value}" for metric, value in zip(words[1::2], values, strict=True)]
-    return name, {"share": share, **_promised("slo_class", pairs)}
-
-
-def _promised(option: str, pairs: list[str]) -> dict[str, float]:
-    """`["ttft:250", "tpot:100"]` to seconds."""
-    from .workload.report import parse_goodput
-
-    try:
-        promises_ms = parse_goodput(pairs)
-    except ValueError as error:
-        raise ValueError(f"{option}{str(error).removeprefix('goodput')}") from None
-    if "e2el" in promises_ms:
-        raise ValueError(f"{option}: e2el is not allowed here; allowed: ttft:MS, tpot:MS")
-    return {f"{name}_s": limit / 1e3 for name, limit in promises_ms.items()}

@@ -66,9 +66,8 @@ class Problem(DeviceSpec):
     def __post_init__(self) -> None:
         DeviceSpec.__post_init__(self)
         if not any(kind.ttft_s or kind.tpot_s for kind in self.workload.classes.values()):
-            raise ConfigError(
-                "workload.slo_classes", None, "a class with ttft_s or tpot_s: without a promise any plan does"
-            )
+            allowed = "a class with a promise on TTFT, TPOT or both (ttft_s, tpot_s): without one any plan does"
+            raise ConfigError("workload.slo_classes", ", ".join(self.workload.slo_classes) or None, allowed)
         if self.gpus_per_node is not None and self.gpus > MAX_GPUS:
             raise ConfigError("nodes", self.nodes, f"at most {MAX_GPUS} devices in all, these are {self.gpus}")
 

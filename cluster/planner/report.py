@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ... import __version__
 from .problem import Problem
-from .report_figures import LEGEND, PlotsMissing, png, svg_counts, svg_curves, svg_map
+from .report_figures import PlotsMissing, legend, png, svg_counts, svg_curves, svg_goodputs, svg_map
 from .result import Evaluation, PlanResult
 from .setting import Setting
-from .show import plan_rows, remarks
+from .show import column_of, plan_rows, remarks
 from .verdict import verdict
 from .words import devices_text, model_text, number, promises_text, source_text, workload_text
 
@@ -53,7 +53,11 @@ def save_report(
 ) -> None:
     """Writes it, of the kind that the suffix says. Raises OSError."""
     if Path(path).suffix.lower() == ".png":
-        caption = "\n".join(f"{name}: {text}" for name, text in inputs(problem, setting))
+        lines = [
+            *remarks(problem, result, timed=False),
+            *(f"{name}: {text}" for name, text in inputs(problem, setting)),
+        ]
+        caption = "\n".join(lines)
         Path(path).write_bytes(png(result, problem.attainment, verdict(result), caption))
         return
     Path(path).write_text(page(problem, setting, result, command), encoding="utf-8")
@@ -81,12 +85,12 @@ def page(problem: Problem, setting: Setting, result: PlanResult, command: Sequen
     best = [one for one in (result.disaggregated, result.colocated) if one is not None]
     body = [f"<h1>{_text(verdict(result))}</h1>", _paragraphs(remarks(problem, result, timed=False))]
     if best and not result.infeasible:
-        head = ["", *("disaggregated" if one.candidate.disaggregated else "colocated" for one in best)]
+        head = ["", *(column_of(one, result) for one in best)]
         rows = [[row.name, *(row.cell(one) for one in best)] for row in plan_rows(problem, setting, result, best)]
         body += [_table(head, rows)]
-        body += [_figure(svg_curves(result, problem.attainment), _CURVES)]
+        body += [_figure(svg_curves(result, problem.attainment), _CURVES), _figure(svg_goodputs(result), _BARS)]
     if result.explored or result.phases:
-        body += ["<h2>What was searched</h2>", _figure(svg_map(result) + svg_counts(result), _MAP)]
+        body += ["<h2>What was searched</h2>", _figure(svg_map(result) + svg_counts(result), _map_text(result))]
     body += ["<h2>Inputs</h2>", _table(["", ""], [list(pair) for pair in inputs(problem, setting)])]
     if command:
         body.append(f"<p>Made with <code>{_text(shlex.join(command))}</code></p>")
@@ -104,7 +108,11 @@ _CURVES = (
     "Each line is the mean over the seeds, the band all of them; the dot is goodput, the highest rate at the target. "
     "Both promises count together, over the whole run and over its second half, whichever is worse."
 )
-_MAP = f"{LEGEND} A phase alone has the other one cost nothing."
+_BARS = "The best plans and the next best; the line on a bar is the 95 % interval over the seeds, where there is one."
+
+
+def _map_text(result: PlanResult) -> str:
+    return f"{legend(result)} A phase alone has the other one cost nothing."
 
 
 def _title(problem: Problem, setting: Setting) -> str:
@@ -117,7 +125,7 @@ def _listed(result: PlanResult) -> list[str]:
     rows = [[one.candidate.label, *_facts_of(one)] for one in served[:MAX_LISTED]]
     found = []
     if rows:
-        head = ["placement", "GPUs", "requests/s", "per GPU", "looked at", "from"]
+        head = ["placement", "GPUs", "goodput, requests/s", "per GPU, requests/s", "looked at", "from"]
         found += ["<h2>Placements</h2>", _table(head, rows)]
     phases = [
         [f"{one.role.value} TP {one.tensor_parallel} PP {one.pipeline_stages}", one.fate.value, one.why]

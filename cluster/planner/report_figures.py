@@ -3,6 +3,7 @@
 * attainment against offered rate per GPU, of the best plans and the runners-up: mean over seeds, all seeds as a band
 * the map of the search: goodput per GPU over split of prefill x split of decode, what was refused marked
 * each phase alone over TP x PP, and the numbers of workers of the best pair of splits
+* goodput of the best plans and the runners-up as bars
 
 A figure holds no date and its ids are salted alike: the same result gives the same bytes.
 """
@@ -21,19 +22,17 @@ from numpy.typing import NDArray
 
 from ..types import Role
 from .result import Evaluation, Fate, PhaseResult, PlanResult
-from .show import alternatives
+from .show import alternatives, runners_up
 from .words import number
 
-LEGEND = (
-    "x: refused, it does not fit or cannot be split so. -: not even one request alone keeps the promises. "
-    "~: estimated, <: bounded; both too low to be simulated. Framed: the best disaggregated plan."
-)
+_SIGNS = "x: refused, it does not fit or cannot be split so. -: not even one request alone keeps the promises."
 GRID = 160
 """Rates at which the curves of several seeds are averaged."""
 COLORS = {"disaggregated": "#1f6fb4", "colocated": "#d9731a"}
 _PALE = {"disaggregated": "#8fbbe0", "colocated": "#efb98a"}
 _MUTED, _EDGE = "#666666", "#bbbbbb"
 _LOOKED = (Fate.SIMULATED, Fate.SCREENED)
+_PER_GPU = "requests/s per GPU"
 
 
 class PlotsMissing(ValueError):
@@ -49,6 +48,8 @@ class Cell:
     fate: Fate | None = None
     """None: never looked at."""
     note: str = ""
+    decided: bool = True
+    """False: what was seen before the search was ended; there may be more."""
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -56,19 +57,32 @@ class Cell:
         return self.fate in _LOOKED, self.value
 
 
+def legend(result: PlanResult) -> str:
+    """What the signs in the maps mean."""
+    low = "both too low to be simulated" if result.complete else "not simulated"
+    cut = "" if result.decided else " ≥: cut short, at least so much."
+    return f"{_SIGNS} ~: estimated, <: at most; {low}.{cut} Framed: the best disaggregated plan."
+
+
 def png(result: PlanResult, target: float, title: str, caption: str) -> bytes:
     """Everything as one picture: verdict above, curves and maps, inputs below."""
+    counted = len(_counted(result)) > 1
     with _figure((13.0, 8.6)) as figure:
-        figure.suptitle("\n".join(textwrap.wrap(title, 130)), fontsize=11, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle("\n".join(textwrap.wrap(title, 118)), fontsize=11, fontweight="bold", x=0.01, ha="left")
         top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1.0))
         left, right = top.subplots(1, 2, width_ratios=(1.15, 1.0))
         draw_curves(left, result, target)
         draw_pairs(right, result)
-        axes = bottom.subplots(1, 3)
+        axes = bottom.subplots(
+            1, 4 if counted else 3, width_ratios=(1.0, 1.0, 1.0, 1.3) if counted else (1.0, 1.0, 1.3)
+        )
         draw_phase(axes[0], result, Role.PREFILL)
         draw_phase(axes[1], result, Role.DECODE)
-        draw_counts(axes[2], result)
-        figure.text(0.01, 0.0, f"{LEGEND}\n{caption}", fontsize=8, color=_MUTED, va="top", ha="left")
+        if counted:
+            draw_counts(axes[2], result)
+        draw_goodputs(axes[-1], result)
+        below = [line for text in (legend(result), *caption.split("\n")) for line in textwrap.wrap(text, 230)]
+        figure.text(0.01, 0.0, "\n".join(below), fontsize=8, color=_MUTED, va="top", ha="left")
         return _saved(figure, "png")
 
 
@@ -90,9 +104,18 @@ def svg_map(result: PlanResult) -> str:
 
 
 def svg_counts(result: PlanResult) -> str:
-    """Numbers of workers, as an `<svg>` element."""
+    """Numbers of workers, as an `<svg>` element; empty where only one pair of numbers was looked at."""
+    if len(_counted(result)) < 2:
+        return ""
     with _figure((5.0, 4.0)) as figure:
         draw_counts(figure.subplots(), result)
+        return _svg(figure)
+
+
+def svg_goodputs(result: PlanResult) -> str:
+    """The best plans and the runners-up as bars, as an `<svg>` element."""
+    with _figure((7.4, 3.4)) as figure:
+        draw_goodputs(figure.subplots(), result)
         return _svg(figure)
 
 
@@ -128,8 +151,10 @@ def draw_curves(axes: Any, result: PlanResult, target: float) -> None:
         with np.errstate(all="ignore"):
             known = ~np.isnan(values).all(axis=0)
             mean, low, high = (f(values[:, known], axis=0) * 100 for f in (np.nanmean, np.nanmin, np.nanmax))
-        label = f"{kind if best else 'next'}: {one.candidate.label}, {number(one.goodput_per_gpu)}"
-        axes.plot(rates[known], mean, color=color, linewidth=2.0 if best else 1.2, label=label, zorder=3 if best else 2)
+        so_far = "" if one.decided else ", so far"
+        label = f"{kind if best else f'next {kind}'}{so_far}: {one.candidate.label}; {number(one.goodput_per_gpu)}"
+        style = {"linewidth": 2.0 if best else 1.2, "linestyle": "-" if one.decided else "--"}
+        axes.plot(rates[known], mean, color=color, label=label, zorder=3 if best else 2, **style)
         axes.fill_between(rates[known], low, high, color=color, alpha=0.15 if best else 0.08, linewidth=0)
         if best and one.goodput.mean:
             per_gpu = one.goodput_per_gpu
@@ -148,8 +173,8 @@ def draw_curves(axes: Any, result: PlanResult, target: float) -> None:
     )
     axes.set_ylim(0, 104)
     axes.set_xlim(left=0)
-    _label(axes, "offered, requests/s per GPU", "requests that keep both promises, %")
-    axes.set_title("Attainment against rate (legend: goodput per GPU)", fontsize=9, loc="left")
+    _label(axes, f"offered, {_PER_GPU}", "requests that keep their promises, %")
+    axes.set_title(f"Attainment against rate (legend: goodput, {_PER_GPU})", fontsize=9, loc="left")
     axes.grid(alpha=0.25)
     if shown:
         handles, labels = axes.get_legend_handles_labels()
@@ -164,7 +189,7 @@ def pair_cells(result: PlanResult) -> dict[tuple[tuple[int, int], tuple[int, int
         if prefill is None or decode is None:
             continue
         key = _split(prefill), _split(decode)
-        cell = Cell(_worth(one), one.fate, f"{prefill.count}:{decode.count}")
+        cell = _cell(one, f"{prefill.count}:{decode.count}")
         if key not in cells or cell.rank > cells[key].rank:
             cells[key] = cell
     return cells
@@ -200,25 +225,62 @@ def draw_phase(axes: Any, result: PlanResult, role: Role) -> None:
 
 def draw_counts(axes: Any, result: PlanResult) -> None:
     """Workers of prefill x workers of decode, for the splits of the best disaggregated plan."""
-    axes.set_title("Workers of each phase, best pair of splits", fontsize=9, loc="left")
-    best = result.disaggregated
+    axes.set_title(f"Workers of each phase: {_PER_GPU}", fontsize=9, loc="left")
+    best, cells = result.disaggregated, _counted(result)
     if best is None:
         _nothing(axes)
         return
-    splits = [_split(pool) for pool in best.candidate.pools]
-    cells: dict[tuple[int, int], Cell] = {}
-    for one in result.explored:
-        if one.candidate.disaggregated and [_split(pool) for pool in one.candidate.pools] == splits:
-            key = one.candidate.pools[0].count, one.candidate.pools[1].count
-            cell = Cell(_worth(one), one.fate)
-            if key not in cells or cell.rank > cells[key].rank:
-                cells[key] = cell
     rows, columns = sorted({row for row, _ in cells}), sorted({column for _, column in cells})
     chosen = best.candidate.pools[0].count, best.candidate.pools[1].count
     names = [str(row) for row in rows], [str(column) for column in columns]
     grid = [[cells.get((row, column), Cell()) for column in columns] for row in rows]
     _draw_map(axes, grid, *names, _place(rows, columns, chosen))
-    _label(axes, f"decode workers ({_split_name(splits[1])})", f"prefill workers ({_split_name(splits[0])})")
+    prefill, decode = (_split_name(_split(pool)) for pool in best.candidate.pools)
+    _label(axes, f"decode workers ({decode})", f"prefill workers ({prefill})")
+
+
+def draw_goodputs(axes: Any, result: PlanResult) -> None:
+    """Goodput per GPU of the best plans and the runners-up, best first, with its interval where there is one."""
+    axes.set_title(f"Goodput, {_PER_GPU} (line: 95 % interval)", fontsize=9, loc="left")
+    best = [one for one in (result.disaggregated, result.colocated) if one is not None and one.goodput.mean > 0.0]
+    shown = sorted([*best, *runners_up(result)], key=lambda one: -one.goodput_per_gpu)
+    if not shown:
+        _nothing(axes)
+        return
+    for place, one in enumerate(shown):
+        kind = "disaggregated" if one.candidate.disaggregated else "colocated"
+        scale = 1.0 / one.candidate.gpus
+        value, low, high = (edge * scale for edge in (one.goodput.mean, one.goodput.low, one.goodput.high))
+        axes.barh(place, value, height=0.78, color=(COLORS if one in best else _PALE)[kind], alpha=0.55)
+        if low < high:
+            axes.plot([max(0.0, low), high], [place + 0.27, place + 0.27], color="#222222", linewidth=1.1)
+        text = f"{number(value)}{'' if one.decided else ' so far'}   {one.candidate.label}"
+        axes.annotate(text, (0.0, place - 0.05), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)
+    axes.set_yticks([])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    _label(axes, _PER_GPU, "")
+
+
+def _counted(result: PlanResult) -> dict[tuple[int, int], Cell]:
+    """By numbers of prefill and of decode workers: the best that was looked at with the best plan's splits."""
+    best = result.disaggregated
+    splits = [] if best is None else [_split(pool) for pool in best.candidate.pools]
+    cells: dict[tuple[int, int], Cell] = {}
+    for one in result.explored:
+        if one.candidate.disaggregated and [_split(pool) for pool in one.candidate.pools] == splits:
+            key = one.candidate.pools[0].count, one.candidate.pools[1].count
+            cell = _cell(one)
+            if key not in cells or cell.rank > cells[key].rank:
+                cells[key] = cell
+    return cells
+
+
+def _cell(one: Evaluation, note: str = "") -> Cell:
+    """What was cut short before anything was seen of it is worth its estimate."""
+    if one.decided or one.goodput.mean > 0.0:
+        return Cell(_worth(one), one.fate, note, decided=one.decided)
+    return Cell(one.estimate / one.candidate.gpus, Fate.ESTIMATED, note)
 
 
 def _phase_cell(one: PhaseResult) -> Cell:
@@ -270,7 +332,7 @@ def _cell_text(cell: Cell, small: bool) -> tuple[str, str]:
         return "x", "#c0392b"
     if cell.fate is Fate.HOPELESS:
         return "-", "#c0392b"
-    sign = {Fate.BOUNDED: "<", Fate.ESTIMATED: "~"}.get(cell.fate, "")
+    sign = {Fate.BOUNDED: "<", Fate.ESTIMATED: "~"}.get(cell.fate, "" if cell.decided else "≥")
     value = f"{sign}{number(cell.value)}"
     return (value if small or not cell.note else f"{value}\n{cell.note}"), "black"
 

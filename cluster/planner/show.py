@@ -58,13 +58,14 @@ def remarks(problem: Problem, result: PlanResult, *, timed: bool = True) -> list
     refused += sum(one.fate is Fate.REFUSED for one in result.phases)
     if refused:
         lines.append(f"{refused} splits and placements cannot run here (--verbose says why).")
-    end = "" if result.complete else ": the time limit ended the search, so the answer may not be the best one"
+    ended = "an interruption" if result.interrupted else "the time limit"
+    end = "" if result.complete else f": {ended} ended the search, so the answer may not be the best one"
     took = f", in {result.wall_s:.1f} s ({result.cpu_s:.1f} s of processors)" if timed else ""
     lines.append(
         f"Placements looked at: {len(result.explored)}; requests simulated: {result.simulated_requests:,} under "
         f"{len(result.seeds)} seeds{took}{end}."
     )
-    if problem.price_per_gpu_hour is None and not result.infeasible:
+    if problem.price_per_gpu_hour is None and result.best is not None:
         lines.append("No price was given (--price), so none is told.")
     return lines
 
@@ -120,12 +121,12 @@ def plan_rows(problem: Problem, setting: Setting, result: PlanResult, best: Sequ
         Row("placement", _placement),
         Row("nodes", lambda one: _nodes(setting, one)),
         Row("GPUs", lambda one: f"{one.candidate.gpus} of {setting.gpus}"),
-        Row("goodput, requests/s", lambda one: interval(one.goodput)),
-        Row("  per GPU (95 %)", lambda one: interval(one.goodput, 1 / one.candidate.gpus)),
+        Row("goodput, requests/s", lambda one: _goodput(one, 1.0)),
+        Row("  per GPU (95 %)", lambda one: _goodput(one, 1 / one.candidate.gpus)),
     ]
     if any(one.prediction is not None for one in best):
         rows += [
-            Row("at requests/s", lambda one: "-" if one.prediction is None else number(one.prediction.rate)),
+            Row("predicted at, requests/s", lambda one: "-" if one.prediction is None else number(one.prediction.rate)),
             Row("  attainment", _attainment),
             Row("  TTFT p50/p90/p99, ms", lambda one: quantiles(one.prediction.ttft if one.prediction else None)),
             Row("  TPOT p50/p90/p99, ms", lambda one: quantiles(one.prediction.tpot if one.prediction else None)),
@@ -136,7 +137,7 @@ def plan_rows(problem: Problem, setting: Setting, result: PlanResult, best: Sequ
         rows.append(Row(wanted, lambda one: "yes" if one.keeps_target_rate else "no"))
     price = problem.price_per_gpu_hour
     if price is not None:
-        rows.append(Row("cost of 1M tokens", lambda one: number(cost_of(one, result, price))))
+        rows.append(Row("cost of 1M tokens, as --price", lambda one: number(cost_of(one, result, price))))
     return rows
 
 
@@ -145,10 +146,23 @@ def _plans(problem: Problem, setting: Setting, result: PlanResult, best: list[Ev
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for one in best:
-        table.add_column("disaggregated" if one.candidate.disaggregated else "colocated", overflow="fold")
+        table.add_column(column_of(one, result), overflow="fold")
     for row in plan_rows(problem, setting, result, best):
         table.add_row(row.name, *(row.cell(one) for one in best))
     return table
+
+
+def column_of(one: Evaluation, result: PlanResult) -> str:
+    """The head of a best plan's column."""
+    disaggregated = one.candidate.disaggregated
+    decided = result.disaggregated_decided if disaggregated else result.colocated_decided
+    return ("disaggregated" if disaggregated else "colocated") + ("" if decided else ", so far")
+
+
+def _goodput(one: Evaluation, scale: float) -> str:
+    if one.decided:
+        return interval(one.goodput, scale)
+    return f"at least {number(one.goodput.mean * scale)}" if one.goodput.mean else "-"
 
 
 def _placement(one: Evaluation) -> str:
@@ -188,17 +202,21 @@ def quantiles(found: Quantiles | None) -> str:
 
 def _runners_up(others: list[Evaluation]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name, right in (("runner-up", False), ("GPUs", True), ("requests/s", True), ("per GPU", True), ("from", False)):
-        table.add_column(name, justify="right" if right else "left")
+    for name in ("runner-up", "GPUs", "goodput, requests/s", "per GPU, requests/s", "from"):
+        table.add_column(name, justify="left" if name in ("runner-up", "from") else "right")
     for one in others:
         table.add_row(
             one.candidate.label,
             str(one.candidate.gpus),
-            number(one.goodput.mean),
-            number(one.goodput_per_gpu),
+            _runner_up(one, 1.0),
+            _runner_up(one, 1 / one.candidate.gpus),
             one.candidate.affinity.value,
         )
     return table
+
+
+def _runner_up(one: Evaluation, scale: float) -> str:
+    return ("" if one.decided else "at least ") + number(one.goodput.mean * scale)
 
 
 def _refused(result: PlanResult) -> Table:

@@ -22,14 +22,19 @@ class Answer(StrEnum):
     COLOCATE = "do not disaggregate"
     NOT_CLEAR = "not clear"
     INFEASIBLE = "infeasible"
+    UNDECIDED = "undecided"
 
 
 def answer_of(result: PlanResult) -> Answer:
-    """Not clear where the interval of the difference holds 0, or one seed makes none."""
-    if result.infeasible or result.best is None:
+    """Not clear where the interval of the difference holds 0, or one seed makes none; undecided where the search ended
+    before both kinds were looked at as it would.
+    """
+    if result.infeasible:
         return Answer.INFEASIBLE
-    if _missing(result):
-        return Answer.NOT_CLEAR
+    if not result.decided:
+        return Answer.UNDECIDED
+    if result.best is None:
+        return Answer.INFEASIBLE
     if not _serves(result.disaggregated):
         return Answer.COLOCATE
     if not _serves(result.colocated):
@@ -48,10 +53,9 @@ def verdict(result: PlanResult) -> str:
         why = result.infeasible or "no placement that was looked at keeps the promises at any rate"
         return why if why.startswith("infeasible") else f"infeasible: {why}"
     split, mixed = result.disaggregated, result.colocated
-    if missing := _missing(result):
-        assert result.best is not None  # else nothing is feasible
-        reached = f"the best other plan reaches {number(result.best.goodput_per_gpu)} {_UNITS}"
-        return f"Not clear: the time limit ended the search before any {missing} plan was simulated; {reached}."
+    if answer is Answer.UNDECIDED:
+        kinds = "; ".join(so_far(result, disaggregated) for disaggregated in (True, False))
+        return f"Undecided: {_ended(result)} before it was known whether to disaggregate. So far: {kinds}."
     if not _serves(split):
         return f"Do not disaggregate: {_why_not(split, 'disaggregated', result)}."
     if not _serves(mixed):
@@ -122,12 +126,26 @@ def interval(found: Interval, scale: float = 1.0) -> str:
     return f"{number(found.mean * scale)} ({number(found.low * scale)} to {number(found.high * scale)})"
 
 
-def _missing(result: PlanResult) -> str:
-    """The kind of which time left no plan to compare with; empty: none."""
-    if result.complete:
-        return ""
-    kinds = {"disaggregated": result.disaggregated, "colocated": result.colocated}
-    return next((name for name, one in kinds.items() if one is None), "")
+def so_far(result: PlanResult, disaggregated: bool) -> str:
+    """What is known of one kind: what was simulated, else what was estimated."""
+    name = "disaggregated" if disaggregated else "colocated"
+    one = result.disaggregated if disaggregated else result.colocated
+    decided = result.disaggregated_decided if disaggregated else result.colocated_decided
+    if one is not None and _serves(one):
+        least = "" if decided else "at least "
+        seeds = "" if decided else f" (under {len(one.seeds)} of {len(result.seeds)} seeds)"
+        return f"{name} {least}{number(one.goodput_per_gpu)} {_UNITS}{seeds}"
+    if decided:
+        return f"no {name} plan keeps the promises"
+    likely = result.likely(disaggregated)
+    if likely is None:
+        return f"nothing is known of {name} plans"
+    guess = number(likely.estimate / likely.candidate.gpus)
+    return f"{name} about {guess} {_UNITS} by an estimate alone ({likely.candidate.label})"
+
+
+def _ended(result: PlanResult) -> str:
+    return "the search was interrupted" if result.interrupted else "the time limit ended the search"
 
 
 def _pairs(result: PlanResult) -> int:

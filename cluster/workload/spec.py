@@ -31,7 +31,8 @@ _SHARES_OFF = 1e-3
 _ROUND = 2**64
 """Above any block id: what a trace that is gone through again shares nothing with."""
 
-OptionalSeconds = Annotated[float | None, Within(0.0, 86_400.0, above=True)]
+MAX_PROMISE_S = 86_400.0
+OptionalSeconds = Annotated[float | None, Within(0.0, MAX_PROMISE_S, above=True)]
 
 
 class Arrivals(StrEnum):
@@ -107,14 +108,14 @@ class WorkloadSpec:
         with_file, without_file = ("max_input_tokens", "max_output_tokens", "order"), ("input_tokens", "output_tokens")
         for name in with_file if self.lengths is None else without_file:
             if getattr(self, name) is not None:
-                condition = "without lengths" if self.lengths is None else "where lengths names a file"
-                raise ConfigError(name, plain(getattr(self, name)), f"nothing {condition}")
+                condition = "without" if self.lengths is None else "beside"
+                raise ConfigError(name, plain(getattr(self, name)), f"nothing {condition} a file of lengths")
         if self.lengths is not None and self.range_ratio:
-            raise ConfigError("range_ratio", self.range_ratio, "0 where lengths names a file")
+            raise ConfigError("range_ratio", self.range_ratio, "0 beside a file of lengths")
         if self.arrivals is Arrivals.TRACE and self.order is Order.SHUFFLED:
             raise ConfigError("order", self.order.value, "recorded, where arrivals are the trace's")
         if self.burstiness != 1.0 and self.arrivals is not Arrivals.GAMMA:
-            raise ConfigError("burstiness", self.burstiness, "1, or any with arrivals: gamma")
+            raise ConfigError("burstiness", self.burstiness, "1, or any where arrivals are gamma")
         total = sum(kind.share for kind in self.slo_classes.values())
         if self.slo_classes and abs(total - 1.0) > _SHARES_OFF:
             raise ConfigError("slo_classes", f"shares that add up to {total:g}", "shares that add up to 1")
@@ -295,11 +296,11 @@ def _check_draw(
         if value is not None and not 0.0 < value < math.inf:
             raise ConfigError(name, value, "a finite number above 0")
     if rate is None and not replay:
-        raise ConfigError("rate", None, "requests per second; only arrivals: trace have one of their own")
+        raise ConfigError("rate", None, "requests per second; only arrivals of a trace have a rate of their own")
     if num_requests is not None and not 1 <= num_requests <= MAX_REQUESTS:
         raise ConfigError("num_requests", num_requests, f"1 to {MAX_REQUESTS}")
     if num_requests is None and seconds is None and not replay:
-        raise ConfigError("num_requests", None, "how many requests, or seconds: for how long they come")
+        raise ConfigError("num_requests", None, "how many requests come, or for how long they do")
     if seed < 0:
         raise ConfigError("seed", seed, "at least 0")
 

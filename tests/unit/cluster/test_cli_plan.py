@@ -92,31 +92,34 @@ def test_a_workload_of_its_own_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["--goodput", "ttfb:9"], "goodput: 'ttfb' is not allowed; allowed: ttft, tpot"),
-        (["--goodput", "tpot:fast"], "goodput: 'fast' is not allowed; allowed: milliseconds"),
-        (["--goodput", "tpot"], "goodput: 'ttft:250:tpot' is not allowed; allowed: ttft:MS, tpot:MS or both"),
-        (["--goodput", "tpot:0"], "workload.slo_classes.interactive.tpot_s: 0.0 is not allowed; allowed: above 0"),
-        (["--slo-class", "chat:1:ttft:9"], "slo_class: is not allowed with goodput"),
-        (["--choose", "fastest"], "choose: 'fastest' is not allowed; allowed: best, disaggregated, colocated"),
-        (["--device", "cuda"], "device: 'cuda' is not allowed; allowed: one of cpu, paced"),
-        (["--report", "report.pdf"], "report: 'report.pdf' is not allowed; allowed: a file that ends in .html, .png"),
-        (["--output", "plan.json"], "output: 'plan.json' is not allowed; allowed: a file that ends in .yaml or .yml"),
+        (["--goodput", "ttfb:9"], "--goodput: 'ttfb:9' is not allowed; allowed: ttft:MS, tpot:MS or both"),
+        (["--goodput", "tpot:fast"], "--goodput: 'tpot:fast' is not allowed; allowed: milliseconds"),
+        (["--goodput", "tpot"], "--goodput: 'tpot' is not allowed; allowed: milliseconds"),
+        (["--goodput", "tpot:0"], "--goodput: 'tpot:0' is not allowed; allowed: milliseconds above 0"),
+        (["--slo-class", "chat:1:ttft:9"], "--slo-class: 'chat:1:ttft:9' is not allowed; allowed: without goodput"),
+        (["--choose", "fastest"], "--choose: 'fastest' is not allowed; allowed: best, disaggregated, colocated"),
+        (["--device", "cuda"], "--device: 'cuda' is not allowed; allowed: one of cpu, paced"),
+        (["--report", "report.pdf"], "--report: 'report.pdf' is not allowed; allowed: a file that ends in .html, .png"),
+        (["--output", "plan.json"], "--output: 'plan.json' is not allowed; allowed: a file that ends in .yaml or .yml"),
         (
             ["--output", "/nowhere/plan.yaml"],
-            "output: '/nowhere/plan.yaml' is not allowed; allowed: a file in a folder",
+            "--output: '/nowhere/plan.yaml' is not allowed; allowed: a file in a folder",
         ),
-        (["--save-result", "/nowhere/r.json"], "save_result: '/nowhere/r.json' is not allowed"),
-        (["--validate"], "validate: is not allowed here; allowed with one class that has a TTFT and a TPOT"),
-        (["--validate", "--goodput", "tpot:9"], "validate: is not allowed without workload"),
-        (["--hardware", "a100"], "hardware: 'a100' is not allowed; allowed: did you mean a100-80g?"),
+        (["--save-result", "/nowhere/r.json"], "--save-result: '/nowhere/r.json' is not allowed"),
+        (["--validate"], "--validate: is not allowed here; allowed with one class that has a TTFT and a TPOT"),
+        (["--validate", "--goodput", "tpot:9"], "--validate: is not allowed without a file of lengths"),
+        (["--hardware", "a100"], "--hardware: 'a100' is not allowed; allowed: did you mean a100-80g?"),
         (["--model", "opt-14b"], "model 'opt-14b' is not known (did you mean 'opt-13b'?)"),
-        (["--workload", "/no/lengths.csv"], "workload.lengths: '/no/lengths.csv' is not allowed; allowed: a file that"),
-        (["--workload", "/no/load.yaml"], "workload: '/no/load.yaml' is not allowed; allowed: a readable YAML file"),
-        (["--profile", "/no/profile.json"], "profile: /no/profile.json cannot be read"),
-        (["--inter-node", "wet string"], "inter_node: 'wet string' is not allowed"),
-        (["--seeds", "1"], "search.seeds: 1 is not allowed; allowed: at least 2"),
-        (["--attainment-target", "90"], "attainment: 90.0 is not allowed; allowed: above 0, at most 1"),
-        (["--config", "/no/problem.yaml"], "problem: '/no/problem.yaml' is not allowed; allowed: a readable YAML file"),
+        (["--workload", "/no/lengths.csv"], "--workload: '/no/lengths.csv' is not allowed; allowed: a file that"),
+        (["--workload", "/no/load.yaml"], "--workload: '/no/load.yaml' is not allowed; allowed: a readable YAML file"),
+        (["--profile", "/no/profile.json"], "--profile: /no/profile.json cannot be read"),
+        (["--inter-node", "wet string"], "--inter-node: 'wet string' is not allowed"),
+        (["--seeds", "1"], "--seeds: 1 is not allowed; allowed: at least 2"),
+        (["--attainment-target", "90"], "--attainment-target: 90.0 is not allowed; allowed: above 0, at most 1"),
+        (
+            ["--config", "/no/problem.yaml"],
+            "--config: '/no/problem.yaml' is not allowed; allowed: a readable YAML file",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_search(
@@ -131,10 +134,10 @@ def test_what_is_wrong_is_refused_before_the_search(
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("chat", "slo_class: 'chat' is not allowed; allowed: NAME:SHARE:ttft:MS:tpot:MS"),
-        ("chat:much:ttft:5", "slo_class: 'chat:much:ttft:5' is not allowed"),
-        ("chat:1", "slo_class: '' is not allowed; allowed: ttft:MS, tpot:MS or both"),
-        ("chat:0.5:ttft:5", "workload.slo_classes: 'shares that add up to 0.5' is not allowed"),
+        ("chat", "--slo-class: 'chat' is not allowed; allowed: NAME:SHARE:ttft:MS:tpot:MS"),
+        ("chat:much:ttft:5", "--slo-class: 'chat:much:ttft:5' is not allowed"),
+        ("chat:1", "--slo-class: 'chat' is not allowed; allowed: a class with a promise"),
+        ("chat:0.5:ttft:5", "--slo-class: 'shares that add up to 0.5' is not allowed"),
     ],
 )
 def test_a_wrong_class_is_refused(text: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +152,10 @@ def test_exit_codes() -> None:
     kept = replace(CHOSEN, keeps_target_rate=True)
     assert cli_plan.exit_code(replace(FOUND, disaggregated=kept, target_rate=3.0)) == 0
     assert cli_plan.exit_code(replace(FOUND, target_rate=9.0)) == cli_plan.RATE_NOT_KEPT
+    cut = replace(FOUND, complete=False, colocated_decided=False)
+    assert cli_plan.exit_code(cut) == cli_plan.exit_code(replace(cut, disaggregated=None)) == cli_plan.UNDECIDED
+    assert cli_plan.exit_code(replace(FOUND, complete=False)) == 0, "only what stands beside the answer is missing"
+    assert cli_plan.exit_code(replace(cut, interrupted=True)) == cli_plan.INTERRUPTED
 
 
 def test_files_are_written(

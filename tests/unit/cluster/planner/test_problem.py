@@ -86,8 +86,8 @@ def test_a_file_of_distserve(tmp_path: Path) -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": None}, r"model: is missing; allowed: a registered name"),
     ({"hardware": None}, r"hardware: is missing; allowed: the name of a hardware file"),
-    ({"workload.slo_classes": {}}, r"workload\.slo_classes: is missing; allowed: a class with ttft_s or tpot_s"),
-    ({"workload.slo_classes": {"a": {"share": 1.0}}}, r"workload\.slo_classes: is missing"),
+    ({"workload.slo_classes": {}}, r"workload\.slo_classes: is missing; allowed: a class with a promise"),
+    ({"workload.slo_classes": {"a": {"share": 1.0}}}, r"workload\.slo_classes: 'a' is not allowed"),
     ({"workload.slo_classes": {"a": {"ttft_s": 0}}}, r"workload\.slo_classes\.a\.ttft_s: 0 .* above 0"),
     ({"workload.slo_classes": {"a": {"tttf_s": 1}}}, r"workload\.slo_classes\.a\.tttf_s.*did you mean ttft_s"),
     ({"workload.slo_classes": {"a": {"ttft_s": 1, "share": 0.5}}}, r"workload\.slo_classes: .*0\.5.* add up to 1"),

@@ -14,8 +14,8 @@ from plan_cases import evaluated, mixed, opt, refused, result, split
 from rich.console import Console
 from tandem.cluster.planner.problem import Problem
 from tandem.cluster.planner.report import check_report, page, save_report
-from tandem.cluster.planner.report_figures import curve, pair_cells
-from tandem.cluster.planner.result import Affinity, Fate, PlanResult
+from tandem.cluster.planner.report_figures import curve, legend, pair_cells
+from tandem.cluster.planner.result import Affinity, Fate, Interval, PlanResult
 from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.planner.show import alternatives, remarks, runners_up, show
 
@@ -84,6 +84,20 @@ def test_an_ended_search_says_so() -> None:
     assert not any("3.2 s" in line for line in remarks(opt(), result(), timed=False))
 
 
+def test_what_is_known_so_far_is_told_as_that() -> None:
+    cut = replace(evaluated(split(), 6.0), decided=False, seeds=(5.9,))
+    found = result(disaggregated=cut, disaggregated_decided=False, complete=False, difference=None, explored=(cut,))
+    text = shown(opt(), found)
+    assert line_of(text, "disaggregated") == ["disaggregated, so far", "colocated"]
+    assert line_of(text, "per GPU (95 %)")[1:] == ["at least 2.00", "1.50 (1.42 to 1.58)"]
+    assert "an interruption ended the search" in remarks(opt(), replace(found, interrupted=True))[-2]
+    assert "too low to be simulated" not in legend(found)
+    assert "cut short" in legend(found)
+    nothing = replace(cut, goodput=Interval(mean=0.0, low=0.0, high=0.0), estimate=6.0)
+    [cell] = pair_cells(replace(found, explored=(nothing,))).values()
+    assert (cell.fate, cell.value) == (Fate.ESTIMATED, 2.0), "what nothing was seen of is worth its estimate"
+
+
 def test_cells_and_stages_have_their_nodes() -> None:
     problem = opt(nodes=4, gpus_per_node=2)
     candidate = split(2, 2, 1, 1, affinity=Affinity.LOW, cells=2)
@@ -121,7 +135,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     odd = refused(split(1, 1, 1, 4), "does not <fit> & 'why'")
     found = result(explored=(*result().explored, odd))
     text = page(problem, setting_of(problem), found, ["tandem", "plan", "--model", "opt 13b"])
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 4, "curves, bars, both maps, numbers of workers"
     links = re.findall(r"""(?:src|href)\s*=\s*["']([^"'#][^"']*)""", text)
     assert links == [], "only references inside the page"
     assert "<script" not in text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from plan_cases import evaluated, mixed, opt, refused, result, split
-from tandem.cluster.planner.result import Interval, Marginal, PlanResult
+from tandem.cluster.planner.result import Evaluation, Fate, Interval, Marginal, PlanResult
 from tandem.cluster.planner.verdict import (
     Answer,
     answer_of,
@@ -77,13 +77,46 @@ def test_the_verdict(found: PlanResult, answer: Answer, words: str) -> None:
     assert verdict(found).count("infeasible") <= 1
 
 
-def test_what_there_was_no_time_for_is_not_impossible() -> None:
-    found = result(colocated=None, difference=None, complete=False)
-    assert answer_of(found) is Answer.NOT_CLEAR
-    assert verdict(found) == (
-        "Not clear: the time limit ended the search before any colocated plan was simulated; "
-        "the best other plan reaches 2.00 requests/s per GPU."
-    )
+CUT: dict[str, Any] = {"difference": None, "complete": False}
+
+
+def cut_short(seeds: int) -> Evaluation:
+    whole = evaluated(split(), 6.0)
+    return replace(whole, decided=False, seeds=whole.seeds[:seeds])
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            result(colocated=None, colocated_decided=False, explored=(), **CUT),
+            "disaggregated 2.00 requests/s per GPU; nothing is known of colocated plans.",
+        ),
+        (
+            result(
+                colocated=None,
+                colocated_decided=False,
+                explored=(Evaluation(candidate=mixed(), fate=Fate.ESTIMATED, estimate=4.5),),
+                **CUT,
+            ),
+            "colocated about 1.50 requests/s per GPU by an estimate alone (3 x mixed TP 1, chunks of 512).",
+        ),
+        (
+            result(disaggregated=cut_short(2), disaggregated_decided=False, **CUT),
+            "disaggregated at least 2.00 requests/s per GPU (under 2 of 3 seeds); colocated 1.50 requests/s per GPU.",
+        ),
+        (
+            result(disaggregated=None, colocated=None, colocated_decided=False, explored=(), **CUT),
+            "no disaggregated plan keeps the promises; nothing is known of colocated plans.",
+        ),
+    ],
+)
+def test_what_there_was_no_time_for_is_not_impossible(found: PlanResult, words: str) -> None:
+    assert answer_of(found) is Answer.UNDECIDED
+    head = "Undecided: the time limit ended the search before it was known whether to disaggregate. So far: "
+    assert verdict(found).startswith(head)
+    assert verdict(found).endswith(words)
+    assert verdict(replace(found, interrupted=True)).startswith("Undecided: the search was interrupted before")
 
 
 def test_one_seed_makes_no_interval() -> None:
