@@ -45,7 +45,7 @@ from .store import KVStore
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from .transfer_stats import TransferStats
 from .transport import BlockFrame, EndFrame, KVTransport, PullRequest, WrittenBlocks
-from .wire import check_blocks
+from .wire import check_blocks, verify_copies
 
 log = logging.getLogger(__name__)
 
@@ -301,9 +301,7 @@ class SinkDriver:
         for block_ids in self._due(action, tickets, indices):
             for block_id, frame in zip(block_ids, frames, strict=True):
                 self._store.write_block(block_id, frame.payload)
-        for verify in dict.fromkeys(frame.verify for frame in frames):
-            if verify is not None:
-                verify()
+        verify_copies(frames)
         self._count(action, sequence, indices, now_s, self._clock.now_s())
 
     def _accept_written(self, action: StartPull, sequence: _Sequence, came: WrittenBlocks) -> None:

@@ -83,6 +83,13 @@ def check_blocks(frames: Sequence[BlockFrame], block_bytes: int, *, checksum: bo
         check_block(frame, block_bytes)
 
 
+def verify_copies(frames: Sequence[BlockFrame]) -> None:
+    """After the payloads were copied: `HandoffRefused` where they may not have been what the frames name any more."""
+    for verify in dict.fromkeys(frame.verify for frame in frames):
+        if verify is not None:
+            verify()
+
+
 def max_message_bytes(block_bytes: int, message_bytes: int) -> int:
     """The largest message a peer with this block size sends."""
     return max(block_bytes, message_bytes) + MAX_HEADER_BYTES + _PREFIX.size

@@ -49,10 +49,6 @@ class Tokenizer(ABC):
     def is_special(self, token_id: int) -> bool:
         """Whether the token is control, not text, so that `skip_special` leaves it out."""
 
-    def token_text(self, token_id: int) -> str:
-        """One token for showing alone (logprobs); bytes that are only part of a character show as U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
-
     def decode(self, token_ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
         """The text of a whole sequence; invalid UTF-8 becomes U+FFFD per maximal ill-formed part (Unicode §3.9, as
         WHATWG). `continuation`: the tokens follow other text, so no dummy space is dropped.

@@ -115,13 +115,3 @@ def link_of(value: Any, path: str = "link") -> Link:
         near = difflib.get_close_matches(value.lower(), KNOWN_LINKS, n=1)
         raise ConfigError(path, value, (f"did you mean {near[0]}? " if near else "") + allowed)
     return KNOWN_LINKS[value.lower()]
-
-
-def read_links(sections: Mapping[str, Any], path: str = "links") -> dict[str, Link]:
-    """Links by name out of a section of a YAML or JSON file. ConfigError names what is wrong with it."""
-    links = {}
-    for name, section in sections.items():
-        if not isinstance(section, Mapping) or "name" in section:
-            raise ConfigError(f"{path}.{name}", section, "a section of bandwidth_gb_s and latency_us")
-        links[name] = parse(Link, {"name": name, **section}, f"{path}.{name}")
-    return links

@@ -237,13 +237,13 @@ MEMORY_CONFIG = dataclasses.replace(
     TINY,
     vocab_size=16384,
     hidden_size=512,
-    num_layers=12,
+    num_layers=4,
     num_heads=8,
     num_kv_heads=4,
     head_dim=64,
     intermediate_size=2048,
 )
-"""51 million elements: 103 MB in 16 bits, 4.2 million (17 MB in float32) a layer."""
+"""25 million elements: 50 MB in 16 bits, 4.2 million (17 MB in float32) a layer."""
 
 
 def grown_bytes(source: str, dtype: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tandem.cluster.latency.links import INSTANT, Link, LinkTerms, read_links, shared
+from tandem.cluster.latency.links import INSTANT, Link, LinkTerms, link_of, shared
 from tandem.cluster.sim.links import Flow, Medium
 from tandem.cluster.sim.timeline import Timeline
 
@@ -30,23 +30,25 @@ def test_a_simulated_transfer_takes_what_the_link_says() -> None:
     assert shared(link.bytes_per_s, 0) == shared(link.bytes_per_s, 1) == 2e9
 
 
-def test_links_are_read_by_name() -> None:
-    links = read_links({"nvlink": {"bandwidth_gb_s": 300, "latency_us": 1}, "tcp": {"bandwidth_gb_s": 3}})
-    assert links["nvlink"] == Link(name="nvlink", bandwidth_gb_s=300, latency_us=1)
-    assert links["tcp"].latency_us == 0.0
+def test_a_link_is_a_section_or_a_known_name_or_a_bandwidth_in_bits_or_bytes() -> None:
+    section = {"bandwidth_gb_s": 300, "latency_us": 1}
+    assert link_of(section, "intra_node") == Link(name="intra_node", bandwidth_gb_s=300, latency_us=1)
+    assert link_of({"bandwidth_gb_s": 3}).latency_us == 0.0
+    assert (link_of("25Gbps").bandwidth_gb_s, link_of("25 GB/s").bandwidth_gb_s) == (3.125, 25.0)
+    assert link_of("InfiniBand-HDR").bandwidth_gb_s == 24
 
 
 @pytest.mark.parametrize(
     ("section", "error"),
     [
-        ({"bandwidth_gb_s": 0}, r"links\.a\.bandwidth_gb_s: 0 is not allowed; allowed: above 0"),
-        ({"bandwidth_gb_s": 1, "latency_us": -1}, r"links\.a\.latency_us: -1 .* at least 0, at most"),
+        ({"bandwidth_gb_s": 0}, r"a\.bandwidth_gb_s: 0 is not allowed; allowed: above 0"),
+        ({"bandwidth_gb_s": 1, "latency_us": -1}, r"a\.latency_us: -1 .* at least 0, at most"),
         ({"bandwith_gb_s": 1}, "did you mean bandwidth_gb_s"),
         ({}, "bandwidth_gb_s: is missing"),
-        (25, r"links\.a: 25 is not allowed; allowed: a section of bandwidth_gb_s and latency_us"),
-        ({"name": "b", "bandwidth_gb_s": 1}, r"links\.a: .*a section of bandwidth_gb_s and latency_us"),
+        (25, r"a: 25 is not allowed; allowed: a section of bandwidth_gb_s and latency_us"),
+        ("infiniband", r"a: 'infiniband' is not allowed; allowed: did you mean infiniband-"),
     ],
 )
 def test_a_wrong_link_is_named(section: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        read_links({"a": section})
+        link_of(section, "a")
