@@ -20,8 +20,13 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
+from functools import partial
+from itertools import islice, repeat
 
 from ..types import BlockRef
+
+_REF: Callable[[tuple[int, int]], BlockRef] = partial(tuple.__new__, BlockRef)
+"""A reference of its two numbers, made without a call of Python's own: there is one for each block of each prompt."""
 
 
 class IntegrityError(RuntimeError):
@@ -105,14 +110,18 @@ class BlockPool:
         ids = self._take(count)
         if ids:
             self._tables.setdefault(holder, []).extend(ids)
-        generations = self._generations
-        return tuple([BlockRef(block_id, generations[block_id]) for block_id in ids])
+        return tuple(map(_REF, zip(ids, map(self._generations.__getitem__, ids), strict=True)))
 
-    def grow(self, table: list[int], count: int) -> None:
-        """As `allocate`, for a holder that has a table (`tables`) and asks for no references."""
+    def grow(self, tables: Collection[list[int]], each: int) -> None:
+        """As `allocate` of `each` blocks for every one of these holders, who have their `tables` and ask for no
+        references.
+        """
+        count = each * len(tables)
         if not self.can_allocate(count):
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} of {self.num_blocks} available")
-        table += self._take(count)
+        ids = iter(self._take(count))
+        for table in tables:
+            table += islice(ids, each)
 
     @property
     def tables(self) -> Mapping[str, list[int]]:
@@ -125,14 +134,14 @@ class BlockPool:
         Raises IntegrityError, and changes nothing, if one of them has been handed out anew since, is free, or is the
         holder's already.
         """
+        if not refs:
+            return
         mine = set(self.table(holder))
-        holders, cached = self._holders, self._cached
+        holders, cached, generations = self._holders, self._cached, self._generations
         for block_id, generation in refs:
-            if self.generation(block_id) != generation:
-                wanted = BlockRef(block_id, generation)
-                raise IntegrityError(
-                    f"{holder!r} wants {wanted}, but its generation is {self._generations[block_id]} now"
-                )
+            if not 0 <= block_id < self.num_blocks or generations[block_id] != generation:
+                wanted, now = BlockRef(block_id, generation), self.generation(block_id)
+                raise IntegrityError(f"{holder!r} wants {wanted}, but its generation is {now} now")
             if holders[block_id] == 0 and block_id not in cached:
                 raise IntegrityError(f"{holder!r} wants {BlockRef(block_id, generation)}, but that block is free")
             if block_id in mine:
@@ -142,23 +151,24 @@ class BlockPool:
             if holders[block_id] == 0:
                 del cached[block_id]
             holders[block_id] += 1
-        if refs:
-            self._tables.setdefault(holder, []).extend(ref.block_id for ref in refs)
+        self._tables.setdefault(holder, []).extend([ref.block_id for ref in refs])
 
     def release(self, holder: str) -> int:
         """The holder lets go of all its blocks; returns how many it had. Idempotent: an unknown holder has none.
 
         The table is walked from its end, so that the tail of a chain is evicted before the head that leads to it.
         """
-        table = self._tables.pop(holder, [])
-        holders = self._holders
+        table = self._tables.pop(holder, None)
+        if table is None:
+            return 0
+        holders, retained, free = self._holders, self._retained, self._free.append
         for block_id in reversed(table):
             left = holders[block_id] = holders[block_id] - 1
-            if left == 0:
-                if block_id in self._retained:
+            if not left:
+                if block_id in retained:
                     self._cached[block_id] = None
                 else:
-                    self._free.append(block_id)
+                    free(block_id)
         return len(table)
 
     def retain(self, block_id: int) -> None:
@@ -233,19 +243,18 @@ class BlockPool:
             _require(not unknown, f"blocks are held by {unknown}, whom nobody knows")
 
     def _take(self, count: int) -> list[int]:
+        """Ids of `count` blocks, which are there, with one holder each from now on."""
         free, generations, holders = self._free, self._generations, self._holders
-        ids: list[int] = []
-        for _ in range(count):
-            if free:
-                block_id = free.popleft()
-            else:
-                block_id, _ = self._cached.popitem(last=False)
-                self._retained.discard(block_id)
-                self.on_evict(block_id)
+        ids = list(map(deque.popleft, repeat(free, min(count, len(free)))))
+        for _ in range(count - len(ids)):
+            block_id, _ = self._cached.popitem(last=False)
+            self._retained.discard(block_id)
+            self.on_evict(block_id)
+            ids.append(block_id)
+        for block_id in ids:
             holders[block_id] = 1
             # Before the block is handed out, hence before anybody writes into it (`kvtransfer.mapped.segment`).
             generations[block_id] += 1
-            ids.append(block_id)
         return ids
 
 

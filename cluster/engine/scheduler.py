@@ -30,7 +30,7 @@ from .plan import StepOutput, StepPlan, StepRow
 from .policies import BatchPolicy, StepView
 from .prefix_cache import PrefixCache
 from .prompt_service import PromptService
-from .quiet_run import QuietRun, grow_rows, quiet_run, take_run
+from .quiet_run import Lockstep, QuietRun
 from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, SchedulerEvent, SequenceFailed, TokensEmitted
 from .sequence import Sequence, State, check_spec
 from .sequence_kv import WRITER, SequenceKV
@@ -93,6 +93,9 @@ class Scheduler:
         )
         self._held: dict[str, Sequence] = {}
         self._outstanding: deque[_Outstanding] = deque()
+        self._lockstep = Lockstep(self._kv)
+        self._beside: tuple[tuple[Sequence, StepRow], ...] = ()
+        """Prompts that the run computes that was begun last."""
         self._events: list[SchedulerEvent] = []
         self._next_order = 0
         self._next_plan_id = 0
@@ -145,6 +148,8 @@ class Scheduler:
         seq.computed = seq.scheduled = seq.prefill_end
         self._kv.written(seq)
         seq.append(first_token)
+        if self._lockstep:
+            self._lockstep.join(seq)
 
     def writer_done(self, seq_id: str) -> None:
         """IN: the transport no longer writes into the blocks: it succeeded, failed or was cancelled. Idempotent, and
@@ -181,6 +186,7 @@ class Scheduler:
         """
         if len(self._outstanding) >= self._max_outstanding_plans:
             return None
+        self._lockstep.dissolve()
         if self._policy.pulls_alone and self._pull_first():
             return None
         by_age = sorted(self._running.values(), key=attrgetter("order"))
@@ -204,8 +210,7 @@ class Scheduler:
             prompts = self._serve(shares.prefill_tokens, may_admit=self._preemptions == preemptions)
             work += [(seq, count) for seq, count in prompts if count]
         plan = StepPlan(self._next_plan_id, tuple(self._row(seq, count) for seq, count in work))
-        for seq, count in prompts:
-            self._queue.served(seq, count if count or seq.remaining_prefill else seq.spec.context_tokens)
+        self._pay(prompts)
         if not work:
             return None
         self._next_plan_id += 1
@@ -228,12 +233,7 @@ class Scheduler:
                 self._end(seq)
                 self._events.append(SequenceFailed(seq_id=seq.seq_id, message=result.error))
                 continue
-            seq.computed = row.start + len(row.token_ids)
-            self._kv.written(seq)
-            if row.start < seq.prefill_end:
-                self._events.append(PrefillAdvanced(seq_id=seq.seq_id, computed_tokens=seq.computed))
-            if result.tokens:
-                self._take_token(seq, result.tokens[0])
+            self._computed(seq, row, result.tokens)
             if seq.doomed and seq.plans == 0 and seq.state is State.RUNNING:
                 self._preempt(seq)
 
@@ -241,37 +241,60 @@ class Scheduler:
 
     def begin_run(self, limit: int) -> QuietRun | None:
         """The longest run of at most `limit` next steps that are alike (`cluster.engine.quiet_run`), provided that no
-        command comes; None, and nothing changed: `schedule` must decide. Grants what its first step would have
-        granted to contexts that are pulled. O(running).
+        command comes; None: `schedule` must decide. `take_run` comes before the next command. Grants what its first
+        step would have granted to contexts that are pulled; where prompts are computed beside the rows that decode, it
+        is one step.
         """
-        rows, policy = self._running.values(), self._policy
-        if self._outstanding or not rows:
+        policy, lockstep = self._policy, self._lockstep
+        if self._outstanding or not (lockstep or self._line_up()):
             return None
-        if policy.pulls_alone and (self._pulling or self._prompts.may_admit(policy)):
+        may_admit = self._prompts.may_admit(policy)
+        if policy.pulls_alone and (self._pulling or may_admit):
             return None
-        prefill_tokens = self._queue.prefill_tokens
-        shares = self._policy.shares(
-            StepView(budget_tokens=self._max_batched_tokens, decode_rows=len(rows), prefill_tokens=prefill_tokens)
+        rows, prefill_tokens = len(lockstep), self._queue.prefill_tokens
+        shares = policy.shares(
+            StepView(budget_tokens=self._max_batched_tokens, decode_rows=rows, prefill_tokens=prefill_tokens)
         )
-        if shares.decode_rows < len(rows):
+        if shares.decode_rows < rows:
             return None
-        run = quiet_run(rows, self._kv, limit)
-        if run is None or not self._prompts.may_admit(self._policy):
-            return run
-        if prefill_tokens or self._policy.whole_batches or self._policy.prompts_alone:
+        under_way = len(self._running) > rows
+        if not under_way and not may_admit:
+            steps = lockstep.quiet_steps(limit)
+            return QuietRun(steps, rows, lockstep.known_tokens) if steps else None
+        computes = under_way or prefill_tokens > 0
+        if policy.whole_batches or policy.prompts_alone or (computes and self._max_outstanding_plans > 1):
             return None
-        grow_rows(rows, self._kv)
-        for seq, _ in self._serve(shares.prefill_tokens, may_admit=True):
-            self._queue.served(seq, seq.spec.context_tokens)
-        return quiet_run(rows, self._kv, run.steps)
+        steps = lockstep.quiet_steps(1 if computes else limit)
+        if not steps:
+            return None
+        lockstep.grow(1)
+        prompts = self._serve(shares.prefill_tokens, may_admit=True)
+        self._beside = tuple([(seq, self._row(seq, count)) for seq, count in prompts if count])
+        self._pay(prompts)
+        if not computes:
+            steps = lockstep.quiet_steps(steps)
+        return QuietRun(steps, rows, lockstep.known_tokens, tuple([row for _, row in self._beside]))
 
     def take_run(self, steps: int, token: SampledToken) -> None:
         """Does `steps` of the run that `begin_run` has just named, as if every row drew `token` each time. Events tell
-        only what somebody waits for: a sequence's first token drawn here, and its last ones.
+        only what somebody waits for: how prompts get on, a sequence's first token drawn here, and its last ones.
         """
         self._next_plan_id += steps
-        for seq in take_run(self._running.values(), self._kv, steps, token.token_id):
+        for seq in self._lockstep.take(steps, token.token_id):
             self._tell(seq, (token,) * steps)
+        beside, self._beside = self._beside, ()
+        for seq, row in beside:
+            seq.plans -= 1
+            self._computed(seq, row, () if row.sample is None else (token,))
+            if seq.can_decode and self._lockstep:
+                self._lockstep.join(seq)
+
+    def _line_up(self) -> bool:
+        """Puts all that decode in lockstep; False: nobody does."""
+        for seq in self._running.values():
+            if seq.can_decode:
+                self._lockstep.join(seq)
+        return len(self._lockstep) > 0
 
     def take_events(self) -> list[SchedulerEvent]:
         """What happened since the last call, in order."""
@@ -288,21 +311,24 @@ class Scheduler:
     def drawn(self, seq_id: str) -> int:
         """Output tokens that sequence has so far, those of earlier attempts included; 0 if there is none."""
         seq = self._sequences.get(seq_id)
-        return 0 if seq is None else len(seq.outputs)
+        return 0 if seq is None else len(seq.outputs) + self._lockstep.owed(seq)
 
     def decodes(self, seq_id: str) -> bool:
         """Whether it is in the running batch."""
         return seq_id in self._running
 
     def load(self) -> EngineLoad:
-        """Counts for heartbeats and metrics. O(sequences)."""
+        """Counts for heartbeats and metrics. O(running)."""
+        context_tokens = self._lockstep.known_tokens
+        if len(self._running) > len(self._lockstep):
+            context_tokens += sum([len(seq.tokens) for seq in self._running.values() if seq.joined is None])
         return EngineLoad(
             waiting=self._queue.waiting,
             running=len(self._running) + len(self._pulling),
             held=len(self._held),
             queued_prefill_tokens=self._queue.prefill_tokens,
             patient_prefill_tokens=self._queue.patient_tokens,
-            context_tokens=sum([len(seq.tokens) for seq in self._running.values()]),
+            context_tokens=context_tokens,
             num_blocks=self._kv.pool.num_blocks,
             free_blocks=self._kv.pool.num_free,
             cached_blocks=self._kv.pool.num_cached,
@@ -317,6 +343,7 @@ class Scheduler:
         out = sum(seq.spec.handoff is Handoff.OUT for seq in self._running.values())
         if out != self._prompts.running_out:
             raise IntegrityError(f"scheduler: {out} that run are handed off, {self._prompts.running_out} counted")
+        self._lockstep.check_integrity(seq for seq in self._running.values() if seq.can_decode)
         in_plans = [seq for outstanding in self._outstanding for seq in outstanding.sequences]
         check_sequences(self._sequences, self._queue, places, in_plans)
         self._kv.check_integrity([seq for seq in self._sequences.values() if seq.state is not State.WAITING])
@@ -379,6 +406,20 @@ class Scheduler:
     def _serve(self, budget: int, *, may_admit: bool) -> list[tuple[Sequence, int]]:
         return self._prompts.serve(self._policy, budget, self._events, may_admit=may_admit)
 
+    def _pay(self, prompts: list[tuple[Sequence, int]]) -> None:
+        """`_serve` has served these; who has been given no token of its prompt was given the blocks of its context."""
+        for seq, count in prompts:
+            self._queue.served(seq, count if count or seq.remaining_prefill else seq.spec.context_tokens)
+
+    def _computed(self, seq: Sequence, row: StepRow, tokens: tuple[SampledToken, ...]) -> None:
+        """The KV of `row` is written, and `tokens`, of which there is one or none, are drawn."""
+        seq.computed = row.start + len(row.token_ids)
+        self._kv.written(seq)
+        if row.start < seq.prefill_end:
+            self._events.append(PrefillAdvanced(seq_id=seq.seq_id, computed_tokens=seq.computed))
+        if tokens:
+            self._take_token(seq, tokens[0])
+
     def _row(self, seq: Sequence, count: int) -> StepRow:
         """Schedules the next `count` tokens of `seq`; the last one of its context draws a token."""
         start, end = seq.scheduled, seq.scheduled + count
@@ -422,6 +463,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence) -> None:
         self._queue.remove(seq)
+        self._lockstep.leave(seq)
         if self._running.pop(seq.seq_id, None) is not None:
             self._prompts.running_out -= seq.spec.handoff is Handoff.OUT
         self._pulling.pop(seq.seq_id, None)

@@ -43,6 +43,7 @@ class Sequence:
         "cached_tokens",
         "computed",
         "doomed",
+        "joined",
         "keys",
         "last_len",
         "needs_pull",
@@ -90,6 +91,9 @@ class Sequence:
         """WAITING with its KV in the host's memory."""
         self.doomed = False
         """To be preempted as soon as it stands in no outstanding plan."""
+        self.joined: int | None = None
+        """In which of its steps `quiet_run.Lockstep` last brought `tokens`, `outputs`, `scheduled` and `computed` up to
+        date; None: they are."""
         self.released = False
         """OUT: the reader let go before the prefill ended."""
         self.keys: list[bytes] = list(spec.block_keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .plan import StepPlan, StepRow
@@ -27,13 +28,19 @@ def is_decode(row: StepRow) -> bool:
 
 def step_shape(plan: StepPlan) -> StepShape:
     """The shape of one step, from all of its rows."""
-    prefill_tokens = prefill_squares = decode_rows = context_tokens = 0
-    for row in plan.rows:
-        if is_decode(row):
+    return shape_beside(plan.rows, 0, 0)
+
+
+def shape_beside(rows: Sequence[StepRow], decode_rows: int, context_tokens: int) -> StepShape:
+    """The shape of `rows` with so many more decode rows beside them, of so much context in all."""
+    prefill_tokens = prefill_squares = 0
+    for row in rows:
+        tokens = len(row.token_ids)
+        if tokens == 1 and row.start > 0:  # `is_decode`
             decode_rows += 1
             context_tokens += row.start + 1
         else:
-            end = row.start + len(row.token_ids)
-            prefill_tokens += len(row.token_ids)
+            end = row.start + tokens
+            prefill_tokens += tokens
             prefill_squares += end * end - row.start * row.start
     return StepShape(prefill_tokens, decode_rows, context_tokens, prefill_squares)

@@ -9,10 +9,8 @@ OSDI '24, §4.1 and appendix A, which models a stage as the whole divided by p).
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
+from typing import Protocol, overload
 
 MAX_RUN_STEPS = 1_000_000
 
@@ -34,7 +32,7 @@ class StepCosts(Protocol):
     def stage_time_s(self, prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
         """How long the slowest stage is taken by the step; at most `step_time_s`."""
 
-    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> StepRun:
         """When each of `steps` decode steps of the same rows ends, [steps], counted from the first one's start.
 
         The first reads `context_tokens`; each further one `rows` more. Every step waits for the one before it, so these
@@ -42,10 +40,35 @@ class StepCosts(Protocol):
         """
 
 
-def run_of_steps(first_s: float, growth_s: float, steps: int) -> NDArray[np.float64]:
-    """Ends of steps that follow each other, [steps]: the first takes `first_s`, each further one `growth_s` more."""
-    if not 1 <= steps <= MAX_RUN_STEPS:
-        raise ValueError(f"steps: {steps} is not allowed; allowed: 1 to {MAX_RUN_STEPS}")
-    count = np.arange(1, steps + 1, dtype=np.float64)
-    ends: NDArray[np.float64] = count * (first_s + 0.5 * growth_s * (count - 1.0))
-    return ends
+class StepRun(Sequence[float]):
+    """Ends of steps that follow each other, [steps], from the start of the first, each computed when it is asked for:
+    the first step takes `first_s`, each further one `growth_s` more.
+    """
+
+    __slots__ = ("_first_s", "_half_growth_s", "_steps")
+
+    def __init__(self, first_s: float, growth_s: float, steps: int) -> None:
+        """ValueError if `steps` is not in 1…MAX_RUN_STEPS."""
+        if not 1 <= steps <= MAX_RUN_STEPS:
+            raise ValueError(f"steps: {steps} is not allowed; allowed: 1 to {MAX_RUN_STEPS}")
+        self._first_s = first_s
+        self._half_growth_s = 0.5 * growth_s
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    @overload
+    def __getitem__(self, place: int) -> float: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[float]: ...
+
+    def __getitem__(self, place: int | slice) -> float | list[float]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(self._steps))]
+        if place < 0:
+            place += self._steps
+        if not 0 <= place < self._steps:
+            raise IndexError(f"step {place} of {self._steps}")
+        return (place + 1.0) * (self._first_s + self._half_growth_s * place)

@@ -26,11 +26,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..types import StepTimeCoefficients
-from .interface import run_of_steps
+from .interface import StepRun
 
 MAX_FILE_BYTES = 2**20
 MEASURED = "measured"
@@ -94,11 +91,11 @@ class StepProfile:
         overhead_s = self.overhead_s + self.overhead_token_s * (prefill_tokens + context_tokens)
         return (whole_s - overhead_s) / self.pipeline_stages + overhead_s
 
-    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> StepRun:
         """Ends of consecutive decode steps of the same rows, [steps]; see `StepCosts.decode_steps`."""
         decode = self.decode if rows < self.large_batch_rows else self.large_decode
         growth_s = (decode.context_token_s + self.overhead_token_s) * rows
-        return run_of_steps(self.step_time_s(0, 0, rows, context_tokens), growth_s, steps)
+        return StepRun(self.step_time_s(0, 0, rows, context_tokens), growth_s, steps)
 
     @classmethod
     def linear(cls, terms: StepTimeCoefficients) -> StepProfile:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .hardware import Hardware
-from .interface import run_of_steps
+from .interface import StepRun
 from .links import Link
 from .model_facts import ModelFacts
 from .operators import (
@@ -102,10 +102,10 @@ class Roofline:
             rows += 1
         return seconds + (self._head[rows] if rows <= TABLE_ROWS else _beyond(self._head, rows))
 
-    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> StepRun:
         """Ends of consecutive decode steps of the same rows, [steps]; see `StepCosts.decode_steps`."""
         growth_s = self._layers * self._decode_context_s * rows
-        return run_of_steps(self.step_time_s(0, 0, rows, context_tokens), growth_s, steps)
+        return StepRun(self.step_time_s(0, 0, rows, context_tokens), growth_s, steps)
 
     def _tabulate(self) -> None:
         """Reduces the operators to numbers: tables of what depends on tokens or rows, coefficients of the rest."""

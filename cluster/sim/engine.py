@@ -20,7 +20,7 @@ from ..engine.plan import RowOutput, StepOutput, StepPlan
 from ..engine.quiet_run import QuietRun
 from ..engine.scheduler import Scheduler
 from ..engine.scheduler_events import SchedulerEvent
-from ..engine.step_shape import StepShape, step_shape
+from ..engine.step_shape import StepShape, shape_beside, step_shape
 from ..latency.interface import StepCosts
 from ..latency.linear import PRIOR_STEPS, OnlineStepTimeFit, linear_terms
 from ..types import Role, SampledToken, StepTimeCoefficients
@@ -90,7 +90,7 @@ class SimEngine:
     def steps_under_way(self) -> tuple[int, int]:
         """(steps, rows) of the run under way that are done already, though the scheduler has not heard of them."""
         run = self._run
-        if run is None:
+        if run is None or run.prompts:
             return 0, 0
         return bisect_right(run.ends_s, self._timeline.now_s() - run.begin_s, 0, run.steps), run.rows
 
@@ -163,17 +163,7 @@ class SimEngine:
             return
         self._planned -= 1
         if self._on_span is not None:
-            self._on_span(
-                StepSpan(
-                    worker_id=self._worker_id,
-                    start_s=began_s,
-                    end_s=self._timeline.now_s(),
-                    steps=1,
-                    prefill_tokens=shape.prefill_tokens,
-                    decode_rows=shape.decode_rows,
-                    context_tokens=shape.context_tokens,
-                )
-            )
+            self._tell(self._on_span, began_s, 1, shape)
         rows = tuple(RowOutput(row.seq_id, (TOKEN,) if row.sample is not None else ()) for row in plan.rows)
         self.scheduler.complete(StepOutput(plan.plan_id, rows))
         self._publish()
@@ -187,15 +177,27 @@ class SimEngine:
 
     def _begin_run(self, run: QuietRun) -> None:
         now_s = self._timeline.now_s()
-        micro_batch = self._micro_batch(run.decode_rows, run.context_tokens)
-        ends_s = self._costs.decode_steps(*micro_batch, run.steps).tolist()
+        if run.prompts:
+            ends_s: Sequence[float] = (self._begin_mixed(run),)
+        else:
+            ends_s = self._costs.decode_steps(*self._micro_batch(run.decode_rows, run.context_tokens), run.steps)
         end = self._timeline.at(now_s + ends_s[-1], self._end_run)
         self._run = _Run(now_s, run, ends_s, end)
         if self._commands:  # which came while it was looked for
             self._cut(self._run)
 
+    def _begin_mixed(self, run: QuietRun) -> float:
+        """How long a step takes that has prompts beside the rows that decode."""
+        shape = shape_beside(run.prompts, run.decode_rows, run.context_tokens)
+        step_s, _ = self._times_s(shape)
+        self.fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, step_s)
+        self.steps_total += 1
+        return step_s
+
     def _cut(self, run: _Run) -> None:
         """A command waits: the run ends with the step under way."""
+        if run.steps == 1:
+            return
         steps = bisect_left(run.ends_s, self._timeline.now_s() - run.begin_s) + 1
         if steps < run.steps:
             run.end.cancel()
@@ -208,25 +210,32 @@ class SimEngine:
         run = self._run
         assert run is not None
         self._run = None
-        if run.steps == self._run_steps:
-            self._run_steps = min(MAX_RUN_STEPS, 2 * self._run_steps)
-        self.steps_total += run.steps
-        self.fit.observe(0, run.rows, run.context_tokens, run.ends_s[0])
+        if not run.prompts:
+            if run.steps == self._run_steps:
+                self._run_steps = min(MAX_RUN_STEPS, 2 * self._run_steps)
+            self.steps_total += run.steps
+            self.fit.observe(0, run.rows, run.context_tokens, run.ends_s[0])
         if self._on_span is not None:
-            self._on_span(
-                StepSpan(
-                    worker_id=self._worker_id,
-                    start_s=run.begin_s,
-                    end_s=self._timeline.now_s(),
-                    steps=run.steps,
-                    prefill_tokens=0,
-                    decode_rows=run.rows,
-                    context_tokens=run.context_tokens,
-                )
-            )
+            shape = shape_beside(run.prompts, run.rows, run.context_tokens)
+            self._tell(self._on_span, run.begin_s, run.steps, shape)
         self.scheduler.take_run(run.steps, TOKEN)
         self._publish()
         self._look_at(self._timeline.now_s())
+
+    # --- what is told -----------------------------------------------------------------------------------------------
+
+    def _tell(self, on_span: Callable[[StepSpan], None], start_s: float, steps: int, shape: StepShape) -> None:
+        on_span(
+            StepSpan(
+                worker_id=self._worker_id,
+                start_s=start_s,
+                end_s=self._timeline.now_s(),
+                steps=steps,
+                prefill_tokens=shape.prefill_tokens,
+                decode_rows=shape.decode_rows,
+                context_tokens=shape.context_tokens,
+            )
+        )
 
     def _publish(self) -> None:
         events = self.scheduler.take_events()
@@ -251,7 +260,7 @@ def prior_of(costs: StepCosts, role: Role) -> StepTimeCoefficients:
 class _Run:
     """A run under way."""
 
-    __slots__ = ("begin_s", "context_tokens", "end", "ends_s", "rows", "steps")
+    __slots__ = ("begin_s", "context_tokens", "end", "ends_s", "prompts", "rows", "steps")
 
     def __init__(self, begin_s: float, run: QuietRun, ends_s: Sequence[float], end: Event) -> None:
         self.begin_s = begin_s
@@ -261,3 +270,4 @@ class _Run:
         """When each of its steps ends, from its begin."""
         self.end = end
         self.steps = run.steps
+        self.prompts = run.prompts
