@@ -12,7 +12,7 @@ from tandem.cluster.latency.links import Link
 from tandem.cluster.sim.cluster import Failure, SimCluster
 from tandem.cluster.sim.record import Recorder
 from tandem.cluster.sim.request import Asked, Outcome
-from tandem.cluster.types import Role
+from tandem.cluster.types import Role, Urgency
 
 SLOW = Link(name="slow", bandwidth_gb_s=1e-3)
 """A block of 1000 bytes in a millisecond."""
@@ -122,6 +122,19 @@ def test_a_full_queue_of_the_router_refuses_and_one_that_waits_takes_no_place_be
     outcomes = cluster(*split(), refuses=True, max_waiting=8).run(asked)
     assert [outcome.refused for outcome in outcomes] == ["", "", "", "", *["overloaded"] * 2, ""]
     assert all(outcome.done != bool(outcome.refused) for outcome in outcomes)
+
+
+def test_a_decode_worker_promises_no_more_memory_and_places_than_it_has() -> None:
+    """Ten blocks, of which a context of 100 tokens takes seven; or one place in its queue."""
+    for fields, granted in (
+        ({"num_blocks": 10}, 1),
+        ({"num_blocks": 10, "credit_factor": 2.0}, 2),
+        ({"max_waiting": 1}, 1),
+        ({}, 3),
+    ):
+        decode = cluster(*split(max_model_len=160, **fields)).workers[1]
+        credits = [decode.reserve(f"q{place}", 1, 100, Urgency()) for place in range(3)]
+        assert sum(credit is not None for credit in credits) == granted, fields
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
