@@ -14,7 +14,6 @@ import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
 from ..cluster.clock import Clock
 from ..cluster.types import Role, Urgency
@@ -147,7 +146,7 @@ class Dispatcher:
     def _pump(self) -> None:
         """Gives the turn to everybody who may ask now."""
         now_s = self._clock.now_s()
-        for spot in self._turns.due(now_s, cache(self._prefill_views)):
+        for spot in self._turns.due(now_s, self._prefill_views):
             assert spot.turn is not None, "who is ready and does not ask waits for its turn"
             if not spot.turn.done():  # canceled, it leaves as soon as its task runs
                 spot.turn.set_result(None)

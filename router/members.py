@@ -30,7 +30,7 @@ from ..cluster.types import Role
 from .link import WorkerLink
 from .placement import WorkerView
 from .prefix_index import PrefixIndex
-from .sent_load import NOTHING, Snapshot, corrected
+from .sent_load import WorkerSeen
 
 logger = logging.getLogger(__name__)
 MAX_MEMBERS = 4096
@@ -65,16 +65,11 @@ class Member:
     status: pb.WorkerStatus
     heard_s: float
     link: WorkerLink
+    identity: str
+    """`kv_identity` of the status."""
+    seen: WorkerSeen
     silent_s: float = 0.0
     """Time without a heartbeat while the router itself was running."""
-    sent_then: Snapshot = NOTHING
-    """What this router had under way there when the status came."""
-    identity: str = ""
-    """`kv_identity` of the status."""
-    view: WorkerView | None = None
-    """As of this status and `viewed`."""
-    viewed: Snapshot = NOTHING
-    """Of what this router had under way."""
 
 
 class Membership(RegistryServicer):
@@ -121,9 +116,9 @@ class Membership(RegistryServicer):
         else:
             if status.kv_layout != member.status.kv_layout or status.fingerprint != member.status.fingerprint:
                 member.identity = kv_identity(status)
-            member.status, member.view = status, None
+            member.status = status
             member.heard_s, member.silent_s = self._clock.now_s(), 0.0
-            member.sent_then = member.link.sent.now
+            member.seen.hear(as_said(status, member.identity))
         self._changed()
         return pb.HeartbeatReply(router_id=self._router_id)
 
@@ -155,8 +150,9 @@ class Membership(RegistryServicer):
             on_change=self._changed,
             credentials=self._credentials,
         )
-        member = Member(status=status, heard_s=self._clock.now_s(), link=link, identity=kv_identity(status))
-        self._members[status.worker_id] = member
+        identity = kv_identity(status)
+        seen = WorkerSeen(as_said(status, identity), link.sent)
+        self._members[status.worker_id] = Member(status, self._clock.now_s(), link, identity, seen)
         logger.info("worker %s (%s) joined from %s", status.worker_id, status.role, status.address)
 
     def _outlive(self, epoch: int) -> None:
@@ -211,7 +207,7 @@ class Membership(RegistryServicer):
         """Workers of these roles that can take work now."""
         now_s = self._clock.now_s()
         return tuple(
-            self._view_of(member)
+            member.seen.view
             for member in self._members.values()
             if member.status.role in roles and self._why_not_routable(member, now_s) == ""
         )
@@ -263,21 +259,13 @@ class Membership(RegistryServicer):
     def _changed(self) -> None:
         self._on_change()
 
-    def _view_of(self, member: Member) -> WorkerView:
-        """Made anew only where something has changed: a request asks for it many times."""
-        now = member.link.sent.now
-        if member.view is None or member.viewed != now:
-            member.view, member.viewed = corrected(as_said(member), member.sent_then, now), now
-        return member.view
 
-
-def as_said(member: Member) -> WorkerView:
-    """The worker as its heartbeat has it."""
-    status = member.status
+def as_said(status: pb.WorkerStatus, identity: str) -> WorkerView:
+    """The worker as its heartbeat has it. `identity`: `kv_identity` of the status."""
     return WorkerView(
         worker_id=status.worker_id,
         role=Role(status.role),
-        fingerprint=member.identity,
+        fingerprint=identity,
         block_size=max(1, status.block_size),
         num_blocks=status.num_blocks,
         available_blocks=status.free_blocks + status.cached_blocks,
@@ -291,6 +279,6 @@ def as_said(member: Member) -> WorkerView:
         max_waiting=status.max_waiting,
         context_tokens=status.context_tokens,
         step_time=step_time_from_proto(status.step_time),
-        steps_total=status.steps_total,
+        steps_total=max(status.learned_steps, status.steps_total),
         patient_prefill_tokens=status.patient_prefill_tokens,
     )

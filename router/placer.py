@@ -52,11 +52,17 @@ class Placer:
         self._members = members
         self._router_id = router_id
         self._local_threshold_tokens = local_threshold_tokens
+        self._views: tuple[tuple[WorkerView, ...], ...] = ((), (), ())
+        self._pools = Pools((), (), ())
+        """Of these views."""
 
     def pools(self) -> Pools:
         """The workers that can take work now."""
         routable = self._members.routable
-        return Pools(routable(Role.PREFILL), routable(Role.DECODE), routable(Role.MIXED))
+        views = routable(Role.PREFILL), routable(Role.DECODE), routable(Role.MIXED)
+        if views != self._views:
+            self._views, self._pools = views, Pools(*views)
+        return self._pools
 
     async def try_place(self, work: Work) -> Attempt | None:
         """One round over the workers: an attempt, or None while every one of them refuses. `NoWorkers` when there is

@@ -80,6 +80,30 @@ class SentLoad:
         self._on_less()
 
 
+class WorkerSeen:
+    """A worker as its last heartbeat had it, corrected by what this router has under way there now."""
+
+    __slots__ = ("_said", "_sent", "_then", "_version", "_view")
+
+    def __init__(self, said: WorkerView, sent: SentLoad) -> None:
+        """Of its first heartbeat: nothing was sent before."""
+        self._sent = sent
+        self._said, self._then = said, NOTHING
+        self._view, self._version = said, 0
+
+    def hear(self, said: WorkerView) -> None:
+        """The next heartbeat."""
+        self._said, self._then, self._version = said, self._sent.now, -1
+
+    @property
+    def view(self) -> WorkerView:
+        """As of now: the same object while nothing has changed, because a request asks for it many times."""
+        if self._version != self._sent.version:
+            self._version = self._sent.version
+            self._view = corrected(self._said, self._then, self._sent.now)
+        return self._view
+
+
 def corrected(said: WorkerView, then: Snapshot, now: Snapshot) -> WorkerView:
     """The worker as `said` by its heartbeat, when this router had `then` under way there, corrected by what it has now:
     the worker's own count is as old as its heartbeat, and what was ours of it is replaced by what is ours now.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...router.placement import WorkerView
-from ...router.sent_load import NOTHING, SentLoad, corrected
+from ...router.sent_load import SentLoad, WorkerSeen
 from .worker import SimWorker
 
 
@@ -18,23 +18,16 @@ class SimMember:
         """Its heartbeats are fresh, and its stream stands."""
         self.attached = True
         """Its stream stands."""
-        self._sent_then = NOTHING
-        self._said = self._ask()
-        self._view, self._version = self._said, self.sent.version
+        self._seen = WorkerSeen(self._ask(), self.sent)
 
     def heartbeat(self) -> None:
         """The worker says how loaded it is."""
-        self._said = self._ask()
-        self._sent_then, self._version = self.sent.now, self.sent.version
-        self._view = corrected(self._said, self._sent_then, self._sent_then)
+        self._seen.hear(self._ask())
 
     @property
     def view(self) -> WorkerView:
         """As of now: the same object while nothing has changed."""
-        if self.sent.version != self._version:
-            self._version = self.sent.version
-            self._view = corrected(self._said, self._sent_then, self.sent.now)
-        return self._view
+        return self._seen.view
 
     def _ask(self) -> WorkerView:
         status, spec = self.worker.status(), self.worker.spec
@@ -56,7 +49,7 @@ class SimMember:
             max_waiting=spec.max_waiting,
             context_tokens=load.context_tokens,
             step_time=status.step_time,
-            steps_total=status.steps_total,
+            steps_total=status.learned_steps,
             patient_prefill_tokens=load.patient_prefill_tokens,
             pipeline_stages=spec.costs.pipeline_stages,
         )

@@ -10,8 +10,6 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import xxhash
 from feeding import as_json
@@ -26,9 +24,9 @@ from tandem.kvtransfer.mapped.segment import KVSegment, take
 from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket
 from tandem.kvtransfer.transport import BlockFrame, EndFrame, PullRequest
 from tandem.router.describe import describe
-from tandem.router.members import Member, as_said, malformed
+from tandem.router.members import as_said, malformed
 from tandem.router.placement import keeps_tpot, rank_decode, rank_prefill
-from tandem.router.sent_load import NOTHING, SentLoad, corrected
+from tandem.router.sent_load import SentLoad, WorkerSeen
 
 TICKET = Ticket(
     request_id="r",
@@ -158,9 +156,10 @@ def heartbeat(data: bytes) -> None:
     status = internal_pb.WorkerStatus.FromString(data)
     if malformed(status):
         return
-    link: Any = SimpleNamespace(sent=SentLoad())
-    view = as_said(Member(status=status, heard_s=0.0, link=link))
-    assert corrected(view, NOTHING, link.sent.now) == view
+    view = as_said(status, "kv")
+    seen = WorkerSeen(view, SentLoad())
+    seen.hear(view)
+    assert seen.view == view
     assert rank_prefill([view], 100, {}) == rank_decode([view], 100) == (view,)
     keeps_tpot(view, 100, 0.5)
     as_json(describe(status))

@@ -101,14 +101,19 @@ async def test_views_are_heartbeats_corrected_by_what_was_sent_since(rig: Any) -
         worker = await r.worker("d0", Role.DECODE, running=2, queued_prefill_tokens=10, free_blocks=5, cached_blocks=7)
         [view] = r.members.routable(Role.DECODE)
         assert (view.running, view.queued_prefill_tokens, view.available_blocks) == (2, 10, 12)
-        r.link("d0").sent.decode_rows, r.link("d0").sent.queued_prefill_tokens = 5, 300
+        sent = r.link("d0").sent
+        sent.prompt_sent(300, 0)
+        for _ in range(5):
+            sent.row_begun(1.0)
         [view] = r.members.routable(Role.DECODE)
         assert (view.running, view.queued_prefill_tokens) == (7, 310), "what others sent, and what we have sent since"
         await r.heartbeat(worker, running=6, queued_prefill_tokens=310)
-        r.link("d0").sent.decode_rows, r.link("d0").sent.queued_prefill_tokens = 1, 0
+        sent.prompt_done(300, 0)
+        for _ in range(4):
+            sent.row_ended(1.0)
         [view] = r.members.routable(Role.DECODE)
         assert (view.running, view.queued_prefill_tokens) == (2, 10), "what of it was ours is as we know it now"
-        r.link("d0").sent.decode_rows = r.link("d0").sent.queued_prefill_tokens = 0
+        sent.row_ended(1.0)
 
 
 @scenario
@@ -118,11 +123,11 @@ async def test_what_other_routers_sent_without_a_deadline_is_patient_too(rig: An
         soon, whenever = Urgency(deadline_s=1.0), Urgency()
         [view] = r.members.routable(Role.PREFILL)
         assert (view.tokens_before(soon), view.tokens_before(whenever)) == (100, 500)
-        r.link("p0").sent.queued_prefill_tokens, r.link("p0").sent.patient_prefill_tokens = 300, 200
+        r.link("p0").sent.prompt_sent(300, 200)
         await r.heartbeat(worker, queued_prefill_tokens=800, patient_prefill_tokens=600)
         [view] = r.members.routable(Role.PREFILL)
         assert (view.tokens_before(soon), view.tokens_before(whenever)) == (200, 800)
-        r.link("p0").sent.queued_prefill_tokens = r.link("p0").sent.patient_prefill_tokens = 0
+        r.link("p0").sent.prompt_done(300, 200)
         [view] = r.members.routable(Role.PREFILL)
         assert (view.tokens_before(soon), view.tokens_before(whenever)) == (100, 500), "ours is as we know it now"
 
