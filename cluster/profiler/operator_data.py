@@ -59,6 +59,9 @@ class OperatorFiles:
     """Vidur's, that the fit never sees; nor does it see another model of the same shapes."""
     all_reduce: str
     send_recv: str
+    launches: bool = False
+    """Whether all-reduces are fitted to Vidur's, which processes launch one by one and wait for each other, as engines
+    without captured graphs do; else to those of NCCL's benchmark, back to back."""
     attention: str | None = None
     """Vidur's, of the kernels of early 2024; never in the fit."""
 
@@ -77,6 +80,7 @@ FILES = {
         ),
         all_reduce="vidur/network_a100_dgx_all_reduce.csv.gz",
         send_recv="vidur/network_a100_dgx_send_recv.csv.gz",
+        launches=True,
         attention="vidur/history_e2d00e9_a100_attention_llama2-70b-shape_tp2.csv.gz",
     ),
     "h100": OperatorFiles(

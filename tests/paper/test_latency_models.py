@@ -42,12 +42,12 @@ def median_error(data: Path, model: str, ranks: int, shapes: list, by_hand: floa
     ("model", "ranks", "prompts", "decode"),
     [
         ("opt-13b", 1, 0.06, 0.05),
-        ("opt-13b", 2, 0.18, 0.13),
-        ("opt-13b", 4, 0.18, 0.21),
-        ("opt-66b", 2, 0.06, 0.05),
-        ("opt-66b", 3, 0.08, 0.07),
-        ("opt-66b", 4, 0.12, 0.10),
-        ("opt-66b", 8, 0.18, 0.24),
+        ("opt-13b", 2, 0.08, 0.06),
+        ("opt-13b", 4, 0.09, 0.06),
+        ("opt-66b", 2, 0.06, 0.07),
+        ("opt-66b", 3, 0.06, 0.06),
+        ("opt-66b", 4, 0.06, 0.04),
+        ("opt-66b", 8, 0.11, 0.08),
     ],
 )
 def test_steps_derived_from_sizes_are_near_those_distserve_measured(
@@ -55,7 +55,7 @@ def test_steps_derived_from_sizes_are_near_those_distserve_measured(
 ) -> None:
     """Appendix A fits OPT on A100s; nothing of OPT or of DistServe's engine is in our constants. Median over sizes.
 
-    With more ranks DistServe's engine pays more between kernels than a roofline has.
+    That ranks which launch one by one wait for each other in every all-reduce is Vidur's measurement.
     """
     assert median_error(data, model, ranks, PROMPTS, PREFILL_BY_HAND["distserve"]) <= prompts
     assert median_error(data, model, ranks, DECODE, DECODE_BY_HAND["distserve"]) <= decode
@@ -92,8 +92,8 @@ def test_the_constants_are_those_the_data_give(data: Path) -> None:
         assert stored["held_out"][operator] == pytest.approx(errors, rel=0.05), operator
     for operator in ("gemm", "gemm of Llama-2-70b-hf", "gemm of Meta-Llama-3-70B", "prefill_attention"):
         assert found["held_out"][operator]["median"] <= 0.10
-    for operator in ("decode_attention", "all_reduce"):
-        assert found["held_out"][operator]["median"] <= 0.15
+    assert found["held_out"]["decode_attention"]["median"] <= 0.10
+    assert found["held_out"]["all_reduce"]["median"] <= 0.08
 
 
 @pytest.mark.parametrize("device", FILES)
