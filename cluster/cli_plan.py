@@ -98,6 +98,7 @@ _MADE = {
     "slo_class": "workload.slo_classes",
 }
 """The same of options whose values are made of what was given."""
+_RANDOM = ("random_input_len", "random_output_len", "random_range_ratio")
 _EVEN = {"workload.range_ratio": 0.0}
 
 
@@ -176,6 +177,8 @@ def plan(
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given, by their place in a problem. ValueError naming the option that is wrong."""
     found = {} if given["workload"] is None else _workload(given["workload"])
+    if given["workload"] is None and any(given[name] is not None for name in _RANDOM):
+        found = {"workload.lengths": None}  # in place of the file's
     found |= {path: given[name] for name, path in _PATHS.items() if given[name] is not None}
     if given["burstiness"] is not None and given["arrivals"] is None:
         found["workload.arrivals"] = "gamma"

@@ -122,6 +122,7 @@ PATHS = {
     "slo_class": "workload.slo_classes",
 }
 """Where in a scenario each option stands."""
+_RANDOM = ("random_input_len", "random_output_len", "random_range_ratio")
 _MADE = ("config", "no_refuse", "fail", "goodput", "slo_class")
 """Options whose values are made of what was given."""
 
@@ -143,6 +144,8 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     found = {path: given[name] for name, path in PATHS.items() if given[name] is not None and name not in _MADE}
     if given["dataset_path"] is not None:  # in place of the file's random lengths
         found = {"workload.input_tokens": None, "workload.output_tokens": None, "workload.range_ratio": 0.0} | found
+    elif any(given[name] is not None for name in _RANDOM):
+        found = {"workload.lengths": None} | found
     if given["rate_scale"] is not None:
         found.setdefault("rate", None)
     if given["no_refuse"]:

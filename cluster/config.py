@@ -226,6 +226,9 @@ class PlanConfig:
     """What was expected to come, in words."""
     made_with: Annotated[str | None, Text()] = None
     """Where the prediction came from: a version, a profile, seeds."""
+    problem: dict[str, object] = field(default_factory=dict)
+    """What it answers, with the keys of a problem's file (`planner.problem`): devices, links, load. `tandem simulate
+    --cluster` takes from it what a cluster's configuration does not say."""
 
     def __post_init__(self) -> None:
         check(self)

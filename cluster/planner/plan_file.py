@@ -10,14 +10,14 @@ from __future__ import annotations
 import shlex
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ... import __version__
-from ..config_schema import ConfigError
+from ..config_schema import ConfigError, plain
 from ..latency.hardware import DeviceKind
 from ..latency.model_facts import DTYPE_BYTES
 from ..latency.profile import StepProfile
@@ -25,6 +25,7 @@ from ..latency.profile_fit import profile_of
 from ..models.reference import DUMMY_PREFIX
 from ..models.registry import CONFIGS
 from ..types import Role
+from ..workload.spec import WorkloadSpec
 from .nodes import nodes_of
 from .place import replicas_of
 from .problem import Problem
@@ -246,7 +247,30 @@ def _prediction(problem: Problem, setting: Setting, result: PlanResult, chosen: 
         "model": model_text(setting),
         "workload": f"{workload_text(problem)}; {promises_text(problem)}",
         "made_with": f"tandem {__version__}, {source_text(problem, setting)}, {seeds}",
+        "problem": _asked(problem),
     }
+
+
+def _asked(problem: Problem) -> dict[str, Any]:
+    """The problem but for how it was searched and what is as always; files by their whole path."""
+    asked = {name: value for name, value in _told(problem).items() if name != "search"}
+    workload = asked["workload"] = _told(problem.workload)
+    for section, names in ((asked, ("model", "hardware", "profile")), (workload, ("lengths",))):
+        for name in names:
+            if name in section and Path(section[name]).expanduser().exists():
+                section[name] = str(Path(section[name]).expanduser().absolute())
+    return asked
+
+
+def _told(spec: Problem | WorkloadSpec) -> dict[str, Any]:
+    """What is not as its field has it by default."""
+    told = {}
+    for one in fields(spec):
+        value = getattr(spec, one.name)
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if value != default:
+            told[one.name] = plain(value)
+    return told
 
 
 def _quantiles(found: Quantiles) -> dict[str, float]:

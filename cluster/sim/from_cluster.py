@@ -1,9 +1,9 @@
 """A cluster's own file, or a plan's, as the values of a scenario: what `tandem serve` would start, in virtual time.
 
-    scenario = read_scenario(None, cluster_values(load_config("plan.yaml")) | {"hardware": "h100", "rate": 8.0})
+    scenario = read_scenario(None, cluster_values(load_config("plan.yaml")) | {"rate": 8.0})
 
-What a cluster's file does not say has to come from elsewhere: the hardware (its links; its steps where no profile is
-named) and the workload.
+What a cluster's file does not say stands in the section `plan` of a plan's, as the problem that it answers, or has to
+come from elsewhere: the hardware (its links; its steps where no profile is named) and the workload.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..types import SLO, Role
 
 _CPU_HARDWARE = "cpu-avx2"
 _SHARED = ("block_size", "max_model_len", "prefix_cache")
+_OF_THE_PROBLEM = ("hardware", "gpus_per_node", "intra_node", "inter_node", "memory_bytes", "utilization")
 _OF_A_POOL = ("tensor_parallel", "pipeline_stages", "max_batched_tokens", "max_running", "max_waiting", "batching")
 _OF_THE_ROUTER = (
     "max_waiting",
@@ -39,14 +40,18 @@ def cluster_values(config: ClusterConfig) -> dict[str, Any]:
     values: dict[str, Any] = {name: getattr(engine, name) for name in _SHARED}
     values |= {"model": engine.model, "dtype": QUANTIZED_DTYPES.get(engine.quantization or "", engine.dtype)}
     values |= {"kv_dtype": engine.dtype}
-    if engine.device == "cpu":
+    asked = {} if config.router.plan is None else config.router.plan.problem
+    values |= {name: asked[name] for name in _OF_THE_PROBLEM if name in asked}
+    if "profile" in asked and ("hardware" not in asked or engine.device == "cpu"):
+        values["profile"] = asked["profile"]
+    elif engine.device == "cpu":
         values["hardware"] = _CPU_HARDWARE
     for role, count in counts.items():
         values[f"{role.value}.workers"] = count
         if count:
             values |= {f"{role.value}.{name}": value for name, value in _pool(role, engines[role]).items()}
     values |= {f"router.{name}": getattr(config.router, name) for name in _OF_THE_ROUTER}
-    return values | _load(config.router)
+    return values | _load(config.router, asked.get("workload"))
 
 
 def _pool(role: Role, engine: EngineConfig) -> dict[str, Any]:
@@ -56,16 +61,22 @@ def _pool(role: Role, engine: EngineConfig) -> dict[str, Any]:
     return values | {"kv_cache_bytes": engine.kv_cache_bytes, "profile": engine.paced_profile}
 
 
-def _load(router: RouterConfig) -> dict[str, Any]:
-    """The classes' promises, with as many requests each; the rate that was planned for."""
+def _load(router: RouterConfig, planned: object) -> dict[str, Any]:
+    """The load that was planned for, at its rate; promises are the router's, and so are the classes where there are
+    others than were planned for, with as many requests each.
+    """
+    section = planned if isinstance(planned, Mapping) else {}
+    values: dict[str, Any] = {f"workload.{name}": value for name, value in section.items() if name != "slo_classes"}
     classes: Mapping[str, SLO | SLOClass] = router.slo_classes or {INTERACTIVE: router.slo}
+    shares = {name: 1.0 / len(classes) for name in classes}
+    if isinstance(told := section.get("slo_classes"), Mapping) and told.keys() == classes.keys():
+        shares = {name: one.get("share", 1.0) if isinstance(one, Mapping) else 1.0 for name, one in told.items()}
     sections: dict[str, Any] = {
-        name: {"share": 1.0 / len(classes), "ttft_s": kind.ttft_s, "tpot_s": kind.tpot_s}
-        for name, kind in classes.items()
+        name: {"share": shares[name], "ttft_s": kind.ttft_s, "tpot_s": kind.tpot_s} for name, kind in classes.items()
     }
     for name, kind in router.slo_classes.items():
         sections[name]["queue_share"] = kind.share
-    values: dict[str, Any] = {"workload.slo_classes": sections}
+    values["workload.slo_classes"] = sections
     if router.plan is not None and router.plan.rate is not None:
         values["rate"] = router.plan.rate
     return values

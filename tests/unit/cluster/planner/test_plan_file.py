@@ -18,6 +18,8 @@ from tandem.cluster.planner.plan_file import PlanFile, device_of, plan_file
 from tandem.cluster.planner.problem import Problem, load_problem
 from tandem.cluster.planner.result import Evaluation
 from tandem.cluster.planner.setting import setting_of
+from tandem.cluster.sim.from_cluster import cluster_values
+from tandem.cluster.sim.scenario import read_scenario
 from tandem.cluster.types import Role
 
 DECODE = DecodeTerms(step_s=0.01, row_s=1e-4, context_token_s=1e-6)
@@ -86,6 +88,31 @@ def test_what_was_predicted_goes_with_it(tmp_path: Path) -> None:
     bare = written(opt(), replace(evaluated(split(), 6.0), prediction=None))
     [plan_text] = [bare.text[bare.text.index("\nplan:") :]]
     assert "predicted_attainment" not in plan_text
+
+
+def test_what_was_asked_is_simulated_again_without_a_word_more(tmp_path: Path) -> None:
+    (tmp_path / "pool.csv").write_text("arrival_s,input_tokens,output_tokens\n,100,20\n")
+    classes = {"chat": {"share": 0.75, "ttft_s": 0.25, "tpot_s": 0.1}, "bulk": {"share": 0.25, "ttft_s": 2.0}}
+    workload = {"lengths": str(tmp_path / "pool.csv"), "arrivals": "gamma", "burstiness": 0.5, "slo_classes": classes}
+    problem = load_problem(
+        None,
+        {"model": "opt-13b", "hardware": "h100", "gpus_per_node": 4, "inter_node": "25Gbps", "workload": workload},
+    )
+    config = loaded(tmp_path, written(problem, evaluated(split(), 6.0)))
+    scenario = read_scenario(None, cluster_values(config))
+    assert (scenario.hardware, scenario.gpus_per_node, scenario.inter_node) == ("h100", 4, problem.inter_node)
+    asked = {name: replace(one, queue_share=None) for name, one in scenario.workload.slo_classes.items()}
+    assert replace(scenario.workload, slo_classes=asked) == problem.workload
+    assert scenario.rate == 6.0
+    assert [(role.value, pool.tensor_parallel) for role, pool in scenario.pools] == [("prefill", 2), ("decode", 1)]
+
+
+def test_a_plan_of_a_profile_is_simulated_with_it(tmp_path: Path) -> None:
+    problem = profiled(tmp_path)
+    config = loaded(tmp_path, written(problem, evaluated(split(prefill_tp=1), 3.0)))
+    scenario = read_scenario(None, cluster_values(config))
+    assert (scenario.profile, scenario.hardware) == (problem.profile, None)
+    assert scenario.device().source == problem.device().source
 
 
 def test_a_colocated_plan_is_one_pool(tmp_path: Path) -> None:
