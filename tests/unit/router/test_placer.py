@@ -129,14 +129,14 @@ async def test_a_prompt_goes_where_its_prefix_went(rig: Any) -> None:
         place = placer(r)
         first = await place.place(work())
         drop(first)
-        r.link("p0").sent.queued_prefill_tokens = 2  # less than what is cached there
+        r.link("p0").sent.prompt_sent(2, 0)  # less than what is cached there
         again = await place.place(work(number=2))
         assert again.prefill is r.link("p0")
         drop(again)
         other = await place.place(work(number=3, output_token_ids=(77,), avoid=frozenset({"p0"})))
         assert other.prefill is r.link("p1")
         drop(other)
-        r.link("p0").sent.queued_prefill_tokens = 0
+        r.link("p0").sent.prompt_done(2, 0)
 
 
 @scenario
