@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...router.placement import ANSWER_TOKENS
 from ..latency.interface import StepCosts
 from ..types import Role
 
@@ -47,15 +48,23 @@ class QuickWorker:
         self._rows: list[tuple[float, int, int]] = []  # (step at which it ends, request, context then)
         self._steps = 0.0
         self._context = 0.0
-        self._now_s = self._rows_back_s = 0.0
+        self._now_s = self._rows_back_s = self._done_s = 0.0
+        self._ends: deque[float] = deque(maxlen=self._stages)  # of the steps in the pipeline
         budget = kind.budget_tokens
         self._token_s = self._costs.step_time_s(budget, budget**2, 0, 0) / budget
         self.queued_tokens = 0
+        self._doing_tokens = 0
 
-    def load_s(self, now_s: float) -> float:
-        """Less is better for who comes next: seconds until its prompt would be begun, and what the rows slow it by."""
-        rows = 0 if self._kind.role is Role.PREFILL else len(self._rows)
-        return max(0.0, self._now_s - now_s) + (self.queued_tokens + rows * _HEADROOM_TOKENS) * self._token_s
+    def load_s(self, now_s: float, prompt: int) -> float:
+        """Less is better for who comes next, as the router ranks workers: by what is queued, whatever of it is under
+        way, and by how long tokens take then.
+        """
+        queued = self.queued_tokens + (self._doing_tokens if self._done_s > now_s else 0)
+        if self._kind.role is Role.PREFILL:
+            return queued * self._token_s
+        rows = len(self._rows) + len(self._queue) + 1
+        token_s = self._costs.step_time_s(0, 0, rows, int(self._context) + prompt)
+        return token_s if self._kind.role is Role.DECODE else queued * self._token_s + ANSWER_TOKENS * token_s
 
     def add(self, now_s: float, request: int, prompt: int, answer: int) -> None:
         """A request comes. On a decode worker its prompt is there already."""
@@ -72,6 +81,8 @@ class QuickWorker:
             chunks = self._prompts() if self._kind.role is not Role.DECODE else None
             if chunks:
                 self._mixed_step(chunks)
+            elif self._now_s < self._rows_back_s:  # nothing but rows that are still in the pipeline
+                self._now_s = min(self._rows_back_s, until_s)
             elif self._rows:
                 self._decode(until_s)
             else:
@@ -114,17 +125,22 @@ class QuickWorker:
         return len(self._rows) if self._now_s >= self._rows_back_s else 0
 
     def _mixed_step(self, chunks: Sequence[tuple[int, int, int]]) -> None:
+        """As `SimEngine` times it: as many steps as stages are under way, and none overtakes another."""
         rows = self._ready_rows()
         tokens = sum(end - start for _, start, end in chunks)
         squares = sum(end * end - start * start for _, start, end in chunks)
         sizes = (tokens, squares, rows, int(self._context) if rows else 0)
         whole_s = self._costs.step_time_s(*sizes)
         stage_s = whole_s if self._stages == 1 else self._costs.stage_time_s(*sizes)
-        done_s = self._now_s + whole_s
+        done_s = self._done_s = max(self._done_s + whole_s / self._stages, self._now_s + whole_s)
         if rows:
             self._rows_back_s = done_s
             self._grow(1.0, done_s)
+        self._ends.append(done_s)
         self._now_s += stage_s
+        if len(self._ends) == self._stages:
+            self._now_s = max(self._now_s, self._ends[0])
+        self._doing_tokens = tokens
         for _, start, end in chunks:
             self._queue[0][2] = end
             self.queued_tokens -= end - start
@@ -147,6 +163,7 @@ class QuickWorker:
         if steps > 1 and steps * first_s > wanted_s:
             steps = max(1, min(steps, math.ceil(wanted_s / first_s)))
         self._now_s += steps * (first_s + 0.5 * growth_s * (steps - 1))
+        self._done_s = self._now_s
         self._grow(float(steps), self._now_s)
 
     def _grow(self, steps: float, now_s: float) -> None:
@@ -169,7 +186,7 @@ def serve(
     for request, (at_s, prompt, answer) in enumerate(zip(arrivals_s, prompts, answers, strict=True)):
         for worker in workers:
             worker.advance(at_s)
-        chosen = workers[0] if count == 1 else min(workers, key=lambda one: one.load_s(at_s))
+        chosen = workers[0] if count == 1 else min(workers, key=lambda one: one.load_s(at_s, prompt))
         if kind.role is not Role.DECODE or answer > 1:
             chosen.add(at_s, request, prompt, answer)
     for worker in workers:
