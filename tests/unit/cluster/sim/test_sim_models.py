@@ -116,6 +116,20 @@ def test_who_is_preempted_is_computed_again_and_draws_no_token_twice() -> None:
     assert_clean(simulated)
 
 
+def test_a_worker_that_is_asked_in_the_middle_of_a_run_of_steps_says_how_far_it_has_come() -> None:
+    """Steps are taken together, but what heartbeats and watchers see of memory grows with each of them."""
+    [outcome], seen, _ = watched(mixed(), [ask("q", 16, 300)])
+    assert max(step.steps for step in seen.steps) > 100
+    first_s, last_s = outcome.first_token_s, outcome.last_token_s
+    assert first_s is not None
+    assert last_s is not None
+    under_way = [(at_s, worker.used_blocks) for at_s, _, (worker,) in seen.samples if first_s < at_s < last_s]
+    for at_s, used_blocks in under_way:
+        tokens = 17 + 299 * (at_s - first_s) / (last_s - first_s)
+        assert used_blocks == pytest.approx(tokens / 16, abs=2.0), at_s
+    assert len({used_blocks for _, used_blocks in under_way}) >= 18
+
+
 def test_a_full_queue_of_the_router_refuses_and_one_that_waits_takes_no_place_behind_its_first_token() -> None:
     """Of eight places those without a promise have half: the fifth of a burst is refused, a later one is let in."""
     asked = [ask(str(place), 500, 50, at_s=place * 1e-6) for place in range(6)] + [ask("later", 500, 50, at_s=2.0)]
