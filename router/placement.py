@@ -40,7 +40,7 @@ class WorkerView:
     context_tokens: int
     step_time: StepTimeCoefficients
     steps_total: int = 0
-    """Steps that it has run: its coefficients are a guess until it has run some."""
+    """Steps that its coefficients stand for, run or known beforehand: they are a guess until there are some."""
     patient_prefill_tokens: int = 0
     """Of `queued_prefill_tokens`: those that are due at no time."""
     pipeline_stages: int = 1

@@ -13,13 +13,14 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..types import StepTimeCoefficients
+from ..types import Role, StepTimeCoefficients
 
 _MIN_STEP_S = 1e-6
 _REFIT_STEPS = 64
@@ -33,6 +34,10 @@ DEFAULT_PRIOR = StepTimeCoefficients(step_s=0.01, prefill_token_s=5e-4, decode_r
 """What a worker is taken for before it has run a step: a small model on a few CPU cores."""
 
 _TERMS = ("step_s", "prefill_token_s", "decode_row_s", "context_token_s")
+_PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+_ROWS, _CONTEXTS = (1, 2, 4, 8, 16, 32, 64), (128, 512, 1024)
+PRIOR_STEPS = 64
+"""What a prior that was worked out from a latency model counts for: as if so many steps had been seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +101,15 @@ class OnlineStepTimeFit:
     `observe` is O(1), and `coefficients` refits only after enough new steps. Both may be called from any thread.
     """
 
-    def __init__(self, prior: StepTimeCoefficients = DEFAULT_PRIOR, *, window: int = 256) -> None:
+    def __init__(self, prior: StepTimeCoefficients = DEFAULT_PRIOR, *, prior_steps: int = 0, window: int = 256) -> None:
+        """`prior_steps`: what the prior counts for in `steps`; 0: it is a guess."""
         if window < 1:
             raise ValueError(f"window: {window} is not >= 1")
         StepTimeModel(prior)
         self._prior = np.array([getattr(prior, name) for name in _TERMS])
         self._steps = np.zeros((2, window, 5))  # [with prefill?, step, (1, prefill, rows, context, duration)]
         self._counts = [0, 0]
+        self._prior_steps = prior_steps
         self._refit_at = 1
         self._fitted = prior
         self._lock = threading.Lock()
@@ -120,6 +127,11 @@ class OnlineStepTimeFit:
             self._steps[kind, slot] = (1.0, prefill_tokens, decode_rows, context_tokens, max(duration_s, _MIN_STEP_S))
             self._counts[kind] += 1
 
+    @property
+    def steps(self) -> int:
+        """How many steps the coefficients stand for; 0: they are a guess."""
+        return self._prior_steps + sum(self._counts)
+
     def coefficients(self) -> StepTimeCoefficients:
         """The fit to the steps so far: the prior before the first, never negative. Cheap to call after every step."""
         with self._lock:
@@ -132,6 +144,22 @@ class OnlineStepTimeFit:
         theta = _fit(data[:, :4], data[:, 4], self._prior)
         self._fitted = StepTimeCoefficients(**dict(zip(_TERMS, theta.tolist(), strict=True)))
         return self._fitted
+
+
+def linear_terms(step_time_s: Callable[[int, int, int, int], float], *, role: Role) -> StepTimeCoefficients:
+    """The linear model that comes closest to other costs, in the steps that a worker of that role runs: its prior where
+    those are known before it has run one. `step_time_s`: as `StepCosts.step_time_s`.
+    """
+    prompts = [(length, length**2, 0, 0) for length in _PROMPTS]
+    decodes = [(0, 0, rows, rows * context) for rows in _ROWS for context in _CONTEXTS]
+    both = [(length, length**2, rows, rows * _CONTEXTS[1]) for length in _PROMPTS[::3] for rows in _ROWS[::3]]
+    own = {Role.PREFILL: prompts, Role.DECODE: decodes, Role.MIXED: [*prompts, *decodes, *both]}[role]
+    theta = np.array([getattr(DEFAULT_PRIOR, name) for name in _TERMS])
+    for shapes in ([*prompts, *decodes, *both], own):  # what a role does not run keeps what all steps say
+        x = np.array([(1.0, length, rows, context) for length, _, rows, context in shapes])
+        y = np.array([max(step_time_s(*shape), _MIN_STEP_S) for shape in shapes])
+        theta = _fit(x, y, theta)
+    return StepTimeCoefficients(**dict(zip(_TERMS, theta.tolist(), strict=True)))
 
 
 def _fit(x: NDArray[np.float64], y: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:

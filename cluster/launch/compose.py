@@ -30,8 +30,10 @@ from ..engine.devices.base import Device
 from ..engine.policies import policy_for
 from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import Scheduler
+from ..latency.linear import OnlineStepTimeFit
 from ..metrics import worker_registry
 from ..models.reference import ModelFiles, resolve_model
+from ..profiler.first_steps import known_steps
 from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
 from ..rpc import make_server, new_epoch
 from ..worker.engine_thread import EngineThread
@@ -137,7 +139,8 @@ class WorkerRuntime:
             self._segments = await share(device.kv.segment)
         offer = None if self._segments is None else self._segments.offer
         transport = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
-        shell, prefill, decode = _assemble(config, files, device, credentials, offer, transport)
+        fit = await asyncio.to_thread(_known_steps, config, files, device)
+        shell, prefill, decode = _assemble(config, files, device, credentials, offer, transport, fit)
         shell.on_leave = self._on_leave
         asked, longest = config.engine.max_model_len, shell.facts.max_model_len
         if asked is not None and longest < asked:
@@ -222,6 +225,22 @@ def _kv_transport(config: WorkerConfig, device: Device, credentials: MemberCrede
     return MappedKVTransport(control, layout, required=config.transport == "mapped")
 
 
+def _longest(config: EngineConfig, files: ModelFiles, device: Device) -> int:
+    """Context that is promised to clients: one longer than the whole KV memory could never run."""
+    return min(config.max_model_len or files.config.max_model_len, device.kv.num_blocks * config.block_size)
+
+
+def _known_steps(config: WorkerConfig, files: ModelFiles, device: Device) -> OnlineStepTimeFit:
+    """What is known of the device's steps before it serves; a CPU engine takes a moment to find out."""
+    return known_steps(
+        device,
+        config.role,
+        max_batched_tokens=config.engine.max_batched_tokens,
+        max_model_len=_longest(config.engine, files, device),
+        block_size=config.engine.block_size,
+    )
+
+
 def _assemble(
     config: WorkerConfig,
     files: ModelFiles,
@@ -229,14 +248,13 @@ def _assemble(
     credentials: MemberCredentials,
     offer: SegmentOffer | None,
     transport: KVTransport,
+    fit: OnlineStepTimeFit,
 ) -> tuple[WorkerShell, PrefillService, DecodeService]:
     """The parts that need each other: scheduler, engine thread, shell, services."""
     engine_config, clock, segment = config.engine, MonotonicClock(), device.kv.segment
     generations = None if segment is None else segment.generations
     pool = BlockPool(device.kv.num_blocks, engine_config.block_size, generations)
-    # A context longer than the whole KV memory could never run: the promise made to clients is what fits.
-    longest = engine_config.max_model_len or files.config.max_model_len
-    longest = min(longest, device.kv.num_blocks * engine_config.block_size)
+    longest = _longest(engine_config, files, device)
     scheduler = Scheduler(
         block_pool=pool,
         prefix_cache=PrefixCache(pool, enabled=engine_config.prefix_cache),
@@ -262,7 +280,9 @@ def _assemble(
     if segment is not None:
         segment.publish(facts.epoch)
     shell = WorkerShell(config, facts, clock, credentials)
-    engine = EngineThread(scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine)
+    engine = EngineThread(
+        scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine, fit=fit
+    )
     prefill = PrefillService(shell, engine, device.kv, pool.generation, offer)
     decode = DecodeService(shell, engine, device.kv, transport)
     shell.assemble(engine, (prefill, decode))

@@ -46,7 +46,7 @@ from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import QueueFull, Scheduler
 from ..engine.scheduler_events import BlocksGranted, PrefillAdvanced, SchedulerEvent, TokensEmitted
 from ..types import Handoff, SequenceSpec, Side, Urgency
-from .engine import TOKEN, SimEngine
+from .engine import TOKEN, SimEngine, prior_of
 from .links import Medium
 from .observer import StepSpan, TransferSpan
 from .pull import Pull
@@ -115,6 +115,7 @@ class SimWorker:
             self._on_events,
             worker_id=spec.worker_id,
             on_span=wiring.on_step,
+            prior=prior_of(spec.costs, spec.role),  # type: ignore[arg-type]  # a Protocol names no hash; all have one
         )
         self.holder = HandoffHolder(
             worker_id=spec.worker_id,
@@ -146,7 +147,7 @@ class SimWorker:
                 free_blocks=max(0, load.free_blocks - steps * rows // self.spec.block_size),
             )
         credited = self.puller.credited_blocks
-        return Status(load, credited, engine.fit.coefficients(), engine.steps_total + steps)
+        return Status(load, credited, engine.fit.coefficients(), engine.learned_steps + steps)
 
     def tick(self) -> None:
         """Ends credits, leases and waits that ran out, as the runtime's does a few times a second."""

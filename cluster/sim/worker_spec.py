@@ -71,4 +71,4 @@ class Status:
     load: EngineLoad
     credited_blocks: int
     step_time: StepTimeCoefficients
-    steps_total: int
+    learned_steps: int

@@ -44,6 +44,8 @@ class EngineStatus:
 
     load: EngineLoad
     step_time: StepTimeCoefficients
+    learned_steps: int = 0
+    """Steps that `step_time` stands for; 0: it is a guess."""
     steps_total: int = 0
     computed_tokens_total: int = 0
     late_steps_total: int = 0
@@ -69,7 +71,9 @@ class EngineThread:
         *,
         on_events: Callable[[Sequence[SchedulerEvent]], None],
         on_failure: Callable[[BaseException], None],
+        fit: OnlineStepTimeFit | None = None,
     ) -> None:
+        """`fit`: what is known of the device's steps already; None: nothing is."""
         self._scheduler = scheduler
         self._device = device
         self._on_events = on_events
@@ -80,8 +84,10 @@ class EngineThread:
         self._ended = threading.Event()
         """Set before commands are refused for the last time."""
         self._failure: BaseException | None = None
-        self._fit = OnlineStepTimeFit()
-        self.status = EngineStatus(load=scheduler.load(), step_time=self._fit.coefficients())
+        self._fit = fit or OnlineStepTimeFit()
+        self.status = EngineStatus(
+            load=scheduler.load(), step_time=self._fit.coefficients(), learned_steps=self._fit.steps
+        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -147,6 +153,7 @@ class EngineThread:
         self.status = replace(
             self.status,
             step_time=self._fit.coefficients(),
+            learned_steps=self._fit.steps,
             steps_total=self.status.steps_total + 1,
             computed_tokens_total=self.status.computed_tokens_total + plan.num_tokens,
             late_steps_total=self._device.late_steps_total,

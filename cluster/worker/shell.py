@@ -341,6 +341,7 @@ class WorkerShell:
             max_running=engine_config.max_running,
             max_batched_tokens=engine_config.max_batched_tokens,
             step_time=step_time_to_proto(engine.step_time),
+            learned_steps=engine.learned_steps,
             streams=len(self._live),
             integrity_ok=self.failure is None,
             preemptions_total=load.preemptions_total,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from ....kvtransfer.store import KVStore
+from ...latency.interface import StepCosts
 from ..plan import StepOutput, StepPlan
 
 
@@ -18,6 +19,8 @@ class Device(ABC):
     vocab_size: int
     fingerprint: str
     """Hex digest over weights, rope and KV dtype: equal fingerprints mean exchangeable KV."""
+    costs: StepCosts | None = None
+    """What its steps take, where that is known before they run."""
     late_steps_total: int = 0
     """Steps that took longer than the device's own latency model says; 0 where it has none."""
 

@@ -167,7 +167,9 @@ class PacedDevice(Device):
         self.corruptions_total = 0
         self.late_steps_total = 0
         """Steps that ended later than the model says (`LATE_S`, `LATE_SHARE`): the machine was too slow for it."""
-        self._profile = coefficients if isinstance(coefficients, StepProfile) else StepProfile.linear(coefficients)
+        self.costs: StepProfile = (
+            coefficients if isinstance(coefficients, StepProfile) else StepProfile.linear(coefficients)
+        )
         self._clock = MonotonicClock() if clock is None else clock
         if sleep is None:
             sleep = self._clock.advance if isinstance(self._clock, VirtualClock) else time.sleep
@@ -211,7 +213,7 @@ class PacedDevice(Device):
             self._check_row(row)
         values, slots, ends, previous = self._flatten(plan)
         shape = step_shape(plan)
-        duration_s = self._profile.step_time_s(
+        duration_s = self.costs.step_time_s(
             shape.prefill_tokens, shape.prefill_squares, shape.decode_rows, shape.context_tokens
         )
         start_s = max(self._clock.now_s(), self._free_at_s)

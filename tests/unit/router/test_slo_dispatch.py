@@ -110,6 +110,17 @@ async def test_what_waits_ahead_is_known_at_the_door_at_once(rig: Any) -> None:
 
 
 @scenario
+async def test_a_promise_that_nobody_can_keep_is_refused_from_the_first_request_on(rig: Any) -> None:
+    """Workers know their step times before they have served: what their device's latency model says, or timed steps."""
+    async with rig() as r:
+        await r.worker("p0", Role.PREFILL, step_time=SLOW, learned_steps=8)
+        await r.worker("d0", Role.DECODE, step_time=SLOW, learned_steps=8)
+        with pytest.raises(PromiseUnattainable, match="own promise is 0.001 s; even an idle cluster would need"):
+            await anext(r.core.generate(r.request(promise=CLASSES.promise(ttft_s=0.001))))
+        r.assert_nothing_left()
+
+
+@scenario
 async def test_a_prefill_worker_with_work_for_a_while_is_sent_no_more(rig: Any) -> None:
     async with rig() as r:
         prefill, decode = await r.worker("p0", Role.PREFILL, step_time=SLOW), await r.worker("d0", Role.DECODE)
