@@ -60,10 +60,20 @@ from .cli_bench_serve_options import (
     VocabSize,
 )
 from .cli_options import Ca, Key
+from .cli_typed import as_typed, check_sweep_options, given_options
 
 if TYPE_CHECKING:
     from .bench.options import BenchOptions
     from .bench.sweep_load import SweepPlan
+
+
+_OF_DATASETS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("random_input_len", "random_output_len", "random_range_ratio"), ("random",)),
+    (("output_len",), ("prompts",)),
+    (("max_input_len", "max_output_len", "over_length", "rate_scale"), ("trace",)),
+    (("vocab_size",), ("random", "trace")),
+)
+"""Options that only some datasets heed."""
 
 
 def join_goodput(argv: Sequence[str]) -> list[str]:
@@ -136,21 +146,34 @@ def serve(
     """Send an open-loop load to an OpenAI-style server or Tandem's gRPC; report TTFT, TPOT, attainment and goodput."""
     from .cli_bench_output import Output
 
-    output = Output(
-        save_result=save_result,
-        detailed=save_detailed,
-        result_dir=result_dir,
-        result_filename=result_filename,
-        plot=save_plot,
-        trace=save_trace,
-        server_events=server_events,
-        sweep=sweep,
-    )
-    _allow_many_connections()
-    given = context.params
-    plan = _plan(given) if sweep else None
-    options = _options(given)
-    raise typer.Exit(_run_sweep(options, plan, output) if plan is not None else _run(options, output))
+    with as_typed(context):
+        output = Output(
+            save_result=save_result,
+            detailed=save_detailed,
+            result_dir=result_dir,
+            result_filename=result_filename,
+            plot=save_plot,
+            trace=save_trace,
+            server_events=server_events,
+            sweep=sweep,
+        )
+        _allow_many_connections()
+        given = context.params
+        plan = _plan(given) if sweep else None
+        options = _options(given)
+        _check_effects(context)
+        raise typer.Exit(_run_sweep(options, plan, output) if plan is not None else _run(options, output))
+
+
+def _check_effects(context: typer.Context) -> None:
+    """ValueError for an option that was given and changes nothing."""
+    given, dataset = given_options(context), context.params["dataset_name"]
+    for names, datasets in _OF_DATASETS:
+        for name in names:
+            if name in given and dataset not in datasets:
+                allowed = " or ".join(f"--dataset-name {one}" for one in datasets)
+                raise ValueError(f"{name}: has no effect with --dataset-name {dataset}; allowed with {allowed}")
+    check_sweep_options(context)
 
 
 def _allow_many_connections() -> None:

@@ -73,7 +73,7 @@ from .cli_simulate_options import (
     of_cluster,
     overrides,
 )
-from .cli_typed import as_typed
+from .cli_typed import as_typed, check_sweep_options
 
 if TYPE_CHECKING:
     from .bench.simulated import Simulation
@@ -160,6 +160,7 @@ def simulate(
             label=label,
         )
         output.check()
+        check_sweep_options(context)
         simulation = Simulation(read_scenario(config, of_cluster(config, cluster) | overrides(context.params)))
         percentiles = numbers("metric_percentiles", metric_percentiles, "50,99")
         display = Display()

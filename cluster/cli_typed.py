@@ -39,6 +39,18 @@ def flag_of(context: typer.Context, name: str) -> str:
     return next((option for option in options if option in typed), options[0] if options else name)
 
 
+def check_sweep_options(context: typer.Context) -> None:
+    """ValueError for an option that was given and changes nothing: of a sweep where there is none, of one run where
+    there is one.
+    """
+    given = given_options(context)
+    for name in sorted(given):
+        if (name.startswith("sweep_") or name == "attainment_target") and not context.params["sweep"]:
+            raise ValueError(f"{name}: has no effect without --sweep")
+    if "num_prompts" in given and context.params["sweep"]:
+        raise ValueError("num_prompts: has no effect with --sweep, whose runs have a length: --sweep-duration")
+
+
 class _Options:
     def __init__(self, context: typer.Context, paths: Mapping[str, str]) -> None:
         self._context = context
