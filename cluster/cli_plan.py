@@ -271,7 +271,8 @@ def _write_plan(
 
     path, chosen = given["output"], _chosen(result, given["choose"])
     if chosen is None:
-        display.line(f"not written {path}: there is no such plan")
+        why = "there is no such plan" if result.decided else "nothing was simulated in time, see --time-limit"
+        display.line(f"not written {path}: {why}")
         return
     file = plan_file(problem, setting, result, chosen, name=Path(path).stem, device=given["device"], command=command())
     file.save(path)

@@ -20,7 +20,7 @@ from .report_figures import PlotsMissing, legend, png, svg_counts, svg_curves, s
 from .result import Evaluation, PlanResult
 from .setting import Setting
 from .show import column_of, plan_rows, remarks
-from .verdict import verdict
+from .verdict import binding_of, cost_of, verdict
 from .words import devices_text, model_text, number, promises_text, source_text, workload_text
 
 SUFFIXES = (".html", ".png")
@@ -61,6 +61,21 @@ def save_report(
         Path(path).write_bytes(png(result, problem.attainment, verdict(result), caption))
         return
     Path(path).write_text(page(problem, setting, result, command), encoding="utf-8")
+
+
+def _of_the_best(problem: Problem, result: PlanResult) -> list[str]:
+    """What the picture does not show of both best plans, a line each: what binds them, what they cost."""
+    lines = []
+    for one in (result.disaggregated, result.colocated):
+        if one is None or result.infeasible:
+            continue
+        parts = [f"bound by {bound}"] if (bound := binding_of(one)) else []
+        if problem.price_per_gpu_hour is not None:
+            cost = number(cost_of(one, result, problem.price_per_gpu_hour))
+            parts.append(f"{cost} for 1M tokens at {number(problem.price_per_gpu_hour)} per GPU-hour")
+        if parts:
+            lines.append(f"{column_of(one, result)}: {'; '.join(parts)}")
+    return lines
 
 
 def inputs(problem: Problem, setting: Setting) -> list[tuple[str, str]]:

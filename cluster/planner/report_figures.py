@@ -184,15 +184,21 @@ def draw_curves(axes: Any, result: PlanResult, target: float) -> None:
 def pair_cells(result: PlanResult) -> dict[tuple[tuple[int, int], tuple[int, int]], Cell]:
     """By split of prefill and of decode: the best that was looked at with them, how many workers of each."""
     cells: dict[tuple[tuple[int, int], tuple[int, int]], Cell] = {}
-    for one in result.explored:
+    for one in _chosen_last(result):
         prefill, decode = one.candidate.pool(Role.PREFILL), one.candidate.pool(Role.DECODE)
         if prefill is None or decode is None:
             continue
         key = _split(prefill), _split(decode)
         cell = _cell(one, f"{prefill.count}:{decode.count}")
-        if key not in cells or cell.rank > cells[key].rank:
+        if key not in cells or cell.rank > cells[key].rank or one is result.disaggregated:
             cells[key] = cell
     return cells
+
+
+def _chosen_last(result: PlanResult) -> list[Evaluation]:
+    """Everything that was looked at; the best disaggregated plan at the end, whose cell is its own."""
+    best = [] if result.disaggregated is None else [result.disaggregated]
+    return [*result.explored, *best]
 
 
 def draw_pairs(axes: Any, result: PlanResult) -> None:
@@ -205,8 +211,8 @@ def draw_pairs(axes: Any, result: PlanResult) -> None:
         best = None if prefill is None or decode is None else (_split(prefill), _split(decode))
     names = [_split_name(row) for row in rows], [_split_name(column) for column in columns]
     _draw_map(axes, [[cells.get((r, c), Cell()) for c in columns] for r in rows], *names, _place(rows, columns, best))
-    _label(axes, "decode workers", "prefill workers")
-    axes.set_title("Best goodput per GPU of each pair (prefill:decode workers)", fontsize=9, loc="left")
+    _label(axes, "split of decode workers", "split of prefill workers")
+    axes.set_title(f"Best of each pair of splits: {_PER_GPU}, prefill:decode workers", fontsize=9, loc="left")
 
 
 def draw_phase(axes: Any, result: PlanResult, role: Role) -> None:
@@ -217,10 +223,11 @@ def draw_phase(axes: Any, result: PlanResult, role: Role) -> None:
     best = None
     if result.disaggregated is not None and (pool := result.disaggregated.candidate.pool(role)) is not None:
         best = _split(pool)
-    names = [f"TP {tensor}" for tensor in rows], [f"PP {stages}" for stages in columns]
+    names = [str(tensor) for tensor in rows], [str(stages) for stages in columns]
     grid = [[cells.get((tensor, stages), Cell()) for stages in columns] for tensor in rows]
     _draw_map(axes, grid, *names, _place(rows, columns, best))
-    axes.set_title(f"{role.value.capitalize()} alone: goodput per GPU", fontsize=9, loc="left")
+    _label(axes, "pipeline stages (PP)", "devices that split each layer (TP)")
+    axes.set_title(f"{role.value.capitalize()} alone: {_PER_GPU}", fontsize=9, loc="left")
 
 
 def draw_counts(axes: Any, result: PlanResult) -> None:
@@ -267,11 +274,11 @@ def _counted(result: PlanResult) -> dict[tuple[int, int], Cell]:
     best = result.disaggregated
     splits = [] if best is None else [_split(pool) for pool in best.candidate.pools]
     cells: dict[tuple[int, int], Cell] = {}
-    for one in result.explored:
+    for one in _chosen_last(result):
         if one.candidate.disaggregated and [_split(pool) for pool in one.candidate.pools] == splits:
             key = one.candidate.pools[0].count, one.candidate.pools[1].count
             cell = _cell(one)
-            if key not in cells or cell.rank > cells[key].rank:
+            if key not in cells or cell.rank > cells[key].rank or one is best:
                 cells[key] = cell
     return cells
 
@@ -311,7 +318,7 @@ def _draw_map(
             if cell.fate in (Fate.REFUSED, Fate.HOPELESS):
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f0f0f0", edgecolor=_EDGE, hatch="///"))
             else:
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="white", linewidth=1.5))
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="#e2e2e2", linewidth=0.8))
             if cell.fate in _LOOKED and cell.value > 0.75 * top:
                 color = "white"
             axes.text(x, y, text, ha="center", va="center", fontsize=6.5 if small else 8, color=color)

@@ -94,7 +94,7 @@ def test_what_is_known_so_far_is_told_as_that() -> None:
     assert "too low to be simulated" not in legend(found)
     assert "cut short" in legend(found)
     nothing = replace(cut, goodput=Interval(mean=0.0, low=0.0, high=0.0), estimate=6.0)
-    [cell] = pair_cells(replace(found, explored=(nothing,))).values()
+    [cell] = pair_cells(replace(found, disaggregated=nothing, explored=(nothing,))).values()
     assert (cell.fate, cell.value) == (Fate.ESTIMATED, 2.0), "what nothing was seen of is worth its estimate"
 
 
@@ -127,6 +127,9 @@ def test_the_map_has_the_best_of_each_pair() -> None:
     cells = pair_cells(result(explored=(*result().explored, more)))
     best = cells[(2, 1), (1, 1)]
     assert (best.value, best.note, best.fate) == (2.0, "1:1", Fate.SIMULATED), "simulated before estimated"
+    lucky = evaluated(split(1, 2, 2, 1), 99.0, fate=Fate.SCREENED)
+    cells = pair_cells(result(explored=(*result().explored, lucky)))
+    assert cells[(2, 1), (1, 1)].value == 2.0, "the framed cell is the plan's own"
     assert cells[(1, 1), (4, 1)].fate is Fate.REFUSED
 
 
