@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -99,14 +99,6 @@ def test_what_concurrency_holds_back_is_not_under_way() -> None:
     assert len(found.records) == 6
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT as in a terminal: what a shell starts in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_load_with_what_was_measured(number: signal.Signals) -> None:
     async def send(request: BenchRequest, due_s: float, request_id: str) -> RequestRecord:
@@ -129,7 +121,6 @@ def test_a_signal_ends_a_load_with_what_was_measured(number: signal.Signals) -> 
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_does_what_it_always_did() -> None:
     async def run() -> None:
         with stops() as stop:

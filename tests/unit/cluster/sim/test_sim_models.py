@@ -153,21 +153,23 @@ def test_a_decode_worker_promises_no_more_memory_and_places_than_it_has() -> Non
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
 
-STAGES = replace(COSTS, prefill_step_s=0.0, prefill_token_s=2e-4, pipeline_stages=2)
-"""Prompts of 0.1 ms a token and stage."""
+STAGES = replace(COSTS, prefill_step_s=0.0, prefill_token_s=2e-4)
+"""Prompts of 0.2 ms a token, through all stages."""
 
 
 def test_a_pipeline_takes_the_next_prompt_after_a_stage_and_lets_none_overtake() -> None:
-    """200 tokens: two stages of 20 ms. Equal ones follow each other every 20 ms. A small one of 50 tokens enters as
+    """200 tokens: 40 ms, two stages of 20 ms. Equal ones follow each other every 20 ms. One of 50 tokens enters as
     soon, but its second stage waits for the large one's: a bubble. A large one behind a small one waits for its own.
     """
-    for sizes, ends_s in (
-        ((200, 200, 200), (0.04, 0.06, 0.08)),
-        ((200, 50), (0.04, 0.045)),
-        ((50, 200), (0.01, 0.045)),
+    for stages, sizes, ends_s in (
+        (2, (200, 200, 200), (0.04, 0.06, 0.08)),
+        (2, (200, 50), (0.04, 0.045)),
+        (2, (50, 200), (0.01, 0.045)),
+        (4, (200, 200, 200), (0.04, 0.05, 0.06)),
     ):
         asked = [ask(str(place), size, 1, at_s=place * 1e-9) for place, size in enumerate(sizes)]
-        outcomes = mixed(costs=STAGES, max_batched_tokens=200, max_running=200).run(asked)
+        costs = replace(STAGES, pipeline_stages=stages)
+        outcomes = mixed(costs=costs, max_batched_tokens=200, max_running=200).run(asked)
         assert [outcome.last_token_s for outcome in outcomes] == pytest.approx(ends_s, abs=1e-6), sizes
 
 
