@@ -173,6 +173,15 @@ def test_a_pipeline_takes_the_next_prompt_after_a_stage_and_lets_none_overtake()
         assert [outcome.last_token_s for outcome in outcomes] == pytest.approx(ends_s, abs=1e-6), sizes
 
 
+def test_routers_hear_how_fast_a_pipeline_takes_prompts_not_how_long_one_is_in_it() -> None:
+    asked = [ask(str(place), 20 + 37 * place % 400, 1, at_s=place * 1.0) for place in range(60)]
+    for stages in (1, 4):
+        simulated = mixed(costs=replace(STAGES, pipeline_stages=stages))
+        simulated.run(asked)
+        [pipeline] = simulated.workers
+        assert pipeline.status().step_time.prefill_token_s == pytest.approx(2e-4 / stages, rel=0.05), stages
+
+
 def test_decode_rows_of_a_pipeline_are_divided_into_micro_batches() -> None:
     """Nine answers: in two stages five rows at most, whose step of 10 + 5 x 0.5 ms all wait for; in one all nine."""
     asked = [ask(str(place), 16, 40) for place in range(9)]
