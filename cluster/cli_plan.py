@@ -149,7 +149,6 @@ def plan(
     130 interrupted: the best so far is shown, nothing is written.
     """
     from .cli_display import Display
-    from .planner.predict import with_predictions
     from .planner.problem import load_problem
     from .planner.search import plan as search
     from .planner.setting import setting_of
@@ -161,8 +160,6 @@ def plan(
     display = Display()
     with display.steps() as steps:
         result = search(problem, lambda what, share: steps("plan", what, share))
-        if not result.interrupted:
-            result = with_predictions(setting, result, lambda what, share: steps("plan", what, share))
     _print(problem, setting, result, verbose=verbose)
     if not result.interrupted:
         _write(display, problem, setting, result, context.params)

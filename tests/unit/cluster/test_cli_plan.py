@@ -14,7 +14,7 @@ import pytest
 from tandem.cluster import cli_bench_validate, cli_plan
 from tandem.cluster.cli import run
 from tandem.cluster.config_file import load_config
-from tandem.cluster.planner import predict, search
+from tandem.cluster.planner import curves, search
 from tandem.cluster.planner.problem import Problem, load_problem
 from tandem.cluster.planner.result import Affinity, Candidate, Evaluation, Fate, Interval, PlanResult, Pool
 from tandem.cluster.types import Role
@@ -47,11 +47,17 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[PlanResult], Told]:
             return result
 
         monkeypatch.setattr(search, "plan", plan)
-        monkeypatch.setattr(predict, "with_predictions", lambda setting, result, progress: result)
         monkeypatch.setattr(sys, "argv", ["tandem", *MODEL])
         return asked
 
     return answer
+
+
+def pool_of(folder: Path) -> str:
+    """A file of one request's lengths."""
+    path = folder / "pool.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n,100,20\n")
+    return str(path)
 
 
 def test_options_are_a_problem(tmp_path: Path, found: Callable[[PlanResult], Told]) -> None:
@@ -183,6 +189,56 @@ def test_what_is_not_there_is_not_written(
     assert run([*MODEL, "--output", str(plan), "--choose", "colocated"]) == 0
     assert "not written" in capsys.readouterr().out
     assert not plan.exists()
+
+
+def test_what_was_interrupted_is_shown_and_not_written(
+    tmp_path: Path, found: Callable[[PlanResult], Told], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found(replace(FOUND, complete=False, interrupted=True, colocated_decided=False))
+    files = [tmp_path / name for name in ("plan.yaml", "found.json", "report.png")]
+    options = zip(("--output", "--save-result", "--report"), map(str, files), strict=True)
+    assert (
+        run(
+            [
+                *MODEL,
+                *(word for pair in options for word in pair),
+                "--validate",
+                "--goodput",
+                "tpot:9",
+                "--workload",
+                pool_of(tmp_path),
+            ]
+        )
+        == 130
+    )
+    said = capsys.readouterr().out
+    assert "Undecided: the search was interrupted before it was known whether to disaggregate. So far: disagg" in said
+    assert "an interruption ended the search" in said
+    assert not any(path.exists() for path in files)
+
+
+def test_the_answer_is_there_before_anything_more_is_simulated(
+    tmp_path: Path,
+    found: Callable[[PlanResult], Told],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found(FOUND)
+    files = [tmp_path / name for name in ("plan.yaml", "found.json")]
+    report = tmp_path / "report.html"
+    said: list[str] = []
+
+    def interrupted(*_: object, **__: object) -> PlanResult:
+        assert all(path.exists() for path in files)
+        said.append(capsys.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(curves, "with_curves", interrupted)
+    options = ["--output", str(files[0]), "--save-result", str(files[1]), "--report", str(report)]
+    assert run([*MODEL, *options]) == 130
+    assert "Disaggregate: no colocated plan is possible here" in said[0]
+    assert f"not drawn   {report}: interrupted" in capsys.readouterr().out
+    assert not report.exists()
 
 
 def test_what_serve_cannot_start_yet_is_said(
