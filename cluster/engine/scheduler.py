@@ -184,7 +184,7 @@ class Scheduler:
           2. prompts take the rest in the queue's order, wherever they stand: the next chunk of one that has its
              blocks, the admission and the first chunk of one that waits.
         """
-        if len(self._outstanding) >= self._max_outstanding_plans:
+        if len(self._outstanding) >= self._max_outstanding_plans or not (self._running or self._queue):
             return None
         self._lockstep.dissolve()
         if self._policy.pulls_alone and self._pull_first():

@@ -47,13 +47,17 @@ class Timeline(Clock):
         """Plans `action` for `at_s`, which is not before now."""
         assert at_s >= self._now_s, f"{at_s} is before {self._now_s}"
         event = Event(at_s, action)
-        heapq.heappush(self._heap, (at_s, self._next_number, event))
-        self._next_number += 1
+        number = self._next_number = self._next_number + 1
+        heapq.heappush(self._heap, (at_s, number, event))
         return event
 
     def after(self, delay_s: float, action: Action) -> Event:
         """Plans `action` for `delay_s` from now."""
         return self.at(self._now_s + delay_s, action)
+
+    def nothing_now(self) -> bool:
+        """Whether nothing else is planned for this very moment: what would be planned for it may as well be done."""
+        return not self._heap or self._heap[0][0] > self._now_s
 
     def end(self) -> None:
         """Nothing that is planned happens any more."""
@@ -61,14 +65,15 @@ class Timeline(Clock):
 
     def run(self, until_s: float = math.inf) -> None:
         """Lets things happen, in order, until nothing is planned or the next thing would be later than `until_s`."""
-        heap = self._heap
+        heap, pop = self._heap, heapq.heappop
         while heap and heap[0][0] <= until_s:
-            at_s, _, event = heapq.heappop(heap)
-            if event.action is None:
+            at_s, _, event = pop(heap)
+            action = event.action
+            if action is None:
                 continue
             self._now_s = at_s
             self.events_total += 1
-            action, event.action = event.action, None
+            event.action = None
             action()
         if math.isfinite(until_s):
             self._now_s = max(self._now_s, until_s)
