@@ -42,7 +42,13 @@ Guard = Annotated[float, typer.Option(help="Seconds that come after; their answe
 TimeScale = Annotated[float, typer.Option(help="paced: everything takes so many times as long, for a busy machine.")]
 Seeds = Annotated[int, typer.Option(help="Runs of each cluster, as far as the time allows.")]
 Minutes = Annotated[float, typer.Option(help="No run starts that would not end by then.")]
-Results = Annotated[str | None, typer.Option(metavar="FILE", help="Keep each run here; what it has is not run again.")]
+Results = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Keep each run here, and the machine's constants beside it; what it has is not measured again.",
+    ),
+]
 Model = Annotated[str, typer.Option(help="cpu: which one.")]
 
 
@@ -86,7 +92,7 @@ def run_validation(given: Mapping[str, Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     with tempfile.TemporaryDirectory(prefix="tandem-validate-") as folder:
         subjects, quick = _subjects(display, given, Path(folder))
-        overheads = _overheads(display, quick)
+        overheads = _overheads(display, quick, given)
         trials = [_trial(display, subject, given) for subject in subjects]
         run_trials(display, trials, overheads, given, end_s)
 
@@ -94,21 +100,43 @@ def run_validation(given: Mapping[str, Any]) -> None:
 def run_trials(
     display: Display, trials: Sequence[Trial], overheads: Overheads, given: Mapping[str, Any], end_s: float
 ) -> None:
-    """Runs them, prints the table and saves it. `given`: seeds, results, save_result. Exits with 1 where nothing was
-    measured.
+    """Runs them, prints the table and saves it: of what there is by then, where it is interrupted. `given`: the
+    command's options. Exits with 1 where nothing was measured.
     """
+    import time
+
     import uvloop
 
     from .bench.claims_disaggregation import Kept
+    from .bench.validate import Row, Validation
     from .bench.validate import validate as measure
-    from .bench.validate_show import show
+    from .bench.validate_show import show, show_rows
 
     kept = Kept(path=Path(given["results"]) if given["results"] is not None else None)
-    found = uvloop.run(measure(trials, overheads, seeds=given["seeds"], kept=kept, end_s=end_s, say=display.line))
-    display.line(show(found))
-    save(display, given["save_result"], found.as_json({"options": {name: str(value) for name, value in given.items()}}))
-    if not any(row.measured for row in found.rows):
+    rows: list[Row] = []
+    begin_s = time.monotonic()
+
+    def on_rows(own: Sequence[Row]) -> None:
+        rows.extend(own)
+        display.line(show_rows(own))
+
+    work = measure(trials, overheads, seeds=given["seeds"], kept=kept, end_s=end_s, say=display.line, on_rows=on_rows)
+    try:
+        uvloop.run(work)
+    finally:
+        found = Validation(overheads=overheads, rows=tuple(rows))
+        display.line(f"\n{show(found)}\nmeasured for {time.monotonic() - begin_s:.0f} s, {_asked(given)}")
+        facts = {"options": {name: str(value) for name, value in given.items()}}
+        save(display, given["save_result"], found.as_json(facts))
+    if not any(row.measured for row in rows):
         raise typer.Exit(1)
+
+
+def _asked(given: Mapping[str, Any]) -> str:
+    """What a reader of the table must know of the load."""
+    scale = f", {given['time_scale']:g} times as slow" if given.get("time_scale", 1.0) != 1.0 else ""
+    stair = f"stairs of {given['settle_s']:g} + {given['stair_s']:g} + {given['guard_s']:g} s{scale}"
+    return f"{stair}, lengths of {Path(given['dataset_path']).name}"
 
 
 def _check(given: Mapping[str, Any]) -> None:
@@ -188,14 +216,23 @@ def _profile(display: Display, given: Mapping[str, Any], path: Path) -> None:
     profile.scaled(given["time_scale"]).save(path)
 
 
-def _overheads(display: Display, quick: Subject) -> Overheads:
+def _overheads(display: Display, quick: Subject, given: Mapping[str, Any]) -> Overheads:
+    """The machine's constants: those with which kept runs were predicted, or measured now. ValueError."""
     import uvloop
 
     from .bench.validate import measure_overheads
+    from .bench.validate_calibrate import keep_overheads, kept_overheads
     from .bench.validate_show import show_overheads
 
+    path = None if given["results"] is None else Path(f"{given['results']}.constants")
+    found = None if path is None else kept_overheads(path, given["device"])
+    if found is not None:
+        display.line(f"{show_overheads(found)} (kept in {path})")
+        return found
     found = uvloop.run(measure_overheads(quick))
     display.line(show_overheads(found))
+    if path is not None:
+        keep_overheads(path, given["device"], found)
     return found
 
 

@@ -2,13 +2,16 @@
 sockets and clock are real; the device is paced, so that everything but the device is checked, or computes.
 
 Every cluster climbs a staircase of rates (`claims_load`) under the router's own refusals; a stair on which the machine
-limited what was measured is void (`claims_disaggregation`), runs are kept and resumed. A stair is below saturation
-where the simulator lets SATURATED of its requests keep their promises.
+limited what was measured is void (`claims_disaggregation`), and so is one on which the processes themselves loaded the
+machine by more than half (MAX_OWN_SHARE): waiting for processors is not modelled. Void stairs are shown and not judged.
+Runs are kept and resumed. A stair is below saturation where the simulator lets SATURATED of its requests keep their
+promises.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -28,6 +31,8 @@ MAX_POINTS = 3.0
 """Of attainment, that prediction and measurement may differ by below saturation."""
 MAX_ERROR = 0.1
 """Of TTFT and TPOT, p50 and p90."""
+MAX_OWN_SHARE = 0.5
+"""Of the machine's processors, that router, workers and client may use together where the device is paced."""
 QUANTILES = ("ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90")
 VARIANT = "validate"
 _SEARCH_POINTS, _SEARCH_S = 14, 120.0
@@ -71,9 +76,15 @@ class Row:
     rate: float
     predicted: Figures
     measured: Figures | None
-    """None: no stair counts."""
+    """Of the stairs that count; of the void ones where none does; None: nothing was run."""
+    counts: bool = True
+    """Whether it is judged; False: what was measured is void, or nothing was."""
     void: tuple[str, ...] = ()
-    """Why stairs were not counted."""
+    """Why stairs do not count."""
+    busy: float = math.nan
+    """Of the machine's processors, in use at most, by whatever."""
+    own_cpu: float = math.nan
+    """Of them, in use at most by router, workers and client; NaN where that was not watched."""
 
     @property
     def below_saturation(self) -> bool:
@@ -93,8 +104,8 @@ class Row:
 
     @property
     def misses(self) -> tuple[str, ...]:
-        """What differs by more than it may; empty where nothing does, nothing was measured, or it is saturated."""
-        if self.measured is None or not self.below_saturation:
+        """What differs by more than it may; empty where nothing does, nothing counts, or it is saturated."""
+        if not self.counts or self.measured is None or not self.below_saturation:
             return ()
         found = ["attainment"] if abs(self.points) > MAX_POINTS else []
         return (*found, *(name for name in QUANTILES if abs(self.error(name)) > MAX_ERROR))
@@ -110,8 +121,11 @@ class Row:
             "measured": None if self.measured is None else self.measured.as_json(),
             "attainment_points": None if math.isnan(self.points) else self.points,
             "errors": {name: None if math.isnan(error) else error for name, error in errors.items()},
+            "counts": self.counts,
             "misses": list(self.misses),
             "void": list(self.void),
+            "busy": None if math.isnan(self.busy) else self.busy,
+            "own_cpu": None if math.isnan(self.own_cpu) else self.own_cpu,
         }
 
 
@@ -132,8 +146,8 @@ class Validation:
 
     @property
     def judged(self) -> tuple[Row, ...]:
-        """Rows below saturation that were measured."""
-        return tuple(row for row in self.rows if row.below_saturation and row.measured is not None)
+        """Rows below saturation that count."""
+        return tuple(row for row in self.rows if row.below_saturation and row.counts and row.measured is not None)
 
     def as_json(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Everything, in plain values."""
@@ -148,7 +162,7 @@ async def measure_overheads(subject: Subject) -> Overheads:
     with RunningSystem(system) as running:
         options = BenchOptions(base_url=running.url, dataset_name="random", temperature=0.0, timeout_s=3600)
         async with connect(options) as served:
-            return await calibrate(served, prefill, decode)
+            return await calibrate(served, prefill, decode, long_prompts=system.engine.device == "paced")
 
 
 async def validate(
@@ -159,9 +173,10 @@ async def validate(
     kept: Kept,
     end_s: float,
     say: Callable[[str], None],
+    on_rows: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> Validation:
-    """Predicts and measures every trial at every rate, until `end_s` of the monotonic clock. RuntimeError,
-    ServerUnusable, ValueError.
+    """Predicts and measures every trial at every rate, until `end_s` of the monotonic clock. `on_rows`: told of those
+    of each trial as soon as they are there. RuntimeError, ServerUnusable, ValueError.
     """
     rows: list[Row] = []
     for trial in trials:
@@ -178,7 +193,9 @@ async def validate(
             run=partial(run_behind_promises, trial.subject),
             variant=VARIANT,
         )
-        rows += [row_of(system.label, load, place, predicted, attempts) for place in range(len(load.rates))]
+        own = [row_of(system.label, load, place, predicted, attempts) for place in range(len(load.rates))]
+        on_rows(own)
+        rows += own
     return Validation(overheads=overheads, rows=tuple(rows))
 
 
@@ -215,15 +232,19 @@ def row_of(
     place: int,
     predicted: Sequence[Sequence[PredictedStair]],
     attempts: Sequence[Sequence[StairResult]],
+    processors: int = os.cpu_count() or 1,
 ) -> Row:
-    """One rate: the seeds whose stair counts, and the predictions of the same seeds; of all, where none counts.
-    `predicted`: by seed, then rate; `attempts`: by run, then rate. Pure.
+    """One rate: the seeds whose stair counts, and the predictions of the same seeds; of the void ones, where none
+    counts. `predicted`: by seed, then rate; `attempts`: by run, then rate; `processors`: of the machine. Pure.
     """
     stairs = [attempt[place] for attempt in attempts]
-    counting = {stair.runs[0].seed: stair for stair in stairs if not stair.void}
+    why = [_why_void(stair, load, processors) for stair in stairs]
+    counting = {stair.runs[0].seed: stair for stair, reason in zip(stairs, why, strict=True) if not reason}
+    shown = counting or {stair.runs[0].seed: stair for stair in stairs}
     foretold = {stairs[place].run.seed: stairs[place] for stairs in predicted}
-    told = [foretold[seed] for seed in (counting or foretold)]
-    measured = list(counting.values())
+    told = [foretold[seed] for seed in (shown or foretold)]
+    measured = list(shown.values())
+    own = [_own_share(stair, processors) for stair in measured if stair.strain.cpu]
     return Row(
         label=label,
         rate=load.rates[place],
@@ -231,8 +252,25 @@ def row_of(
         measured=_figures([(one.runs[0].requests, one.runs[0].attained, one.quantiles_ms) for one in measured])
         if measured
         else None,
-        void=tuple(f"seed {stair.runs[0].seed}: {stair.void}" for stair in stairs if stair.void),
+        counts=bool(counting),
+        void=tuple(f"seed {stair.runs[0].seed}: {reason}" for stair, reason in zip(stairs, why, strict=True) if reason),
+        busy=max((stair.strain.busy for stair in measured), default=math.nan),
+        own_cpu=max(own, default=math.nan),
     )
+
+
+def _own_share(stair: StairResult, processors: int) -> float:
+    return sum(stair.strain.cpu.values()) / processors
+
+
+def _why_void(stair: StairResult, load: Staircase, processors: int) -> str:
+    """Empty: it counts."""
+    reasons = [stair.void] if stair.void else []
+    share = _own_share(stair, processors)
+    if share > MAX_OWN_SHARE:
+        scale = math.ceil(load.time_scale * share / MAX_OWN_SHARE)
+        reasons.append(f"router, workers and client used {100 * share:.0f} % of the machine: --time-scale {scale}")
+    return "; ".join(reasons)
 
 
 def _figures(runs: Sequence[tuple[int, int, Mapping[str, Sequence[float]]]]) -> Figures:

@@ -6,8 +6,11 @@ between is not part of it.
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -19,25 +22,38 @@ from .run import Served
 from .validate_predict import FIRST_TOKEN_CALLS, Overheads
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 34
-ALONE, AT_ONCE = 10, 8
+LONG_TOKENS = 1600
+"""Of the prompts that show what each token of a prompt costs beside its computing."""
+ALONE, AT_ONCE, LONG = 10, 8, 8
 _SEED = 0xCA11
 _SETTLED = 2
 """Gaps between tokens that still carry the handoff."""
 
 
-async def calibrate(served: Served, prefill: StepProfile, decode: StepProfile) -> Overheads:
-    """Asks a cluster that is idle; its profiles say what it should take. RuntimeError if an answer fails."""
-    rows = [TraceRequest(arrival_s=None, input_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS)] * (ALONE + AT_ONCE)
+async def calibrate(
+    served: Served, prefill: StepProfile, decode: StepProfile, *, long_prompts: bool = True
+) -> Overheads:
+    """Asks a cluster that is idle; its profiles say what it should take. `long_prompts`: whether it takes prompts of
+    LONG_TOKENS in one step, whose time is known well enough to see what is not computing. RuntimeError if an answer
+    fails.
+    """
+    row = TraceRequest(arrival_s=None, input_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS)
+    rows = [row] * (ALONE + AT_ONCE) + [replace(row, input_tokens=LONG_TOKENS)] * (LONG if long_prompts else 0)
     requests = trace_requests(rows, served.vocabulary, _SEED)
     alone = [await _ask(served, request) for request in requests[:ALONE]]
-    together = await asyncio.gather(*(_ask(served, request) for request in requests[ALONE:]))
-    return overheads_of(alone, list(together), prefill, decode)
+    together = await asyncio.gather(*(_ask(served, request) for request in requests[ALONE : ALONE + AT_ONCE]))
+    long = [await _ask(served, request) for request in requests[ALONE + AT_ONCE :]]
+    return overheads_of(alone, list(together), prefill, decode, long)
 
 
 def overheads_of(
-    alone: Sequence[RequestRecord], together: Sequence[RequestRecord], prefill: StepProfile, decode: StepProfile
+    alone: Sequence[RequestRecord],
+    together: Sequence[RequestRecord],
+    prefill: StepProfile,
+    decode: StepProfile,
+    long: Sequence[RequestRecord] = (),
 ) -> Overheads:
-    """From the answers seen. Pure; nothing comes out below zero."""
+    """From the answers seen; `long`: to prompts of LONG_TOKENS. Pure; nothing comes out below zero."""
     first_s = [_first_s(record) - prefill.step_time_s(PROMPT_TOKENS, PROMPT_TOKENS**2, 0, 0) for record in alone]
     step_s = max(0.0, _typical(_beyond_s(alone, decode, 1)))
     first_token_s = max(0.0, _typical(first_s) - step_s)
@@ -46,7 +62,30 @@ def overheads_of(
     handoff_s = max(0.0, _typical(second_s) - step_s - rpc_s)
     rows_s = _typical(_beyond_s(together, decode, len(together))) if together else step_s
     row_s = max(0.0, rows_s - step_s) / max(1, len(together) - 1)
-    return Overheads(first_token_s=first_token_s, step_s=step_s, row_s=row_s, handoff_s=handoff_s)
+    token_s = 0.0
+    if long:
+        longer_s = [_first_s(record) - prefill.step_time_s(LONG_TOKENS, LONG_TOKENS**2, 0, 0) for record in long]
+        token_s = max(0.0, _typical(longer_s) - _typical(first_s)) / (LONG_TOKENS - PROMPT_TOKENS)
+    return Overheads(
+        first_token_s=first_token_s, prompt_token_s=token_s, step_s=step_s, row_s=row_s, handoff_s=handoff_s
+    )
+
+
+def kept_overheads(path: Path, device: str) -> Overheads | None:
+    """What `keep_overheads` wrote of that device; None: nothing. ValueError naming the file that is something else."""
+    if not path.exists():
+        return None
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return Overheads(**known[device]) if device in known else None
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"results: {path} holds no constants of a machine ({error})") from None
+
+
+def keep_overheads(path: Path, device: str, found: Overheads) -> None:
+    """Writes them beside those of other devices. Raises OSError."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(known | {device: asdict(found)}, indent=1) + "\n", encoding="utf-8")
 
 
 def _typical(values_s: Sequence[float]) -> float:

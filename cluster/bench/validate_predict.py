@@ -37,6 +37,8 @@ class Overheads:
 
     first_token_s: float = 0.0
     """To the first token of an answer that nothing else disturbs; half of it is the router's own, half is calls."""
+    prompt_token_s: float = 0.0
+    """The same for each token of its prompt: read, checked, sent on."""
     step_s: float = 0.0
     """To every step: what a worker does between two, and by how much it oversleeps."""
     row_s: float = 0.0
@@ -179,6 +181,7 @@ def router_spec(config: RouterConfig, overheads: Overheads) -> RouterSpec:
         max_waiting=config.max_waiting,
         refuses=True,
         own_s=overheads.own_s,
+        own_token_s=overheads.prompt_token_s,
         rpc_s=overheads.rpc_s,
         local_threshold_tokens=config.local_prefill_threshold_tokens,
     )

@@ -1,4 +1,4 @@
-"""Prediction beside measurement, as text for people."""
+"""Prediction beside measurement, as text for people: tables as Markdown has them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,68 @@ from collections.abc import Sequence
 from .validate import MAX_ERROR, MAX_POINTS, QUANTILES, Figures, Row, Validation
 from .validate_predict import Overheads
 
-_TITLES = {"ttft_p50": "TTFT p50", "ttft_p90": "p90", "tpot_p50": "TPOT p50", "tpot_p90": "p90"}
-_LABEL, _CELL = 30, 24
+_TITLES = {"ttft_p50": "TTFT p50, ms", "ttft_p90": "TTFT p90", "tpot_p50": "TPOT p50, ms", "tpot_p90": "TPOT p90"}
+_HEAD = (
+    "predicted / measured",
+    "req/s",
+    "requests",
+    "attained, % (95 %)",
+    "points",
+    *_TITLES.values(),
+    "CPU: ours, all",
+    "",
+)
 
 
 def show_overheads(found: Overheads) -> str:
     """The machine's constants, on one line."""
     return (
-        f"this machine adds {1e3 * found.first_token_s:.2f} ms to a first token, {1e3 * found.step_s:.2f} ms to a step "
-        f"and {1e6 * found.row_s:.0f} us for each of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff"
+        f"this machine adds {1e3 * found.first_token_s:.2f} ms to a first token and {1e6 * found.prompt_token_s:.1f} "
+        f"us for each token of its prompt, {1e3 * found.step_s:.2f} ms to a step and {1e6 * found.row_s:.0f} us for each "
+        f"of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff"
     )
 
 
 def show(found: Validation) -> str:
     """A line for each cluster and rate, then what it comes to."""
-    head = f"{'predicted / measured':<{_LABEL}}{'req/s':>7}{'attainment, %':>{_CELL}}{'points':>8}"
-    head += "".join(f"{_TITLES[name] + ', ms':>{_CELL}}{'%':>7}" for name in QUANTILES)
-    lines = [head, "-" * len(head), *(_row(row) for row in found.rows), "", *_verdict(found)]
+    lines = [show_rows(found.rows), "", show_overheads(found.overheads), *_verdict(found)]
     lines += [f"VOID  {row.label} at {row.rate:.3g}/s, {reason}" for row in found.rows for reason in row.void]
     return "\n".join(lines)
 
 
-def _row(row: Row) -> str:
+def show_rows(rows: Sequence[Row]) -> str:
+    """The table."""
+    cells = [_HEAD, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
     told, seen = row.predicted, row.measured
-    cells = f"{row.label[: _LABEL - 1]:<{_LABEL}}{row.rate:>7.3g}"
-    cells += f"{_share(told) + ' / ' + _measured_share(row):>{_CELL}}{_signed(row.points, 1):>8}"
-    for name in QUANTILES:
-        cells += f"{_latency(told, name) + ' / ' + _latency(seen, name):>{_CELL}}{_signed(100 * row.error(name), 1):>7}"
-    state = "" if row.below_saturation else "  saturated"
-    return cells + (f"  OUT: {', '.join(row.misses)}" if row.misses else state)
+    return (
+        row.label,
+        f"{row.rate:.3g}",
+        str(told.requests if seen is None else seen.requests),
+        f"{_share(told)} / {'-' if seen is None else _share_between(seen)}",
+        _signed(row.points, "", 1),
+        *(f"{_latency(told, name)} / {_latency(seen, name)}{_error(row, name)}" for name in QUANTILES),
+        f"{_percent(row.own_cpu)}, {_percent(row.busy)}",
+        _state(row),
+    )
+
+
+def _state(row: Row) -> str:
+    if row.measured is None:
+        return "not run"
+    if not row.counts:
+        return "VOID"
+    if not row.below_saturation:
+        return "saturated"
+    return f"OUT: {', '.join(row.misses)}" if row.misses else "within"
 
 
 def _verdict(found: Validation) -> list[str]:
@@ -45,8 +78,7 @@ def _verdict(found: Validation) -> list[str]:
         return ["nothing below saturation was measured"]
     points = max(abs(row.points) for row in judged)
     worst = [
-        f"{_TITLES[name] if 'p50' in name else _TITLES[name.replace('p90', 'p50')][:4] + ' p90'} "
-        f"{100 * max(errors):.1f} %"
+        f"{_TITLES[name].removesuffix(', ms')} {100 * max(errors):.1f} %"
         for name in QUANTILES
         if (errors := _errors(judged, name))
     ]
@@ -65,12 +97,9 @@ def _share(figures: Figures) -> str:
     return f"{100 * figures.attainment:.1f}"
 
 
-def _measured_share(row: Row) -> str:
-    figures = row.measured
-    if figures is None:
-        return "VOID" if row.void else "-"
+def _share_between(figures: Figures) -> str:
     low, high = figures.interval
-    return f"{100 * figures.attainment:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+    return f"{_share(figures)} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _latency(figures: Figures | None, name: str) -> str:
@@ -79,5 +108,14 @@ def _latency(figures: Figures | None, name: str) -> str:
     return f"{figures.quantiles_ms[name][0]:.1f}"
 
 
-def _signed(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:+.{digits}f}"
+def _error(row: Row, name: str) -> str:
+    error = row.error(name)
+    return "" if math.isnan(error) else f" ({_signed(100 * error, ' %', 1)})"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def _signed(value: float, unit: str, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:+.{digits}f}{unit}"

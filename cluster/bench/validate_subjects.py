@@ -49,9 +49,9 @@ def paced_subject(text: str, profile: str | Path) -> Subject:
     """Paced workers in the place of A100s under OPT-13B, by a step profile's file. ValueError."""
     prefill, decode, mixed, chunk = parse_pools(text)
     profiles = {1: profile}
-    if mixed:
-        return Subject(system=colocated(mixed, profiles, budget=chunk))
-    return Subject(system=split(prefill + decode, profiles, prefill=prefill))
+    system = colocated(mixed, profiles, budget=chunk) if mixed else split(prefill + decode, profiles, prefill=prefill)
+    engine, other = replace(system.engine, prefix_cache=False), system.prefill_engine
+    return Subject(system=replace(system, engine=engine, prefill_engine=other and replace(other, prefix_cache=False)))
 
 
 def config_subject(

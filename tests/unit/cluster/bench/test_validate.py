@@ -14,7 +14,14 @@ from tandem.cluster.bench.claims_disaggregation import StairResult
 from tandem.cluster.bench.claims_load import Promise, Staircase, quantiles_ms
 from tandem.cluster.bench.claims_machine import Strain
 from tandem.cluster.bench.validate import Figures, Row, Validation, row_of, saturation
-from tandem.cluster.bench.validate_calibrate import OUTPUT_TOKENS, PROMPT_TOKENS, overheads_of
+from tandem.cluster.bench.validate_calibrate import (
+    LONG_TOKENS,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    keep_overheads,
+    kept_overheads,
+    overheads_of,
+)
 from tandem.cluster.bench.validate_predict import NONE, Overheads, PredictedStair, predict, router_for, simulate
 from tandem.cluster.bench.validate_show import show, show_overheads
 from tandem.cluster.bench.validate_subjects import QUICK_PROFILE, cpu_subject, paced_subject, parse_pools
@@ -77,7 +84,22 @@ def test_the_machines_constants_come_out_of_answers_that_took_longer_than_modell
     assert found.own_s + 4 * found.rpc_s == pytest.approx(0.003)
     quick = [replace(one, first_token_s=0.001) for one in alone]
     assert overheads_of(quick, [], QUICK_PROFILE, QUICK_PROFILE).first_token_s == 0.0
-    assert PROMPT_TOKENS > 0
+    longer = [replace(one, first_token_s=one.first_token_s + 0.003) for one in alone]
+    found = overheads_of(alone, [], QUICK_PROFILE, QUICK_PROFILE, longer)
+    assert found.prompt_token_s == pytest.approx(0.003 / (LONG_TOKENS - PROMPT_TOKENS))
+
+
+def test_constants_are_kept_beside_the_runs_that_they_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl.constants"
+    assert kept_overheads(path, "paced") is None
+    keep_overheads(path, "paced", Overheads(step_s=0.001))
+    keep_overheads(path, "cpu", Overheads(step_s=0.002))
+    assert kept_overheads(path, "paced") == Overheads(step_s=0.001)
+    assert kept_overheads(path, "cuda") is None
+    for text in ("[", '{"paced": {"nonsense": 1}}', '{"paced": 1}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"results: .*runs.jsonl.constants holds no constants of a machine"):
+            kept_overheads(path, "paced")
 
 
 def test_overheads_are_added_where_they_arise(trace: str, steps: Path) -> None:
@@ -146,7 +168,18 @@ def told(attained: int, *, seed: int = 0, ttft_ms: float = 100.0) -> PredictedSt
 
 
 def row(attained: int, predicted: int, ttft_ms: float = 100.0) -> Row:
-    return row_of("x", load_of("t", 1.0), 0, [[told(predicted)]], [[stair(attained, ttft_ms=ttft_ms)]])
+    load, run = load_of("t", 1.0), stair(attained, ttft_ms=ttft_ms)
+    return row_of("x", load, 0, [[told(predicted)]], [[run]], processors=2)
+
+
+def test_a_machine_that_the_cluster_itself_fills_says_nothing_of_the_prediction() -> None:
+    """Waiting for processors is not modelled, so what is asked for is a machine or a pace at which nobody waits."""
+    busy = replace(CALM, cpu={"router": 0.5, "decode-0": 0.4, "the client": 0.6})
+    run = replace(stair(80), strain=busy)
+    found = row_of("x", load_of("t", 1.0, time_scale=2.0), 0, [[told(99)]], [[run]], processors=2)
+    assert (found.counts, found.own_cpu, found.misses) == (False, 0.75, ())
+    assert "used 75 % of the machine: --time-scale 3" in found.void[0]
+    assert row_of("x", load_of("t", 1.0), 0, [[told(99)]], [[run]], processors=4).counts
 
 
 def test_what_differs_by_too_much_below_saturation_is_out() -> None:
@@ -172,7 +205,11 @@ def test_void_stairs_do_not_count_and_predictions_are_of_the_seeds_that_do() -> 
     assert len(found.void) == 1
     assert "seed 0: 50 of 100 steps were late" in found.void[0]
     nothing = row_of("x", load, 0, predicted, attempts[:1])
-    assert (nothing.measured, nothing.predicted.requests) == (None, 200)
+    assert (nothing.counts, nothing.misses, nothing.predicted.attained) == (False, (), 99)
+    assert nothing.measured is not None, "what was measured is shown all the same"
+    assert nothing.measured.attained == 10
+    none = row_of("x", load, 0, predicted, [])
+    assert (none.counts, none.measured, none.predicted.requests) == (False, None, 200)
     # A seed that was tried again counts with the try that counts.
     again = row_of("x", load, 0, predicted[:1], [*attempts[:1], [stair(98, seed=0)]])
     assert again.measured is not None
@@ -202,9 +239,11 @@ def test_the_table_says_what_is_within_what_is_out_and_what_was_void() -> None:
     assert "OUT: attainment" in text
     assert "saturated" in text
     assert text.count("VOID") == 2
+    assert "100.0 / 115.0 (+15.0 %)" in show(replace(found, rows=(row(99, 99, ttft_ms=115.0),)))
+    assert "10 %, 30 %" in text, "of the two processors"
     assert "VOID  y at 1/s, seed 0: 50 of 100 steps were late" in text
     assert show(Validation(overheads=NONE, rows=())).endswith("nothing below saturation was measured")
     saved = json.loads(json.dumps(found.as_json({"a": 1}), allow_nan=False))
     assert saved["rows"][0]["attainment_points"] == pytest.approx(-1.0)
-    assert saved["rows"][3]["measured"] is None
+    assert saved["rows"][3]["counts"] is False
     assert "2.00 ms to a first token" in show_overheads(found.overheads)
