@@ -24,9 +24,9 @@ _HEAD = (
 def show_overheads(found: Overheads) -> str:
     """The machine's constants, on one line."""
     return (
-        f"this machine adds {1e3 * found.first_token_s:.2f} ms to a first token and {1e6 * found.prompt_token_s:.1f} "
-        f"us for each token of its prompt, {1e3 * found.step_s:.2f} ms to a step and {1e6 * found.row_s:.0f} us for each "
-        f"of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff"
+        f"this machine adds {1e3 * found.first_token_s:.2f} ms to a first token and "
+        f"{1e6 * found.prompt_token_s:.1f} us for each token of its prompt, {1e3 * found.step_s:.2f} ms to a step and "
+        f"{1e6 * found.row_s:.0f} us for each of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff"
     )
 
 
