@@ -42,6 +42,8 @@ class BatchPolicy(ABC):
     """Sequences are taken in together, when none is resident, and nobody joins before the last of them has ended."""
     prompts_alone: bool = False
     """A step computes prompts or decode rows, never both, and prompts where there are any that have room."""
+    pads_prompts: bool = False
+    """Prompts of a step are computed as long as the longest of them."""
     pulls_alone: bool = False
     """A context is pulled between two steps: none is under way when it begins, none planned before it has come."""
     swaps: bool = False
@@ -156,6 +158,14 @@ class PromptsAlone(BatchPolicy):
         return self._inner.headroom_blocks(growing)
 
 
+class PaddedPrompts(PromptsAlone):
+    """vLLM 0.2.1 to 0.2.7 (its `_prepare_prompt`), for comparison: prompts of a step are rows of one rectangle. For
+    virtual time: no device of ours pads.
+    """
+
+    pads_prompts = True
+
+
 class DistServeDecode(DecodePolicy):
     """DistServe's decoding stage (its `DecodingStageFCFSScheduler` and `DecodingStageLLMEngine`), for comparison: one
     loop that fetches contexts between two steps and waits for each, lets in whoever has room now, and swaps the newest
@@ -171,8 +181,8 @@ class DistServeDecode(DecodePolicy):
 
 
 def policy_for(role: Role, batching: str = "iteration") -> BatchPolicy:
-    """The policy that makes an engine play `role`; `batching` as `EngineConfig.batching` has it, or "distserve", which
-    only virtual time can carry out.
+    """The policy that makes an engine play `role`; `batching` as `EngineConfig.batching` has it, or "padded" or
+    "distserve", which only virtual time can carry out.
     """
     policies = {Role.PREFILL: PrefillPolicy, Role.DECODE: DecodePolicy, Role.MIXED: MixedPolicy}
     policy: BatchPolicy = policies[role]()
@@ -181,6 +191,8 @@ def policy_for(role: Role, batching: str = "iteration") -> BatchPolicy:
             return RequestLevel(policy)
         case "prompts_alone":
             return PromptsAlone(policy)
+        case "padded":
+            return PaddedPrompts(policy)
         case "distserve":
             return DistServeDecode() if role is Role.DECODE else PromptsAlone(policy)
         case _:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .plan import StepPlan, StepRow
 
@@ -29,6 +29,17 @@ def is_decode(row: StepRow) -> bool:
 def step_shape(plan: StepPlan) -> StepShape:
     """The shape of one step, from all of its rows."""
     return shape_beside(plan.rows, 0, 0)
+
+
+def padded_shape(plan: StepPlan) -> StepShape:
+    """The same where each of its prompts is padded to the longest one."""
+    shape = step_shape(plan)
+    prompts = [row for row in plan.rows if not is_decode(row)]
+    if len(prompts) < 2:
+        return shape
+    tokens = max(len(row.token_ids) for row in prompts)
+    squares = max((row.start + len(row.token_ids)) ** 2 - row.start**2 for row in prompts)
+    return replace(shape, prefill_tokens=len(prompts) * tokens, prefill_squares=len(prompts) * squares)
 
 
 def shape_beside(rows: Sequence[StepRow], decode_rows: int, context_tokens: int) -> StepShape:

@@ -20,7 +20,7 @@ from ..engine.plan import RowOutput, StepOutput, StepPlan
 from ..engine.quiet_run import QuietRun
 from ..engine.scheduler import Scheduler
 from ..engine.scheduler_events import SchedulerEvent
-from ..engine.step_shape import StepShape, shape_beside, step_shape
+from ..engine.step_shape import StepShape, padded_shape, shape_beside, step_shape
 from ..latency.interface import StepCosts
 from ..latency.linear import PRIOR_STEPS, OnlineStepTimeFit, linear_terms
 from ..types import Role, SampledToken, StepTimeCoefficients
@@ -46,8 +46,12 @@ class SimEngine:
         worker_id: str = "",
         on_span: Callable[[StepSpan], None] | None = None,
         prior: StepTimeCoefficients | None = None,
+        pads_prompts: bool = False,
     ) -> None:
-        """`on_span`: told of every step and run; `prior`: what the worker says of its steps before it has run one."""
+        """`on_span`: told of every step and run; `prior`: what the worker says of its steps before it has run one;
+        `pads_prompts`: as the scheduler's policy has it.
+        """
+        self._shape = padded_shape if pads_prompts else step_shape
         self._timeline = timeline
         self.scheduler = scheduler
         self._costs = costs
@@ -128,7 +132,7 @@ class SimEngine:
     # --- steps one by one -------------------------------------------------------------------------------------------
 
     def _begin(self, plan: StepPlan) -> None:
-        shape, now_s = step_shape(plan), self._timeline.now_s()
+        shape, now_s = self._shape(plan), self._timeline.now_s()
         step_s, stage_s = self._times_s(shape)
         # Of prompts routers want to know how fast a queue of them goes, of answers how long a token takes.
         heard_s = stage_s if shape.prefill_tokens else step_s
@@ -166,8 +170,15 @@ class SimEngine:
             self._tell(self._on_span, began_s, 1, shape)
         rows = tuple(RowOutput(row.seq_id, (TOKEN,) if row.sample is not None else ()) for row in plan.rows)
         self.scheduler.complete(StepOutput(plan.plan_id, rows))
-        self._publish()
-        self._look_at(max(self._timeline.now_s(), self._stage_free_s))
+        self._tell_now()
+        self._look_soon(max(self._timeline.now_s(), self._stage_free_s))
+
+    def _look_soon(self, at_s: float) -> None:
+        """Between two steps, with nothing else to be done: as `_look_at`, but at once where nobody comes before."""
+        if at_s > self._timeline.now_s() or self._boundary is not None or not self._timeline.nothing_now():
+            self._look_at(at_s)
+        else:
+            self._look()
 
     def _look_at(self, at_s: float) -> None:
         if self._boundary is None and self._run is None:
@@ -219,8 +230,8 @@ class SimEngine:
             shape = shape_beside(run.prompts, run.rows, run.context_tokens)
             self._tell(self._on_span, run.begin_s, run.steps, shape)
         self.scheduler.take_run(run.steps, TOKEN)
-        self._publish()
-        self._look_at(self._timeline.now_s())
+        self._tell_now()
+        self._look_soon(self._timeline.now_s())
 
     # --- what is told -----------------------------------------------------------------------------------------------
 
@@ -236,6 +247,12 @@ class SimEngine:
                 context_tokens=shape.context_tokens,
             )
         )
+
+    def _tell_now(self) -> None:
+        """After a step: commands that come of what is told are taken up when the engine looks, which it will."""
+        self._looking = True
+        self._publish()
+        self._looking = False
 
     def _publish(self) -> None:
         events = self.scheduler.take_events()

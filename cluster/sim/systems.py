@@ -72,8 +72,6 @@ class ServingSystem:
     decode_after_prefill: bool = False
     credits: bool = True
     """Whether the decode side promises its memory before a prompt is computed."""
-    one_decode_batch: bool = False
-    """Whether only one batch of decode rows is in a pipeline at a time, whatever its depth."""
     inside: Link = INSTANT
     prefill_factor: float = 1.0
     """Of DistServe's published coefficients, which its authors multiplied by hand to make up for what a control plane
@@ -129,9 +127,6 @@ class ServingSystem:
         spec = replace(spec, lease_s=_FOR_EVER_S, pull_wait_s=_FOR_EVER_S, credit_ttl_s=_FOR_EVER_S)
         if not self.credits:
             spec = replace(spec, credit_factor=1000.0)
-        if self.one_decode_batch and spec.role is Role.DECODE:
-            assert isinstance(spec.costs, StepProfile)
-            spec = replace(spec, costs=replace(spec.costs, pipeline_stages=1))
         return spec
 
     def costs(self, profile: StepProfile) -> StepProfile:
@@ -188,9 +183,6 @@ DISTSERVE = ServingSystem(
     control=Control(request_s=3.5e-3, request_token_s=2e-6, step_row_s=3e-5),
     decode_after_prefill=True,  # the bridge queue (§5)
     credits=False,  # prefill goes on until its own memory is full; decode pulls when it has room (§4.3)
-    # Its loop waits for the batch that it has just sent before it lets anybody in, who then joins that batch: from
-    # empty, the other places of a pipeline stay so (`DecodingStageLLMEngine._step`, `get_next_batch`).
-    one_decode_batch=True,
     inside=NVLINK,
 )
 

@@ -96,10 +96,11 @@ class SimWorker:
         self._timeline = timeline
         self._rpc_s = rpc_s
         pool = BlockPool(spec.num_blocks, spec.block_size)
+        policy = policy_for(spec.role, spec.batching)
         self.scheduler = Scheduler(
             block_pool=pool,
             prefix_cache=PrefixCache(pool, enabled=spec.prefix_cache),
-            policy=policy_for(spec.role, spec.batching),
+            policy=policy,
             clock=timeline,
             max_batched_tokens=max(spec.max_batched_tokens, spec.max_running),
             max_running=spec.max_running,
@@ -116,6 +117,7 @@ class SimWorker:
             worker_id=spec.worker_id,
             on_span=wiring.on_step,
             prior=prior_of(spec.costs, spec.role),  # type: ignore[arg-type]  # a Protocol names no hash; all have one
+            pads_prompts=policy.pads_prompts,
         )
         self.holder = HandoffHolder(
             worker_id=spec.worker_id,
