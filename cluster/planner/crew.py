@@ -1,40 +1,97 @@
-"""The processes that simulate: started afresh, bounded in number, gone when the search is, whatever ends it."""
+"""The processes that simulate and estimate: copies of this one, bounded in number, gone when the search is, whatever
+ends it.
+
+A process of the crew is told a task at a time, through a pipe, and has nothing else: no queue, no lock, no semaphore
+that somebody would have to clean up. It dies with this process. What a task comes to follows from the task alone, so
+that it does not matter who does it, or when.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..parent import die_with_parent
 from .goodput import Precision, find_goodput
-from .result import Candidate, Pool
+from .outlook import Outlook
+from .result import Candidate
 from .setting import Setting
-from .trial import Trial, run_candidate, run_phase
+from .trial import OutOfTime, Trial, run_candidate
 
-Item = TypeVar("Item")
+TICK_S = 0.1
+"""How often a waiting search looks whether it is to end."""
+END_S = 5.0
+"""For a process to end once its pipe is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a process works with."""
+
+    outlook: Outlook
+    late: Callable[[], bool]
+    """Whether a task that is under way should give up."""
+
+    @property
+    def setting(self) -> Setting:
+        """What is planned."""
+        return self.outlook.setting
+
+
 Answer = TypeVar("Answer")
+Given = TypeVar("Given", covariant=True)
+
+
+class Task(Protocol[Given]):
+    """Plain data that says what to do."""
+
+    def do(self, means: Means) -> Given:
+        """Its answer, a function of the task and the setting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """Goodput of one candidate, or of one pool as a phase alone, under one seed."""
+    """A `Task`: goodput of one candidate under one seed, simulated."""
 
-    what: Candidate | Pool
+    what: Candidate
     seed: int
-    start: float
-    """A rate near which it is expected."""
-    slope: float
-    """About what of the attainment a doubled rate would cost there."""
+    near: float
+    """A rate near which its estimate is expected."""
+    scale: float = 1.0
+    """Goodput over estimate, as seen under another seed: the search begins at the estimate times that."""
     precision: Precision
     spare_nodes: int = 0
     """Beside those that there are: for what one worker more would bring."""
+
+    def do(self, means: Means) -> Found:
+        """Searches, until it is late."""
+        outlook, setting, what = means.outlook, means.setting, self.what
+        if self.spare_nodes:
+            setting = replace(setting, nodes=setting.nodes + self.spare_nodes)
+        start = self.scale * outlook.goodput(what, self.seed, self.near) or outlook.bound(what) / 2
+        slope = outlook.slope(what, self.seed, start)
+        requests = setting.run_requests(start / what.cells)
+        trials: list[Trial] = []
+
+        def run(rate: float) -> Trial:
+            trials.append(run_candidate(setting, what, rate, self.seed, requests, means.late))
+            return trials[-1]
+
+        try:
+            goodput, _ = find_goodput(run, start=start, target=setting.target, slope=slope, precision=self.precision)
+        except OutOfTime:
+            kept = [trial.rate for trial in trials if trial.score >= setting.target]
+            return Found(search=self, goodput=max(kept, default=0.0), trials=tuple(trials), complete=False)
+        return Found(search=self, goodput=goodput, trials=tuple(trials))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +102,7 @@ class Found:
     goodput: float
     trials: tuple[Trial, ...]
     complete: bool = True
-    """False: time ran out."""
+    """False: time ran out. `goodput` is then the highest rate that was kept, 0 where none was yet."""
 
     @property
     def requests(self) -> int:
@@ -58,137 +115,130 @@ class Found:
         return sum(trial.cpu_s for trial in self.trials)
 
 
-def carry_out(setting: Setting, search: Search, deadline_s: float) -> Found:
-    """Searches, in this process, no longer than until the monotonic clock's `deadline_s` and one run more."""
-    what = search.what
-    if search.spare_nodes:
-        setting = replace(setting, nodes=setting.nodes + search.spare_nodes)
-    cells = what.cells if isinstance(what, Candidate) else 1
-    requests = setting.run_requests(search.start / cells)
-    late = False
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What a process says of a task."""
 
-    def run(rate: float) -> Trial:
-        if isinstance(what, Pool):
-            return run_phase(setting, what, rate, search.seed, requests)
-        return run_candidate(setting, what, rate, search.seed, requests)
-
-    def go_on() -> bool:
-        nonlocal late
-        late = time.monotonic() > deadline_s
-        return not late
-
-    goodput, trials = find_goodput(
-        run,
-        start=search.start,
-        target=setting.target,
-        slope=search.slope,
-        precision=search.precision,
-        go_on=go_on,
-    )
-    return Found(search=search, goodput=goodput, trials=tuple(trials), complete=not late)
+    answer: object
+    error: Exception | None
+    cpu_s: float
 
 
-_setting: Setting | None = None
-"""Of this process, where it is one of a crew."""
-
-
-def _begin(setting: Setting) -> None:
-    global _setting
+def _serve(pipe: Connection, setting: Setting, deadline_s: float) -> None:
+    """The life of a process of the crew."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who began this process ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
-    _setting = setting
-
-
-def _carry_out(search: Search, deadline_s: float) -> Found:
-    assert _setting is not None
-    return carry_out(_setting, search, deadline_s)
-
-
-def _call(function: Callable[[Setting, Item], Answer], item: Item) -> Answer:
-    assert _setting is not None
-    return function(_setting, item)
-
-
-def _ready() -> None:
-    """Nothing: a process that does it has started."""
+    means = Means(Outlook(setting), lambda: time.monotonic() > deadline_s)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        begun_s = time.process_time()
+        try:
+            done = _Done(task.do(means), None, time.process_time() - begun_s)
+        except Exception as error:  # raised again by who gave the task
+            done = _Done(None, error, time.process_time() - begun_s)
+        pipe.send(done)
 
 
 class Crew:
-    """A context manager: outside of it no process is left. With one process everything runs in this one."""
+    """A context manager: outside of it no process is left. With one process everything is done in this one."""
 
-    def __init__(self, setting: Setting, processes: int, deadline_s: float) -> None:
-        """`deadline_s`: on the monotonic clock."""
+    def __init__(
+        self, setting: Setting, processes: int, deadline_s: float, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`deadline_s`: on the monotonic clock; `stopped`: whether somebody wants it to end before."""
         self._setting = setting
         self._processes = processes
         self._deadline_s = deadline_s
-        self._pool: ProcessPoolExecutor | None = None
+        self._stopped = stopped
+        self._members: dict[Connection, BaseProcess] = {}
+        self._means = Means(Outlook(setting), lambda: self.late)
+        self.cpu_s = 0.0
+        """Processor seconds of the other processes, for tasks."""
 
     def __enter__(self) -> Crew:
-        if self._processes > 1:
-            self._pool = ProcessPoolExecutor(
-                self._processes,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_begin,
-                initargs=(self._setting,),
-            )
-            for _ in range(self._processes):  # they start while this one still thinks
-                self._pool.submit(_ready)
+        for _ in range(self._processes if self._processes > 1 else 0):
+            self._begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        children = multiprocessing.active_children() if error is not None else []
-        pool.shutdown(wait=error is None, cancel_futures=True)
-        for child in children:
-            child.terminate()
-        for child in children:
-            child.join()
+        self._end(at_once=error is not None)
 
-    @property
-    def apart(self) -> bool:
-        """Whether simulations run in other processes than this one."""
-        return self._pool is not None
+    def _begin(self) -> None:
+        context = multiprocessing.get_context(
+            "fork"
+        )  # nothing to import again; it takes no lock that a thread may hold
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._setting, self._deadline_s), daemon=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the threads that draw progress
+            process.start()
+        theirs.close()
+        self._members[ours] = process
+
+    def _end(self, *, at_once: bool) -> None:
+        members, self._members = self._members, {}
+        for pipe, process in members.items():
+            if at_once:
+                process.kill()
+            pipe.close()
+        for process in members.values():
+            process.join(END_S)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+            process.close()
 
     @property
     def late(self) -> bool:
-        """Whether the time is up."""
-        return time.monotonic() > self._deadline_s
+        """Whether the time is up, or somebody wants it to end."""
+        return self._stopped() or time.monotonic() > self._deadline_s
 
-    def each(self, function: Callable[[Setting, Item], Answer], items: Sequence[Item]) -> Iterator[Answer]:
-        """`function`, one that a module names, of every item; answers in their order, as they come. None is begun once
-        the time is up: there are fewer answers then.
+    def do(
+        self, tasks: Sequence[Task[Answer]], on_answer: Callable[[int, Answer], None] = lambda place, answer: None
+    ) -> list[Answer | None]:
+        """Does all, in any order, and answers in theirs; None where it was late. `on_answer` hears of each answer as
+        it comes, with its place. What a task raises is raised here.
         """
-        if self._pool is None:
-            for item in items:
+        answers: list[Answer | None] = [None] * len(tasks)
+        if self._processes <= 1:
+            for place, task in enumerate(tasks):
                 if self.late:
-                    return
-                yield function(self._setting, item)
-            return
-        waiting: deque[Future[Answer]] = deque()
-        for item in items:
-            if self.late:
+                    break
+                answers[place] = answer = task.do(self._means)
+                on_answer(place, answer)
+            return answers
+        waiting, busy = deque(range(len(tasks))), dict[Connection, int]()
+        while busy or (waiting and self._members and not self.late):
+            for pipe in self._members:
+                if waiting and pipe not in busy and not self.late:
+                    busy[pipe] = waiting.popleft()
+                    pipe.send(tasks[busy[pipe]])
+            ready = wait(list(busy), TICK_S)
+            for pipe in [pipe for pipe in busy if pipe in ready]:
+                place = busy.pop(pipe)
+                found: Answer = self._hear(pipe)
+                answers[place] = found
+                on_answer(place, found)
+            if self._stopped():
+                self._end(at_once=True)
                 break
-            waiting.append(self._pool.submit(_call, function, item))
-            if len(waiting) > 2 * self._processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        return answers
 
-    def run(self, searches: Sequence[Search], on_found: Callable[[Found], None]) -> list[Found]:
-        """Carries out all, in any order; answers in theirs. `on_found` hears of each as it comes."""
-        if self._pool is None:
-            found = []
-            for search in searches:
-                found.append(carry_out(self._setting, search, self._deadline_s))
-                on_found(found[-1])
-            return found
-        futures: list[Future[Found]] = [self._pool.submit(_carry_out, one, self._deadline_s) for one in searches]
-        results = []
-        for future in futures:
-            results.append(future.result())
-            on_found(results[-1])
-        return results
+    def _hear(self, pipe: Connection) -> Any:
+        """What a process says, or raises what its task did."""
+        try:
+            done: _Done = pipe.recv()
+        except EOFError:
+            process = self._members[pipe]
+            process.join(END_S)
+            raise RuntimeError(f"a process that simulated ended with exit code {process.exitcode}") from None
+        self.cpu_s += done.cpu_s
+        if done.error is not None:
+            raise done.error
+        return done.answer

@@ -10,9 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 
 from ..sim.cluster import SimCluster
-from .crew import Crew
+from .crew import Crew, Means
 from .result import Candidate, Evaluation, PlanResult, RatePoint
 from .setting import Setting
 from .show import alternatives
@@ -25,11 +26,15 @@ SEEDS = 2
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is run for one point."""
+    """A `crew.Task`: what is run for one point."""
 
     candidate: Candidate
     rate: float
     seed: int
+
+    def do(self, means: Means) -> RatePoint:
+        """One run, to its end. ValueError where the candidate cannot run."""
+        return point_at(means.setting, self)
 
 
 def with_curves(
@@ -49,9 +54,11 @@ def with_curves(
     ]
     points: dict[Candidate, list[RatePoint]] = {}
     with Crew(setting, processes, time.monotonic() + time_limit_s) as crew:
-        for number, (load, point) in enumerate(zip(loads, crew.each(point_at, loads), strict=False)):
+        done = count(1)
+        found = crew.do(loads, lambda place, point: progress("attainment against rate", next(done) / len(loads)))
+    for load, point in zip(loads, found, strict=True):
+        if point is not None:
             points.setdefault(load.candidate, []).append(point)
-            progress("attainment against rate", (number + 1) / len(loads))
 
     def longer(one: Evaluation) -> Evaluation:
         found = points.get(one.candidate, [])

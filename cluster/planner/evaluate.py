@@ -25,11 +25,13 @@ def evaluation(
     seeds: int,
 ) -> Evaluation:
     """Of one candidate, of which `founds` are by seed; `seeds`: how many make it a whole answer."""
-    values = [min(found.goodput, bound) for found in founds]  # a run that is short flatters
+    whole = [found for found in founds if found.complete]
+    values = [min(found.goodput, bound) for found in whole or founds]  # a run that is short flatters
     goodput = interval(values)
     return Evaluation(
         candidate=candidate,
-        fate=Fate.SIMULATED if len(founds) >= seeds else Fate.SCREENED,
+        fate=Fate.SIMULATED if len(whole) >= seeds else Fate.SCREENED,
+        decided=len(whole) == len(founds),
         why="" if goodput.mean > 0.0 else "no rate that was tried keeps the promises of enough requests",
         bound=bound,
         estimate=estimate,

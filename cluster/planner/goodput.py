@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, TypeVar
-
-from scipy.special import stdtrit
 
 from .result import Interval
 
 FLOOR = 64.0
 """How far below the start a rate is still tried."""
-LEAST_STEP, MOST_STEP = 1.05, 1.4
+LEAST_STEP = 1.05
 """From one rate to the next, while all were kept or none was."""
 OVERSHOT = 1.3
 """So much further than the slope says, so that the other side is met."""
@@ -53,6 +52,8 @@ class Precision:
     noise: float = 0.0
     most: int
     """Runs."""
+    step: float = 1.4
+    """From one rate to the next at most, while all were kept or none was; the second time its square, and so on."""
 
 
 def find_goodput(
@@ -90,7 +91,7 @@ def find_goodput(
             share = min(1.0 - INSIDE, max(INSIDE, _share(kept, failed, target)))
             rate = kept.rate + share * (failed.rate - kept.rate)
         else:
-            step = min(MOST_STEP ** len(runs), max(LEAST_STEP, 1.0 + OVERSHOT * abs(off)))
+            step = min(precision.step ** len(runs), max(LEAST_STEP, 1.0 + OVERSHOT * abs(off)))
             rate = rate * step if failed is None else rate / step
         if rate < start / FLOOR:
             break
@@ -114,5 +115,30 @@ def interval(values: Sequence[float]) -> Interval:
     if len(values) < 2:
         return Interval(mean=mean, low=mean, high=mean)
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = float(stdtrit(len(values) - 1, 0.5 + CONFIDENCE / 2)) * math.sqrt(variance / len(values))
+    half = student_t(len(values) - 1) * math.sqrt(variance / len(values))
     return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+@cache
+def student_t(freedom: int) -> float:
+    """What Student's t with so many degrees of freedom stays below, either way, at the confidence above; from its
+    distribution's finite series (Abramowitz and Stegun, 26.7.3 and 26.7.4), which needs no large library.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < CONFIDENCE else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """The probability of |t| <= sqrt(freedom) tan(angle)."""
+    square = math.cos(angle) ** 2
+    odd = freedom % 2
+    term, series = 1.0, 0.0
+    for step in range(freedom // 2):
+        series += term
+        term *= square * (2 * step + 1 + odd) / (2 * step + 2 + odd)
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * series)
+    return math.sin(angle) * series

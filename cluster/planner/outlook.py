@@ -19,6 +19,9 @@ from .result import Affinity, Candidate, Pool
 from .setting import MAX_REQUESTS, Sample, Setting, draw_sample
 
 _PRECISION = Precision(width=1.05, most=20)
+_PRECISION_PHASE = Precision(width=1.1, most=12)
+_PRECISION_NEAR = Precision(width=1.05, nearness=0.01, most=20, step=1.1)
+_LEAST_SHARE = 0.2
 _ANY_SLOPE, _LEAST_SLOPE, _AROUND = 0.5, 0.2, 0.08
 _START_SHARE = 0.6
 """Of the capacity bound: where an estimate's search begins."""
@@ -50,8 +53,6 @@ class Outlook:
         self.sample = draw_sample(setting, setting.seeds[0], MAX_REQUESTS)
         self._sample_of = cache(lambda seed: draw_sample(setting, seed, MAX_REQUESTS))
         self._kind = cache(self._new_kind)
-        self._goodputs: dict[tuple[Candidate | Pool, int], float] = {}
-        self._slopes: dict[tuple[Candidate | Pool, int], float] = {}
         count = len(self.sample.input_tokens)
         self._squares = sum(tokens * tokens for tokens in self.sample.input_tokens) / count
         pairs = list(zip(self.sample.input_tokens, self.sample.output_tokens, strict=True))
@@ -151,35 +152,34 @@ class Outlook:
 
     # --- about ------------------------------------------------------------------------------------------------------
 
-    def goodput(self, what: Candidate | Pool, seed: int) -> float:
-        """Estimated, requests a second; of a pool: of its phase alone."""
-        if (what, seed) not in self._goodputs:
-            self._goodputs[what, seed] = self._find(what, seed)
-        return self._goodputs[what, seed]
-
-    def _find(self, what: Candidate | Pool, seed: int) -> float:
+    def goodput(self, what: Candidate | Pool, seed: int, near: float = 0.0) -> float:
+        """Estimated, requests a second; of a pool: of its phase alone. `near`: a rate near which it is expected."""
         bound = self.capacity(what) if isinstance(what, Pool) else self.bound(what)
-        count = self.setting.run_requests(_START_SHARE * bound / _cells(what))
+        start = near or _START_SHARE * bound
+        count = self.setting.run_requests(start / _cells(what))
         goodput, _ = find_goodput(
             lambda rate: Guess(rate, self.score(what, rate, seed, count)),
-            start=_START_SHARE * bound,
+            start=start,
             target=self.setting.target,
             slope=_ANY_SLOPE,
-            precision=_PRECISION,
+            precision=_PRECISION_NEAR if near else _PRECISION_PHASE if isinstance(what, Pool) else _PRECISION,
         )
         return min(goodput, bound)  # a run that is short flatters
 
-    def slope(self, what: Candidate | Pool, seed: int) -> float:
-        """Estimated: how much of the score is lost near the goodput when the rate doubles, at least a little."""
-        if (what, seed) not in self._slopes:
-            rate = self.goodput(what, seed)
-            fall = 0.0
-            if rate:
-                count = self.setting.run_requests(rate / _cells(what))
-                ends = [self.score(what, rate * factor, seed, count) for factor in (1.0 - _AROUND, 1.0 + _AROUND)]
-                fall = (ends[0] - ends[1]) / (2 * _AROUND)
-            self._slopes[what, seed] = max(_LEAST_SLOPE, fall)
-        return self._slopes[what, seed]
+    def challenge(self, candidate: Candidate, seed: int, rate: float) -> float:
+        """Estimated goodput where `rate` is kept, which is what others reach; else about how much less it is."""
+        off = self.score(candidate, rate, seed, self.setting.run_requests(rate / candidate.cells)) - self.setting.target
+        if off >= 0.0 and rate <= self.bound(candidate):
+            return self.goodput(candidate, seed, rate)
+        return min(self.bound(candidate), rate * max(_LEAST_SHARE, 1.0 + min(off, 0.0) / _ANY_SLOPE))
+
+    def slope(self, what: Candidate | Pool, seed: int, rate: float) -> float:
+        """Estimated: how much of the score is lost near `rate` when it doubles, at least a little."""
+        if not rate:
+            return _LEAST_SLOPE
+        count = self.setting.run_requests(rate / _cells(what))
+        ends = [self.score(what, rate * factor, seed, count) for factor in (1.0 - _AROUND, 1.0 + _AROUND)]
+        return max(_LEAST_SLOPE, (ends[0] - ends[1]) / (2 * _AROUND))
 
     def score(self, what: Candidate | Pool, rate: float, seed: int, requests: int) -> float:
         """As `Trial.score`, estimated."""

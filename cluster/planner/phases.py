@@ -1,13 +1,16 @@
-"""Both phases apart (DistServe, OSDI '24, §4.1): every split of each, refused, hopeless, or with its goodput."""
+"""Both phases apart (DistServe, OSDI '24, §4.1): every split of each, refused, hopeless, or with its goodput.
+
+That is an estimate, from the same step times and arrivals as a simulation (`estimate`): it chooses which splits to
+pair, and what is paired is then simulated whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..types import Role
-from .crew import Found, Search
-from .goodput import Precision
+from .crew import Means
 from .outlook import Hopeless, Outlook
 from .place import all_splits, replica_of
 from .result import Fate, PhaseResult, Pool
@@ -15,14 +18,22 @@ from .setting import default_pool
 
 BATCHED_TOKENS = 2048
 """Of a step, to begin with: prefill is saturated (DistServe, §3.1), a decode worker can compute a prompt again."""
-SIMULATED = 1
-"""Splits of each phase that are simulated."""
-PROMISING = 0.85
-"""Of the best estimate for each GPU: what is below is not simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A `crew.Task`: the estimate of one worker of a phase alone."""
+
+    pool: Pool
+    seed: int
+
+    def do(self, means: Means) -> float:
+        """Goodput, requests a second."""
+        return means.outlook.goodput(self.pool, self.seed)
 
 
 class Phases:
-    """Of one outlook. `look`, then simulate `searches`, then `take` what they found."""
+    """Of one outlook. `look`, then `take` what was asked for."""
 
     def __init__(self, outlook: Outlook) -> None:
         self._outlook = outlook
@@ -32,14 +43,15 @@ class Phases:
         self.hopeless: list[Hopeless] = []
         self.refused: list[str] = []
 
-    def look(self) -> None:
-        """Refuses, bounds and estimates every split of both phases."""
+    def look(self) -> list[Ask]:
+        """Refuses and bounds every split of both phases; what is left is to be estimated."""
         gpus = self._outlook.setting.gpus
         for role in (Role.PREFILL, Role.DECODE):
             for tensor, stages in all_splits(self._outlook.setting):
                 if tensor * stages < gpus:
                     pool = default_pool(role, 1, tensor, stages, BATCHED_TOKENS)
                     self.results[pool] = self._look_at(pool)
+        return [Ask(pool, self._seed) for pool, one in self.results.items() if one.fate is Fate.ESTIMATED]
 
     def _look_at(self, pool: Pool) -> PhaseResult:
         result = PhaseResult(
@@ -59,32 +71,12 @@ class Phases:
         if hopeless is not None:
             self.hopeless.append(hopeless)
             return replace(result, fate=Fate.HOPELESS, why=hopeless.text)
-        bound = self._outlook.capacity(pool)
-        return replace(result, bound=bound, goodput=self._outlook.goodput(pool, self._seed))
+        return replace(result, bound=self._outlook.capacity(pool))
 
-    def searches(self, precision: Precision) -> list[Search]:
-        """The splits of both phases that promise most for each GPU."""
-        found = []
-        for role in (Role.PREFILL, Role.DECODE):
-            able = [(pool, one) for pool, one in self.results.items() if pool.role is role and one.goodput > 0.0]
-            able.sort(key=lambda item: -item[1].goodput_per_gpu)
-            best = able[0][1].goodput_per_gpu if able else 0.0
-            for pool, one in able[:SIMULATED]:
-                if one.goodput_per_gpu >= PROMISING * best:
-                    slope = self._outlook.slope(pool, self._seed)
-                    found.append(
-                        Search(what=pool, seed=self._seed, start=one.goodput, slope=slope, precision=precision)
-                    )
-        return found
-
-    def take(self, founds: Sequence[Found]) -> None:
-        """Simulated goodput in the place of estimates."""
-        for found in founds:
-            assert isinstance(found.search.what, Pool)
-            before = self.results[found.search.what]
-            self.results[found.search.what] = replace(
-                before, fate=Fate.SCREENED, goodput=min(found.goodput, before.bound)
-            )
+    def take(self, asks: Sequence[Ask], goodputs: Sequence[float | None]) -> None:
+        """What was estimated; None: there was no time for it."""
+        for ask, goodput in zip(asks, goodputs, strict=True):
+            self.results[ask.pool] = replace(self.results[ask.pool], goodput=goodput or 0.0)
 
     def of(self, role: Role) -> list[PhaseResult]:
         """Those of one phase, the best for each GPU first."""

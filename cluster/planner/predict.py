@@ -7,14 +7,16 @@ cluster is later compared with, is run in full.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..sim.cluster import SimCluster
 from ..sim.request import Outcome
-from .result import Candidate, Evaluation, PlanResult, Prediction, Quantiles
+from .crew import Means
+from .outlook import Outlook
+from .result import Candidate, Evaluation, Prediction, Quantiles
 from .setting import Setting
 from .trial import cluster_of
 
@@ -22,61 +24,81 @@ SEEDS = 2
 """The first ones: quantiles move less between seeds than goodput does."""
 
 
-def with_predictions(
-    setting: Setting, result: PlanResult, progress: Callable[[str, float], None] = lambda what, share: None
-) -> PlanResult:
-    """The same result, its best disaggregated and its best colocated plan with what clients would see of them."""
-    best = [one for one in (result.disaggregated, result.colocated) if one is not None and one.goodput.mean > 0.0]
-    found: dict[Candidate, Evaluation] = {}
-    for number, one in enumerate(best):
-        progress("latencies", number / len(best))
-        found[one.candidate] = replace(one, prediction=predict(setting, one.candidate, rate_of(one, result)))
-    progress("latencies", 1.0)
+@dataclass(frozen=True, slots=True)
+class Saw:
+    """What one request saw."""
 
-    def better(one: Evaluation | None) -> Evaluation | None:
-        return None if one is None else found.get(one.candidate, one)
-
-    return replace(
-        result,
-        disaggregated=better(result.disaggregated),
-        colocated=better(result.colocated),
-        explored=tuple(found.get(one.candidate, one) for one in result.explored),
-    )
+    slo_class: str
+    kept: bool
+    """Its promises."""
+    ttft_s: float | None
+    tpot_s: float | None
 
 
-def rate_of(one: Evaluation, result: PlanResult) -> float:
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A `crew.Task`: all requests of one run, to its end."""
+
+    candidate: Candidate
+    rate: float
+    seed: int
+
+    def do(self, means: Means) -> list[Saw] | None:
+        """None: it got too late."""
+        setting = means.setting
+        requests = setting.run_requests(self.rate / self.candidate.cells)
+        spec, workload = cluster_of(setting, self.candidate, self.rate, self.seed, requests)
+        late = False
+
+        def look(now_s: float, outcomes: Sequence[Outcome]) -> bool:
+            nonlocal late
+            late = means.late()
+            return late
+
+        outcomes = SimCluster(spec).run(workload, decided=look, decided_period_s=max(workload[-1].arrival_s / 32, 1e-3))
+        return None if late else [_saw(setting, outcome) for outcome in outcomes]
+
+
+def watches(setting: Setting, one: Evaluation, target_rate: float | None) -> list[Watch]:
+    """What to run for a prediction of it."""
+    rate = rate_of(one, target_rate)
+    return [Watch(one.candidate, rate, seed) for seed in setting.seeds[:SEEDS]]
+
+
+def rate_of(one: Evaluation, target_rate: float | None) -> float:
     """At which it is predicted: the one that was asked for, where it is kept, else goodput."""
-    kept = result.target_rate is not None and one.keeps_target_rate
-    return result.target_rate if kept and result.target_rate is not None else one.goodput.mean
+    return target_rate if target_rate is not None and one.keeps_target_rate else one.goodput.mean
 
 
 def predict(setting: Setting, candidate: Candidate, rate: float) -> Prediction:
-    """Under the first seeds, all requests together. ValueError where the candidate cannot run."""
-    requests = setting.run_requests(rate / candidate.cells)
-    outcomes: list[Outcome] = []
-    for seed in setting.seeds[:SEEDS]:
-        spec, workload = cluster_of(setting, candidate, rate, seed, requests)
-        outcomes += SimCluster(spec).run(workload)
-    return prediction_of(setting, outcomes, rate)
+    """Under the first seeds, all requests together, in this process. ValueError where the candidate cannot run."""
+    means = Means(Outlook(setting), lambda: False)
+    runs = [Watch(candidate, rate, seed).do(means) or [] for seed in setting.seeds[:SEEDS]]
+    return prediction_of(setting, [saw for run in runs for saw in run], rate)
 
 
-def prediction_of(setting: Setting, outcomes: Sequence[Outcome], rate: float) -> Prediction:
-    """What these requests, which came at `rate`, saw. Classes without a promise are in the latencies only."""
+def prediction_of(setting: Setting, saw: Sequence[Saw], rate: float) -> Prediction:
+    """Of requests that came at `rate`. Classes without a promise are in the latencies only."""
     asked, kept = Counter[str](), Counter[str]()
-    for outcome in outcomes:
-        promise = setting.promises[outcome.asked.slo_class]
+    for one in saw:
+        promise = setting.promises[one.slo_class]
         if promise.ttft_s is not None or promise.tpot_s is not None:
-            asked[outcome.asked.slo_class] += 1
-            kept[outcome.asked.slo_class] += outcome.attains(promise.slo)
-    ttft = _quantiles([outcome.ttft_s for outcome in outcomes])
+            asked[one.slo_class] += 1
+            kept[one.slo_class] += one.kept
+    ttft = _quantiles([one.ttft_s for one in saw])
     assert ttft is not None  # everybody is answered in virtual time
     return Prediction(
         rate=rate,
         attainment=sum(kept.values()) / sum(asked.values()),
         by_class={name: kept[name] / asked[name] for name in setting.promises if asked[name]},
         ttft=ttft,
-        tpot=_quantiles([outcome.tpot_s for outcome in outcomes]),
+        tpot=_quantiles([one.tpot_s for one in saw]),
     )
+
+
+def _saw(setting: Setting, outcome: Outcome) -> Saw:
+    name = outcome.asked.slo_class
+    return Saw(name, outcome.attains(setting.promises[name].slo), outcome.ttft_s, outcome.tpot_s)
 
 
 def _quantiles(values: Sequence[float | None]) -> Quantiles | None:

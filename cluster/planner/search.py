@@ -1,47 +1,55 @@
 """The planner's search: which placement serves most requests a second for each GPU within their promises.
 
-1. Every split of both phases is refused, bounded and estimated; the best of each are simulated alone (`phases`).
-2. Algorithms 1 and 2 propose placements (`algorithms`); the most promising are simulated whole, under one seed.
-3. From the best on, counts, batch limits and chunks are changed as long as that helps (`neighbors`).
-4. Mixed workers with chunked prefill on as many GPUs go the same way: the colocated baseline.
-5. The best of both are simulated under all seeds, with the same requests, and with one worker more.
+1. Every split of both phases is refused, bounded and estimated (`phases`).
+2. Algorithms 1 and 2 propose placements (`algorithms`), which are estimated; from the best on, counts, batch limits and
+   chunks are changed as long as that helps (`neighbors`). Mixed workers with chunked prefill on as many GPUs go the
+   same way: the colocated baseline.
+3. The most promising of both sides are simulated whole, under one seed; of the others those that may yet be better.
+4. The best of both are simulated under all seeds, with the same requests, and then with one worker more, and for what
+   clients would see.
 
 An estimate (`outlook`) says what to simulate and where to begin; everything that is reported was simulated. What is
-done depends on the problem alone, never on how fast a process was, unless the time limit ends the search.
+done depends on the problem alone, never on how fast a process was, unless the time limit or a signal ends the search.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import TypeVar
 
 from ..types import Role
 from .algorithms import algorithm_1, algorithm_2, colocated
-from .crew import Crew, Found, Search
+from .crew import Crew, Found, Means, Search, Task
 from .evaluate import difference, evaluation, marginal, worth
 from .goodput import Precision
 from .neighbors import neighbors, one_more
 from .outlook import Outlook
 from .phases import Phases
 from .place import all_splits, why_not
+from .predict import Saw, Watch, prediction_of, rate_of, watches
 from .problem import Problem
 from .result import Affinity, Candidate, Evaluation, Fate, Marginal, PlanResult
 from .setting import Setting, setting_of
+from .stop import Stop
 
 Progress = Callable[[str, float], None]
 """Told what is being done and which share of the whole is done, 0 to 1; from the process that searches."""
+Answer = TypeVar("Answer")
 
-PROPOSED, SCREEN_ROUNDS = 2, 3
-"""Candidates of each side that are simulated under one seed, and how often others are, if they may be better."""
-OPTIMISM = 1.1
+SCREEN_ROUNDS, SCREENED = 3, 2
+"""How often candidates are simulated under one seed as long as others may be better, and how many of a side at once."""
+OPTIMISM = 1.04
 """How much better than its estimate, held against what the best came to, a candidate may turn out."""
 BEYOND_BOUND = 1.05
 """How far above its capacity bound a short run may still look good."""
-PRECISION = Precision(width=1.1, nearness=0.04, noise=0.015, most=6)
+PRECISION = Precision(width=1.1, nearness=0.04, noise=0.015, most=6, step=1.12)
 """Noise: about a standard deviation of the attainment of 500 requests at 90 %."""
-PHASE_PRECISION = Precision(width=1.2, nearness=0.05, noise=0.03, most=3)
 LOCAL_ROUNDS, LOCAL_GAIN = 6, 1.01
+ESTIMATED_FIRST = 4
+"""Proposals that are estimated in full; the others are held against the best of them."""
 FINALISTS = 2
 CLOSE = 0.985
 """Of the best: who else is simulated under all seeds."""
@@ -51,21 +59,37 @@ def plan(problem: Problem, progress: Progress | None = None) -> PlanResult:
     """The best placement for the problem, the best colocated one, and everything that was looked at.
 
     ValueError where the problem names what cannot be read or does not fit together. Where nothing can keep the
-    promises, the result says so (`PlanResult.infeasible`).
+    promises, the result says so (`PlanResult.infeasible`). The time limit, Ctrl-C and SIGTERM end it with what it has.
     """
     begun_s = time.monotonic()
     setting = setting_of(problem)
     deadline_s = begun_s + problem.search.time_limit_s
-    with Crew(setting, problem.search.chosen_processes, deadline_s) as crew:
-        return _Run(setting, crew, begun_s, progress or (lambda what, share: None)).result()
+    with Stop() as stop, Crew(setting, problem.search.chosen_processes, deadline_s, stop.asked) as crew:
+        return _Run(setting, crew, stop, begun_s, progress or (lambda what, share: None)).result()
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """A `Task`: the estimate of a candidate; with a rate that others reach: in full only where it is kept."""
+
+    candidate: Candidate
+    seed: int
+    rate: float = 0.0
+
+    def do(self, means: Means) -> float:
+        """Goodput, requests a second."""
+        if self.rate:
+            return means.outlook.challenge(self.candidate, self.seed, self.rate)
+        return means.outlook.goodput(self.candidate, self.seed)
 
 
 class _Run:
     """One search."""
 
-    def __init__(self, setting: Setting, crew: Crew, begun_s: float, progress: Progress) -> None:
+    def __init__(self, setting: Setting, crew: Crew, stop: Stop, begun_s: float, progress: Progress) -> None:
         self._setting = setting
         self._crew = crew
+        self._stop = stop
         self._begun_s = begun_s
         self._cpu_s = time.process_time()
         self._progress = progress
@@ -74,57 +98,63 @@ class _Run:
         self._explored: dict[Candidate, Evaluation] = {}
         self._founds: dict[Candidate, list[Found]] = {}
         self._requests = 0
-        self._simulated_s = 0.0
         self._complete = self._in_time = True
+        self._share = 0.0
 
     def result(self) -> PlanResult:
         """Searches."""
         self._progress("splits of each phase", 0.0)
-        self._phases.look()
-        self._phases.take(self._simulate(self._phases.searches(PHASE_PRECISION), "phases alone", 0.05, 0.2))
-        split = self._disaggregated()
-        mixed = self._colocated(split.candidate.gpus if split is not None else self._setting.gpus)
+        asks = self._phases.look()
+        self._phases.take(asks, self._do(asks, "splits of each phase", 0.0, 0.1))
+        splits = self._propose_split()
+        gpus = splits[0].gpus if splits else self._setting.gpus
+        split, mixed = self._screen_both(splits, self._propose_mixed(gpus))
+        if split is not None and split.candidate.gpus < gpus and mixed is not None:
+            again = self._propose_mixed(split.candidate.gpus)
+            mixed = self._screen_both([], again, most=split.candidate.gpus)[1]
         split, mixed = self._all_seeds(split, mixed)
         self._in_time = self._complete
-        more = self._marginal(split, mixed)
+        split, mixed, more = self._beside(split, mixed)
         self._progress("done", 1.0)
         return self._answer(split, mixed, more)
 
-    # --- simulating -------------------------------------------------------------------------------------------------
+    # --- simulating and estimating ----------------------------------------------------------------------------------
 
-    def _simulate(self, searches: Sequence[Search], what: str, begin: float, end: float) -> list[Found]:
+    def _do(self, tasks: Sequence[Task[Answer]], what: str, begin: float, end: float) -> list[Answer | None]:
         done = 0
 
-        def on_found(found: Found) -> None:
+        def tell(share: float) -> None:
+            self._share = max(self._share, share)
+            self._progress(what, self._share)
+
+        def on_answer(place: int, answer: Answer) -> None:
             nonlocal done
             done += 1
+            tell(begin + (end - begin) * done / len(tasks))
+
+        if tasks:
+            tell(begin)
+        answers = self._crew.do(tasks, on_answer)
+        self._complete &= None not in answers
+        return answers
+
+    def _simulate(self, searches: Sequence[Search], what: str, begin: float, end: float) -> list[Found]:
+        """What was found of them, in their order; fewer where time ran out."""
+        founds = [found for found in self._do(searches, what, begin, end) if found is not None]
+        for found in founds:
             self._complete &= found.complete
             self._requests += found.requests
-            self._simulated_s += found.cpu_s
-            self._progress(what, begin + (end - begin) * done / len(searches))
+        return [found for found in founds if found.trials]
 
-        self._progress(what, begin)
-        if self._crew.late:
-            self._complete = False
-            return []
-        return self._crew.run(searches, on_found)
-
-    def _screen(self, candidates: Sequence[Candidate], what: str, begin: float, end: float) -> None:
+    def _screen(self, candidates: Sequence[Candidate], begin: float, end: float) -> None:
         """Under the first seed."""
-        seed = self._setting.seeds[0]
         wanted = [one for one in candidates if one not in self._founds]
         searches = [
-            Search(
-                what=one,
-                seed=seed,
-                start=self._estimate(one) or self._outlook.bound(one) / 2,
-                slope=self._outlook.slope(one, seed),
-                precision=PRECISION,
-            )
+            Search(what=one, seed=self._setting.seeds[0], near=self._estimate(one), precision=PRECISION)
             for one in wanted
         ]
-        for one, found in zip(wanted, self._simulate(searches, what, begin, end), strict=False):
-            self._take(one, [found])
+        for found in self._simulate(searches, "placements", begin, end):
+            self._take(found.search.what, [found])
 
     def _take(self, candidate: Candidate, founds: list[Found]) -> None:
         self._founds[candidate] = founds
@@ -138,24 +168,18 @@ class _Run:
             seeds=len(self._setting.seeds),
         )
 
-    # --- choosing ---------------------------------------------------------------------------------------------------
+    # --- choosing by estimates --------------------------------------------------------------------------------------
 
     def _estimate(self, candidate: Candidate) -> float:
-        return self._outlook.goodput(candidate, self._setting.seeds[0])
+        return self._explored[candidate].estimate if candidate in self._explored else 0.0
 
     def _worth(self, candidate: Candidate, goodput: float) -> tuple[float, ...]:
         return worth(candidate, goodput, self._setting.target_rate)
 
-    def _best(self, disaggregated: bool) -> Evaluation | None:
-        able = [
-            one
-            for one in self._explored.values()
-            if one.candidate.disaggregated is disaggregated and one.goodput.mean > 0.0
-        ]
-        return max(able, key=lambda one: self._worth(one.candidate, one.goodput.mean), default=None)
-
-    def _propose(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The most promising; the others go into the map with the reason why they were left."""
+    def _able(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that can run and that one request alone does not rule out; the others go into the map with the reason
+        why they were left.
+        """
         able = []
         for one in candidates:
             why = why_not(self._setting, one)
@@ -168,31 +192,101 @@ class _Run:
                 self._explored[one] = Evaluation(candidate=one, fate=Fate.HOPELESS, why=hopeless.text)
             else:
                 able.append(one)
-        for one in able:
-            estimate = self._estimate(one)
-            bound = self._outlook.bound(one)
-            self._explored[one] = Evaluation(candidate=one, fate=Fate.ESTIMATED, bound=bound, estimate=estimate)
-        able.sort(key=lambda one: self._worth(one, self._estimate(one)), reverse=True)
-        return [one for one in able if self._estimate(one) > 0.0]
+        return able
 
-    def _screen_best(self, waiting: list[Candidate], what: str, begin: float, end: float) -> Evaluation | None:
-        """Branch and bound over candidates of one side, the most promising first: a few are simulated, then those of
-        the others that may yet be better.
-        """
-        if not waiting:
-            return None
-        side = waiting[0].disaggregated
-        for place in range(SCREEN_ROUNDS):
-            if not waiting:
+    def _look_at(self, candidates: Sequence[Candidate], at_least: float, what: str, begin: float, end: float) -> None:
+        """Estimates them; in full only those that reach `at_least` requests a second for each GPU."""
+        new = [one for one in candidates if one not in self._explored]
+        seed = self._setting.seeds[0]
+        asks = [Challenge(one, seed, at_least * one.gpus) for one in new]
+        for one, estimate in zip(new, self._do(asks, what, begin, end), strict=True):
+            bound = self._outlook.bound(one)
+            seen = Evaluation(candidate=one, fate=Fate.ESTIMATED, bound=bound, estimate=estimate or 0.0)
+            self._explored[one] = replace(seen, decided=estimate is not None)
+
+    def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        able = [one for one in candidates if self._estimate(one) > 0.0]
+        return sorted(able, key=lambda one: self._worth(one, self._estimate(one)), reverse=True)
+
+    def _propose(self, candidates: Sequence[Candidate], what: str, begin: float, end: float) -> list[Candidate]:
+        """The most promising first, with where a local search leads from there."""
+        able, middle = self._able(candidates), (begin + end) / 2
+        if able and not able[0].disaggregated:  # those of the algorithms come best first
+            able.sort(key=lambda one: self._worth(one, self._outlook.bound(one)), reverse=True)
+        first = _unlike(able)[:ESTIMATED_FIRST]
+        self._look_at(first, 0.0, what, begin, begin)
+        best = max((self._estimate(one) / one.gpus for one in first), default=0.0)
+        full = self._setting.target_rate is not None
+        self._look_at(able, 0.0 if full else best, what, begin, middle)
+        ranked = self._ranked(able)
+        return self._ranked([*ranked, *self._climb(ranked[0], middle, end)]) if ranked else []
+
+    def _climb(self, here: Candidate, begin: float, end: float) -> list[Candidate]:
+        """Local search: from one candidate to the neighbor that is estimated best, while that is better; its way."""
+        way = []
+        for place in range(LOCAL_ROUNDS):
+            around = [
+                one
+                for one in neighbors(self._setting, here)
+                if one.disaggregated or one.gpus == here.gpus  # the baseline stays at its count
+            ]
+            estimate, full = self._estimate(here), self._setting.target_rate is not None
+            at_least = 0.0 if full else LOCAL_GAIN * estimate / here.gpus
+            share = [begin + (end - begin) * (place + after) / LOCAL_ROUNDS for after in (0, 1)]
+            self._look_at(around, at_least, "local search", *share)
+            step = max(around, key=lambda one: self._worth(one, self._estimate(one)), default=None)
+            if step is None or self._worth(step, self._estimate(step) / LOCAL_GAIN) <= self._worth(here, estimate):
                 break
-            ends = [begin + (end - begin) * (place + after) / SCREEN_ROUNDS for after in (0, 1)]
-            chosen = _unlike(waiting)[:PROPOSED]
-            self._screen(chosen, what, *ends)
-            waiting = [one for one in waiting if one not in chosen]
-            best = self._best(side)
-            if best is not None:
-                waiting = [one for one in waiting if self._may_beat(one, best)]
-        return self._best(side)
+            here = step
+            way.append(here)
+        return way
+
+    def _propose_split(self) -> list[Candidate]:
+        prefill, decode = self._phases.of(Role.PREFILL), self._phases.of(Role.DECODE)
+        proposals = [*algorithm_1(self._setting, prefill, decode), *algorithm_2(self._setting, prefill, decode)]
+        return self._propose(proposals, "disaggregated placements", 0.1, 0.2)
+
+    def _propose_mixed(self, gpus: int) -> list[Candidate]:
+        proposals = colocated(self._setting, all_splits(self._setting), gpus)
+        return self._propose(proposals, "colocated placements", 0.2, 0.3)
+
+    # --- choosing by simulations ------------------------------------------------------------------------------------
+
+    def _best(self, disaggregated: bool, most: int) -> Evaluation | None:
+        able = [
+            one
+            for one in self._explored.values()
+            if one.candidate.disaggregated is disaggregated and one.goodput.mean > 0.0 and one.candidate.gpus <= most
+        ]
+        return max(able, key=lambda one: self._worth(one.candidate, one.goodput.mean), default=None)
+
+    def _screen_both(
+        self, splits: list[Candidate], mixed: list[Candidate], most: int | None = None
+    ) -> tuple[Evaluation | None, Evaluation | None]:
+        """Branch and bound over both sides, the most promising first: a few are simulated, then those of the others
+        that may yet be better.
+        """
+        sides = [splits, mixed]
+        limits = [self._setting.gpus, self._setting.gpus if most is None else most]
+        for place in range(SCREEN_ROUNDS):
+            chosen = [one for waiting in sides for one in self._promising(waiting)]
+            if not chosen:
+                break
+            ends = [0.3 + 0.3 * (place + after) / SCREEN_ROUNDS for after in (0, 1)]
+            self._screen(chosen, *ends)
+            for number, waiting in enumerate(sides):
+                best = self._best(number == 0, limits[number])
+                left = [one for one in waiting if one not in chosen]
+                sides[number] = left if best is None else [one for one in left if self._may_beat(one, best)]
+        return self._best(True, limits[0]), self._best(False, limits[1])
+
+    def _promising(self, waiting: Sequence[Candidate]) -> list[Candidate]:
+        """The first and those of other splits that are about as good."""
+        if not waiting:
+            return []
+        first = self._worth(waiting[0], self._estimate(waiting[0]))
+        close = [one for one in waiting if self._worth(one, self._estimate(one) * OPTIMISM) >= first]
+        return _unlike(close)[:SCREENED]
 
     def _may_beat(self, candidate: Candidate, best: Evaluation) -> bool:
         """Whether it is worth simulating beside the best so far; else the map says why not."""
@@ -205,36 +299,6 @@ class _Run:
             return False
         likely = seen.estimate * min(1.0, best.goodput.mean / best.estimate if best.estimate else 1.0)
         return self._worth(candidate, likely * OPTIMISM) > found
-
-    def _disaggregated(self) -> Evaluation | None:
-        prefill, decode = self._phases.of(Role.PREFILL), self._phases.of(Role.DECODE)
-        proposals = [*algorithm_1(self._setting, prefill, decode), *algorithm_2(self._setting, prefill, decode)]
-        best = self._screen_best(self._propose(proposals), "disaggregated placements", 0.2, 0.4)
-        return None if best is None else self._climb(best, 0.4, 0.5)
-
-    def _colocated(self, gpus: int) -> Evaluation | None:
-        proposals = colocated(self._setting, all_splits(self._setting), gpus)
-        best = self._screen_best(self._propose(proposals), "colocated placements", 0.5, 0.6)
-        return None if best is None else self._climb(best, 0.6, 0.65)
-
-    def _climb(self, best: Evaluation, begin: float, end: float) -> Evaluation:
-        """Local search: from one candidate to the neighbor that is estimated best, while that is better; where the way
-        ended is simulated.
-        """
-        here, estimate = best.candidate, best.estimate
-        for _ in range(LOCAL_ROUNDS):
-            around = [
-                one
-                for one in neighbors(self._setting, here)
-                if one.disaggregated or one.gpus == here.gpus  # the baseline stays at its count
-            ]
-            step = max(around, key=lambda one: self._worth(one, self._estimate(one)), default=None)
-            if step is None or self._worth(step, self._estimate(step) / LOCAL_GAIN) <= self._worth(here, estimate):
-                break
-            here, estimate = step, self._estimate(step)
-        if here != best.candidate:
-            self._screen([here], "local search", begin, end)
-        return self._best(here.disaggregated) or best
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -250,14 +314,17 @@ class _Run:
                 for one in self._explored.values()
                 if one.candidate.disaggregated is best.candidate.disaggregated
                 and one.fate is Fate.SCREENED
+                and (one.candidate.disaggregated or one.candidate.gpus <= best.candidate.gpus)
                 and one.goodput_per_gpu >= CLOSE * best.goodput_per_gpu
             ]
             close.sort(key=lambda one: self._worth(one.candidate, one.goodput.mean), reverse=True)
             finalists += [one.candidate for one in close[:FINALISTS]]
-        searches = [self._under(one, seed) for one in finalists for seed in self._setting.seeds[1:]]
-        founds = self._simulate(searches, "all seeds", 0.65, 0.9)
+        searches = [self._under(one, seed) for seed in self._setting.seeds[1:] for one in finalists]
+        founds = self._simulate(searches, "all seeds", 0.6, 0.9)
         for one in finalists:
-            self._take(one, [*self._founds[one], *(found for found in founds if found.search.what == one)])
+            own = {found.search.seed: found for found in [*self._founds[one], *founds] if found.search.what == one}
+            seen = takewhile(own.__contains__, self._setting.seeds)  # so that pairs have the same seed
+            self._take(one, [own[seed] for seed in seen])
         return self._final(split, finalists), self._final(mixed, finalists)
 
     def _final(self, best: Evaluation | None, finalists: Sequence[Candidate]) -> Evaluation | None:
@@ -268,24 +335,19 @@ class _Run:
         return max(own, key=lambda one: self._worth(one.candidate, one.goodput.mean))
 
     def _under(self, candidate: Candidate, seed: int) -> Search:
-        """Begins where the first seed ended, as much higher or lower as the estimate is."""
-        first = self._setting.seeds[0]
+        """Begins at the estimate under that seed, as much higher or lower as the first seed's was."""
         [found, *_] = self._founds[candidate]
-        then = self._outlook.goodput(candidate, first)
-        start = found.goodput * (self._outlook.goodput(candidate, seed) / then if then else 1.0)
-        return Search(
-            what=candidate,
-            seed=seed,
-            start=start or found.search.start,
-            slope=self._outlook.slope(candidate, seed),
-            precision=PRECISION,
-        )
+        estimate = self._estimate(candidate)
+        scale = found.goodput / estimate if estimate and found.goodput else 1.0
+        return Search(what=candidate, seed=seed, near=estimate, scale=scale, precision=PRECISION)
 
-    def _marginal(self, split: Evaluation | None, mixed: Evaluation | None) -> tuple[Marginal, ...]:
-        """One worker more of each role of the best plan, under the first seed."""
+    def _beside(
+        self, split: Evaluation | None, mixed: Evaluation | None
+    ) -> tuple[Evaluation | None, Evaluation | None, tuple[Marginal, ...]]:
+        """One worker more of each role of the best plan, under the first seed, and what clients would see of both."""
         able = [one for one in (split, mixed) if one is not None and one.goodput.mean > 0.0]
         if not able:
-            return ()
+            return split, mixed, ()
         best = max(able, key=lambda one: self._worth(one.candidate, one.goodput.mean))
         grown = [one for role in Role if (one := one_more(best.candidate, role)) is not None]
         grown = [one for one in grown if not why_not(self._setting, one, spare_nodes=1)]
@@ -294,15 +356,37 @@ class _Run:
             Search(
                 what=one,
                 seed=self._setting.seeds[0],
-                start=(self._estimate(one) * scale) or best.seeds[0],
-                slope=self._outlook.slope(one, self._setting.seeds[0]),
+                near=best.estimate,
+                scale=scale or 1.0,
                 precision=PRECISION,
                 spare_nodes=1,
             )
             for one in grown
         ]
-        founds = self._simulate(searches, "one worker more", 0.9, 1.0)
-        return tuple(marginal(one, found, best, best.seeds[0]) for one, found in zip(grown, founds, strict=False))
+        rates = [watch for one in able for watch in watches(self._setting, one, self._setting.target_rate)]
+        tasks: list[Task[Found | list[Saw] | None]] = [*searches, *rates]
+        answers = self._do(tasks, "one worker more, latencies", 0.9, 1.0)
+        founds = [one for one in answers if isinstance(one, Found)]
+        self._requests += sum(found.requests for found in founds)
+        more = tuple(marginal(one.search.what, one, best, best.seeds[0]) for one in founds if one.complete)
+        self._complete &= len(more) == len(searches)
+        saws = dict(zip(rates, answers[len(searches) :], strict=True))
+        return self._with_prediction(split, saws), self._with_prediction(mixed, saws), more
+
+    def _with_prediction(
+        self, one: Evaluation | None, saws: Mapping[Watch, Found | list[Saw] | None]
+    ) -> Evaluation | None:
+        """The same where there was no time."""
+        if one is None or one.goodput.mean == 0.0:
+            return one
+        runs = [saws[watch] for watch in watches(self._setting, one, self._setting.target_rate)]
+        saw = [request for run in runs if isinstance(run, list) for request in run]
+        self._requests += len(saw)
+        if None in runs:
+            return one
+        prediction = prediction_of(self._setting, saw, rate_of(one, self._setting.target_rate))
+        self._explored[one.candidate] = replace(one, prediction=prediction)
+        return self._explored[one.candidate]
 
     def _answer(self, split: Evaluation | None, mixed: Evaluation | None, more: tuple[Marginal, ...]) -> PlanResult:
         order = [Fate.SIMULATED, Fate.SCREENED, Fate.ESTIMATED, Fate.BOUNDED, Fate.HOPELESS, Fate.REFUSED]
@@ -327,8 +411,9 @@ class _Run:
             resolution=PRECISION.nearness,
             simulated_requests=self._requests,
             wall_s=time.monotonic() - self._begun_s,
-            cpu_s=time.process_time() - self._cpu_s + (self._simulated_s if self._crew.apart else 0.0),
+            cpu_s=time.process_time() - self._cpu_s + self._crew.cpu_s,
             complete=self._complete,
+            interrupted=self._stop.asked(),
             disaggregated_decided=decided[0],
             colocated_decided=decided[1],
             notes=self._notes(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...router.slo_classes import Promise
@@ -26,11 +26,20 @@ from .place import replica_of, replicas_of
 from .result import Candidate, Pool
 from .setting import Setting
 
-FORGIVEN = 0.06
+FORGIVEN = 0.1
 """Of the requests: how far below the target a run must be for sure before it is ended."""
 LOOKS = 32
 """How often a run is asked whether it is decided."""
 _PLENTY = 10_000_000
+
+
+class OutOfTime(Exception):
+    """A run was given up: it says nothing."""
+
+
+def never() -> bool:
+    """There is time."""
+    return False
 
 
 class Costless:
@@ -72,12 +81,19 @@ class Trial:
         return min(self.attainment, self.late_attainment)
 
 
-def run_candidate(setting: Setting, candidate: Candidate, rate: float, seed: int, requests: int) -> Trial:
+def run_candidate(
+    setting: Setting,
+    candidate: Candidate,
+    rate: float,
+    seed: int,
+    requests: int,
+    late: Callable[[], bool] = never,
+) -> Trial:
     """The whole candidate, links and router included. Of several cells one is simulated, with its share of the load:
-    `requests` are its own. ValueError where it cannot run (`place.why_not`).
+    `requests` are its own. ValueError where it cannot run (`place.why_not`); OutOfTime when it gets `late`.
     """
     spec, workload = cluster_of(setting, candidate, rate, seed, requests)
-    trial = _run(setting, spec, workload, setting.promises, rate / candidate.cells, seed)
+    trial = _run(setting, spec, workload, setting.promises, rate / candidate.cells, seed, late)
     return replace(trial, rate=rate)
 
 
@@ -135,9 +151,10 @@ def _run(
     promises: dict[str, Promise],
     rate: float,
     seed: int,
+    late: Callable[[], bool] = never,
 ) -> Trial:
     begun_s = time.process_time()
-    judge = _Judge(workload, promises, setting.target)
+    judge = _Judge(workload, promises, setting.target, late)
     period_s = max(workload[-1].arrival_s / LOOKS, 1e-3)
     SimCluster(spec).run(workload, decided=judge.look, decided_period_s=period_s)
     return judge.verdict(rate, seed, time.process_time() - begun_s)
@@ -146,8 +163,11 @@ def _run(
 class _Judge:
     """Follows the outcomes of one run."""
 
-    def __init__(self, workload: Sequence[Asked], promises: dict[str, Promise], target: float) -> None:
+    def __init__(
+        self, workload: Sequence[Asked], promises: dict[str, Promise], target: float, late: Callable[[], bool]
+    ) -> None:
         self._promises = promises
+        self._late = late
         self._total = Counter(one.slo_class for one in workload)
         self._half = len(workload) // 2
         self._late_total = len(workload) - self._half
@@ -161,6 +181,8 @@ class _Judge:
 
     def look(self, now_s: float, outcomes: Sequence[Outcome]) -> bool:
         """Whether nothing can save it any more, or nothing is open."""
+        if self._late():
+            raise OutOfTime
         self._outcomes = outcomes
         still = []
         for place in range(len(outcomes)) if self._open is None else self._open:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from plan_cases import evaluated, mixed, opt, result, split
+from plan_cases import evaluated, opt, result, split
 from tandem.cluster.planner import curves
 from tandem.cluster.planner.curves import Load, point_at, with_curves
-from tandem.cluster.planner.predict import predict, prediction_of, rate_of, with_predictions
+from tandem.cluster.planner.predict import Saw, predict, prediction_of, rate_of
 from tandem.cluster.planner.result import PlanResult
 from tandem.cluster.planner.setting import Setting, setting_of
-from tandem.cluster.planner.trial import cluster_of
-from tandem.cluster.sim.request import Outcome
-from tandem.cluster.types import SLO
 
 
 @pytest.fixture(scope="module")
@@ -27,39 +24,29 @@ def alone() -> PlanResult:
     return result(disaggregated=one, colocated=None, difference=None, explored=(one,))
 
 
-def test_a_prediction_is_of_the_rate_that_matters(setting: Setting) -> None:
-    found = with_predictions(setting, alone())
-    assert found.disaggregated is not None
-    prediction = found.disaggregated.prediction
-    assert prediction is not None
+def test_a_prediction_is_of_one_rate(setting: Setting) -> None:
+    prediction, slow = predict(setting, split(), 6.0), predict(setting, split(), 60.0)
     assert prediction.rate == 6.0
-    assert found.explored[0].prediction == prediction
     assert prediction.attainment == prediction.by_class["chat"] > 0.9
     assert 0.0 < prediction.ttft.p50 < prediction.ttft.p90 < prediction.ttft.p99
     assert prediction.tpot is not None
     assert prediction.tpot.p50 < 0.1
-    slow = predict(setting, split(), 60.0)
     assert slow.attainment < 0.5
     assert slow.ttft.p50 > prediction.ttft.p99
 
 
 def test_the_rate_that_was_asked_for_counts_where_it_is_kept() -> None:
     one = evaluated(split(), 6.0)
-    assert rate_of(one, result()) == 6.0
-    assert rate_of(replace(one, keeps_target_rate=True), result(target_rate=5.0)) == 5.0
-    assert rate_of(replace(one, keeps_target_rate=False), result(target_rate=9.0)) == 6.0
+    assert rate_of(one, None) == 6.0
+    assert rate_of(replace(one, keeps_target_rate=True), 5.0) == 5.0
+    assert rate_of(replace(one, keeps_target_rate=False), 9.0) == 6.0
 
 
 def test_classes_without_a_promise_count_for_nothing() -> None:
     classes = {"chat": {"share": 0.5, "ttft_s": 0.25}, "batch": {"share": 0.5}}
     setting = setting_of(opt(workload__slo_classes=classes))
-    outcomes = []
-    for number, (name, ttft_s) in enumerate((("chat", 0.1), ("chat", 0.3), ("batch", 9.0))):
-        _, [first, *_] = cluster_of(setting, mixed(1), 1.0, 0, 1)
-        asked = replace(first, request_id=str(number), arrival_s=0.0, slo_class=name, output_tokens=1)
-        outcomes.append(Outcome(asked=asked, first_token_s=ttft_s, last_token_s=ttft_s, output_tokens=1))
-    assert outcomes[0].attains(SLO(ttft_s=0.25, tpot_s=None))
-    found = prediction_of(setting, outcomes, 2.0)
+    saw = [Saw("chat", True, 0.1, None), Saw("chat", False, 0.3, None), Saw("batch", True, 9.0, None)]
+    found = prediction_of(setting, saw, 2.0)
     assert (found.attainment, found.by_class, found.tpot) == (0.5, {"chat": 0.5}, None)
     assert found.ttft.p50 == 0.3, "latencies are everybody's"
 
