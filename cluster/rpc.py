@@ -6,7 +6,10 @@ messages (`Sequence.timeout_s`), because the clocks of two machines differ.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import grpc
@@ -24,9 +27,7 @@ CONTROL_TIMEOUT_S = 5.0
 """Deadline of a control call (reserve, submit, abort, status) between members."""
 HEARTBEAT_TIMEOUT_S = 1.0
 SMALL_WAIT_S = 0.001
-"""How long after a frame what nobody waits for is kept for the next one: a frame takes as much of both loops as many
-messages in it.
-"""
+"""See `NextFrame`."""
 
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -67,6 +68,30 @@ def make_server(credentials: MemberCredentials = OPEN) -> aio.Server:
 def new_epoch() -> int:
     """A random 63-bit number for one life of a process; compared for equality only, never ordered."""
     return secrets.randbits(63) | 1
+
+
+class NextFrame:
+    """The timer of what nobody waits for: a frame takes as much of both loops as many messages in it, so what comes
+    within `SMALL_WAIT_S` of one is kept for the next.
+    """
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        """`leave` is called when the next frame is due."""
+        self._leave = leave
+        self._timer: asyncio.TimerHandle | None = None
+
+    def waits(self, left_s: float) -> bool:
+        """Whether what came now may wait, as a frame left at `left_s` on the monotonic clock; then the timer runs."""
+        wait_s = left_s + SMALL_WAIT_S - time.monotonic()
+        if wait_s > 0 and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._leave)
+        return wait_s > 0
+
+    def cancel(self) -> None:
+        """A frame leaves, or none will; idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class Refusal(Exception):

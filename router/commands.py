@@ -13,7 +13,7 @@ from collections.abc import Callable
 import grpc
 
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
-from ..cluster.rpc import CONTROL_TIMEOUT_S, MAX_CONCURRENT_CALLS, SMALL_WAIT_S, Refusal
+from ..cluster.rpc import CONTROL_TIMEOUT_S, MAX_CONCURRENT_CALLS, NextFrame, Refusal
 
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -34,8 +34,7 @@ class Commands:
         """What the writer waits for."""
         self._left_s = -math.inf
         """When the last frame left, on the monotonic clock."""
-        self._waker: asyncio.TimerHandle | None = None
-        """Wakes the writer for commands that could wait."""
+        self._next_frame = NextFrame(self._wake)
         self._due: deque[tuple[float, int]] = deque()
         """Deadlines, the first first: all commands are given the same time."""
         self._timer: asyncio.TimerHandle | None = None
@@ -58,17 +57,12 @@ class Commands:
         self._waiting[number] = on_answer
         self._keep_time(number)
         self._outgoing.append(command)
-        wait_s = self._left_s + SMALL_WAIT_S - time.monotonic()
-        if at_once or wait_s <= 0:
+        if at_once or not self._next_frame.waits(self._left_s):
             self._wake()
-        elif self._waker is None:
-            self._waker = asyncio.get_running_loop().call_later(wait_s, self._wake)
         return number
 
     def _wake(self) -> None:
-        if self._waker is not None:
-            self._waker.cancel()
-            self._waker = None
+        self._next_frame.cancel()
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
@@ -113,9 +107,7 @@ class Commands:
         """
         self._outgoing.clear()
         self._due.clear()
-        if self._waker is not None:
-            self._waker.cancel()
-            self._waker = None
+        self._next_frame.cancel()
         waiting, self._waiting = self._waiting, {}
         for on_answer in waiting.values():
             on_answer(Refusal(code, f"{self._worker_id}: {message}"))

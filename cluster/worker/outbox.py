@@ -11,7 +11,7 @@ import math
 import time
 
 from ..proto import tandem_internal_v1_pb2 as pb
-from ..rpc import SMALL_WAIT_S
+from ..rpc import NextFrame
 
 MAX_BUFFERED_FRAMES = 4096
 MAX_MERGED_FRAMES = 64
@@ -70,7 +70,7 @@ class Outbox:
         self._streams: dict[str, RouterStream] = {}
         self._pending: dict[str, list[pb.Event]] = {}
         self._flushing = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._next_frame = NextFrame(self.flush)
         """For answers that may wait."""
 
     def attach(self, router_id: str) -> RouterStream:
@@ -108,20 +108,14 @@ class Outbox:
         stream.answers.append(answer)
         if self._flushing:
             return
-        loop = asyncio.get_running_loop()
-        wait_s = stream.left_s + SMALL_WAIT_S - time.monotonic()
-        if at_once or wait_s <= 0:
+        if at_once or not self._next_frame.waits(stream.left_s):
             self._flushing = True
-            loop.call_soon(self.flush)
-        elif self._timer is None:
-            self._timer = loop.call_later(wait_s, self.flush)
+            asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
         """Sends what was posted and answered: one frame per router."""
         self._flushing = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._next_frame.cancel()
         pending, self._pending = self._pending, {}
         now_s = time.monotonic()
         for router_id, stream in self._streams.items():
@@ -140,9 +134,7 @@ class Outbox:
 
     def close(self) -> None:
         """Ends every stream."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._next_frame.cancel()
         for stream in list(self._streams.values()):
             stream.close()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpc import aio
+from owned import owned
 from tandem.cluster.auth import MemberCredentials
 from tandem.cluster.config import EngineConfig, WorkerConfig, to_dict
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
@@ -67,22 +68,14 @@ class Member:
     async def leftovers(self) -> dict[str, Any]:
         """Blocks, leases, credits, pulls, sequences and handoffs that somebody still owns here."""
         status = await self.status()
-        counts: dict[str, Any] = {
-            "held_blocks": status.num_blocks - status.free_blocks - status.cached_blocks,
-            "leases": status.leases,
-            "credited_blocks": status.credited_blocks,
-            "pulls": status.pulls,
-            "streams": status.streams,
-            "waiting": status.waiting,
-            "running": status.running,
-            "held": status.held,
+        more: dict[str, Any] = {
             "queued_prefill_tokens": status.queued_prefill_tokens,
             "context_tokens": status.context_tokens,
             "holder_states": dict(status.holder_states),
             "puller_states": dict(status.puller_states),
             "broken_ledger": not status.integrity_ok,
         }
-        return {name: count for name, count in counts.items() if count}
+        return owned(status) | {name: count for name, count in more.items() if count}
 
     async def wait_clean(self) -> None:
         """Returns when nothing of any request is left."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import Any
 
 import grpc
@@ -15,7 +17,7 @@ from tandem.cluster.proto.tandem_internal_v1_pb2_grpc import (
     RegistryStub,
     add_RegistryServicer_to_server,
 )
-from tandem.cluster.rpc import Refusal, abort_with, make_server, new_epoch, open_channel
+from tandem.cluster.rpc import NextFrame, Refusal, abort_with, make_server, new_epoch, open_channel
 
 
 class Refusing(RegistryServicer):
@@ -102,5 +104,31 @@ def test_calls_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             leave.set()
             assert (await first).router_id == "w"
         await server.stop(0)
+
+    asyncio.run(run())
+
+
+def test_what_nobody_waits_for_leaves_once_and_soon_after_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        left = asyncio.Event()
+        following = NextFrame(left.set)
+        assert not following.waits(-math.inf), "no frame has left yet"
+        assert not following.waits(time.monotonic() - 1.0)
+        assert following.waits(time.monotonic())
+        await asyncio.wait_for(left.wait(), 10)
+        left.clear()
+        following.cancel()
+        monkeypatch.setattr(rpc, "SMALL_WAIT_S", 0.05)
+        calls: list[int] = []
+        following = NextFrame(lambda: calls.append(1))
+        assert [following.waits(time.monotonic()) for _ in range(3)] == [True] * 3
+        following.cancel()  # a frame leaves by itself
+        following.cancel()
+        await asyncio.sleep(0.1)
+        assert calls == []
+        following.waits(time.monotonic())
+        following.waits(time.monotonic())
+        await asyncio.sleep(0.1)
+        assert calls == [1], "one timer for both"
 
     asyncio.run(run())

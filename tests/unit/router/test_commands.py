@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from scenario import scenario
+from tandem.cluster import rpc
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
 from tandem.router.commands import Commands
@@ -34,6 +36,27 @@ async def test_a_command_that_may_wait_leaves_with_the_next_frame_or_soon() -> N
     commands.send(pb.Command(), ignore, at_once=False)
     assert await writer == [4]
     commands.fail("it is over")
+
+
+def test_a_command_that_may_wait_wakes_nobody_by_itself_and_goes_with_one_that_may_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rpc, "SMALL_WAIT_S", 60.0)
+
+    async def run() -> None:
+        commands = Commands("w", 7)
+        commands.send(pb.Command(), ignore)
+        assert await ids(commands) == [1]
+        writer = asyncio.create_task(ids(commands))
+        await asyncio.sleep(0.02)  # it waits
+        commands.send(pb.Command(), ignore, at_once=False)
+        await asyncio.sleep(0.02)
+        assert not writer.done()
+        commands.send(pb.Command(), ignore)
+        assert await writer == [2, 3]
+        commands.fail("it is over")
+
+    asyncio.run(run())
 
 
 @scenario

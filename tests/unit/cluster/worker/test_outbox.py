@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from scenario import scenario
+from tandem.cluster import rpc
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.worker import outbox as module
 from tandem.cluster.worker.outbox import Outbox, RouterStream
@@ -34,6 +36,27 @@ def test_a_flush_is_one_frame_for_each_router() -> None:
     outbox.flush()
     assert frames(a) == [["1", "3"], ["5"]]
     assert frames(b) == [["2"]]
+
+
+def test_an_answer_that_may_wait_leaves_with_the_next_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "SMALL_WAIT_S", 60.0)
+
+    async def run() -> None:
+        outbox = Outbox(7)
+        stream = outbox.attach("a")
+        outbox.answer(stream, pb.Answer(id=1), at_once=False)
+        await asyncio.sleep(0.01)
+        assert stream.frames.qsize() == 1, "no frame had just left"
+        outbox.answer(stream, pb.Answer(id=2), at_once=False)
+        await asyncio.sleep(0.02)
+        assert stream.frames.qsize() == 1
+        outbox.answer(stream, pb.Answer(id=3))
+        await asyncio.sleep(0.01)
+        frames = [stream.frames.get_nowait() for _ in range(stream.frames.qsize())]
+        assert [[answer.id for answer in frame.answers] for frame in frames if frame is not None] == [[1], [2, 3]]
+        outbox.close()
+
+    asyncio.run(run())
 
 
 @scenario
