@@ -5,7 +5,7 @@ own prompt. Pure; from the workers' views, their step-time models and what the r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..cluster.latency.linear import step_time_model
 from ..cluster.types import Role, Urgency
@@ -40,10 +40,12 @@ def learned(views: Sequence[WorkerView]) -> tuple[WorkerView, ...]:
     has. Empty while nobody has.
     """
     known = [view for view in views if view.steps_total >= LEARNED_STEPS]
+    if len(known) == len(views):
+        return tuple(views)
     if not known:
         return ()
     return tuple(
-        view if view.steps_total >= LEARNED_STEPS else replace(view, step_time=known[0].step_time) for view in views
+        view if view.steps_total >= LEARNED_STEPS else view._replace(step_time=known[0].step_time) for view in views
     )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 from .placement import WorkerView
@@ -111,8 +110,7 @@ def corrected(said: WorkerView, then: Snapshot, now: Snapshot) -> WorkerView:
     others_tokens = max(0, said.queued_prefill_tokens - then.queued_prefill_tokens)
     others_patient = max(0, said.patient_prefill_tokens - then.patient_prefill_tokens)
     others_rows = max(0, said.running + said.waiting - then.decode_rows)
-    return replace(
-        said,
+    return said._replace(
         queued_prefill_tokens=now.queued_prefill_tokens + others_tokens,
         patient_prefill_tokens=now.patient_prefill_tokens + min(others_patient, others_tokens),
         running=max(now.decode_rows + others_rows - said.waiting, 0),

@@ -112,6 +112,7 @@ class OnlineStepTimeFit:
         StepTimeModel(prior)
         self._prior = np.array([getattr(prior, name) for name in _TERMS])
         self._steps = np.zeros((2, window, 5))  # [with prefill?, step, (1, prefill, rows, context, duration)]
+        self._bytes = memoryview(self._steps.data).cast("B")
         self._counts = [0, 0]
         self._prior_steps = prior_steps
         self._refit_at = 1
@@ -130,7 +131,7 @@ class OnlineStepTimeFit:
             slot = self._counts[kind] % self._steps.shape[1]
             place = (kind * self._steps.shape[1] + slot) * _STEP.size
             step_s = max(duration_s, _MIN_STEP_S)
-            _STEP.pack_into(self._steps, place, 1.0, prefill_tokens, decode_rows, context_tokens, step_s)
+            _STEP.pack_into(self._bytes, place, 1.0, prefill_tokens, decode_rows, context_tokens, step_s)
             self._counts[kind] += 1
 
     @property

@@ -84,7 +84,8 @@ class SimRouter:
         self._kv_tokens = min(worker.num_blocks * worker.block_size for worker in workers)
         self._choices: dict[str, SimChoice] = {}
         self._retry: Event | None = None
-        self._shown: tuple[WorkerView, ...] = ()
+        self._shown: list[tuple[SimMember, int]] = []
+        """Whom `_pools` shows, and as of which of their changes."""
         self._pools = Pools((), (), ())
 
     @property
@@ -130,8 +131,10 @@ class SimRouter:
         told = outlook.forecast
         if told is not None and promise.effective_ttft_s(told.idle_s) > ttft_s:
             told = self._outlook(choice, arrival_s + promise.effective_ttft_s(told.idle_s)).forecast
-        name, decode = choice.asked.request_id, learned(self.pools().decode_workers)
-        idle_s = min((idle_tpot_s(view, choice.context_tokens) for view in decode), default=0.0)
+        name, idle_s = choice.asked.request_id, 0.0
+        if promise.tpot_s is not None:
+            decode = learned(self.pools().decode_workers)
+            idle_s = min([idle_tpot_s(view, choice.context_tokens) for view in decode], default=0.0)
         if self._spec.refuses:
             elapsed_s = now_s - arrival_s
             try:
@@ -156,6 +159,8 @@ class SimRouter:
 
     def _look(self, choice: SimChoice) -> Outlook:
         views, context = self.pools().prompt_workers, choice.context_tokens
+        if views and not (self._forecasts or self._caches):
+            return Outlook(cost_tokens=context, forecast=None)
         cached = self._cached_tokens(choice, views)
         uncached = {worker_id: context - tokens for worker_id, tokens in cached.items()}
         if not self._forecasts:
@@ -271,10 +276,11 @@ class SimRouter:
 
     def pools(self) -> Pools:
         """The workers that can take work now: the same object while nothing has changed."""
-        shown = tuple([member.view for member in self._members.values() if member.routable])
-        if len(shown) != len(self._shown) or any(map(_differ, shown, self._shown)):
+        shown = [(member, member.changes) for member in self._members.values() if member.routable]
+        if shown != self._shown:
             self._shown = shown
-            of = {role: tuple(view for view in shown if view.role is role) for role in Role}
+            views = [member.view for member, _ in shown]
+            of = {role: tuple([view for view in views if view.role is role]) for role in Role}
             self._pools = Pools(of[Role.PREFILL], of[Role.DECODE], of[Role.MIXED])
         return self._pools
 
@@ -347,7 +353,3 @@ class SimRouter:
         self.on_lost(older, silent=False)
         self._members[member.worker.spec.worker_id] = member
         self.changed()
-
-
-def _differ(one: object, other: object) -> bool:
-    return one is not other

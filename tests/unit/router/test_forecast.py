@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,8 +14,7 @@ from views import VIEW
 from views import view as base_view
 
 PATIENT = Urgency()
-BASE = replace(
-    VIEW,
+BASE = VIEW._replace(
     role=Role.PREFILL,
     max_running=64,
     step_time=StepTimeCoefficients(step_s=0.0, prefill_token_s=1e-3, decode_row_s=1e-2, context_token_s=0.0),
@@ -97,7 +95,7 @@ def test_work_that_is_due_at_no_time_is_not_in_the_way_of_work_that_is() -> None
     assert told(busy).wait_s == pytest.approx(8.0)
     assert told(busy, urgency=due).wait_s == pytest.approx(1.0)
     assert room_tokens([busy], PATIENT) == 0
-    assert room_tokens([replace(busy, queued_prefill_tokens=7100)], due) == pytest.approx(512 + QUEUE_S * 1000 - 100)
+    assert room_tokens([busy._replace(queued_prefill_tokens=7100)], due) == pytest.approx(512 + QUEUE_S * 1000 - 100)
 
 
 @given(
@@ -119,8 +117,8 @@ def test_a_row_more_must_keep_its_own_promise_and_those_of_the_rows_that_run() -
     decode = view(role=Role.DECODE, running=4)  # 10 ms a row: five rows make 50 ms
     assert keeps_tpot(decode, 100, 0.05)
     assert not keeps_tpot(decode, 100, 0.049)
-    assert not keeps_tpot(replace(decode, tightest_tpot_s=0.049), 100, 1.0)
-    assert keeps_tpot(replace(decode, running=0, tightest_tpot_s=0.001), 100, 0.001), (
+    assert not keeps_tpot(decode._replace(tightest_tpot_s=0.049), 100, 1.0)
+    assert keeps_tpot(decode._replace(running=0, tightest_tpot_s=0.001), 100, 0.001), (
         "nobody is faster than who is idle"
     )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tandem.cluster.types import Role, StepTimeCoefficients
 from tandem.router.placement import WorkerView
 
@@ -28,4 +26,4 @@ VIEW = WorkerView(
 
 def view(worker_id: str = VIEW.worker_id, base: WorkerView = VIEW, **changes: object) -> WorkerView:
     """`base` with other values in some fields."""
-    return replace(base, worker_id=worker_id, **changes)  # type: ignore[arg-type]
+    return base._replace(worker_id=worker_id, **changes)  # type: ignore[arg-type]
