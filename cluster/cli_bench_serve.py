@@ -253,13 +253,13 @@ def _run(options: BenchOptions, output: Any) -> int:
     import uvloop
 
     from .bench.run import run_bench
-    from .bench.show import table
+    from .bench.show import counted, table
     from .cli_display import Display
     from .workload.report import RequestRecord
 
     output.check()
     display = Display()
-    display.line(f"{options.num_prompts} requests {_pace(options)}, to {options.url}")
+    display.line(f"{counted(options.num_prompts, 'request')} {_pace(options)}, to {options.url}")
     with display.count("load", options.num_prompts) as advance:
 
         def on_done(_: RequestRecord) -> None:

@@ -199,7 +199,7 @@ def _run(simulation: Simulation, output: Any, percentiles: tuple[float, ...], di
         result = simulation.run(percentiles=percentiles, record_all=output.records_all, on_progress=watch)
     for note in result.notes:
         display.line(f"note: {note}")
-    display.line(table(result.summary, percentiles, METRICS, client=False))
+    display.line(table(result.summary, percentiles, METRICS, client=False, refused=result.refused))
     for line in result.lines():
         display.line(line)
     for line in output.write_run(result):

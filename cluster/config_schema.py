@@ -13,12 +13,13 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+NEAR_LETTERS, NEAR_SHARE = 3, 0.7
 HIDDEN = "…"
 """What errors show in place of a secret."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", re.IGNORECASE)
@@ -56,7 +57,7 @@ class Within:
         return over and (self.high is None or value <= self.high)
 
     def __str__(self) -> str:
-        start = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        start = f"above {self.low:.15g}" if self.above else f"at least {self.low:.15g}"
         return start if self.high is None else f"{start}, at most {self.high:.15g}"
 
 
@@ -205,9 +206,20 @@ def parse(cls: type[T], data: Any, path: str = "") -> T:
 
 def unknown_key(path: str, key: str, known: list[str]) -> ConfigError:
     """The error for a key nobody knows, with the nearest one that is known."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "one of " + ", ".join(sorted(known))
+    near = nearest(key, known)
+    hint = f"did you mean {near}?" if near else "one of " + ", ".join(sorted(known))
     return ConfigError(path, key, f"a known key; {hint}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that was meant, as far as letters tell: one that begins with it, differs by little or ends with
+    it; empty where none is near.
+    """
+    choices, typed = list(known), word.lower()
+    long = len(typed) >= NEAR_LETTERS
+    begun = [one for one in choices if one.startswith((f"{typed}_", f"{typed}-")) or (long and one.startswith(typed))]
+    close = difflib.get_close_matches(typed, choices, n=1, cutoff=NEAR_SHARE)
+    return next(iter([*begun, *close, *(one for one in choices if long and one.endswith(typed))]), "")
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

@@ -18,10 +18,12 @@ def table(
     *,
     closed_loop: bool = False,
     client: bool = True,
+    refused: int | None = None,
 ) -> str:
     """One row per metric in milliseconds, then rates, what was kept of the promises, and a warning where it is due.
 
-    Not `client`: nobody sent the load or read the answers, so that nothing could be late.
+    Not `client`: nobody sent the load or read the answers, so that nothing could be late. `refused`: how many of those
+    that failed were refused at the door; None: it is not known.
     """
     columns = ("mean", "median", *(f"p{percentile:g}" for percentile in percentiles), "max")
     head = f"{'ms':<10}" + "".join(f"{column:>10}" for column in columns)
@@ -31,7 +33,7 @@ def table(
         lines.append(f"{_TITLES[metric]:<10}" + "".join(_cell(statistics, column) for column in columns))
     lines += [
         "",
-        f"requests    {summary.completed} completed, {summary.failed} failed in {summary.duration_s:.1f} s, "
+        f"requests    {summary.completed} completed, {_lost(summary.failed, refused)} in {summary.duration_s:.1f} s, "
         f"at most {summary.max_concurrent_requests} at once",
         f"throughput  {summary.request_throughput:.2f} requests/s, {summary.output_throughput:.1f} output tokens/s, "
         f"{summary.total_token_throughput:.1f} tokens/s in all",
@@ -43,12 +45,21 @@ def table(
         ]
     if (wait := summary.exposed_wait) is not None:
         lines.append(
-            f"handoff     {wait.requests} requests: KV came {wait.exposed_ms_p50:.1f} ms after the end of prefill "
-            f"(p50), {wait.share_of_ttft:.1%} of TTFT p50"
+            f"handoff     {counted(wait.requests, 'request')}: KV came {wait.exposed_ms_p50:.1f} ms after the end of "
+            f"prefill (p50), {wait.share_of_ttft:.1%} of TTFT p50"
         )
     if spoilt := distortion(summary, closed_loop=closed_loop):
         lines.append(f"WARNING     {spoilt}")
     return "\n".join(lines)
+
+
+def counted(count: int, what: str) -> str:
+    """`1 request`, `2 requests`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _lost(failed: int, refused: int | None) -> str:
+    return f"{failed} failed" if refused is None else f"{refused} refused, {failed - refused} failed"
 
 
 def promised(promises_ms: Mapping[str, float]) -> str:
@@ -63,7 +74,7 @@ def _titled(name: str) -> str:
 
 SWEEP_HEAD = (
     f"{'req/s':>8}{'kept':>8}{'2nd half':>10}{'goodput':>9}{'TTFT p50':>10}{'p99':>9}{'TPOT p50':>10}{'p99':>8}"
-    f"{'failed':>8}  seeds"
+    f"{'failed':>8}  seeds (latencies in ms, goodput in req/s)"
 )
 
 

@@ -27,6 +27,7 @@ from ..sim.scenario import Scenario
 from ..types import SLO
 from ..workload.report import RequestRecord, Summary, result_json, summarize
 from ..workload.spec import Row
+from .show import counted
 
 METRICS = ("ttft", "tpot", "e2el")
 """Tokens between the first and the last are not stamped one by one, so that nothing is said of gaps between them."""
@@ -66,6 +67,7 @@ class SimulatedRun:
         for name in ("itls", "generated_texts", "queue_times"):
             kept.pop(name, None)
         return kept | {
+            "refused": self.refused,
             "slo_classes": {
                 name: {
                     "ttft_ms": _ms(self.promises[name].ttft_s),
@@ -75,8 +77,13 @@ class SimulatedRun:
                     "attainment": attained / total if total else None,
                 }
                 for name, (attained, total) in self.by_class.items()
-            }
+            },
         }
+
+    @property
+    def refused(self) -> int:
+        """Requests that were refused at the door; the summary counts them among those that failed."""
+        return sum(bool(outcome.refused) for outcome in self.outcomes)
 
     def save(self, path: str | Path, *, label: str | None = None, detailed: bool) -> None:
         """Writes `as_json` to a file. Raises OSError."""
@@ -98,10 +105,10 @@ class SimulatedRun:
             found.append(f"prefixes    {cached / prompts:.1%} of prompt tokens were cached")
         again = sum(outcome.tries > 1 for outcome in self.outcomes)
         if again:
-            found.append(f"tried again {again} requests")
+            found.append(f"tried again {counted(again, 'request')}")
         if len(self.by_class) > 1:
             for name, (attained, total) in self.by_class.items():
-                share = f"{attained / total:.1%} of {total} requests kept it" if total else "no requests"
+                share = f"{attained / total:.1%} of {counted(total, 'request')} kept it" if total else "no requests"
                 found.append(f"class       {name}: {share}")
         return found
 
@@ -179,9 +186,11 @@ class Simulation:
     def _notes(self) -> tuple[str, ...]:
         found = []
         if self.workload.clipped:
-            found.append(f"{self.workload.clipped} requests of the file were shortened to the caps")
+            found.append(f"shortened to the caps: {counted(self.workload.clipped, 'request')} of the file")
         if self.workload.dropped:
-            found.append(f"{self.workload.dropped} requests of the file were over the caps or the context: left out")
+            found.append(
+                f"left out, over the caps or the context: {counted(self.workload.dropped, 'request')} of the file"
+            )
         return tuple(found)
 
     def facts(self, planned: int) -> dict[str, Any]:

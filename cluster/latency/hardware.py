@@ -7,7 +7,6 @@ file is written by `python -m tandem.cluster.profiler.fit_operators`.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..config_file import read_yaml
-from ..config_schema import Bytes, ConfigError, Text, Within, check, parse
+from ..config_schema import Bytes, ConfigError, Text, Within, check, nearest, parse
 from .links import Link, LinkTerms
 from .operators import OperatorTerms, Peaks
 
@@ -93,9 +92,8 @@ def load_hardware(reference: str) -> Hardware:
     if reference.endswith((".yaml", ".yml")):
         return read_hardware(Path(reference).expanduser())
     if reference.lower() not in known_hardware():
-        near = [name for name in known_hardware() if name.startswith(reference.lower()[:4])]
-        near = near or difflib.get_close_matches(reference.lower(), known_hardware(), n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(reference, known_hardware())
+        hint = f"did you mean {near}? " if near else ""
         raise ConfigError(
             "hardware", reference, f"{hint}a path to a .yaml file, or one of {', '.join(known_hardware())}"
         )

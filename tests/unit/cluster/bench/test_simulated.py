@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from tandem.cluster import cli
-from tandem.cluster.bench.simulated import SimulatedRun, Simulation
+from tandem.cluster.bench.show import table
+from tandem.cluster.bench.simulated import METRICS, SimulatedRun, Simulation
 from tandem.cluster.bench.simulated_sweep import sweep
 from tandem.cluster.bench.simulated_trace import simulated_events
 from tandem.cluster.bench.sweep_load import SweepPlan
@@ -234,7 +235,7 @@ def test_who_lost_a_worker_is_tried_again_or_given_up() -> None:
     assert back.summary.completed == 40
     again = sum(one.tries > 1 for one in back.outcomes)
     assert again > 0
-    assert back.lines() == [f"tried again {again} requests"]
+    assert back.lines() == [f"tried again {again} request{'' if again == 1 else 's'}"]
     assert back.recorder is not None
     down = [at_s for at_s, _, workers in back.recorder.samples if not workers[1].up]
     assert down
@@ -250,3 +251,7 @@ def test_who_was_refused_is_told() -> None:
     assert refused
     assert result.summary.failed == len(refused)
     assert result.lines()[0].startswith(f"refused     {len(refused)} ")
+    assert result.as_json(detailed=False)["refused"] == result.refused == len(refused)
+    assert f"{len(refused)} refused, 0 failed" in table(
+        result.summary, metrics=METRICS, client=False, refused=result.refused
+    )
