@@ -21,6 +21,7 @@ from ..workload.sweep import RateSearch, SweepPoint
 from .claims_cluster import RunningSystem, System
 from .claims_disaggregation import WARMUPS, Kept, StairResult, climb, compare, options_for
 from .claims_load import Staircase
+from .claims_machine import strain, take_sample
 from .options import BenchOptions
 from .run import connect, warm_up
 from .validate_calibrate import calibrate
@@ -161,8 +162,13 @@ async def measure_overheads(subject: Subject) -> Overheads:
     decode = subject.profile_of(system.engine)
     with RunningSystem(system) as running:
         options = BenchOptions(base_url=running.url, dataset_name="random", temperature=0.0, timeout_s=3600)
+        processes = running.processes | {"the client": os.getpid()}
+        before = take_sample(processes)
         async with connect(options) as served:
-            return await calibrate(served, prefill, decode, long_prompts=system.engine.device == "paced")
+            found = await calibrate(served, prefill, decode, long_prompts=system.engine.device == "paced")
+        meanwhile = strain(before, take_sample(processes))
+    others = meanwhile.busy - sum(meanwhile.cpu.values()) / (os.cpu_count() or 1)
+    return replace(found, others_busy=max(0.0, others))
 
 
 async def validate(

@@ -45,6 +45,8 @@ class Overheads:
     """To a decode step, for each row."""
     handoff_s: float = 0.0
     """From the end of prefill to where its KV can be used, beyond one call's time."""
+    others_busy: float = 0.0
+    """Of the machine's processors, what others used while these were measured: it makes them larger."""
 
     @property
     def rpc_s(self) -> float:

@@ -9,6 +9,8 @@ from .validate import MAX_ERROR, MAX_POINTS, QUANTILES, Figures, Row, Validation
 from .validate_predict import Overheads
 
 _TITLES = {"ttft_p50": "TTFT p50, ms", "ttft_p90": "TTFT p90", "tpot_p50": "TPOT p50, ms", "tpot_p90": "TPOT p90"}
+_OTHERS = 0.1
+"""Of the machine, from which on others are mentioned."""
 _HEAD = (
     "predicted / measured",
     "req/s",
@@ -23,10 +25,11 @@ _HEAD = (
 
 def show_overheads(found: Overheads) -> str:
     """The machine's constants, on one line."""
+    busy = f"; others used {100 * found.others_busy:.0f} % of it meanwhile" if found.others_busy >= _OTHERS else ""
     return (
         f"this machine adds {1e3 * found.first_token_s:.2f} ms to a first token and "
         f"{1e6 * found.prompt_token_s:.1f} us for each token of its prompt, {1e3 * found.step_s:.2f} ms to a step and "
-        f"{1e6 * found.row_s:.0f} us for each of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff"
+        f"{1e6 * found.row_s:.0f} us for each of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff{busy}"
     )
 
 

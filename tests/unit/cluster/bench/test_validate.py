@@ -247,3 +247,5 @@ def test_the_table_says_what_is_within_what_is_out_and_what_was_void() -> None:
     assert saved["rows"][0]["attainment_points"] == pytest.approx(-1.0)
     assert saved["rows"][3]["counts"] is False
     assert "2.00 ms to a first token" in show_overheads(found.overheads)
+    assert "others used" not in text
+    assert "others used 40 % of it meanwhile" in show_overheads(Overheads(others_busy=0.4))
