@@ -8,7 +8,7 @@ from typing import Any
 from tandem.cluster.latency.links import Link
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
 from tandem.cluster.sim.cluster import ClusterSpec, SimCluster
-from tandem.cluster.sim.request import Asked, Outcome
+from tandem.cluster.sim.request import Asked
 from tandem.cluster.sim.router import RouterSpec
 from tandem.cluster.sim.worker_spec import WorkerSpec
 from tandem.cluster.types import Role
@@ -61,7 +61,3 @@ def assert_clean(simulated: SimCluster) -> None:
         assert (load.waiting, load.running, load.held) == (0, 0, 0)
         assert load.free_blocks + load.cached_blocks == load.num_blocks
         assert (one.holder.counts().live, one.puller.counts().live) == (0, 0)
-
-
-def times(outcomes: list[Outcome]) -> list[tuple[float | None, float | None]]:
-    return [(outcome.first_token_s, outcome.last_token_s) for outcome in outcomes]

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from sim_cases import COSTS, FAST, assert_clean, cluster, split, times, worker, workload
+from sim_cases import COSTS, FAST, assert_clean, cluster, split, worker, workload
 from tandem.cluster.bench.claims_virtual import EngineShape, Job, VirtualEngine
-from tandem.cluster.engine.scheduler import Scheduler
 from tandem.cluster.latency.links import Link
 from tandem.cluster.sim.request import Outcome
 from tandem.cluster.types import SLO, Role
-from tandem.kvtransfer.protocol.holder import HandoffHolder
-from tandem.kvtransfer.protocol.puller import HandoffPuller
 from tandem.router.slo_classes import Promise
 
 
@@ -38,7 +35,7 @@ def test_a_mixed_worker_alone_is_the_engine_that_steps_one_by_one() -> None:
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 3)])
 def test_a_split_cluster_serves_everybody_and_nothing_is_left(prefill: int, decode: int, prefix_cache: bool) -> None:
     simulated = cluster(*split(prefill, decode, prefix_cache=prefix_cache), rpc_s=0.001)
-    outcomes = simulated.run(workload(200, 8.0))
+    outcomes = simulated.run(workload(120, 8.0))
     assert all(outcome.done for outcome in outcomes)
     assert {outcome.path for outcome in outcomes} == {"split", "prefill_only"}
     for outcome in outcomes:
@@ -63,11 +60,6 @@ def test_a_slow_link_is_exposed_and_a_fast_one_hardly() -> None:
         outcomes = cluster(*split(), inside=link).run(workload(50, 2.0))
         exposed[name] = max(outcome.exposed_transfer_s for outcome in outcomes)
     assert exposed["slow"] > 0.1 > 1e-6 > exposed["fast"]
-
-
-def test_the_same_input_gives_the_same_times() -> None:
-    runs = [cluster(*split(2, 2), rpc_s=0.001).run(workload(100, 6.0)) for _ in range(2)]
-    assert times(runs[0]) == times(runs[1])
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
@@ -114,13 +106,6 @@ def test_a_promise_that_cannot_be_kept_is_refused_as_the_router_refuses_it() -> 
     assert all(outcome.done for outcome in kept)
     share = sum(outcome.attains(SLO(ttft_s=0.5, tpot_s=None)) for outcome in kept) / len(kept)
     assert share > 0.9
-
-
-def test_the_classes_that_decide_are_the_runtimes_own() -> None:
-    [one, _] = cluster(*split()).workers
-    assert type(one.scheduler) is Scheduler
-    assert type(one.holder) is HandoffHolder
-    assert type(one.puller) is HandoffPuller
 
 
 def test_workers_that_cannot_serve_are_refused() -> None:

@@ -7,12 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sim_cases import COSTS, assert_clean, cluster, split, worker
+from sim_cases import COSTS, NO_PROMISE, assert_clean, cluster, split, worker
 from tandem.cluster.latency.links import Link
+from tandem.cluster.sim.choice import SimChoice
 from tandem.cluster.sim.cluster import Failure, SimCluster
 from tandem.cluster.sim.record import Recorder
 from tandem.cluster.sim.request import Asked, Outcome
+from tandem.cluster.sim.timeline import Timeline
 from tandem.cluster.types import Role, Urgency
+from tandem.router.tries import Tries
 
 SLOW = Link(name="slow", bandwidth_gb_s=1e-3)
 """A block of 1000 bytes in a millisecond."""
@@ -234,6 +237,17 @@ def test_links_inside_two_nodes_are_two() -> None:
     assert sum(size for name, size in simulated.crossed_bytes().items() if "into" not in name) == 6 * 4000
 
 
+def test_kv_crosses_beside_prefill_or_behind_it_where_decode_hears_of_it_late() -> None:
+    """512 tokens in two chunks, 32 blocks of 0.4 ms: the first chunk's cross while the second is computed, or all of
+    them afterwards.
+    """
+    link = Link(name="slow", bandwidth_gb_s=2.5e-3)
+    for late, exposed_blocks in ((False, 16), (True, 32)):
+        workers = split(max_batched_tokens=256, max_running=256)
+        [outcome] = cluster(*workers, inside=link, decode_after_prefill=late).run([ask("q", 512, 3)])
+        assert outcome.exposed_transfer_s == pytest.approx(exposed_blocks * 0.0004), late
+
+
 # --- the way there ----------------------------------------------------------------------------------------------------
 
 
@@ -283,3 +297,32 @@ def test_an_answer_goes_on_behind_what_was_sent_when_its_worker_died() -> None:
     # 0.5 s: 18 ms of prefill, then steps of a little more than 10.5 ms, of which the last is lost.
     assert (first, second) == (100, 100 + 1 + 45)
     assert outcome.last_token_s == pytest.approx(1.0 + 0.008 + 146 * 1e-4 + 53 * 0.0105, abs=0.002)
+
+
+def test_a_silent_worker_gets_no_more_work_once_its_heartbeats_are_late() -> None:
+    """`p0` falls silent at 0.5 s: what is sent there within the second that a heartbeat may be late is lost, and tried
+    again elsewhere; nothing is sent there later.
+    """
+    base = cluster(*split(2, 1), timeout_s=60.0)
+    spec = replace(base._spec, failures=(Failure(worker_id="p0", at_s=0.5, silent=True),))
+    for at_s, worker_id, lost in ((0.4, "p0", False), (0.9, "p1", True), (5.0, "p1", False)):
+        [outcome] = SimCluster(spec).run([ask("q", 16, 2, at_s=at_s)])
+        assert (outcome.done, outcome.prefill_worker) == (True, worker_id), at_s
+        assert (outcome.tries > 1) == lost
+
+
+def test_the_next_try_avoids_the_worker_that_failed_the_one_before() -> None:
+    asked = ask("q", 16, 2)
+    tries = Tries(max_attempts=3, deadline_s=60.0, timeout_s=60.0)
+    choice = SimChoice(
+        timeline=Timeline(),
+        desk=cluster(*split()).router,
+        asked=asked,
+        outcome=Outcome(asked=asked),
+        promise=NO_PROMISE,
+        tries=tries,
+        timeout_s=60.0,
+    )
+    assert choice.needs.avoid == frozenset()
+    tries.failed("d0")
+    assert choice.needs.avoid == {"d0"}
