@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_options import numbers
+from .cli_typed import as_typed
 
 if TYPE_CHECKING:
     from .cli_display import Display
@@ -29,6 +30,9 @@ _TRANSFERS_SHARE = 0.4
 """Of the budget, at most; steps have what is left of it."""
 _TRANSFERS_AT_LEAST_S = 60.0
 """What processes take to start on a busy machine is no reason to have no links."""
+
+_SHOWN = 5
+"""Points that an error names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class Wanted:
 
 
 def profile(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Alias, folder, .gguf, Hugging Face id or dummy:<config>.")] = (
         "smollm2-135m"
     ),
@@ -64,7 +69,7 @@ def profile(
     cached: Annotated[str, typer.Option(help="Cached tokens before a chunk.")] = "512,1536",
     chunk_sizes: Annotated[str, typer.Option(help="Chunks behind them.")] = "64,256,512",
     batch_sizes: Annotated[str, typer.Option(help="Sequences in a decode step.")] = "1,2,4,8,16,32",
-    context: Annotated[str, typer.Option(help="Tokens of KV that each of them has.")] = "64,512,1024",
+    context_lens: Annotated[str, typer.Option("--context", help="Tokens of KV that each of them has.")] = "64,512,1024",
     mixed_batch_sizes: Annotated[str, typer.Option(help="Decode rows beside a chunk.")] = "4,16",
     mixed_context: Annotated[str, typer.Option(help="Tokens of KV that each of those has.")] = "256,1024",
     mixed_chunk_sizes: Annotated[str, typer.Option(help="Chunks beside them.")] = "64,256",
@@ -88,43 +93,44 @@ def profile(
     from .profiler.points import Grid
     from .profiler.repeat import RepeatOptions
 
-    grid = Grid(
-        lengths=numbers("prompt_lens", prompt_lens),
-        starts=numbers("cached", cached),
-        chunk_lengths=numbers("chunk_sizes", chunk_sizes),
-        batches=numbers("batch_sizes", batch_sizes),
-        contexts=numbers("context", context),
-        mixed_batches=numbers("mixed_batch_sizes", mixed_batch_sizes),
-        mixed_contexts=numbers("mixed_context", mixed_context),
-        mixed_lengths=numbers("mixed_chunk_sizes", mixed_chunk_sizes),
-    )
-    repeat = RepeatOptions(rounds=rounds, budget_s=budget_s, max_spread=max_spread, seed=seed)
-    try:
-        kv_cache_bytes = parse_bytes(kv_cache)
-    except ValueError as error:
-        raise ValueError(f"kv_cache: {error}") from None
-    config = EngineConfig(
-        model=model,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        kernels=kernels,
-        threads=threads,
-        cpus=numbers("cpus", cpus),
-        block_size=block_size,
-        kv_cache_bytes=kv_cache_bytes,
-        paced_profile=paced_profile,
-    )
-    wanted = Wanted(
-        config=config,
-        grid=grid,
-        repeat=repeat,
-        transfers=transfers,
-        max_transfer_spread=max_transfer_spread,
-        output=Path(output),
-        plot=None if save_plot is None else Path(save_plot),
-    )
-    raise typer.Exit(run_profile(wanted))
+    with as_typed(context, {"kv_cache": "kv_cache_bytes"}):
+        grid = Grid(
+            lengths=numbers("prompt_lens", prompt_lens),
+            starts=numbers("cached", cached),
+            chunk_lengths=numbers("chunk_sizes", chunk_sizes),
+            batches=numbers("batch_sizes", batch_sizes),
+            contexts=numbers("context", context_lens),
+            mixed_batches=numbers("mixed_batch_sizes", mixed_batch_sizes),
+            mixed_contexts=numbers("mixed_context", mixed_context),
+            mixed_lengths=numbers("mixed_chunk_sizes", mixed_chunk_sizes),
+        )
+        repeat = RepeatOptions(rounds=rounds, budget_s=budget_s, max_spread=max_spread, seed=seed)
+        try:
+            kv_cache_bytes = parse_bytes(kv_cache)
+        except ValueError as error:
+            raise ValueError(f"kv_cache: {error}") from None
+        config = EngineConfig(
+            model=model,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            kernels=kernels,
+            threads=threads,
+            cpus=numbers("cpus", cpus),
+            block_size=block_size,
+            kv_cache_bytes=kv_cache_bytes,
+            paced_profile=paced_profile,
+        )
+        wanted = Wanted(
+            config=config,
+            grid=grid,
+            repeat=repeat,
+            transfers=transfers,
+            max_transfer_spread=max_transfer_spread,
+            output=Path(output),
+            plot=None if save_plot is None else Path(save_plot),
+        )
+        raise typer.Exit(run_profile(wanted))
 
 
 def run_profile(wanted: Wanted) -> int:
@@ -179,7 +185,11 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
         kv_tokens=kv_tokens,
         block_size=config.block_size,
     )
-    lost = f"the model's context or its KV memory does not hold {', '.join(too_large)}"
+    more = f" and {len(too_large) - _SHOWN} more" if len(too_large) > _SHOWN else ""
+    held = ", ".join(too_large[:_SHOWN]) + more
+    lost = (
+        f"the model's context or its KV memory ({config.kv_cache_bytes / 2**20:.0f} MiB, --kv-cache) cannot hold {held}"
+    )
     check_enough(points, lost if too_large else "")
     num_blocks = max(Places(points, config.block_size).blocks, overhead_blocks(config.block_size))
     config = replace(config, kv_cache_bytes=num_blocks * block_bytes)

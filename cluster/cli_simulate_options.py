@@ -116,6 +116,7 @@ PATHS = {
     "rate_scale": "rate_scale",
     "seed": "seed",
     "config": "scenario",
+    "cluster": "config",
     "no_refuse": "router.refuse",
     "fail": "failures",
     "goodput": "workload.slo_classes",
@@ -123,7 +124,7 @@ PATHS = {
 }
 """Where in a scenario each option stands."""
 _RANDOM = ("random_input_len", "random_output_len", "random_range_ratio")
-_MADE = ("config", "no_refuse", "fail", "goodput", "slo_class")
+_MADE = ("config", "cluster", "no_refuse", "fail", "goodput", "slo_class")
 """Options whose values are made of what was given."""
 
 
@@ -132,7 +133,7 @@ def of_cluster(config: str | None, cluster: str | None) -> dict[str, Any]:
     if cluster is None:
         return {}
     if config is not None:
-        raise ValueError(f"config: {config!r} is not allowed beside cluster; allowed: one of them, and flags")
+        raise ValueError(f"cluster: {cluster!r} is not allowed beside --config; allowed: one of them, and flags")
     from .config_file import load_config
     from .sim.from_cluster import cluster_values
 

@@ -80,7 +80,7 @@ def check_agreement(times_s: Mapping[str, Sequence[float]], max_spread: float, *
     more = f" and {len(bad) - _SHOWN_NAMES} more" if len(bad) > _SHOWN_NAMES else ""
     raise Disagreement(
         f"nothing saved: repeated times of {len(bad)} of {len(times_s)} points disagree by more than {max_spread:.0%}: "
-        f"{shown}{more}; measure on a quieter machine, or allow a larger {option}"
+        f"{shown}{more}; measure on a quieter machine, or allow a larger --{option.replace('_', '-')}"
     )
 
 

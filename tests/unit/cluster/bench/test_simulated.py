@@ -211,7 +211,7 @@ def test_a_sweep_without_a_promise_is_refused() -> None:
         (("--slo-class", "chat:1:itl:5"), "--slo-class: 'itl:5' is not allowed; allowed: ttft:MS"),
         (("--slo-class", "chat:0.5:ttft:5"), "--slo-class: 'shares that add up to 0.5' is not allowed"),
         (("--slo-class", "a:1", "--goodput", "ttft:5"), "--slo-class: 'a:1' is not allowed; allowed: without goodput"),
-        (("--config", "x.yaml", "--cluster", "y.yaml"), "--config: 'x.yaml' is not allowed beside cluster"),
+        (("--config", "x.yaml", "--cluster", "y.yaml"), "--cluster: 'y.yaml' is not allowed beside --config"),
         (("--fail", "decode-0"), "--fail: 'decode-0' is not allowed; allowed: e.g. decode-0@30"),
         (("--fail", "decode-7@3"), "--fail: worker 'decode-7' is not allowed; allowed: prefill-0, decode-0"),
         (("--fail", "decode-0@9-3"), "--fail: decode-0 at 9 s, back at 3 s is not allowed"),
