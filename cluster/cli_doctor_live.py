@@ -151,7 +151,8 @@ def _threads(live: Live) -> Finding:
     if threads > live.cores and not live.remote:
         text = f"{threads} compute threads on {live.cores} processors"
         return Finding(Level.WARN, "threads", text, "fewer workers, or fewer --threads: they take turns as it is")
-    return Finding(Level.OK, "threads", f"{threads} compute threads, {live.cores} processors")
+    text = f"{threads} compute threads, {live.cores} processors" if computing else "no worker computes"
+    return Finding(Level.OK, "threads", text)
 
 
 def _pinning(live: Live) -> Finding:

@@ -31,6 +31,19 @@ _TRANSFERS_SHARE = 0.4
 _TRANSFERS_AT_LEAST_S = 60.0
 """What processes take to start on a busy machine is no reason to have no links."""
 
+_FIELDS = {
+    "prompt_lens": "lengths",
+    "cached": "starts",
+    "chunk_sizes": "chunk_lengths",
+    "batch_sizes": "batches",
+    "context_lens": "contexts",
+    "mixed_batch_sizes": "mixed_batches",
+    "mixed_context": "mixed_contexts",
+    "mixed_chunk_sizes": "mixed_lengths",
+    "kv_cache": "kv_cache_bytes",
+    "paced_profile": "engine.paced_profile",
+}
+"""What options are called where they are checked."""
 _SHOWN = 5
 """Points that an error names."""
 
@@ -93,7 +106,7 @@ def profile(
     from .profiler.points import Grid
     from .profiler.repeat import RepeatOptions
 
-    with as_typed(context, {"kv_cache": "kv_cache_bytes"}):
+    with as_typed(context, _FIELDS):
         grid = Grid(
             lengths=numbers("prompt_lens", prompt_lens),
             starts=numbers("cached", cached),

@@ -31,17 +31,17 @@ TRUE = StepProfile(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--prompt-lens", "some"], "prompt_lens: 'some' is not allowed; allowed: numbers separated by commas"),
-        (["--batch-sizes", "0"], "batches: [0] is not allowed"),
-        (["--budget-s", "0"], "budget_s: 0 is not allowed"),
-        (["--max-spread", "-1"], "max_spread: -1 is not allowed"),
-        (["--kv-cache", "much"], "kv_cache: 'much' is not a size"),
-        (["--device", "gpu"], "device: 'gpu' is not allowed; allowed: one of cpu, paced"),
-        (["--output", "nowhere/profile.json"], "output: 'nowhere/profile.json' is not allowed; allowed: a file in a"),
-        (["--save-plot", "fit.txt"], "save_plot: 'fit.txt' is not allowed"),
+        (["--prompt-lens", "some"], "--prompt-lens: 'some' is not allowed; allowed: numbers separated by commas"),
+        (["--batch-sizes", "0"], "--batch-sizes: [0] is not allowed"),
+        (["--budget-s", "0"], "--budget-s: 0 is not allowed"),
+        (["--max-spread", "-1"], "--max-spread: -1 is not allowed"),
+        (["--kv-cache", "much"], "--kv-cache: 'much' is not a size"),
+        (["--device", "gpu"], "--device: 'gpu' is not allowed; allowed: one of cpu, paced"),
+        (["--output", "nowhere/profile.json"], "--output: 'nowhere/profile.json' is not allowed; allowed: a file in a"),
+        (["--save-plot", "fit.txt"], "--save-plot: 'fit.txt' is not allowed"),
         (["--model", "dummy:none"], "model 'none' is not known"),
         (["--kv-cache", "10KiB"], "points: 1 with a prompt are too few; allowed: at least 6; the model's context or"),
-        (["--device", "paced", "--paced-profile", "nowhere.json"], "paced_profile: 'nowhere.json' is not allowed"),
+        (["--device", "paced", "--paced-profile", "nowhere.json"], "--paced-profile: 'nowhere.json' is not allowed"),
     ],
 )
 def test_wrong_input_is_named(
