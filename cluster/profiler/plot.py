@@ -55,7 +55,7 @@ def _draw_prompts(axes: Any, profile: MeasuredProfile) -> None:
         axes.plot(lengths, line, color=f"C{number}", linewidth=1)
         _points(axes, [step.prefill_tokens for step in steps], steps, f"C{number}", f"behind {start}" if start else "")
     label(axes, "prompt tokens in a step", "ms")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def _draw_decode(axes: Any, profile: MeasuredProfile) -> None:
@@ -70,7 +70,7 @@ def _draw_decode(axes: Any, profile: MeasuredProfile) -> None:
         axes.plot(rows, line, color=f"C{number}", linewidth=1)
         _points(axes, [step.decode_rows for step in steps], steps, f"C{number}", f"context {context}")
     label(axes, "decode rows in a step", "ms")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def _draw_transfers(axes: Any, profile: MeasuredProfile) -> None:
@@ -87,6 +87,8 @@ def _draw_transfers(axes: Any, profile: MeasuredProfile) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.legend(fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "transfers were not measured", ha="center", transform=axes.transAxes)
 
 
 def _points(axes: Any, x: list[Any], measured: list[Any], color: str, name: str) -> None:
