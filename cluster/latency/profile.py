@@ -180,7 +180,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"profile: {path} is larger than {MAX_FILE_BYTES} bytes")
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"profile: {path} cannot be read ({error.strerror or error})") from None
+        missing = isinstance(error, FileNotFoundError)
+        hint = f"; `tandem profile --output {Path(path).name}` measures one" if missing else ""
+        raise ValueError(f"profile: {path} cannot be read ({error.strerror or error}){hint}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"profile: {path} is not JSON ({error})") from None
     if not isinstance(data, dict):
