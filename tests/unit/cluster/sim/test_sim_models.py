@@ -15,6 +15,7 @@ from tandem.cluster.sim.record import Recorder
 from tandem.cluster.sim.request import Asked, Outcome
 from tandem.cluster.sim.timeline import Timeline
 from tandem.cluster.types import Role, Urgency
+from tandem.router.slo_classes import Promise
 from tandem.router.tries import Tries
 
 SLOW = Link(name="slow", bandwidth_gb_s=1e-3)
@@ -267,23 +268,42 @@ def test_a_short_prompt_is_computed_by_the_decode_worker_and_moves_nothing() -> 
 
 
 def test_prompts_with_a_common_beginning_go_where_it_is_cached() -> None:
-    """Three prefill workers without work: the second prompt of each beginning goes where the first one went."""
-    workers = split(3, 1, prefix_cache=True)
-    asked = [
-        replace(ask(f"{number}-{turn}", 1, 2, at_s=turn * 10 + number * 0.001), prompt_token_ids=(number,) * 320)
-        for turn in range(2)
-        for number in range(3)
-    ]
-    first, second = (outcomes for outcomes in _halves(cluster(*workers).run(asked)))
-    assert [one.prefill_worker for one in first] == [one.prefill_worker for one in second]
-    assert len({one.prefill_worker for one in first}) > 1
-    assert {one.cached_tokens for one in first} == {0}
-    assert all(one.cached_tokens >= 304 for one in second)
+    """Three prefill workers: the second prompt of each beginning goes where the first one went, in any order."""
+    first = [beginning(number, at_s=number * 0.001) for number in (0, 1, 2)]
+    second = [beginning(number, at_s=10 + place * 0.001) for place, number in enumerate((2, 0, 1))]
+    outcomes = cluster(*split(3, 1, prefix_cache=True)).run(first + second)
+    went = {one.asked.prompt_token_ids[0]: one.prefill_worker for one in outcomes[:3]}
+    assert len(set(went.values())) == 3
+    assert {one.asked.prompt_token_ids[0]: one.prefill_worker for one in outcomes[3:]} == went
+    assert {one.cached_tokens for one in outcomes[:3]} == {0}
+    assert all(one.cached_tokens >= 304 for one in outcomes[3:])
 
 
-def _halves(outcomes: list[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
-    middle = len(outcomes) // 2
-    return outcomes[:middle], outcomes[middle:]
+def beginning(number: int, at_s: float) -> Asked:
+    """320 tokens that only prompts of the same number have."""
+    return replace(ask(f"{number} at {at_s}", 1, 2, at_s=at_s), prompt_token_ids=(number,) * 320)
+
+
+def test_what_a_worker_had_cached_is_forgotten_with_it() -> None:
+    base = cluster(*(worker(name, Role.MIXED, prefix_cache=True) for name in ("m0", "m1")), timeout_s=60.0)
+    asked = [beginning(7, at_s=0.0), ask("later", 16, 2, at_s=5.0)]
+    for failures, blocks in (((), 20), ((Failure(worker_id="m0", at_s=2.0, back_s=3.0),), 0)):
+        simulated = SimCluster(replace(base._spec, failures=failures))
+        assert simulated.run(asked)[0].decode_worker == "m0"
+        assert simulated.router._prefixes.match_blocks("m0", asked[0].block_keys(16)) == blocks
+
+
+def test_no_more_decode_together_than_keep_the_promise_on_tokens() -> None:
+    """A step of 10 ms and 5 ms a row: of eight answers that come one after another, three take 25 ms a token."""
+    decode = replace(COSTS.decode, row_s=0.005)
+    workers = split(costs=replace(COSTS, decode=decode))
+    known = [ask(f"known {place}", 16 + 30 * place, 30 + 10 * place, at_s=place * 0.3) for place in range(20)]
+    burst = [ask(f"burst {place}", 16, 60, at_s=30 + place * 0.05) for place in range(8)]
+    for tpot_s, least, most in ((None, 8, 8), (0.026, 3, 4)):
+        promise = Promise(slo_class="", share=1.0, ttft_s=None, tpot_s=tpot_s)
+        outcomes, seen, _ = watched(cluster(*workers, promises={"": promise}), known + burst)
+        assert all(outcome.done for outcome in outcomes)
+        assert least <= max(step.decode_rows for step in seen.steps if step.start_s >= 30) <= most
 
 
 def test_an_answer_goes_on_behind_what_was_sent_when_its_worker_died() -> None:
