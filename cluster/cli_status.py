@@ -170,7 +170,7 @@ def _kept(samples: Samples) -> list[str]:
     states = [
         f"{name} {standing[value]}" if name else standing[value]
         for name, value in parted.items()
-        if value in standing and (not name or value)
+        if value in standing and (not name or (value and len(classes) > 1))
     ]
     return ["; ".join([f"{', '.join(told)}, of {counts.get('', 0):g} requests", *states])]
 

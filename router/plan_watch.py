@@ -36,6 +36,8 @@ class PlanWatch:
         self._log = log
         self._judge = PlanJudge(self.plan)
         self._is_judge = config.process == 0 and self._judge.judges
+        self._below: dict[str, str] = {}
+        """By class: what was said when it fell below."""
 
     def seen(self) -> Seen:
         """By this process."""
@@ -46,11 +48,19 @@ class PlanWatch:
         """By class, as judged; of process 0 only."""
         return dict(self._judge.states)
 
+    @property
+    def warning(self) -> str:
+        """One line for the operator while attainment is below the plan's; empty while it is not."""
+        return self._below.get(ALL) or "; ".join(self._below.values())
+
     def look(self, seen: Seen) -> list[Change]:
         """Judges what all processes have seen, and tells the log and the operator what has changed."""
         changes = self._judge.look(seen)
         for change in changes:
             logger.log(logging.WARNING if change.state is PlanState.BELOW else logging.INFO, "%s", change)
+            self._below.pop(change.slo_class, None)
+            if change.state is PlanState.BELOW:
+                self._below[change.slo_class] = str(change)
             self._log.record_plan(
                 state=change.state.value,
                 slo_class=change.slo_class,

@@ -46,6 +46,7 @@ class RouterRuntime:
         self.registry_address = ""
         self._siblings: Siblings | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._plan: PlanWatch | None = None
         self._registry: aio.Server | None = None
 
     async def start(self, progress: Progress | None = None) -> None:
@@ -75,7 +76,7 @@ class RouterRuntime:
         metrics.watch_workers(self.members.statuses)
         card = ModelCard(id=name, max_model_len=files.config.max_model_len, created_unix_s=int(time.time()))
         log = WaterfallLog(config.events_path)
-        plan = PlanWatch(config, clock, log)
+        self._plan = plan = PlanWatch(config, clock, log)
         self.core = RouterCore(
             config,
             router_id=router_id,
@@ -122,7 +123,8 @@ class RouterRuntime:
     async def warning(self) -> str:
         """One line for the operator; empty where there is nothing to say."""
         assert self.frontend is not None
-        return self.frontend.warning
+        below = "" if self._plan is None else self._plan.warning
+        return "; ".join(text for text in (self.frontend.warning, below) if text)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for those inside; False if some are left after `timeout_s`."""

@@ -206,7 +206,9 @@ def test_prediction_and_sight_stand_side_by_side_in_the_metrics_and_in_status(tm
         watch.look(await siblings.seen())
         return await siblings.render_metrics()
 
+    assert watch.warning == ""
     text = asyncio.run(look())
+    assert watch.warning.startswith("attainment is below plan: 50.0 % of the last 200 requests"), "at the console"
     found = gauges(text)
     for name, value in {
         ("tandem:attainment", ""): 0.5,
@@ -221,8 +223,14 @@ def test_prediction_and_sight_stand_side_by_side_in_the_metrics_and_in_status(tm
     }.items():
         assert found[name] == value, name
     assert ("tandem:predicted_request_time_per_output_token_seconds", "0.5") not in found
+    clock.advance(400.0)
+    for _ in range(200):
+        watch.attainment.arrive("q", GOLD, clock.now_s())
+        watch.attainment.end("q", ANSWERED, clock.now_s())
+    assert [change.state.value for change in watch.look(watch.seen())] == ["as planned"]
+    assert watch.warning == ""
     log.close()
-    [line] = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    [line, _] = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
     assert (line["event"], line["state"], line["attainment"], line["requests"]) == ("plan", "below plan", 0.5, 200)
     samples: dict[str, list[Any]] = {}
     for family in text_string_to_metric_families(text.decode()):
