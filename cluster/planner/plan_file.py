@@ -32,7 +32,7 @@ from .problem import Problem
 from .result import Candidate, Evaluation, PlanResult, Pool, Quantiles
 from .setting import Setting
 from .verdict import verdict
-from .words import devices_text, model_text, promises_text, source_text, workload_text
+from .words import devices_text, loss_text, model_text, promises_text, source_text, workload_text
 
 DEVICES = ("cpu", "paced")
 """What workers of a cluster can be."""
@@ -127,7 +127,7 @@ def _head(
         "",
         f"model     {model_text(setting)}",
         f"devices   {devices_text(setting)}; {source_text(problem, setting)}",
-        f"workload  {workload_text(problem)}",
+        f"workload  {workload_text(problem)}{loss_text(setting)}",
         f"promises  {promises_text(problem)}",
         *(f"{node:<9} {', '.join(workers)}" for node, workers in nodes_of(setting, chosen.candidate).items()),
         "",

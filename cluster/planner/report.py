@@ -21,7 +21,7 @@ from .result import Evaluation, PlanResult
 from .setting import Setting
 from .show import column_of, plan_rows, remarks
 from .verdict import binding_of, cost_of, verdict
-from .words import devices_text, model_text, number, promises_text, source_text, workload_text
+from .words import devices_text, loss_text, model_text, number, promises_text, source_text, workload_text
 
 SUFFIXES = (".html", ".png")
 MAX_LISTED = 200
@@ -85,7 +85,7 @@ def inputs(problem: Problem, setting: Setting) -> list[tuple[str, str]]:
         ("model", model_text(setting)),
         ("devices", devices_text(setting)),
         ("step times", source_text(problem, setting)),
-        ("workload", workload_text(problem)),
+        ("workload", f"{workload_text(problem)}{loss_text(setting)}"),
         ("promises", promises_text(problem)),
     ]
     if problem.rate is not None:

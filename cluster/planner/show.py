@@ -19,7 +19,7 @@ from .problem import Problem
 from .result import Evaluation, Fate, PlanResult, Pool, Quantiles
 from .setting import Setting
 from .verdict import binding_of, cost_of, for_rate, interval, marginal_of, verdict
-from .words import devices_text, model_text, number, promises_text, source_text, workload_text
+from .words import devices_text, loss_text, model_text, number, promises_text, source_text, workload_text
 
 LOG_WIDTH = 132
 """Columns where no terminal says how many it has."""
@@ -53,7 +53,7 @@ def remarks(problem: Problem, result: PlanResult, *, timed: bool = True) -> list
     lines = [text for text in (for_rate(result),) if text]
     if result.marginal:
         lines += [f"{marginal_of(one)}." for one in result.marginal]
-    lines += list(result.notes)
+    lines += list(result.notes) if result.best is not None else []
     refused = sum(one.fate is Fate.REFUSED for one in result.explored)
     refused += sum(one.fate is Fate.REFUSED for one in result.phases)
     if refused:
@@ -98,7 +98,7 @@ def _facts(problem: Problem, setting: Setting) -> Table:
     for name, text in (
         ("model", model_text(setting)),
         ("devices", f"{devices_text(setting)}; {source_text(problem, setting)}"),
-        ("workload", workload_text(problem)),
+        ("workload", f"{workload_text(problem)}{loss_text(setting)}"),
         ("promises", promises_text(problem)),
     ):
         table.add_row(name, Text(text))

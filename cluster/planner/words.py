@@ -73,6 +73,17 @@ def workload_text(problem: Problem) -> str:
     return f"{lengths}; arrivals {arrivals}"
 
 
+def loss_text(setting: Setting) -> str:
+    """What the file's requests lost to the caps and the context; empty: nothing."""
+    load, parts = setting.workload, []
+    if load.dropped:
+        whole, most = load.dropped + len(load.pool), setting.device.context_tokens
+        parts.append(f"{load.dropped:,} of {whole:,} requests are left out: over the caps or the context of {most:,}")
+    if load.clipped:
+        parts.append(f"{load.clipped:,} are shortened to the caps")
+    return f"; {'; '.join(parts)}" if parts else ""
+
+
 def promises_text(problem: Problem) -> str:
     """Every class and what share of it must keep what."""
     classes = problem.workload.classes

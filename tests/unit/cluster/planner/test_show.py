@@ -73,7 +73,9 @@ def test_what_nobody_can_keep_is_one_sentence() -> None:
     nobody = result(
         infeasible="even one unloaded request takes 300 ms", disaggregated=None, colocated=None, difference=None
     )
+    nobody = replace(nobody, notes=("only colocated is possible",))
     text = shown(opt(), nobody)
+    assert "possible" not in text, "nothing is"
     assert "infeasible: even one unloaded request takes 300 ms" in text
     assert "goodput, requests/s" not in text
 

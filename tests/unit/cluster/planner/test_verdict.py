@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from plan_cases import evaluated, mixed, opt, refused, result, split
 from tandem.cluster.planner.result import Evaluation, Fate, Interval, Marginal, PlanResult
+from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.planner.verdict import (
     Answer,
     answer_of,
@@ -18,7 +20,7 @@ from tandem.cluster.planner.verdict import (
     marginal_of,
     verdict,
 )
-from tandem.cluster.planner.words import number, promises_text, signed, workload_text
+from tandem.cluster.planner.words import loss_text, number, promises_text, signed, workload_text
 from tandem.cluster.types import Role
 
 NOTHING: dict[str, Any] = {"difference": None, "marginal": ()}
@@ -185,3 +187,13 @@ def test_a_workload_in_words() -> None:
     assert promises_text(opt(workload__slo_classes=classes)) == (
         "chat (75 %): TTFT 250 ms and TPOT 100 ms; batch (25 %): nothing promised; 90 % of each class"
     )
+
+
+def test_what_a_file_lost_to_the_context_is_said(tmp_path: Path) -> None:
+    (tmp_path / "pool.csv").write_text("arrival_s,input_tokens,output_tokens\n,100,20\n,9000,5\n,700,3\n")
+    file = str(tmp_path / "pool.csv")
+    problem = opt(workload__lengths=file, workload__input_tokens=None, workload__output_tokens=None)
+    assert loss_text(setting_of(problem)) == "; 1 of 3 requests are left out: over the caps or the context of 2,048"
+    capped = replace(problem, workload=replace(problem.workload, max_input_tokens=500))
+    assert loss_text(setting_of(capped)) == "; 2 are shortened to the caps"
+    assert loss_text(setting_of(opt())) == ""
