@@ -22,6 +22,7 @@ from tandem.cluster.types import SamplingParams
 from tandem.cluster.workload.prompts import PROMPTS
 from tandem.router.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.timeout(900)  # transformers takes minutes to load the model where others want the processor
 BLOCK_SIZE = 16
 COUNT, NEW_TOKENS, CHUNK = 20, 32, 48
 MAX_PROMPT_TOKENS = 120
