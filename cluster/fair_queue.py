@@ -82,11 +82,13 @@ class FairQueue(Generic[K]):
     def push(self, key: K, urgency: Urgency, *, cost: float, now_s: float) -> None:
         """Adds a waiter; its class takes the share that came last. `cost` above 0."""
         assert key not in self._waiters, f"{key!r} waits already"
-        mine = self._classes.setdefault(urgency.slo_class, _Class(urgency.share))
-        mine.share = urgency.share
+        mine = self._class_of(urgency)
         due_s = min(urgency.deadline_s, now_s + PATIENCE_S)
         waiter = _Waiter(key, (due_s, self._next_order), max(cost, 1e-9), urgency.slo_class)
-        insort(mine.line, waiter, key=_DUE)
+        if mine.line and mine.line[-1].due > waiter.due:
+            insort(mine.line, waiter, key=_DUE)
+        else:
+            mine.line.append(waiter)
         self._waiters[key] = waiter
         self._next_order += 1
 
@@ -101,6 +103,16 @@ class FairQueue(Generic[K]):
         self.serve(key, self._waiters[key].cost)
         self.remove(key)
 
+    def pass_by(self, urgency: Urgency, *, cost: float) -> None:
+        """Who comes while nobody waits is served at once: as `push` and `take`."""
+        assert not self._waiters, "others come first"
+        self._next_order += 1
+        mine = self._class_of(urgency)
+        start = max(self._now, mine.finish)
+        mine.finish = start + max(cost, 1e-9) / mine.share
+        self._now = start
+        self._forget_idle()
+
     def serve(self, key: K, cost: float, *, left: float = 0.0) -> None:
         """Serves a part of a waiter: its class has paid `cost`, and it keeps its place, for `left` more."""
         waiter = self._waiters[key]
@@ -108,9 +120,11 @@ class FairQueue(Generic[K]):
         start = max(self._now, mine.finish)
         mine.finish = start + cost / mine.share
         # Where another class should have been first, time does not pass it by: it would lose what it is owed.
-        self._now = min(
-            [start, *(max(self._now, c.finish) for c in self._classes.values() if c.line and c is not mine)]
-        )
+        now = self._now
+        for other in self._classes.values():
+            if other is not mine and other.line:
+                start = min(start, max(now, other.finish))
+        self._now = start
         waiter.cost = max(left, 1e-9)
 
     def remove(self, key: K) -> bool:
@@ -119,7 +133,7 @@ class FairQueue(Generic[K]):
         if waiter is None:
             return False
         line = self._classes[waiter.slo_class].line
-        del line[bisect_left(line, waiter.due, key=_DUE)]
+        del line[0 if line[0] is waiter else bisect_left(line, waiter.due, key=_DUE)]
         self._forget_idle()
         return True
 
@@ -153,6 +167,15 @@ class FairQueue(Generic[K]):
 
     def _forget_idle(self) -> None:
         """Classes that wait for nothing and owe nothing are forgotten: the table is as large as what waits."""
-        for name, mine in list(self._classes.items()):
-            if not mine.line and mine.finish <= self._now:
-                del self._classes[name]
+        now = self._now
+        idle = [name for name, mine in self._classes.items() if mine.finish <= now and not mine.line]
+        for name in idle:
+            del self._classes[name]
+
+    def _class_of(self, urgency: Urgency) -> _Class[K]:
+        """Its class, with the share that came last."""
+        mine = self._classes.get(urgency.slo_class)
+        if mine is None:
+            mine = self._classes[urgency.slo_class] = _Class(urgency.share)
+        mine.share = urgency.share
+        return mine

@@ -150,8 +150,7 @@ class StepTimeCoefficients:
     context_token_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLoad:
+class EngineLoad(NamedTuple):
     """What a scheduler reports about itself, for heartbeats, routing and metrics. Counts, not shares."""
 
     waiting: int = 0

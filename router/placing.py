@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import Unavailable
 from .placement import WorkerView, keeps_tpot, missing, pair, rank_decode, rank_mixed, rank_prefill
@@ -52,8 +52,7 @@ class Pools:
         """Those that would decode it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
+class Needs(NamedTuple):
     """What one try needs of the workers."""
 
     context_tokens: int
@@ -67,8 +66,7 @@ class Needs:
     """Fingerprint of the KV that an earlier try's prefill has made, or makes; None: it is to be prefilled."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a try may run."""
 
     path: Path

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from ..cluster.types import Urgency
 from .dispatch_policy import RETRY_S, DispatchPolicy
@@ -39,8 +38,7 @@ S = TypeVar("S", bound=Spot)
 Views = Callable[[], tuple[WorkerView, ...]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
+class Outlook(NamedTuple):
     """A request as the queue sees it."""
 
     cost_tokens: int

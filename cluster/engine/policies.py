@@ -7,13 +7,12 @@ the order of the queue (`service_queue`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..types import Role
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepView:
+class StepView(NamedTuple):
     """What a policy may look at before a step. Token counts; a decode row is one token."""
 
     budget_tokens: int
@@ -24,8 +23,7 @@ class StepView:
     """Tokens of prompts, queued and admitted, that are not yet scheduled."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepShares:
+class StepShares(NamedTuple):
     """Upper bounds of one step; together at most the budget (`PromptsAlone`: each)."""
 
     decode_rows: int

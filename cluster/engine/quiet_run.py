@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 from .block_pool import IntegrityError
 from .plan import StepRow
@@ -25,8 +25,7 @@ from .sequence_kv import SequenceKV
 _ORDER = attrgetter("order")
 
 
-@dataclass(frozen=True, slots=True)
-class QuietRun:
+class QuietRun(NamedTuple):
     """What the next steps would be."""
 
     steps: int

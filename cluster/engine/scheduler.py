@@ -19,8 +19,8 @@ aborted meanwhile. Ideas: iteration-level scheduling (Orca, OSDI '22, §3.1), pa
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 from ..clock import Clock
 from ..types import EngineLoad, Handoff, SampledToken, SequenceSpec
@@ -41,8 +41,7 @@ class QueueFull(RuntimeError):
     """`max_waiting` sequences wait already; try another worker, or later."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Outstanding:
+class _Outstanding(NamedTuple):
     """A plan that the device has not given back, with the sequence of each of its rows."""
 
     plan: StepPlan

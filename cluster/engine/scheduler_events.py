@@ -14,8 +14,7 @@ from typing import NamedTuple
 from ..types import BlockRef, FinishReason, SampledToken
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlocksGranted:
+class BlocksGranted(NamedTuple):
     """An OUT or IN sequence has been admitted and holds the blocks of its whole context. Once a sequence.
 
     IN: the transport may write into blocks[cached_tokens // block_size:] from now on, until `kv_ready` or

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
+from typing import NamedTuple
 
 from ..fair_queue import FairQueue
 from .block_pool import IntegrityError
@@ -23,8 +23,7 @@ from .sequence import Sequence, State
 _ORDER = attrgetter("order")
 
 
-@dataclass(frozen=True, slots=True)
-class _Counted:
+class _Counted(NamedTuple):
     """What one sequence adds to the queue's counts."""
 
     prefill_tokens: int

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from .plan import StepPlan, StepRow
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
+class StepShape(NamedTuple):
     """Sizes of one step, tokens and rows."""
 
     prefill_tokens: int
@@ -39,7 +38,7 @@ def padded_shape(plan: StepPlan) -> StepShape:
         return shape
     tokens = max(len(row.token_ids) for row in prompts)
     squares = max((row.start + len(row.token_ids)) ** 2 - row.start**2 for row in prompts)
-    return replace(shape, prefill_tokens=len(prompts) * tokens, prefill_squares=len(prompts) * squares)
+    return shape._replace(prefill_tokens=len(prompts) * tokens, prefill_squares=len(prompts) * squares)
 
 
 def shape_beside(rows: Sequence[StepRow], decode_rows: int, context_tokens: int) -> StepShape:

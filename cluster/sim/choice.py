@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from ...kvtransfer.ticket import Ticket
@@ -229,7 +230,7 @@ class SimChoice:
             seq_id=name,
             prompt_token_ids=tuple(asked.prompt_token_ids),
             output_token_ids=(TOKEN.token_id,) * tried.output_tokens,
-            sampling=SamplingParams(temperature=0.0, max_tokens=asked.output_tokens, ignore_eos=True),
+            sampling=_sampling(asked.output_tokens),
             handoff=handoff,
             arrival_s=self.timeline.now_s(),
             urgency=self.urgency,
@@ -407,6 +408,11 @@ class SimChoice:
             self.deadline.cancel()
         self.desk.ended(self)
         self.desk.less()
+
+
+@lru_cache(maxsize=4096)
+def _sampling(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
 def _keys(choice: SimChoice, worker: WorkerSpec) -> tuple[bytes, ...]:

@@ -65,8 +65,14 @@ class Flow:
 
     def _share_out(self) -> None:
         """The links' flows changed: everybody on them gets a new share."""
-        for flow in {flow: None for link in self._links for flow in link.flows}:
-            flow._plan(min(shared(link.bytes_per_s, len(link.flows)) for link in flow._links))
+        links = self._links
+        if len(links) == 1:
+            [link] = links
+            flows = list(link.flows)
+        else:
+            flows = list({flow: None for link in links for flow in link.flows})
+        for flow in flows:
+            flow._plan(min([shared(link.bytes_per_s, len(link.flows)) for link in flow._links]))
 
     def _plan(self, rate: float) -> None:
         if rate == self._rate and self._done is not None:
@@ -90,6 +96,9 @@ class Flow:
             self._on_done()
 
     def _leave(self) -> None:
+        left = 0
         for link in self._links:
             link.flows.pop(self, None)
-        self._share_out()
+            left += len(link.flows)
+        if left:
+            self._share_out()

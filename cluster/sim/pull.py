@@ -48,6 +48,8 @@ class Pull:
     ) -> None:
         """`run` carries out what the puller answers."""
         self.action = action
+        self.prefill_key = action.ticket.prefill_key
+        """What it reads."""
         self.index = action.first_block
         self.received_bytes = 0
         self.exposed_s = 0.0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from ...kvtransfer.protocol.actions import (
@@ -143,8 +143,7 @@ class SimWorker:
         load, engine = self.scheduler.load(), self.engine
         steps, rows = engine.steps_under_way()
         if steps:
-            load = replace(
-                load,
+            load = load._replace(
                 context_tokens=load.context_tokens + steps * rows,
                 free_blocks=max(0, load.free_blocks - steps * rows // self.spec.block_size),
             )
@@ -351,7 +350,7 @@ class SimWorker:
                 case Serve(reader_id=reader_id):
                     answer = reader_id
                 case Wake(key=key):
-                    for pull in [pull for pull in self._readers.values() if pull.action.ticket.prefill_key == key]:
+                    for pull in [pull for pull in self._readers.values() if pull.prefill_key == key]:
                         pull.go_on()
                 case Revoke(reader_ids=reader_ids):
                     for reader_id in reader_ids:

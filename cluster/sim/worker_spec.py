@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..latency.interface import StepCosts
 from ..types import EngineLoad, Role, Side, StepTimeCoefficients
@@ -33,8 +34,7 @@ class WorkerSpec:
     pull_wait_s: float = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
+class Heard(NamedTuple):
     """What a worker tells a router of one sequence."""
 
     request_id: str
@@ -64,8 +64,7 @@ class Turned:
     retryable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """What a heartbeat says."""
 
     load: EngineLoad

@@ -90,14 +90,17 @@ class CreditLedger:
             entry.expires_s = now_s + self._ttl_s  # later than it was: what lapses next is known as before
             return entry.credit_id
         self._wants.expire(now_s)
-        self._wants.ask(key, owner, attempt, blocks, urgency, now_s)
         room = self._limit_blocks - self._blocks - blocks
         free = min(self._max_credits, self._max_credits if places is None else places) - len(self._entries) - 1
-        blocks_ahead, wants_ahead = self._wants.ahead(key, enough_blocks=max(room, 0), enough_wants=max(free, 0))
-        over = blocks_ahead > room and self._blocks + blocks_ahead > 0
-        if over or wants_ahead > free:
-            return None
-        self._wants.granted(key)
+        if room >= 0 and free >= 0 and not len(self._wants):
+            self._wants.pass_by(blocks, urgency)
+        else:
+            self._wants.ask(key, owner, attempt, blocks, urgency, now_s)
+            blocks_ahead, wants_ahead = self._wants.ahead(key, enough_blocks=max(room, 0), enough_wants=max(free, 0))
+            over = blocks_ahead > room and self._blocks + blocks_ahead > 0
+            if over or wants_ahead > free:
+                return None
+            self._wants.granted(key)
         credit_id, self._next_id = self._next_id, self._next_id + 1
         self._entries[key] = _Entry(credit_id, owner, attempt, blocks, router_id, now_s + self._ttl_s)
         self._blocks += blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ...cluster.types import BlockRef, SampledToken
 from ..ticket import RefusalReason
@@ -83,8 +84,7 @@ class Record:
     """Why pulls are refused once `outcome` is set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tombstone:
+class Tombstone(NamedTuple):
     """What is remembered of a ticket that is over."""
 
     outcome: Outcome
@@ -92,8 +92,7 @@ class Tombstone:
     decode_attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderView:
+class ReaderView(NamedTuple):
     """What a reader may do now. `refused` set: stop, report `pull_ended`, answer with the reason."""
 
     refused: RefusalReason | None

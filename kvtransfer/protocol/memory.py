@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -47,8 +46,7 @@ class BoundedMemory(Generic[K, V]):
             self._values.popitem(last=False)
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceKey:
+class ChoiceKey(NamedTuple):
     """Names one choice of one request over all its attempts."""
 
     request_id: str

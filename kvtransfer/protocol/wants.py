@@ -62,6 +62,10 @@ class Wants:
             wants += 1
         return blocks, wants
 
+    def pass_by(self, blocks: int, urgency: Urgency) -> None:
+        """Who asks while nobody waits, and has its credit at once: as `ask` and `granted`."""
+        self._order.pass_by(urgency, cost=blocks)
+
     def granted(self, key: str) -> None:
         """It has its credit."""
         if self._wants.pop(key, None) is not None:
