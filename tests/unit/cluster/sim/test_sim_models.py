@@ -11,8 +11,10 @@ from sim_cases import COSTS, NO_PROMISE, assert_clean, cluster, split, worker
 from tandem.cluster.latency.links import Link
 from tandem.cluster.sim.choice import SimChoice
 from tandem.cluster.sim.cluster import Failure, SimCluster
+from tandem.cluster.sim.deploy import Replica, worker_spec
 from tandem.cluster.sim.record import Recorder
 from tandem.cluster.sim.request import Asked, Outcome
+from tandem.cluster.sim.scenario import read_scenario
 from tandem.cluster.sim.timeline import Timeline
 from tandem.cluster.types import Role, Urgency
 from tandem.router.slo_classes import Promise
@@ -136,7 +138,7 @@ def test_a_worker_that_is_asked_in_the_middle_of_a_run_of_steps_says_how_far_it_
 
 def test_a_full_queue_of_the_router_refuses_and_one_that_waits_takes_no_place_behind_its_first_token() -> None:
     """Of eight places those without a promise have half: the fifth of a burst is refused, a later one is let in."""
-    asked = [ask(str(place), 500, 50, at_s=place * 1e-6) for place in range(6)] + [ask("later", 500, 50, at_s=2.0)]
+    asked = [ask(str(place), 500, 50, at_s=place * 1e-6) for place in range(6)] + [ask("later", 500, 50, at_s=0.5)]
     outcomes = cluster(*split(), refuses=True, max_waiting=8).run(asked)
     assert [outcome.refused for outcome in outcomes] == ["", "", "", "", *["overloaded"] * 2, ""]
     assert all(outcome.done != bool(outcome.refused) for outcome in outcomes)
@@ -329,6 +331,31 @@ def test_a_silent_worker_gets_no_more_work_once_its_heartbeats_are_late() -> Non
         [outcome] = SimCluster(spec).run([ask("q", 16, 2, at_s=at_s)])
         assert (outcome.done, outcome.prefill_worker) == (True, worker_id), at_s
         assert (outcome.tries > 1) == lost
+
+
+def test_kv_that_is_lost_on_its_way_is_computed_again() -> None:
+    """600 tokens in two steps, done after 76 ms; the last block has crossed after 97 ms. The prefill worker dies after
+    80 ms: the reader finds out by itself, tries three times to reach it, and then another one computes all.
+    """
+    base = cluster(*split(2, 1), inside=SLOW, timeout_s=60.0)
+    dies = replace(base._spec, failures=(Failure(worker_id="p0", at_s=0.08),))
+    whole, lost = (SimCluster(spec).run([ask("q", 600, 20)])[0] for spec in (base._spec, dies))
+    assert (whole.tries, whole.prefill_worker) == (1, "p0")
+    assert (lost.done, lost.tries, lost.prefill_worker) == (True, 2, "p1")
+    assert lost.first_token_s == whole.first_token_s, "that had been sent"
+    assert lost.last_token_s is not None
+    assert whole.last_token_s is not None
+    tried_s, step_s = 0.05 + 0.1 + 0.2, 0.0106  # the second prefill draws the second token
+    assert lost.last_token_s - whole.last_token_s == pytest.approx(0.08 + tried_s - step_s, abs=0.001)
+
+
+def test_kv_over_several_links_at_once_is_divided_among_them() -> None:
+    device = read_scenario(None, {"model": "opt-13b", "hardware": "a100-80g", "mixed.workers": 1}).device()
+    one, two = (
+        worker_spec("d", Replica(role=Role.DECODE, pipeline_stages=2, handoff_shards=shards), device)
+        for shards in (1, 2)
+    )
+    assert one.block_bytes == 2 * two.block_bytes == 16 * device.facts.kv_bytes_per_token()
 
 
 def test_the_next_try_avoids_the_worker_that_failed_the_one_before() -> None:
