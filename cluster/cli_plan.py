@@ -161,8 +161,7 @@ def plan(
     with display.steps() as steps:
         result = search(problem, lambda what, share: steps("plan", what, share))
     _print(problem, setting, result, verbose=verbose)
-    if not result.interrupted:
-        _write(display, problem, setting, result, context.params)
+    _write(display, problem, setting, result, context.params)
     code = exit_code(result)
     if report is not None and not (code == INTERRUPTED or _draw(display, problem, setting, result, report)):
         code = INTERRUPTED
@@ -250,7 +249,14 @@ def _chosen(result: PlanResult, choose: str) -> Evaluation | None:
 
 
 def _write(display: Display, problem: Problem, setting: Setting, result: PlanResult, given: Mapping[str, Any]) -> None:
-    """The plan and the whole result, where they were asked for: before anything more is simulated for a picture."""
+    """The plan and the whole result, where they were asked for: before anything more is simulated for a picture. What
+    was interrupted takes nobody's place.
+    """
+    if result.interrupted:
+        for name in ("output", "save_result", "report"):
+            if given[name] is not None:
+                display.line(f"not written {given[name]}: interrupted")
+        return
     if given["output"] is not None:
         _write_plan(display, problem, setting, result, given)
     if given["save_result"] is not None:

@@ -132,7 +132,7 @@ def so_far(result: PlanResult, disaggregated: bool) -> str:
     one = result.disaggregated if disaggregated else result.colocated
     decided = result.disaggregated_decided if disaggregated else result.colocated_decided
     if one is not None and _serves(one):
-        least = "" if decided else "at least "
+        least = "" if one.decided else "at least "
         seeds = "" if decided else f" (under {len(one.seeds)} of {len(result.seeds)} seeds)"
         return f"{name} {least}{number(one.goodput_per_gpu)} {_UNITS}{seeds}"
     if decided:

@@ -215,6 +215,7 @@ def test_what_was_interrupted_is_shown_and_not_written(
     assert "Undecided: the search was interrupted before it was known whether to disaggregate. So far: disagg" in said
     assert "an interruption ended the search" in said
     assert not any(path.exists() for path in files)
+    assert all(f"not written {path}: interrupted" in said for path in files)
 
 
 def test_the_answer_is_there_before_anything_more_is_simulated(

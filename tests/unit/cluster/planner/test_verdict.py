@@ -111,6 +111,10 @@ def cut_short(seeds: int) -> Evaluation:
             result(disaggregated=None, colocated=None, colocated_decided=False, explored=(), **CUT),
             "no disaggregated plan keeps the promises; nothing is known of colocated plans.",
         ),
+        (
+            result(disaggregated=replace(cut_short(1), decided=True), disaggregated_decided=False, **CUT),
+            "disaggregated 2.00 requests/s per GPU (under 1 of 3 seeds); colocated 1.50 requests/s per GPU.",
+        ),
     ],
 )
 def test_what_there_was_no_time_for_is_not_impossible(found: PlanResult, words: str) -> None:
