@@ -73,8 +73,8 @@ class SimEngine:
         """When the engine looks for work again."""
         self.steps_total = 0
         self.fit = OnlineStepTimeFit() if prior is None else OnlineStepTimeFit(prior, prior_steps=PRIOR_STEPS)
-        self._known_steps = self.fit.steps
         """What the worker reports, and routers predict from."""
+        self._known_steps = self.fit.steps
 
     def submit(self, command: Command) -> None:
         """Runs `command` between two steps."""

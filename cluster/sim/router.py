@@ -37,7 +37,7 @@ class RouterSpec:
     """By SLO class."""
     max_waiting: int = 1024
     refuses: bool = True
-    """Whether a request whose promise cannot be kept is refused, or waits all the same."""
+    """Whether a request beyond `max_waiting`, or whose promise cannot be kept, is refused, or waits all the same."""
     own_s: float = 0.0
     """The router's work on a request before its admission: text, checks."""
     own_token_s: float = 0.0

@@ -56,7 +56,8 @@ class RouterSection:
 
     max_waiting: Count = 256
     refuse: bool = True
-    """Whether a request whose promise cannot be kept any more is refused at the door."""
+    """Whether a request beyond `max_waiting`, or whose promise cannot be kept any more, is refused at the door; else all
+    wait."""
     overhead_s: Seconds = 0.001
     """Its work on a request before admission."""
     rpc_s: Seconds = 0.0002
