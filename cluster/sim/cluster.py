@@ -33,8 +33,8 @@ class Failure:
     back_s: float | None = None
     """When it is there again, empty; None: never."""
     silent: bool = False
-    """Its machine is gone, and the router is not told: it finds out by the heartbeats that do not come. Else its process
-    has died, and its streams break at once. Who reads KV there finds out at once in both."""
+    """Its machine is gone, and the router is not told: it finds out by the heartbeats that do not come. Else its
+    process has died, and its streams break at once. Who reads KV there finds out at once in both cases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,8 +56,7 @@ class RouterSection:
 
     max_waiting: Count = 256
     refuse: bool = True
-    """Whether a request beyond `max_waiting`, or whose promise cannot be kept any more, is refused at the door; else all
-    wait."""
+    """Whether a request beyond `max_waiting`, or whose promise cannot be kept any more, is refused at the door."""
     overhead_s: Seconds = 0.001
     """Its work on a request before admission."""
     rpc_s: Seconds = 0.0002
