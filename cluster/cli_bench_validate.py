@@ -113,22 +113,22 @@ def run_trials(
     from .bench.validate_show import show, show_rows
 
     kept = Kept(path=Path(given["results"]) if given["results"] is not None else None)
-    rows: list[Row] = []
+    rows: dict[int, Sequence[Row]] = {}
     begin_s = time.monotonic()
 
-    def on_rows(own: Sequence[Row]) -> None:
-        rows.extend(own)
+    def on_rows(number: int, own: Sequence[Row]) -> None:
+        rows[number] = own
         display.line(show_rows(own))
 
     work = measure(trials, overheads, seeds=given["seeds"], kept=kept, end_s=end_s, say=display.line, on_rows=on_rows)
     try:
         uvloop.run(work)
     finally:
-        found = Validation(overheads=overheads, rows=tuple(rows))
+        found = Validation(overheads=overheads, rows=tuple(row for own in rows.values() for row in own))
         display.line(f"\n{show(found)}\nmeasured for {time.monotonic() - begin_s:.0f} s, {_asked(given)}")
         facts = {"options": {name: str(value) for name, value in given.items()}}
         save(display, given["save_result"], found.as_json(facts))
-    if not any(row.measured for row in rows):
+    if not any(row.measured for row in found.rows):
         raise typer.Exit(1)
 
 

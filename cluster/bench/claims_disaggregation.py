@@ -179,14 +179,15 @@ async def compare(
     say: Callable[[str], None],
     run: Runner | None = None,
     variant: str = "",
+    attempts: int = ATTEMPTS,
 ) -> list[list[list[StairResult]]]:
     """Runs every system under every seed, seed by seed, until `end_s` of the monotonic clock; then once more what has
-    void stairs. Returns, by system, the attempts. `run`: None: `run_system`; another one has a `variant` of its own.
-    RuntimeError, ServerUnusable, ValueError.
+    void stairs, up to so many `attempts`. Returns, by system, the attempts. `run`: None: `run_system`; another one has
+    a `variant` of its own. RuntimeError, ServerUnusable, ValueError.
     """
     run = run or run_system
     keys = [run_key(system, load, variant) for system in systems]
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         for seed in range(load.seed, load.seed + seeds):
             for system, key in zip(systems, keys, strict=True):
                 done = kept.runs.get((key, seed), [])
@@ -235,7 +236,7 @@ async def climb(system: System, running: RunningSystem, served: Served, load: St
             stop.set()
         return record
 
-    watching = asyncio.ensure_future(_watch(_watched(system, running), running, load))
+    watching = asyncio.ensure_future(_watch(running.processes | {"the client": os.getpid()}, running, load))
     timer = asyncio.get_running_loop().call_later(load.edges_s[-1] + DRAIN_S * load.time_scale, stop.set)
     try:
         done = await run_load(send, requests, load.arrivals_s(), name="claim", stop=stop)
@@ -243,7 +244,8 @@ async def climb(system: System, running: RunningSystem, served: Served, load: St
     finally:
         timer.cancel()
         watching.cancel()
-    return [_stair(load, place, records, done, marks) for place in range(len(load.rates))]
+    paced = system.engine.device == "paced"
+    return [_stair(load, place, records, done, marks, paced=paced) for place in range(len(load.rates))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +254,6 @@ class _Mark:
 
     steps: StepCount
     sample: Sample
-
-
-def _watched(system: System, running: RunningSystem) -> dict[str, int]:
-    """Processes that must not wait for a processor: all, but none where processors are what is measured."""
-    return running.processes | {"the client": os.getpid()} if system.engine.device == "paced" else {}
 
 
 async def _watch(processes: Mapping[str, int], running: RunningSystem, load: Staircase) -> list[_Mark]:
@@ -270,7 +267,13 @@ async def _watch(processes: Mapping[str, int], running: RunningSystem, load: Sta
 
 
 def _stair(
-    load: Staircase, place: int, records: Sequence[RequestRecord | None], done: Load, marks: Sequence[_Mark]
+    load: Staircase,
+    place: int,
+    records: Sequence[RequestRecord | None],
+    done: Load,
+    marks: Sequence[_Mark],
+    *,
+    paced: bool,
 ) -> StairResult:
     own = [record for record, on in zip(records, load.judged(), strict=True) if on == place and record is not None]
     begin_s, end_s = (done.begin_s + edge_s for edge_s in load.edges_s[place : place + 2])
@@ -278,13 +281,15 @@ def _stair(
     client = distortion(summarize(own, {}, (99.0,), stalls_s))
     runs = [judge(records, load, promise, place, client_late=bool(client)) for promise in load.promises]
     before, after = marks[place], marks[place + 1]
-    steps = after.steps.since(before.steps)
+    steps, felt = after.steps.since(before.steps), strain(before.sample, after.sample)
+    if not paced:  # processors are what is measured: nobody's waiting for one says that it was the machine
+        felt = replace(felt, cpu={}, waited={})
     return StairResult(
         rate=load.rates[place],
         runs=tuple(runs),
         steps=steps.steps,
         late_steps=steps.late,
-        strain=strain(before.sample, after.sample),
+        strain=felt,
         client=client,
         quantiles_ms=quantiles_ms(own, load.time_scale),
     )

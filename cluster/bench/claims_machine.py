@@ -40,6 +40,8 @@ class Strain:
     waited: Mapping[str, float]
     busy: float
     stolen: float
+    others: float = 0.0
+    """Of the machine, what was in use by nobody of those that were watched."""
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -83,11 +85,14 @@ def strain(before: Sample, after: Sample) -> Strain:
     """What happened between two samples."""
     wall_s = max(after.at_s - before.at_s, 1e-9)
     whole_s = max(after.whole_s - before.whole_s, 1e-9)
+    ran_s = {name: max(0.0, after.ran_s[name] - before.ran_s[name]) for name in after.ran_s}
+    busy = (after.busy_s - before.busy_s) / whole_s
     return Strain(
-        cpu={name: max(0.0, after.ran_s[name] - before.ran_s[name]) / wall_s for name in after.ran_s},
+        cpu={name: seconds / wall_s for name, seconds in ran_s.items()},
         waited={name: max(0.0, after.waited_s[name] - before.waited_s[name]) / wall_s for name in after.waited_s},
-        busy=(after.busy_s - before.busy_s) / whole_s,
+        busy=busy,
         stolen=(after.stolen_s - before.stolen_s) / whole_s,
+        others=max(0.0, busy - sum(ran_s.values()) / whole_s),
     )
 
 

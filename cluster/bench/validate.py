@@ -19,7 +19,7 @@ from typing import Any
 
 from ..workload.sweep import RateSearch, SweepPoint
 from .claims_cluster import RunningSystem, System
-from .claims_disaggregation import WARMUPS, Kept, StairResult, climb, compare, options_for
+from .claims_disaggregation import ATTEMPTS, WARMUPS, Kept, StairResult, climb, compare, options_for
 from .claims_load import Staircase
 from .claims_machine import strain, take_sample
 from .options import BenchOptions
@@ -34,6 +34,8 @@ MAX_ERROR = 0.1
 """Of TTFT and TPOT, p50 and p90."""
 MAX_OWN_SHARE = 0.5
 """Of the machine's processors, that router, workers and client may use together where the device is paced."""
+MAX_OTHERS_SHARE = 0.25
+"""Of them, that others may use meanwhile."""
 QUANTILES = ("ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90")
 VARIANT = "validate"
 _SEARCH_POINTS, _SEARCH_S = 14, 120.0
@@ -85,7 +87,7 @@ class Row:
     busy: float = math.nan
     """Of the machine's processors, in use at most, by whatever."""
     own_cpu: float = math.nan
-    """Of them, in use at most by router, workers and client; NaN where that was not watched."""
+    """Of them, in use at most by router, workers and client."""
 
     @property
     def below_saturation(self) -> bool:
@@ -167,8 +169,7 @@ async def measure_overheads(subject: Subject) -> Overheads:
         async with connect(options) as served:
             found = await calibrate(served, prefill, decode, long_prompts=system.engine.device == "paced")
         meanwhile = strain(before, take_sample(processes))
-    others = meanwhile.busy - sum(meanwhile.cpu.values()) / (os.cpu_count() or 1)
-    return replace(found, others_busy=max(0.0, others))
+    return replace(found, others_busy=meanwhile.others)
 
 
 async def validate(
@@ -179,30 +180,36 @@ async def validate(
     kept: Kept,
     end_s: float,
     say: Callable[[str], None],
-    on_rows: Callable[[Sequence[Row]], None] = lambda rows: None,
+    on_rows: Callable[[int, Sequence[Row]], None] = lambda number, rows: None,
 ) -> Validation:
-    """Predicts and measures every trial at every rate, until `end_s` of the monotonic clock. `on_rows`: told of those
-    of each trial as soon as they are there. RuntimeError, ServerUnusable, ValueError.
+    """Predicts and measures every trial at every rate, until `end_s` of the monotonic clock; what is void is tried
+    again when all have been measured. `on_rows`: told of those of a trial, by its number, as soon as they are there.
+    RuntimeError, ServerUnusable, ValueError.
     """
-    rows: list[Row] = []
-    for trial in trials:
-        load, system = trial.load, trial.subject.system
-        numbers = range(load.seed, load.seed + seeds)
-        predicted = [predict(trial.subject, replace(load, seed=seed), overheads, _warmups(system)) for seed in numbers]
-        [attempts] = await compare(
-            [system],
-            load,
-            seeds=seeds,
-            kept=kept,
-            end_s=end_s,
-            say=say,
-            run=partial(run_behind_promises, trial.subject),
-            variant=VARIANT,
-        )
-        own = [row_of(system.label, load, place, predicted, attempts) for place in range(len(load.rates))]
-        on_rows(own)
-        rows += own
-    return Validation(overheads=overheads, rows=tuple(rows))
+    rows: dict[int, Sequence[Row]] = {}
+    predicted: dict[int, list[list[PredictedStair]]] = {}
+    for tries in range(1, ATTEMPTS + 1):
+        for number, trial in enumerate(trials):
+            load, system = trial.load, trial.subject.system
+            if number not in predicted:
+                loads = [replace(load, seed=seed) for seed in range(load.seed, load.seed + seeds)]
+                predicted[number] = [predict(trial.subject, one, overheads, _warmups(system)) for one in loads]
+            [attempts] = await compare(
+                [system],
+                load,
+                seeds=seeds,
+                kept=kept,
+                end_s=end_s,
+                say=say if tries == 1 else lambda text: None,
+                run=partial(run_behind_promises, trial.subject),
+                variant=VARIANT,
+                attempts=tries,
+            )
+            own = [row_of(system.label, load, place, predicted[number], attempts) for place in range(len(load.rates))]
+            if own != rows.get(number):
+                rows[number] = own
+                on_rows(number, own)
+    return Validation(overheads=overheads, rows=tuple(row for own in rows.values() for row in own))
 
 
 def saturation(subject: Subject, load: Staircase, overheads: Overheads, start: float) -> float:
@@ -238,19 +245,17 @@ def row_of(
     place: int,
     predicted: Sequence[Sequence[PredictedStair]],
     attempts: Sequence[Sequence[StairResult]],
-    processors: int = os.cpu_count() or 1,
 ) -> Row:
     """One rate: the seeds whose stair counts, and the predictions of the same seeds; of the void ones, where none
-    counts. `predicted`: by seed, then rate; `attempts`: by run, then rate; `processors`: of the machine. Pure.
+    counts. `predicted`: by seed, then rate; `attempts`: by run, then rate. Pure.
     """
     stairs = [attempt[place] for attempt in attempts]
-    why = [_why_void(stair, load, processors) for stair in stairs]
+    why = [_why_void(stair, load) for stair in stairs]
     counting = {stair.runs[0].seed: stair for stair, reason in zip(stairs, why, strict=True) if not reason}
     shown = counting or {stair.runs[0].seed: stair for stair in stairs}
     foretold = {stairs[place].run.seed: stairs[place] for stairs in predicted}
     told = [foretold[seed] for seed in (shown or foretold)]
     measured = list(shown.values())
-    own = [_own_share(stair, processors) for stair in measured if stair.strain.cpu]
     return Row(
         label=label,
         rate=load.rates[place],
@@ -261,19 +266,21 @@ def row_of(
         counts=bool(counting),
         void=tuple(f"seed {stair.runs[0].seed}: {reason}" for stair, reason in zip(stairs, why, strict=True) if reason),
         busy=max((stair.strain.busy for stair in measured), default=math.nan),
-        own_cpu=max(own, default=math.nan),
+        own_cpu=max((_own_share(stair) for stair in measured), default=math.nan),
     )
 
 
-def _own_share(stair: StairResult, processors: int) -> float:
-    return sum(stair.strain.cpu.values()) / processors
+def _own_share(stair: StairResult) -> float:
+    return max(0.0, stair.strain.busy - stair.strain.others)
 
 
-def _why_void(stair: StairResult, load: Staircase, processors: int) -> str:
+def _why_void(stair: StairResult, load: Staircase) -> str:
     """Empty: it counts."""
     reasons = [stair.void] if stair.void else []
-    share = _own_share(stair, processors)
-    if share > MAX_OWN_SHARE:
+    share, others = _own_share(stair), stair.strain.others
+    if others > MAX_OTHERS_SHARE:
+        reasons.append(f"others used {100 * others:.0f} % of the machine")
+    if stair.strain.cpu and share > MAX_OWN_SHARE:  # an engine that computes is meant to use it
         scale = math.ceil(load.time_scale * share / MAX_OWN_SHARE)
         reasons.append(f"router, workers and client used {100 * share:.0f} % of the machine: --time-scale {scale}")
     return "; ".join(reasons)

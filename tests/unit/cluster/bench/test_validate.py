@@ -29,7 +29,7 @@ from tandem.cluster.latency.profile import DecodeTerms, StepProfile
 from tandem.cluster.workload.report import RequestRecord
 from tandem.cluster.workload.sweep import SweepRun
 
-CALM = Strain(cpu={"router": 0.2}, waited={"router": 0.01}, busy=0.3, stolen=0.0)
+CALM = Strain(cpu={"router": 0.2}, waited={"router": 0.01}, busy=0.3, stolen=0.0, others=0.1)
 TERMS = DecodeTerms(step_s=0.01, row_s=1e-4, context_token_s=0.0)
 PROFILE = StepProfile(prefill_step_s=0.01, prefill_token_s=1e-4, decode=TERMS, large_decode=TERMS, large_batch_rows=64)
 
@@ -169,17 +169,21 @@ def told(attained: int, *, seed: int = 0, ttft_ms: float = 100.0) -> PredictedSt
 
 def row(attained: int, predicted: int, ttft_ms: float = 100.0) -> Row:
     load, run = load_of("t", 1.0), stair(attained, ttft_ms=ttft_ms)
-    return row_of("x", load, 0, [[told(predicted)]], [[run]], processors=2)
+    return row_of("x", load, 0, [[told(predicted)]], [[run]])
 
 
 def test_a_machine_that_the_cluster_itself_fills_says_nothing_of_the_prediction() -> None:
     """Waiting for processors is not modelled, so what is asked for is a machine or a pace at which nobody waits."""
-    busy = replace(CALM, cpu={"router": 0.5, "decode-0": 0.4, "the client": 0.6})
-    run = replace(stair(80), strain=busy)
-    found = row_of("x", load_of("t", 1.0, time_scale=2.0), 0, [[told(99)]], [[run]], processors=2)
+    run = replace(stair(80), strain=replace(CALM, busy=0.875, others=0.125))
+    found = row_of("x", load_of("t", 1.0, time_scale=2.0), 0, [[told(99)]], [[run]])
     assert (found.counts, found.own_cpu, found.misses) == (False, 0.75, ())
     assert "used 75 % of the machine: --time-scale 3" in found.void[0]
-    assert row_of("x", load_of("t", 1.0), 0, [[told(99)]], [[run]], processors=4).counts
+    computes = replace(stair(80), strain=replace(CALM, cpu={}, waited={}, busy=0.9))
+    assert row_of("x", load_of("t", 1.0), 0, [[told(99)]], [[computes]]).counts
+    crowded = replace(stair(80), strain=replace(CALM, cpu={}, waited={}, busy=0.9, others=0.5))
+    assert row_of("x", load_of("t", 1.0), 0, [[told(99)]], [[crowded]]).void == (
+        "seed 0: others used 50 % of the machine",
+    )
 
 
 def test_what_differs_by_too_much_below_saturation_is_out() -> None:
@@ -240,7 +244,7 @@ def test_the_table_says_what_is_within_what_is_out_and_what_was_void() -> None:
     assert "saturated" in text
     assert text.count("VOID") == 2
     assert "100.0 / 115.0 (+15.0 %)" in show(replace(found, rows=(row(99, 99, ttft_ms=115.0),)))
-    assert "10 %, 30 %" in text, "of the two processors"
+    assert "20 %, 30 %" in text, "ours, all"
     assert "VOID  y at 1/s, seed 0: 50 of 100 steps were late" in text
     assert show(Validation(overheads=NONE, rows=())).endswith("nothing below saturation was measured")
     saved = json.loads(json.dumps(found.as_json({"a": 1}), allow_nan=False))
