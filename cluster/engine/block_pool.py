@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from functools import partial
-from itertools import islice, repeat
+from itertools import repeat
 
 from ..types import BlockRef
 
@@ -112,16 +112,15 @@ class BlockPool:
             self._tables.setdefault(holder, []).extend(ids)
         return tuple(map(_REF, zip(ids, map(self._generations.__getitem__, ids), strict=True)))
 
-    def grow(self, tables: Collection[list[int]], each: int) -> None:
-        """As `allocate` of `each` blocks for every one of these holders, who have their `tables` and ask for no
-        references.
+    def grow(self, tables: Collection[list[int]]) -> None:
+        """As `allocate` of one block for every one of these holders, who have their `tables` and ask for no references;
+        who stands there twice gets two.
         """
-        count = each * len(tables)
-        if not self.can_allocate(count):
+        count = len(tables)
+        if count > len(self._free) + len(self._cached):
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} of {self.num_blocks} available")
-        ids = iter(self._take(count))
-        for table in tables:
-            table += islice(ids, each)
+        for table, block_id in zip(tables, self._take(count), strict=True):
+            table.append(block_id)
 
     @property
     def tables(self) -> Mapping[str, list[int]]:

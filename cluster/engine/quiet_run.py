@@ -146,11 +146,20 @@ class Lockstep:
         """Gives all rows the blocks of their next `steps` steps, which `quiet_steps` has found to be there."""
         full, pool, until = self._full, self._kv.pool, self._taken + steps
         tables, size = pool.tables, pool.block_size
+        growing: list[list[int]] = []
+        """A table as often as it lacks a block."""
         for at in [at for at in full if at < until]:
             rows = full.pop(at)
             each = 1 + (until - 1 - at) // size
-            pool.grow([tables[seq.seq_id] for seq in rows], each)
-            full.setdefault(at + each * size, []).extend(rows)
+            mine = [tables[seq.seq_id] for seq in rows]
+            growing += mine if each == 1 else mine * each
+            later = at + each * size
+            if later in full:
+                full[later] += rows
+            else:
+                full[later] = rows
+        if growing:
+            pool.grow(growing)
 
     def take(self, steps: int, token_id: int) -> list[Sequence]:
         """Every row computes `steps` tokens and draws as many, each `token_id`. Returns those that have something to

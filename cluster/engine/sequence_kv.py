@@ -75,7 +75,7 @@ class SequenceKV:
             return True
         if not self.pool.can_allocate(1):
             return False
-        self.pool.grow((table,), 1)
+        self.pool.grow((table,))
         return True
 
     def growth_blocks(self, seq: Sequence, max_model_len: int) -> int:

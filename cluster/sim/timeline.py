@@ -52,8 +52,12 @@ class Timeline(Clock):
         return event
 
     def after(self, delay_s: float, action: Action) -> Event:
-        """Plans `action` for `delay_s` from now."""
-        return self.at(self._now_s + delay_s, action)
+        """Plans `action` for `delay_s` from now, 0 or more."""
+        at_s = self._now_s + delay_s
+        event = Event(at_s, action)
+        number = self._next_number = self._next_number + 1
+        heapq.heappush(self._heap, (at_s, number, event))
+        return event
 
     def nothing_now(self) -> bool:
         """Whether nothing else is planned for this very moment: what would be planned for it may as well be done."""

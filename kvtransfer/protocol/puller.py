@@ -182,9 +182,9 @@ class HandoffPuller:
             return [Refuse(key, RefusalReason.STALE_ATTEMPT)]
         due = range(record.next_block, record.next_block + len(block_indices))
         wrong = any(ticket != record.ticket for ticket in tickets)
-        if wrong or list(block_indices) != list(due) or due.stop > len(record.blocks):
+        if wrong or (block_indices != due and list(block_indices) != list(due)) or due.stop > len(record.blocks):
             return [Refuse(key, RefusalReason.CORRUPT)]
-        return [WriteBlocks(key, tuple(ref.block_id for ref in record.blocks[due.start : due.stop]))]
+        return [WriteBlocks(key, tuple([ref.block_id for ref in record.blocks[due.start : due.stop]]))]
 
     def blocks_written(self, key: str, pull_index: int, block_indices: Sequence[int]) -> list[PullerAction]:
         """Blocks that arrived are written, and what was written are the blocks: the next ones are due."""
