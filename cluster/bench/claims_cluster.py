@@ -25,6 +25,8 @@ STOP_TIMEOUT_S = 10.0
 NEVER_REFUSED_S = 86_400.0
 """The router's own promises, so loose that admission refuses nobody: a refusal would not be compared with anything."""
 MAX_WAITING = 2**16
+HEARD_AGAIN_S = 5.0
+"""How long workers that were ready may be silent, on a machine that is too busy for a moment."""
 HEARTBEAT_S = 0.6
 """After which the router has heard what the workers counted."""
 
@@ -99,12 +101,24 @@ class RunningSystem:
         self._stack.close()
 
     def steps(self) -> StepCount:
-        """Of all workers since they started, by their last heartbeats. Raises ServerUnusable."""
-        workers = ask(self.url, "/ready")["workers"]
+        """Of all workers since they started, by their last heartbeats. Blocks for a moment where these are late; raises
+        ServerUnusable where they stay away.
+        """
+        workers = self._workers(time.monotonic() + HEARD_AGAIN_S)
         return StepCount(
             steps=sum(int(worker["steps_total"]) for worker in workers),
             late=sum(int(worker["late_steps_total"]) for worker in workers),
         )
+
+    def _workers(self, until_s: float) -> list[dict[str, Any]]:
+        while True:
+            try:
+                workers: list[dict[str, Any]] = ask(self.url, "/ready")["workers"]
+                return workers
+            except ServerUnusable:  # it answers 503 while heartbeats are late
+                if time.monotonic() > until_s:
+                    raise
+            time.sleep(0.1)
 
     def _start_all(self) -> None:
         system = self._system

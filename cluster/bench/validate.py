@@ -24,6 +24,7 @@ from .claims_load import Staircase
 from .claims_machine import strain, take_sample
 from .options import BenchOptions
 from .run import connect, warm_up
+from .server import ServerUnusable
 from .validate_calibrate import calibrate
 from .validate_predict import Overheads, PredictedStair, Subject, predict, router_for
 
@@ -183,8 +184,8 @@ async def validate(
     on_rows: Callable[[int, Sequence[Row]], None] = lambda number, rows: None,
 ) -> Validation:
     """Predicts and measures every trial at every rate, until `end_s` of the monotonic clock; what is void is tried
-    again when all have been measured. `on_rows`: told of those of a trial, by its number, as soon as they are there.
-    RuntimeError, ServerUnusable, ValueError.
+    again when all have been measured, and one that fails leaves the others alone. `on_rows`: told of those of a trial,
+    by its number, as soon as they are there. ValueError.
     """
     rows: dict[int, Sequence[Row]] = {}
     predicted: dict[int, list[list[PredictedStair]]] = {}
@@ -194,17 +195,22 @@ async def validate(
             if number not in predicted:
                 loads = [replace(load, seed=seed) for seed in range(load.seed, load.seed + seeds)]
                 predicted[number] = [predict(trial.subject, one, overheads, _warmups(system)) for one in loads]
-            [attempts] = await compare(
+            measure = partial(
+                compare,
                 [system],
                 load,
                 seeds=seeds,
                 kept=kept,
-                end_s=end_s,
                 say=say if tries == 1 else lambda text: None,
                 run=partial(run_behind_promises, trial.subject),
                 variant=VARIANT,
                 attempts=tries,
             )
+            try:
+                [attempts] = await measure(end_s=end_s)
+            except (RuntimeError, ServerUnusable) as error:
+                say(f"{system.label}: {error}")
+                [attempts] = await measure(end_s=-math.inf)  # what is kept of it
             own = [row_of(system.label, load, place, predicted[number], attempts) for place in range(len(load.rates))]
             if own != rows.get(number):
                 rows[number] = own

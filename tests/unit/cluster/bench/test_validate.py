@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import math
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from tandem.cluster.bench import validate as validate_module
-from tandem.cluster.bench.claims_disaggregation import StairResult
+from tandem.cluster.bench.claims_cluster import System
+from tandem.cluster.bench.claims_disaggregation import Kept, StairResult
 from tandem.cluster.bench.claims_load import Promise, Staircase, quantiles_ms
 from tandem.cluster.bench.claims_machine import Strain
-from tandem.cluster.bench.validate import Figures, Row, Validation, row_of, saturation
+from tandem.cluster.bench.validate import Figures, Row, Trial, Validation, row_of, saturation
 from tandem.cluster.bench.validate_calibrate import (
     LONG_TOKENS,
     OUTPUT_TOKENS,
@@ -22,7 +24,15 @@ from tandem.cluster.bench.validate_calibrate import (
     kept_overheads,
     overheads_of,
 )
-from tandem.cluster.bench.validate_predict import NONE, Overheads, PredictedStair, predict, router_for, simulate
+from tandem.cluster.bench.validate_predict import (
+    NONE,
+    Overheads,
+    PredictedStair,
+    Subject,
+    predict,
+    router_for,
+    simulate,
+)
 from tandem.cluster.bench.validate_show import show, show_overheads
 from tandem.cluster.bench.validate_subjects import QUICK_PROFILE, cpu_subject, paced_subject, parse_pools
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
@@ -218,6 +228,36 @@ def test_void_stairs_do_not_count_and_predictions_are_of_the_seeds_that_do() -> 
     again = row_of("x", load, 0, predicted[:1], [*attempts[:1], [stair(98, seed=0)]])
     assert again.measured is not None
     assert again.measured.attained == 98
+
+
+def test_a_cluster_that_fails_leaves_the_others_alone(trace: str, steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def run(subject: Subject, system: System, load: Staircase, say: object) -> list[StairResult]:
+        asked.append(system.label)
+        if system.mixed:
+            raise RuntimeError("a worker ended with 1, not serving")
+        return [replace(stair(97, late=50 * (len(asked) == 1)), rate=load.rates[0])]
+
+    monkeypatch.setattr(validate_module, "run_behind_promises", run)
+    load, lines, told = replace(load_of(trace, 1.0), stair_s=2.0), list[str](), dict[int, object]()
+    trials = [Trial(subject=paced_subject(text, steps), load=load) for text in ("1P+1D", "2M")]
+    found = asyncio.run(
+        validate_module.validate(
+            trials,
+            NONE,
+            seeds=1,
+            kept=Kept(path=None),
+            end_s=math.inf,
+            say=lines.append,
+            on_rows=lambda number, rows: told.__setitem__(number, rows),
+        )
+    )
+    split, mixed = "1 prefill + 1 decode", "2 mixed, chunks of 512"
+    assert asked == [split, mixed, split, mixed], "what is void is tried again when all have been measured"
+    assert [(row.label, row.counts) for row in found.rows] == [(split, True), (mixed, False)]
+    assert lines.count(f"{mixed}: a worker ended with 1, not serving") == 2
+    assert set(told) == {0, 1}
 
 
 def test_quantiles_come_with_intervals_and_are_scaled_back() -> None:
