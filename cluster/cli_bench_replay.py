@@ -16,11 +16,24 @@ Requests = Annotated[
 ]
 Only = Annotated[str, typer.Option(help="Runs whose name contains this.")]
 Costs = Annotated[bool, typer.Option("--costs", help="Also the roofline of an A100 beside DistServe's step times.")]
+LeaveOut = Annotated[
+    bool, typer.Option("--leave-out", help="Also each run with constants that only the system's other runs set.")
+]
+Goodput = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Also what phases apart and together keep, on lengths like ShareGPT's."),
+]
 Ablate = Annotated[bool, typer.Option("--ablate", help="Also each system less one of its parts.")]
 
 
 def replay(
-    data: Data, requests: Requests = None, only: Only = "", costs: Costs = False, ablate: Ablate = False
+    data: Data,
+    requests: Requests = None,
+    only: Only = "",
+    costs: Costs = False,
+    ablate: Ablate = False,
+    leave_out: LeaveOut = False,
+    goodput: Goodput = None,
 ) -> None:
     """Replays measured runs request by request, and prints measured against simulated.
 
@@ -43,6 +56,16 @@ def replay(
             less = bench.ablations(SYSTEMS[system])
             found = {name: [bench.replay(run, data, part) for run in own] for name, part in less.items()}
             typer.echo(f"\n{bench.show_ablations(found)}")
+    if leave_out:
+        from .bench.replay_left_out import leave_one_out, show_left_out
+
+        others = leave_one_out([row.run for row in rows], data, SYSTEMS)
+        typer.echo(f"\n{show_left_out(others)}" if others else "\n--leave-out: no system has two runs here")
+    if goodput is not None:
+        from .bench import replay_colocated as colocated
+
+        kept = [(one, colocated.goodput(one, data, goodput)) for one in colocated.contenders()]
+        typer.echo(f"\n{colocated.show_goodput(kept)}")
     if costs:
         from .bench.replay_costs import compare_costs, show_costs
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,10 @@ from ..types import Role
 
 MODEL, TTFT_S, TPOT_S = "opt-13b", 0.25, 0.1
 """Of the measured runs: DistServe's model and promises for ShareGPT (OSDI '24, table 1)."""
+REPLAYS, JITTER_S = 4, 4e-3
+"""A run is replayed so often, the first time as it came, then with every arrival up to so much later: no more than one
+run of a server differs by from the next, and enough to move who stands a millisecond within its promise.
+"""
 MAX_POINTS = 5.0
 """A replay's attainment may be so far from what was measured, in percentage points."""
 REQUESTS = "opt13b_sharegpt_a100_calibration_requests.csv.gz"
@@ -47,7 +52,7 @@ class MeasuredRun:
     """nan for an answer of one token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Seen:
     """What clients saw of a run: shares and seconds."""
 
@@ -65,12 +70,21 @@ class Replayed:
     run: MeasuredRun
     measured: Seen
     simulated: Seen
+    """The mean of its replays."""
     took_s: float
 
     @property
     def points(self) -> float:
         """Percentage points of attainment that the replay is above what was measured."""
         return 100.0 * (self.simulated.attainment - self.measured.attainment)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the measured attainment lies with 95 % confidence, for so many requests (Wilson, 1927). Shares."""
+        share, count, z = self.measured.attainment, len(self.run.asked), 1.96
+        middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+        return middle - half, middle + half
 
     def errors(self) -> dict[str, float]:
         """Relative errors of the latencies, by field of `Seen`."""
@@ -116,18 +130,31 @@ def _run(name: str, rows: Sequence[Mapping[str, str]]) -> MeasuredRun:
     )
 
 
-def replay(run: MeasuredRun, data: Path, system: ServingSystem | None = None) -> Replayed:
+def replay(run: MeasuredRun, data: Path, system: ServingSystem | None = None, *, replays: int = REPLAYS) -> Replayed:
     """Simulates the run. `data`: the folder of DistServe's coefficients; `system`: instead of the one that the run
     names. ValueError for a system or a split that nothing is known of.
     """
     began_s = time.monotonic()
-    outcomes = SimCluster(cluster_of(run, data, system)).run(run.asked)
-    simulated = _seen(
+    spec = cluster_of(run, data, system)
+    every = [astuple(_simulated(spec, jittered(run.asked, seed) if seed else run.asked)) for seed in range(replays)]
+    simulated = Seen(*np.mean(every, axis=0).tolist())
+    measured = _seen(run.ttft_s, run.tpot_s)
+    return Replayed(run=run, measured=measured, simulated=simulated, took_s=time.monotonic() - began_s)
+
+
+def jittered(asked: Sequence[Asked], seed: int) -> list[Asked]:
+    """The same requests, each up to JITTER_S later, in order of arrival."""
+    later_s = np.random.default_rng(seed).uniform(0.0, JITTER_S, len(asked)).tolist()
+    moved = (replace(one, arrival_s=one.arrival_s + more) for one, more in zip(asked, later_s, strict=True))
+    return sorted(moved, key=lambda one: one.arrival_s)
+
+
+def _simulated(spec: ClusterSpec, asked: Sequence[Asked]) -> Seen:
+    outcomes = SimCluster(spec).run(asked)
+    return _seen(
         [np.nan if outcome.ttft_s is None else outcome.ttft_s for outcome in outcomes],
         [np.nan if outcome.tpot_s is None else outcome.tpot_s for outcome in outcomes],
     )
-    measured = _seen(run.ttft_s, run.tpot_s)
-    return Replayed(run=run, measured=measured, simulated=simulated, took_s=time.monotonic() - began_s)
 
 
 def ablations(system: ServingSystem) -> dict[str, ServingSystem]:
@@ -227,8 +254,9 @@ def _attained(seen: Seen) -> str:
 def show(rows: Sequence[Replayed]) -> str:
     """A table of Markdown: measured against simulated, latencies in milliseconds."""
     lines = [
-        "| run | requests | attained % (measured → simulated) | points | TTFT p50 | TTFT p90 | TPOT p50 | TPOT p90 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | requests | attained % (measured → simulated) | points | measured, 95 % "
+        "| TTFT p50 | TTFT p90 | TPOT p50 | TPOT p90 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         measured, simulated = row.measured, row.simulated
@@ -237,7 +265,8 @@ def show(rows: Sequence[Replayed]) -> str:
             for name, error in row.errors().items()
         ]
         attained = f"{100 * measured.attainment:.1f} → {100 * simulated.attainment:.1f}"
-        lines.append(
-            f"| {row.run.name} | {len(row.run.asked)} | {attained} | {row.points:+.1f} | {' | '.join(cells)} |"
-        )
+        low, high = row.interval
+        within = f"{100 * low:.1f} to {100 * high:.1f}"
+        cells = [row.run.name, str(len(row.run.asked)), attained, f"{row.points:+.1f}", within, *cells]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

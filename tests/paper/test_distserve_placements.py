@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 from tandem.cluster.bench.replay import device_of
+from tandem.cluster.bench.replay_colocated import PAID_APART, attainment, contenders
 from tandem.cluster.planner.problem import load_problem
 from tandem.cluster.planner.search import plan
 from tandem.cluster.sim.cluster import SimCluster
 from tandem.cluster.sim.prompts import asked
 from tandem.cluster.sim.request import Outcome
-from tandem.cluster.sim.systems import TANDEM, Control
+from tandem.cluster.sim.systems import DISTSERVE, TANDEM, Control, ServingSystem
 from tandem.cluster.types import SLO, Role
 from tandem.cluster.workload.spec import WorkloadSpec, load
 
 PROFILE = "measured/distserve/profiler-a100-80g.distserve.json"
 LENGTHS = "workloads/sharegpt_distserve_opt_poisson16rps.csv.gz"
+IDEAL = replace(TANDEM, control=Control())
 OPT_66B = SLO(ttft_s=0.4, tpot_s=0.1)
 GRID = 0.15625
 """Requests/s and GPU: what DistServe's search halves its range of 5 down to."""
@@ -54,27 +56,63 @@ def test_opt_13b_on_four_gpus_is_prefill_tp_2_and_decode_tp_1(data: Path) -> Non
     assert best.binding is None or best.binding.promise == "ttft"
 
 
-def outcomes_of(data: Path, prefill: tuple[int, int], decode: tuple[int, int], rate: float) -> list[Outcome]:
-    """OPT-66B, 300 prompts of ShareGPT, on the device as DistServe measured it, without anybody's control plane."""
-    system = replace(TANDEM, control=Control())
+def outcomes_of(
+    data: Path,
+    prefill: tuple[int, int],
+    decode: tuple[int, int],
+    rate: float,
+    *,
+    system: ServingSystem = IDEAL,
+    batches: int | None = None,
+) -> list[Outcome]:
+    """OPT-66B, 300 prompts of ShareGPT, on the device as DistServe measured it, without anybody's control plane or as
+    a system of its own. `batches`: of decode rows in a pipeline; None: one a stage.
+    """
     device = replace(device_of(system, data / "measured/distserve", "opt-66b"), max_model_len=2048)
     workers = [(system.replica(Role.PREFILL, *prefill), 1), (system.replica(Role.DECODE, *decode), 1)]
     workload = load(WorkloadSpec(lengths=str(data / LENGTHS)), max_model_len=2048)
     rows = workload.draw(rate=rate, seconds=None, num_requests=300, seed=1)
     requests = [replace(request, slo_class="") for request in asked(rows)]
-    return SimCluster(system.cluster(workers, device)).run(requests)
+    spec = system.cluster(workers, device)
+    if batches is not None:
+        costs = [replace(one, costs=replace(one.costs, pipeline_stages=batches)) for one in spec.workers[1:]]
+        spec = replace(spec, workers=(spec.workers[0], *costs))
+    return SimCluster(spec).run(requests)
 
 
-def attained(outcomes: list[Outcome]) -> float:
-    return sum(outcome.attains(OPT_66B) for outcome in outcomes) / len(outcomes)
+def attained(outcomes: list[Outcome], promise: SLO = OPT_66B) -> float:
+    return sum(outcome.attains(promise) for outcome in outcomes) / len(outcomes)
 
 
 @pytest.mark.parametrize(("rate", "measured"), [(1.0, 100.0), (2.5, 87.3), (4.0, 70.0)])
 def test_table_2_is_near_as_far_as_its_setting_is_known(data: Path, rate: float, measured: float) -> None:
     """Table 2, DistServe's row, read as OPT-66B placed 4,1 → 2,2 under 400 and 100 ms: the only reading of its rates
-    that comes near. Below its knee more of our prompts are too long for 400 ms than of theirs, of which none is.
+    that comes near.
     """
-    assert 100 * attained(outcomes_of(data, (4, 1), (2, 2), rate)) == pytest.approx(measured, abs=8.0)
+    outcomes = outcomes_of(data, (4, 1), (2, 2), rate, system=DISTSERVE)
+    assert 100 * attained(outcomes) == pytest.approx(measured, abs=8.0)
+
+
+def test_no_promise_gives_both_ends_of_table_2(data: Path) -> None:
+    """Why not nearer: alone, a prompt of 2,000 tokens takes 370 of its 400 ms, so that at 2 requests/s a twelfth of
+    ours miss where 0.7 % did. A promise that so many keep is kept by far more than 70.0 % at 4 requests/s: its row
+    falls by 12 points from 2.0 to 2.5, as no queue of these prompts does under one promise.
+    """
+    slow, fast = (outcomes_of(data, (4, 1), (2, 2), rate, system=DISTSERVE) for rate in (2.0, 4.0))
+    promises = [SLO(ttft_s=ttft_s, tpot_s=0.1) for ttft_s in (0.4, 0.5, 0.6, 0.8, 1.0)]
+    loose = next(promise for promise in promises if attained(slow, promise) > 0.97)
+    assert loose != OPT_66B
+    assert attained(fast, loose) > 0.8
+    assert attained(fast) == pytest.approx(0.70, abs=0.08)
+
+
+def test_both_stages_of_a_decode_pipeline_have_a_batch(data: Path) -> None:
+    """DistServe's loop reads as if a pipeline could stay with one batch (`DecodingStageLLMEngine._step` waits for it
+    before it lets anybody in). Then no more than half would keep 100 ms at 3 requests/s, where 83.0 % attained.
+    """
+    both, one = (outcomes_of(data, (4, 1), (2, 2), 3.0, system=DISTSERVE, batches=count) for count in (None, 1))
+    assert 100 * attained(both) == pytest.approx(83.0, abs=8.0)
+    assert attained(one) < 0.6
 
 
 def test_opt_66b_wants_tp_4_for_prefill_and_either_split_of_four_gpus_for_decode(data: Path) -> None:
@@ -90,3 +128,20 @@ def test_opt_66b_wants_tp_4_for_prefill_and_either_split_of_four_gpus_for_decode
             tpot_s = sorted(outcome.tpot_s for outcome in outcomes if outcome.tpot_s is not None)
             assert tpot_s[int(0.9 * len(tpot_s))] < 0.09
     assert attained(outcomes_of(data, (3, 1), (4, 1), rate)) < attained(wide) - 0.1
+
+
+def test_what_a_verdict_rests_on(data: Path) -> None:
+    """README's 1.56 requests/s and GPU at 200 and 100 ms is what DistServe as measured keeps. vLLM 0.2 as measured
+    keeps none at a third of that; but mixed workers with the same step times keep what its split does not, even if a
+    mixed step cost as much as its halves apart: the gain of §6.2 is over that engine, and a plan may say: together.
+    """
+    named = {contender.name.partition(":")[0]: contender for contender in reversed(contenders())}
+
+    def keeps(name: str, rate: float) -> bool:
+        promises = [SLO(ttft_s=0.2, tpot_s=0.1)]
+        [share] = attainment(named[name], data / "measured/distserve", data / LENGTHS, rate, promises)
+        return share >= 0.9
+
+    assert [keeps("DistServe as measured", rate) for rate in (1.5, 1.85)] == [True, False]
+    assert not keeps("vLLM 0.2 as measured", 0.5)
+    assert [keeps(name, 1.9) for name in ("apart", PAID_APART)] == [False, True]

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tandem.cluster.bench.replay import REQUESTS, ablations, cluster_of, read_runs, replay, show, show_ablations
+from tandem.cluster.bench import replay_colocated
+from tandem.cluster.bench.replay import (
+    JITTER_S,
+    REQUESTS,
+    ablations,
+    cluster_of,
+    jittered,
+    read_runs,
+    replay,
+    show,
+    show_ablations,
+)
+from tandem.cluster.bench.replay_colocated import Apart, Contender, contenders, goodput, show_goodput
 from tandem.cluster.bench.replay_costs import compare_costs, show_costs
+from tandem.cluster.bench.replay_left_out import factors, leave_one_out, scaled, show_left_out
 from tandem.cluster.cli import app
-from tandem.cluster.sim.systems import DISTSERVE, VLLM
+from tandem.cluster.latency.profile import DecodeTerms, StepProfile
+from tandem.cluster.sim.systems import DISTSERVE, SYSTEMS, TANDEM, VLLM
+from tandem.cluster.types import SLO, Role
 from typer.testing import CliRunner
 
 SPLIT = {
@@ -44,7 +60,62 @@ def test_a_run_is_read_in_order_of_arrival_and_replayed(data: Path) -> None:
     assert row.measured.attainment == row.simulated.attainment == 1.0
     assert row.points == 0.0
     assert max(map(abs, row.errors().values())) < 0.1
-    assert "| split | 2 | 100.0 → 100.0 | +0.0 | 110 → 10" in show([row])
+    low, high = row.interval
+    assert 0.3 < low < 0.4  # two of two say little
+    assert high == pytest.approx(1.0)
+    assert "| split | 2 | 100.0 → 100.0 | +0.0 | 34.2 to 100.0 | 110 → 10" in show([row])
+
+
+def test_replays_differ_by_milliseconds_and_come_in_order(data: Path) -> None:
+    [run] = read_runs(data / REQUESTS)
+    once, again = jittered(run.asked, 1), jittered(run.asked, 2)
+    assert once == jittered(run.asked, 1) != again
+    for moved in (once, again):
+        later_s = [one.arrival_s - before.arrival_s for one, before in zip(moved, run.asked, strict=True)]
+        assert all(0.0 <= one <= JITTER_S for one in later_s)
+    crowd = jittered([replace(run.asked[0], request_id=str(place)) for place in range(20)], 1)
+    assert [one.arrival_s for one in crowd] == sorted(one.arrival_s for one in crowd)
+
+
+def test_a_run_is_foretold_by_the_other_runs_of_its_system(data: Path) -> None:
+    path = data / "two.csv"
+    rows = "{run},distserve,c11d11,1,1,0,16,11,110,{tpot}\n"
+    path.write_text(HEADER + rows.format(run="slow", tpot=43) + rows.format(run="quick", tpot=41))
+    slow, quick = leave_one_out(read_runs(path), data, SYSTEMS)
+    assert (slow.factor, quick.factor) == (0.0, 2.0), "each by what the other says of a token: 0 or 60 us"
+    assert quick.replayed.simulated.tpot_p50_s > slow.replayed.simulated.tpot_p50_s
+    assert "| slow | 0 | 100.0 → 100.0 | +0.0 |" in show_left_out([slow, quick])
+    assert leave_one_out(read_runs(data / REQUESTS), data, SYSTEMS) == []
+    for system, scale in ((DISTSERVE, 2.0), (VLLM, 1.12)):
+        assert scale in factors(system)
+        assert scaled(system, scale) != system == scaled(system, 1.0)
+
+
+def test_a_mixed_step_can_be_paid_as_two() -> None:
+    terms = DecodeTerms(step_s=0.02, row_s=0.001, context_token_s=0.0)
+    costs = StepProfile(prefill_step_s=0.01, prefill_token_s=1e-4, decode=terms, large_decode=terms, large_batch_rows=1)
+    apart = Apart(costs)
+    assert apart.step_time_s(100, 100, 5, 50) == pytest.approx(0.01 + 0.01 + 0.02 + 0.005)
+    assert apart.step_time_s(100, 100, 5, 50) == pytest.approx(costs.step_time_s(100, 100, 5, 50) + 0.01)
+    assert apart.stage_time_s(100, 100, 0, 0) == costs.stage_time_s(100, 100, 0, 0)
+    assert apart.step_time_s(0, 0, 5, 50) == costs.step_time_s(0, 0, 5, 50)
+    assert list(apart.decode_steps(5, 50, 3)) == list(costs.decode_steps(5, 50, 3))
+
+
+def test_goodput_is_by_gpu_and_promise(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = data / "lengths.csv"
+    lengths.write_text("arrival_s,input_tokens,output_tokens\n" + ",16,5\n" * 4)
+    monkeypatch.setattr(replay_colocated, "REQUESTS", 30)
+    loose, none = SLO(ttft_s=10.0, tpot_s=1.0), SLO(ttft_s=0.01, tpot_s=1.0)
+    found = {}
+    for apart in (False, True):
+        one = Contender(name="one", system=TANDEM, workers=((TANDEM.replica(Role.MIXED), 1),), apart=apart)
+        found[apart] = goodput(one, data, lengths, (loose, none))
+        assert found[apart] == [replay_colocated.RATES[-1], 0.0]
+    assert [contender.gpus for contender in contenders()] == [3, 1, 3, 4, 4, 4, 4, 4]
+    text = show_goodput([(contenders()[0], [1.5, 0.25])])
+    assert "| 200 / 100 ms | 200 / 30 ms |" in text
+    assert "| 3 | 1.50 | 0.25 |" in text
 
 
 def test_what_is_left_out_is_named_and_changes_the_system(data: Path) -> None:
