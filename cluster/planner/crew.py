@@ -77,8 +77,8 @@ class Search:
         outlook, setting, what = means.outlook, means.setting, self.what
         if self.spare_nodes:
             setting = replace(setting, nodes=setting.nodes + self.spare_nodes)
-        start = self.scale * outlook.goodput(what, self.seed, self.near) or outlook.bound(what) / 2
-        slope = outlook.slope(what, self.seed, start)
+        shape, target = outlook.shape(what, self.seed, self.near), setting.target
+        start = self.scale * min(shape.where(target), outlook.bound(what)) or outlook.bound(what) / 2
         requests = setting.run_requests(start / what.cells)
         trials: list[Trial] = []
 
@@ -86,8 +86,11 @@ class Search:
             trials.append(run_candidate(setting, what, rate, self.seed, requests, means.late))
             return trials[-1]
 
+        def lead(rate: float, score: float) -> float:
+            return shape.where(target - score + shape.at(rate))  # as far above or below the estimate everywhere
+
         try:
-            goodput, _ = find_goodput(run, start=start, target=setting.target, slope=slope, precision=self.precision)
+            goodput, _ = find_goodput(run, start=start, target=target, lead=lead, precision=self.precision)
         except OutOfTime:
             kept = [trial.rate for trial in trials if trial.score >= setting.target]
             return Found(search=self, goodput=max(kept, default=0.0), trials=tuple(trials), complete=False)

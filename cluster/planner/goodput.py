@@ -15,7 +15,7 @@ FLOOR = 64.0
 LEAST_STEP = 1.05
 """From one rate to the next, while all were kept or none was."""
 OVERSHOT = 1.3
-"""So much further than the slope says, so that the other side is met."""
+"""So much further than is expected, so that the other side is met."""
 INSIDE = 0.15
 """Of a gap: how near to its ends the next rate may lie."""
 CONFIDENCE = 0.95
@@ -47,9 +47,9 @@ class Precision:
     width: float
     """A kept rate and one that is not, this many times as high or less."""
     nearness: float = 0.0
-    """Or one rate from which the slope leads to the target within this share of it; and where the score falls so
-    slowly that no run says more than `noise` about it, one whose score is as near as that."""
+    """Or one rate from which it is not further to the target than this share of it, as far as that is known."""
     noise: float = 0.0
+    """Or one whose score is as near to the target as this: where it falls slowly, no run says more."""
     most: int
     """Runs."""
     step: float = 1.4
@@ -61,29 +61,29 @@ def find_goodput(
     *,
     start: float,
     target: float,
-    slope: float,
+    lead: Callable[[float, float], float],
     precision: Precision,
-    go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[float, list[S]]:
     """(rate at which the score falls below `target`, what was run for it, in order).
 
-    `slope`: about how much of the score is lost when the rate doubles, if it went on like that. Follows the slope from
-    `start` until the precision is met; between a kept rate and one that is not the score is taken for straight. 0 where
-    not even `start / 64` is kept. Ends when `go_on` says no as well, with the highest rate that was kept.
+    `lead`: from a rate and its score to where the target is then expected. Follows it from `start` until the precision
+    is met; between a kept rate and one that is not the score is taken for straight. 0 where not even `start / 64` is
+    kept.
     """
     runs: list[S] = []
     kept: S | None = None
     failed: S | None = None
     rate = start
-    while len(runs) < precision.most and (not runs or go_on()):
+    while len(runs) < precision.most:
         found = run(rate)
         runs.append(found)
         if found.score >= target:
             kept = found
         else:
             failed = found
-        off = (found.score - target) / slope
-        if abs(off) <= max(precision.nearness, precision.noise / slope) and not found.decided_early:
+        off = lead(rate, found.score) / rate - 1.0
+        near = abs(off) <= precision.nearness or abs(found.score - target) <= precision.noise
+        if near and not found.decided_early:
             return rate * (1.0 + off), runs
         if kept is not None and failed is not None:
             if failed.rate <= kept.rate * precision.width:
@@ -100,6 +100,11 @@ def find_goodput(
     if failed is None:
         return kept.rate, runs
     return kept.rate + _share(kept, failed, target) * (failed.rate - kept.rate), runs
+
+
+def straight(slope: float, target: float) -> Callable[[float, float], float]:
+    """To where the target lies if a doubled rate costs about `slope` of the score."""
+    return lambda rate, score: rate * (1.0 + (score - target) / slope)
 
 
 def _share(kept: Scored, failed: Scored, target: float) -> float:

@@ -6,23 +6,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ..latency.interface import StepCosts
-from ..sim.deploy import costs_of
+from ..latency.links import Link
+from ..sim.deploy import Replica, costs_of
 from ..types import Role
 from .estimate import Kind, serve
-from .goodput import Precision, find_goodput
-from .place import replica_of
+from .goodput import Precision, find_goodput, straight
+from .place import replica_of, replicas_of
 from .result import Affinity, Candidate, Pool
 from .setting import MAX_REQUESTS, Sample, Setting, draw_sample
+from .shape import Shape
 
-_PRECISION = Precision(width=1.05, most=20)
-_PRECISION_PHASE = Precision(width=1.1, most=12)
-_PRECISION_NEAR = Precision(width=1.05, nearness=0.01, most=20, step=1.1)
-_LEAST_SHARE = 0.2
-_ANY_SLOPE, _LEAST_SLOPE, _AROUND = 0.5, 0.2, 0.08
+_PRECISION = Precision(width=1.15, nearness=0.02, most=12)
+_PRECISION_NEAR = Precision(width=1.15, nearness=0.02, most=12, step=1.1)
+_AROUND = (0.88, 0.94, 1.06, 1.12)
+"""Of a rough goodput: where a shape wants scores beside those of the way there."""
+_ANY_SLOPE, _LEAST_SHARE, _NOISE = 0.5, 0.2, 0.01
 _START_SHARE = 0.6
 """Of the capacity bound: where an estimate's search begins."""
 
@@ -58,6 +60,8 @@ class Outlook:
         pairs = list(zip(self.sample.input_tokens, self.sample.output_tokens, strict=True))
         self._context = sum(answer * (prompt + answer / 2) for prompt, answer in pairs) / sum(self.sample.output_tokens)
         """Of a row at any moment, mean: long answers are there longer."""
+        self._handed_tokens = sum(prompt for prompt, answer in pairs if answer > 1) / count
+        """Of a request's prompt, mean: those of answers with one token stay where they are."""
 
     def costs(self, pool: Pool) -> StepCosts:
         """Of one worker. ValueError where nothing is known of the split."""
@@ -102,7 +106,9 @@ class Outlook:
         costs, tokens, budget = self.costs(pool), self.sample.input_tokens[place], pool.max_batched_tokens
         steps = [(at, min(tokens, at + budget)) for at in range(0, tokens, budget)]
         router_s = self.setting.own_s + 5 * self.setting.rpc_s
-        return router_s + sum(costs.step_time_s(end - at, end * end - at * at, 0, 0) for at, end in steps)
+        # Of a pipeline the next part of a prompt follows as soon as the slowest stage is free.
+        *before, last = [(end - at, end * end - at * at, 0, 0) for at, end in steps]
+        return router_s + sum(costs.stage_time_s(*sizes) for sizes in before) + costs.step_time_s(*last)
 
     def _alone_tpot_s(self, pool: Pool, place: int) -> float:
         if self.sample.output_tokens[place] < 2:
@@ -147,39 +153,74 @@ class Outlook:
         return self.costs(pool).stage_time_s(*sizes, max(1, round(rows)), round(rows * self._context))
 
     def bound(self, candidate: Candidate) -> float:
-        """Requests a second that the candidate computes at most: its narrowest pool."""
-        return min(self.capacity(pool) for pool in candidate.pools)
+        """Requests a second that the candidate computes and hands over at most: its narrowest pool, or the links."""
+        return min([self._handoffs(candidate), *(self.capacity(pool) for pool in candidate.pools)])
+
+    def _handoffs(self, candidate: Candidate) -> float:
+        """Requests a second whose KV the links carry at most."""
+        if not candidate.disaggregated:
+            return math.inf
+        link, lanes = self._lanes(candidate)
+        each = self._handed_tokens * self.setting.device.facts.kv_bytes_per_token()
+        return candidate.cells * lanes * link.bytes_per_s / each if each else math.inf
+
+    def _lanes(self, candidate: Candidate) -> tuple[Link, float]:
+        """The link that KV goes over inside one cell, and as how many of them all links together count."""
+        setting = self.setting
+        if candidate.affinity is Affinity.LOW:
+            return setting.inside, candidate.pools[0].pipeline_stages
+        nodes = {role: [one.node for one in self._replicas(candidate) if one.role is role] for role in Role}
+        pairs = [one != other for one in nodes[Role.PREFILL] for other in nodes[Role.DECODE]]
+        if not any(pairs):
+            return setting.inside, len(set(nodes[Role.DECODE]))
+        # What leaves a node shares its link, and what comes to one; those that stay on their node take none.
+        ends = min(len(set(nodes[Role.PREFILL])), len(set(nodes[Role.DECODE])))
+        return setting.between, ends * len(pairs) / sum(pairs)
+
+    def _replicas(self, candidate: Candidate) -> list[Replica]:
+        try:
+            return replicas_of(self.setting, candidate)
+        except ValueError:  # with a node more than there are
+            return replicas_of(replace(self.setting, nodes=self.setting.nodes + 1), candidate)
 
     # --- about ------------------------------------------------------------------------------------------------------
 
     def goodput(self, what: Candidate | Pool, seed: int, near: float = 0.0) -> float:
         """Estimated, requests a second; of a pool: of its phase alone. `near`: a rate near which it is expected."""
         bound = self.capacity(what) if isinstance(what, Pool) else self.bound(what)
-        start = near or _START_SHARE * bound
+        return min(bound, self.shape(what, seed, near).where(self.setting.target))  # a run that is short flatters
+
+    def shape(self, what: Candidate | Pool, seed: int, near: float = 0.0) -> Shape:
+        """Estimated score over rate, near the goodput."""
+        start = near or _START_SHARE * (self.capacity(what) if isinstance(what, Pool) else self.bound(what))
         count = self.setting.run_requests(start / _cells(what))
-        goodput, _ = find_goodput(
-            lambda rate: Guess(rate, self.score(what, rate, seed, count)),
+        guesses: list[Guess] = []
+
+        def guess(rate: float) -> Guess:
+            guesses.append(Guess(rate, self.score(what, rate, seed, count)))
+            return guesses[-1]
+
+        target = self.setting.target
+        rate, _ = find_goodput(
+            guess,
             start=start,
-            target=self.setting.target,
-            slope=_ANY_SLOPE,
-            precision=_PRECISION_NEAR if near else _PRECISION_PHASE if isinstance(what, Pool) else _PRECISION,
+            target=target,
+            lead=straight(_ANY_SLOPE, target),
+            precision=_PRECISION_NEAR if near else _PRECISION,
         )
-        return min(goodput, bound)  # a run that is short flatters
+        if rate and not isinstance(what, Pool):
+            for factor in _AROUND:
+                guess(rate * factor)
+        if not rate:
+            return Shape([(0.0, target), (guesses[-1].rate, min(guesses[-1].score, 0.0))])
+        return Shape((one.rate, one.score) for one in guesses)
 
     def challenge(self, candidate: Candidate, seed: int, rate: float) -> float:
         """Estimated goodput where `rate` is kept, which is what others reach; else about how much less it is."""
         off = self.score(candidate, rate, seed, self.setting.run_requests(rate / candidate.cells)) - self.setting.target
-        if off >= 0.0 and rate <= self.bound(candidate):
+        if off >= -_NOISE and rate <= self.bound(candidate):
             return self.goodput(candidate, seed, rate)
         return min(self.bound(candidate), rate * max(_LEAST_SHARE, 1.0 + min(off, 0.0) / _ANY_SLOPE))
-
-    def slope(self, what: Candidate | Pool, seed: int, rate: float) -> float:
-        """Estimated: how much of the score is lost near `rate` when it doubles, at least a little."""
-        if not rate:
-            return _LEAST_SLOPE
-        count = self.setting.run_requests(rate / _cells(what))
-        ends = [self.score(what, rate * factor, seed, count) for factor in (1.0 - _AROUND, 1.0 + _AROUND)]
-        return max(_LEAST_SLOPE, (ends[0] - ends[1]) / (2 * _AROUND))
 
     def score(self, what: Candidate | Pool, rate: float, seed: int, requests: int) -> float:
         """As `Trial.score`, estimated."""
@@ -224,13 +265,9 @@ class Outlook:
 
     def _handed_over(self, candidate: Candidate, sample: Sample, first_s: Sequence[float]) -> list[float]:
         """When each prompt's KV is where it is wanted: the links one after another, all of them as one wide link."""
-        setting = self.setting
-        far = candidate.affinity is not Affinity.LOW and candidate.gpus > setting.gpus_per_node
-        nodes = max(2, min(setting.nodes, -(-candidate.gpus // setting.gpus_per_node)))  # one more may stand beyond
-        link = setting.between if far else setting.inside
-        lanes = nodes / (1.0 - 1.0 / nodes) if far else candidate.pools[0].pipeline_stages if candidate.cells else 1
+        link, lanes = self._lanes(candidate)
         bytes_per_s = link.bytes_per_s * lanes
-        token_bytes = setting.device.facts.kv_bytes_per_token()
+        token_bytes = self.setting.device.facts.kv_bytes_per_token()
         free_s, ready_s = 0.0, list(first_s)
         for place in sorted(range(len(first_s)), key=first_s.__getitem__):
             if sample.output_tokens[place] > 1:

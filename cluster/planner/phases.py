@@ -16,8 +16,9 @@ from .place import all_splits, replica_of
 from .result import Fate, PhaseResult, Pool
 from .setting import default_pool
 
-BATCHED_TOKENS = 2048
-"""Of a step, to begin with: prefill is saturated (DistServe, §3.1), a decode worker can compute a prompt again."""
+SINGLE, PIPED = (2048,), (512, 1024, 2048)
+"""Tokens of a step, to begin with: prefill is saturated (DistServe, §3.1), a decode worker can compute a prompt again.
+In a pipeline the parts of one prompt are computed at once in several stages: smaller ones are tried too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,9 @@ class Phases:
         for role in (Role.PREFILL, Role.DECODE):
             for tensor, stages in all_splits(self._outlook.setting):
                 if tensor * stages < gpus:
-                    pool = default_pool(role, 1, tensor, stages, BATCHED_TOKENS)
-                    self.results[pool] = self._look_at(pool)
+                    piped = role is Role.PREFILL and stages > 1
+                    pools = [default_pool(role, 1, tensor, stages, budget) for budget in (PIPED if piped else SINGLE)]
+                    self.results |= {pool: self._look_at(pool) for pool in pools}
         return [Ask(pool, self._seed) for pool, one in self.results.items() if one.fate is Fate.ESTIMATED]
 
     def _look_at(self, pool: Pool) -> PhaseResult:
@@ -79,5 +81,9 @@ class Phases:
             self.results[ask.pool] = replace(self.results[ask.pool], goodput=goodput or 0.0)
 
     def of(self, role: Role) -> list[PhaseResult]:
-        """Those of one phase, the best for each GPU first."""
-        return sorted((one for one in self.results.values() if one.role is role), key=lambda one: -one.goodput_per_gpu)
+        """Those of one phase, the best for each GPU first; of each split the best."""
+        found: dict[tuple[int, int], PhaseResult] = {}
+        for one in sorted(self.results.values(), key=lambda one: -one.goodput_per_gpu):
+            if one.role is role:
+                found.setdefault((one.tensor_parallel, one.pipeline_stages), one)
+        return list(found.values())

@@ -39,20 +39,22 @@ Progress = Callable[[str, float], None]
 """Told what is being done and which share of the whole is done, 0 to 1; from the process that searches."""
 Answer = TypeVar("Answer")
 
-SCREEN_ROUNDS, SCREENED = 3, 2
+SCREEN_ROUNDS, SCREENED = 5, 2
 """How often candidates are simulated under one seed as long as others may be better, and how many of a side at once."""
 OPTIMISM = 1.04
-"""How much better than its estimate, held against what the best came to, a candidate may turn out."""
+"""How much better than its estimate a candidate may turn out."""
 BEYOND_BOUND = 1.05
 """How far above its capacity bound a short run may still look good."""
-PRECISION = Precision(width=1.1, nearness=0.04, noise=0.015, most=6, step=1.12)
-"""Noise: about a standard deviation of the attainment of 500 requests at 90 %."""
-LOCAL_ROUNDS, LOCAL_GAIN = 6, 1.01
-ESTIMATED_FIRST = 4
-"""Proposals that are estimated in full; the others are held against the best of them."""
-FINALISTS = 2
-CLOSE = 0.985
-"""Of the best: who else is simulated under all seeds."""
+PRECISION = Precision(width=1.1, nearness=0.05, noise=0.02, most=6, step=1.12)
+"""Noise: a little more than a standard deviation of the attainment of 500 requests at 90 %."""
+TRUSTED = 1.15
+"""An estimate that was wrong by less under one seed is taken as it is under another."""
+CLIMBS, LOCAL_ROUNDS, LOCAL_GAIN = 3, 6, 1.01
+"""Local searches of a side, from its best proposals of unlike splits; their length; what a step must gain."""
+WAVE = 4
+"""Proposals that are estimated at once; the next are held against the best of them."""
+CLOSE = 0.9
+"""Of the best under the first seed: between these the estimates under all seeds choose."""
 
 
 def plan(problem: Problem, progress: Progress | None = None) -> PlanResult:
@@ -75,12 +77,13 @@ class Challenge:
     candidate: Candidate
     seed: int
     rate: float = 0.0
+    near: float = 0.0
 
     def do(self, means: Means) -> float:
         """Goodput, requests a second."""
         if self.rate:
             return means.outlook.challenge(self.candidate, self.seed, self.rate)
-        return means.outlook.goodput(self.candidate, self.seed)
+        return means.outlook.goodput(self.candidate, self.seed, self.near)
 
 
 class _Run:
@@ -109,9 +112,11 @@ class _Run:
         splits = self._propose_split()
         gpus = splits[0].gpus if splits else self._setting.gpus
         split, mixed = self._screen_both(splits, self._propose_mixed(gpus))
+        split = self._finalist(split)
         if split is not None and split.candidate.gpus < gpus and mixed is not None:
             again = self._propose_mixed(split.candidate.gpus)
             mixed = self._screen_both([], again, most=split.candidate.gpus)[1]
+        mixed = self._finalist(mixed)
         split, mixed = self._all_seeds(split, mixed)
         self._in_time = self._complete
         split, mixed, more = self._beside(split, mixed)
@@ -213,13 +218,17 @@ class _Run:
         able, middle = self._able(candidates), (begin + end) / 2
         if able and not able[0].disaggregated:  # those of the algorithms come best first
             able.sort(key=lambda one: self._worth(one, self._outlook.bound(one)), reverse=True)
-        first = _unlike(able)[:ESTIMATED_FIRST]
-        self._look_at(first, 0.0, what, begin, begin)
-        best = max((self._estimate(one) / one.gpus for one in first), default=0.0)
-        full = self._setting.target_rate is not None
-        self._look_at(able, 0.0 if full else best, what, begin, middle)
+        able = [*(first := _unlike(able)), *(one for one in able if one not in first)]
+        best = 0.0
+        for place in range(0, len(able), WAVE):
+            wave = able[place : place + WAVE]
+            share = [begin + (middle - begin) * (place + after) / len(able) for after in (0, len(wave))]
+            self._look_at(wave, best, what, *share)
+            if self._setting.target_rate is None:
+                best = max(best, *(self._estimate(one) / one.gpus for one in wave))
         ranked = self._ranked(able)
-        return self._ranked([*ranked, *self._climb(ranked[0], middle, end)]) if ranked else []
+        way = [one for start in _unlike(ranked)[:CLIMBS] for one in self._climb(start, middle, end)]
+        return self._ranked(list(dict.fromkeys([*ranked, *way])))
 
     def _climb(self, here: Candidate, begin: float, end: float) -> list[Candidate]:
         """Local search: from one candidate to the neighbor that is estimated best, while that is better; its way."""
@@ -297,49 +306,57 @@ class _Run:
             why += f"{best.goodput.mean:.3g} with {best.candidate.gpus}"
             self._explored[candidate] = replace(seen, fate=Fate.BOUNDED, why=why)
             return False
-        likely = seen.estimate * min(1.0, best.goodput.mean / best.estimate if best.estimate else 1.0)
-        return self._worth(candidate, likely * OPTIMISM) > found
+        return self._worth(candidate, seen.estimate * self._trust(candidate) * OPTIMISM) > found
+
+    def _trust(self, candidate: Candidate) -> float:
+        """Of an estimate: what simulations of the same splits came to, held against theirs; at most 1."""
+        alike = [one for one in self._explored.values() if one.seeds and _splits(one.candidate) == _splits(candidate)]
+        return min([1.0, *(one.goodput.mean / one.estimate for one in alike if one.estimate)])
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _all_seeds(
         self, split: Evaluation | None, mixed: Evaluation | None
     ) -> tuple[Evaluation | None, Evaluation | None]:
-        finalists = []
-        for best in (split, mixed):
-            if best is None:
-                continue
-            close = [
-                one
-                for one in self._explored.values()
-                if one.candidate.disaggregated is best.candidate.disaggregated
-                and one.fate is Fate.SCREENED
-                and (one.candidate.disaggregated or one.candidate.gpus <= best.candidate.gpus)
-                and one.goodput_per_gpu >= CLOSE * best.goodput_per_gpu
-            ]
-            close.sort(key=lambda one: self._worth(one.candidate, one.goodput.mean), reverse=True)
-            finalists += [one.candidate for one in close[:FINALISTS]]
+        finalists = [best.candidate for best in (split, mixed) if best is not None]
         searches = [self._under(one, seed) for seed in self._setting.seeds[1:] for one in finalists]
         founds = self._simulate(searches, "all seeds", 0.6, 0.9)
         for one in finalists:
             own = {found.search.seed: found for found in [*self._founds[one], *founds] if found.search.what == one}
             seen = takewhile(own.__contains__, self._setting.seeds)  # so that pairs have the same seed
             self._take(one, [own[seed] for seed in seen])
-        return self._final(split, finalists), self._final(mixed, finalists)
+        found = {one.disaggregated: self._explored[one] for one in finalists}
+        return found.get(True), found.get(False)
 
-    def _final(self, best: Evaluation | None, finalists: Sequence[Candidate]) -> Evaluation | None:
-        """The finalist of that side that is worth most under all seeds."""
+    def _finalist(self, best: Evaluation | None) -> Evaluation | None:
+        """Of those that come near the best under the first seed, the one whose estimates under all are worth most."""
         if best is None:
             return None
-        own = [self._explored[one] for one in finalists if one.disaggregated is best.candidate.disaggregated]
-        return max(own, key=lambda one: self._worth(one.candidate, one.goodput.mean))
+        close = [
+            one
+            for one in self._explored.values()
+            if one.candidate.disaggregated is best.candidate.disaggregated
+            and one.fate is Fate.SCREENED
+            and (one.candidate.disaggregated or one.candidate.gpus <= best.candidate.gpus)
+            and one.goodput_per_gpu >= CLOSE * best.goodput_per_gpu
+        ]
+        if len(close) < 2:
+            return best
+        seeds = self._setting.seeds[1:]
+        asks = [Challenge(one.candidate, seed, near=one.estimate) for one in close for seed in seeds]
+        founds = [found or 0.0 for found in self._do(asks, "all seeds", 0.6, 0.62)]
+
+        def mean(place: int) -> tuple[float, ...]:
+            one, others = close[place], founds[place * len(seeds) : (place + 1) * len(seeds)]
+            goodput = (one.goodput.mean + sum(others)) / (1 + len(seeds))
+            return (*self._worth(one.candidate, goodput), -sum(pool.pipeline_stages for pool in one.candidate.pools))
+
+        return close[max(range(len(close)), key=mean)]
 
     def _under(self, candidate: Candidate, seed: int) -> Search:
-        """Begins at the estimate under that seed, as much higher or lower as the first seed's was."""
-        [found, *_] = self._founds[candidate]
-        estimate = self._estimate(candidate)
-        scale = found.goodput / estimate if estimate and found.goodput else 1.0
-        return Search(what=candidate, seed=seed, near=estimate, scale=scale, precision=PRECISION)
+        """Begins at the estimate under that seed."""
+        seen = self._explored[candidate]
+        return Search(what=candidate, seed=seed, near=seen.estimate, scale=_scale(seen), precision=PRECISION)
 
     def _beside(
         self, split: Evaluation | None, mixed: Evaluation | None
@@ -351,13 +368,12 @@ class _Run:
         best = max(able, key=lambda one: self._worth(one.candidate, one.goodput.mean))
         grown = [one for role in Role if (one := one_more(best.candidate, role)) is not None]
         grown = [one for one in grown if not why_not(self._setting, one, spare_nodes=1)]
-        scale = best.seeds[0] / best.estimate if best.estimate else 1.0
         searches = [
             Search(
                 what=one,
                 seed=self._setting.seeds[0],
                 near=best.estimate,
-                scale=scale or 1.0,
+                scale=_scale(best),
                 precision=PRECISION,
                 spare_nodes=1,
             )
@@ -424,7 +440,8 @@ class _Run:
         if self._in_time or best is not None:
             return best is None or best.fate is Fate.SIMULATED
         own = [one for one in self._explored.values() if one.candidate.disaggregated is disaggregated]
-        return all(one.fate in (Fate.REFUSED, Fate.HOPELESS) for one in own)
+        ruled_out = all(one.fate in (Fate.REFUSED, Fate.HOPELESS) for one in own)
+        return ruled_out and (bool(own) or self._setting.gpus == 1)
 
     def _infeasible(self) -> str:
         """Why nothing serves: the promise that is missed by least, or the memory that is missing."""
@@ -446,9 +463,19 @@ class _Run:
         return tuple(notes)
 
 
+def _scale(seen: Evaluation) -> float:
+    """What an estimate is to be taken times under another seed."""
+    scale = seen.seeds[0] / seen.estimate if seen.estimate and seen.seeds[0] else 1.0
+    return scale if not 1.0 / TRUSTED < scale < TRUSTED else 1.0
+
+
 def _unlike(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The first of each kind of splits: limits of batches are what the local search is for."""
     found: dict[tuple[tuple[int, int], ...], Candidate] = {}
     for one in candidates:
-        found.setdefault(tuple((pool.tensor_parallel, pool.pipeline_stages) for pool in one.pools), one)
+        found.setdefault(_splits(one), one)
     return list(found.values())
+
+
+def _splits(candidate: Candidate) -> tuple[tuple[int, int], ...]:
+    return tuple((pool.tensor_parallel, pool.pipeline_stages) for pool in candidate.pools)

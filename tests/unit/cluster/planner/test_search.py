@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -133,6 +136,40 @@ def test_a_rate_that_is_wanted_is_kept_with_as_few_gpus_as_do() -> None:
     assert result.best is not None
     assert result.best.keeps_target_rate
     assert result.best.candidate.gpus <= 2
+
+
+def test_what_there_is_no_time_for_is_undecided() -> None:
+    result = planned(search__time_limit_s=1e-6)
+    assert not result.complete
+    assert not result.interrupted
+    assert not result.disaggregated_decided
+    assert not result.colocated_decided
+    assert result.infeasible == ""
+    assert result.best is None
+    assert result.simulated_requests == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_ends_it_with_the_best_so_far(number: signal.Signals, processes: int) -> None:
+    before = signal.getsignal(number)
+    small = opt(gpus_per_node=2, search__processes=processes, search__max_pipeline_stages=1)
+    sent: list[str] = []
+
+    def on_progress(what: str, share: float) -> None:
+        if what == "all seeds" and not sent:
+            sent.append(what)
+            os.kill(os.getpid(), number)
+
+    result = plan(small, on_progress)
+    assert sent
+    assert result.interrupted
+    assert not result.complete
+    assert not result.decided
+    assert result.best is not None
+    assert result.best.fate is Fate.SCREENED
+    assert multiprocessing.active_children() == []
+    assert signal.getsignal(number) is before
 
 
 @settings(max_examples=1, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
