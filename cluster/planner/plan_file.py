@@ -269,8 +269,15 @@ def _told(spec: Problem | WorkloadSpec) -> dict[str, Any]:
         value = getattr(spec, one.name)
         default = one.default if one.default_factory is MISSING else one.default_factory()
         if value != default:
-            told[one.name] = plain(value)
+            told[one.name] = _said(plain(value))
     return told
+
+
+def _said(value: Any) -> Any:
+    """Without what is None in it."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _said(entry) for name, entry in value.items() if entry is not None}
 
 
 def _quantiles(found: Quantiles) -> dict[str, float]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from ... import __version__
 from .problem import Problem
 from .report_figures import PlotsMissing, legend, png, svg_counts, svg_curves, svg_goodputs, svg_map
-from .result import Evaluation, PlanResult
+from .result import Evaluation, Fate, PlanResult
 from .setting import Setting
-from .show import column_of, plan_rows, remarks
+from .show import column_of, limits_of, plan_rows, remarks
 from .verdict import binding_of, cost_of, verdict
 from .words import devices_text, loss_text, model_text, number, promises_text, source_text, workload_text
 
@@ -140,7 +140,7 @@ def _listed(result: PlanResult) -> list[str]:
     rows = [[one.candidate.label, *_facts_of(one)] for one in served[:MAX_LISTED]]
     found = []
     if rows:
-        head = ["placement", "GPUs", "goodput, requests/s", "per GPU, requests/s", "looked at", "from"]
+        head = ["placement", "limits", "GPUs", "goodput, requests/s", "per GPU, requests/s", "looked at", "from"]
         found += ["<h2>Placements</h2>", _table(head, rows)]
     phases = [
         [f"{one.role.value} TP {one.tensor_parallel} PP {one.pipeline_stages}", one.fate.value, one.why]
@@ -155,8 +155,13 @@ def _listed(result: PlanResult) -> list[str]:
 
 
 def _facts_of(one: Evaluation) -> list[str]:
-    numbers = [str(one.candidate.gpus), number(one.goodput.mean), number(one.goodput_per_gpu)]
-    return [*numbers, one.fate.value, one.candidate.affinity.value]
+    limits = "; ".join(limits_of(pool) for pool in one.candidate.pools)
+    if one.fate is Fate.ESTIMATED or not (one.decided or one.goodput.mean):
+        numbers = [f"~{number(one.estimate)}", f"~{number(one.estimate / one.candidate.gpus)}"]
+    else:
+        sign = "" if one.decided else "≥"
+        numbers = [f"{sign}{number(one.goodput.mean)}", f"{sign}{number(one.goodput_per_gpu)}"]
+    return [limits, str(one.candidate.gpus), *numbers, one.fate.value, one.candidate.affinity.value]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

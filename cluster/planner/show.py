@@ -166,13 +166,13 @@ def _goodput(one: Evaluation, scale: float) -> str:
 
 
 def _placement(one: Evaluation) -> str:
-    lines = [f"{pool.label}, {_limits(pool)}" for pool in one.candidate.pools]
+    lines = [f"{pool.label}, {limits_of(pool)}" for pool in one.candidate.pools]
     if one.candidate.cells > 1:
         lines.append(f"in {one.candidate.cells} cells that hand off inside")
     return "\n".join(lines)
 
 
-def _limits(pool: Pool) -> str:
+def limits_of(pool: Pool) -> str:
     """What bounds a step: tokens of prompts, rows that decode, or both."""
     tokens, rows = f"{pool.max_batched_tokens} tokens a step", f"{pool.max_running} rows"
     by_role = {Role.PREFILL: tokens, Role.DECODE: rows, Role.MIXED: f"{tokens}, {rows}"}

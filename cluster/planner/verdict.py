@@ -5,6 +5,7 @@ Pure text of numbers that stand in the `PlanResult`. The same words go to the te
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 
 from .result import Evaluation, Interval, Marginal, PlanResult
@@ -39,6 +40,8 @@ def answer_of(result: PlanResult) -> Answer:
         return Answer.COLOCATE
     if not _serves(result.colocated):
         return Answer.DISAGGREGATE
+    if cheaper := _cheaper(result):
+        return Answer.DISAGGREGATE if cheaper.candidate.disaggregated else Answer.COLOCATE
     if _pairs(result) < MIN_PAIRS or result.difference is None:
         return Answer.NOT_CLEAR
     if result.difference.low <= 0.0 <= result.difference.high:
@@ -62,6 +65,9 @@ def verdict(result: PlanResult) -> str:
         return f"Disaggregate: {_why_not(mixed, 'colocated', result)}."
     assert split is not None  # _serves
     assert mixed is not None
+    if cheaper := _cheaper(result):
+        head = "Disaggregate" if cheaper is split else "Do not disaggregate"
+        return f"{head}: {for_rate(result)}"
     sides = f"{number(split.goodput_per_gpu)} against {number(mixed.goodput_per_gpu)} {_UNITS}"
     difference = result.difference
     if difference is None or _pairs(result) < MIN_PAIRS:
@@ -85,9 +91,24 @@ def for_rate(result: PlanResult) -> str:
     parts = []
     for name, one in (("disaggregated", result.disaggregated), ("colocated", result.colocated)):
         if one is not None and _serves(one):
-            able = gpus(one.candidate.gpus) if one.keeps_target_rate else f"not by {gpus(one.candidate.gpus)}"
-            parts.append(f"{name} {able}")
-    return f"{number(result.target_rate)} requests/s take: {', '.join(parts)}."
+            able = "" if one.keeps_target_rate else "not kept by "
+            parts.append(f"{able}{gpus(one.candidate.gpus)} {name} (goodput {interval(one.goodput)})")
+    return f"{number(result.target_rate)} requests/s take {', '.join(parts)}."
+
+
+def _cheaper(result: PlanResult) -> Evaluation | None:
+    """Whichever kind keeps the rate that was asked for where the other does not, or with fewer devices; None: neither,
+    and goodput tells.
+    """
+    split, mixed = result.disaggregated, result.colocated
+    if result.target_rate is None or split is None or mixed is None:
+        return None
+    costs = {
+        one.candidate.disaggregated: one.candidate.gpus if one.keeps_target_rate else math.inf for one in (split, mixed)
+    }
+    if costs[True] == costs[False]:
+        return None
+    return split if costs[True] < costs[False] else mixed
 
 
 def binding_of(one: Evaluation) -> str:

@@ -77,6 +77,5 @@ def _load(router: RouterConfig, planned: object) -> dict[str, Any]:
     for name, kind in router.slo_classes.items():
         sections[name]["queue_share"] = kind.share
     values["workload.slo_classes"] = sections
-    if router.plan is not None and router.plan.rate is not None:
-        values["rate"] = router.plan.rate
-    return values
+    rate = None if router.plan is None else router.plan.rate or router.plan.problem.get("rate")
+    return values if rate is None else {**values, "rate": rate}

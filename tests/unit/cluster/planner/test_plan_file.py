@@ -104,6 +104,8 @@ def test_what_was_asked_is_simulated_again_without_a_word_more(tmp_path: Path) -
     asked = {name: replace(one, queue_share=None) for name, one in scenario.workload.slo_classes.items()}
     assert replace(scenario.workload, slo_classes=asked) == problem.workload
     assert scenario.rate == 6.0
+    text = written(problem, evaluated(split(), 6.0)).text
+    assert "null" not in text[text.index("\n  problem:") :]
     assert [(role.value, pool.tensor_parallel) for role, pool in scenario.pools] == [("prefill", 2), ("decode", 1)]
 
 

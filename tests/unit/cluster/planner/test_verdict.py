@@ -140,8 +140,24 @@ def test_a_rate_that_was_asked_for() -> None:
     kept = replace(evaluated(split(), 6.0), keeps_target_rate=True)
     lost = replace(evaluated(mixed(), 4.5), keeps_target_rate=False)
     found = result(disaggregated=kept, colocated=lost, target_rate=5.0)
-    assert for_rate(found) == "5.00 requests/s take: disaggregated 3 GPUs, colocated not by 3 GPUs."
+    words = (
+        "3 GPUs disaggregated (goodput 6.00 (5.70 to 6.30)), not kept by 3 GPUs colocated (goodput 4.50 (4.27 to 4.73))"
+    )
+    assert for_rate(found) == f"5.00 requests/s take {words}."
     assert for_rate(result()) == ""
+
+
+def test_with_a_rate_to_keep_the_fewer_devices_are_the_answer() -> None:
+    wide = replace(evaluated(split(2, 1), 9.0), keeps_target_rate=True)
+    narrow = replace(evaluated(mixed(3), 5.5), keeps_target_rate=True)
+    found = result(disaggregated=wide, colocated=narrow, target_rate=5.0, difference=Interval(mean=0, low=-1, high=1))
+    assert answer_of(found) is Answer.COLOCATE
+    assert verdict(found).startswith("Do not disaggregate: 5.00 requests/s take 5 GPUs disaggregated (goodput 9.00")
+    lost = replace(found, colocated=replace(narrow, keeps_target_rate=False))
+    assert answer_of(lost) is Answer.DISAGGREGATE
+    assert "not kept by 3 GPUs colocated" in verdict(lost)
+    alike = replace(found, disaggregated=replace(wide, candidate=split(1, 1)))
+    assert answer_of(alike) is Answer.NOT_CLEAR, "as many devices: goodput tells"
 
 
 def test_what_more_workers_bring() -> None:
