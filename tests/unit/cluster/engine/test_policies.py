@@ -56,7 +56,7 @@ def test_shares_stay_within_the_budget_and_starve_nobody(role: Role, budget: int
     assert rows > 0 or decode == 0
 
 
-@pytest.mark.parametrize("batching", ["iteration", "request", "prompts_alone", "distserve"])
+@pytest.mark.parametrize("batching", ["iteration", "request", "prompts_alone", "padded", "distserve"])
 def test_policies_know_their_role(batching: str) -> None:
     assert [policy_for(role, batching).role for role in Role] == list(Role)
 
@@ -72,6 +72,12 @@ def test_batching_changes_who_is_let_in_or_what_shares_a_step(role: Role, budget
     assert shares(alone, budget, decode, prefill) == (decode, budget)
     for policy in (by_request, alone):
         assert policy.headroom_blocks(7) == policy_for(role).headroom_blocks(7)
+
+
+def test_padded_prompts_are_prompts_alone_that_a_device_computes_as_a_rectangle() -> None:
+    padded, alone = policy_for(Role.MIXED, "padded"), policy_for(Role.MIXED, "prompts_alone")
+    assert (padded.prompts_alone, padded.pads_prompts, alone.pads_prompts) == (True, True, False)
+    assert shares(padded, 512, 60, 9) == shares(alone, 512, 60, 9)
 
 
 def test_divisors_are_checked() -> None:

@@ -54,6 +54,17 @@ def test_a_prompt_is_computed_in_chunks_of_the_step_or_whole() -> None:
         assert outcome.ttft_s == pytest.approx(len(chunks) * 0.008 + 0.1)
 
 
+@pytest.mark.parametrize(("batching", "tokens"), [("prompts_alone", 1100), ("padded", 2000)])
+def test_prompts_of_a_step_may_be_padded_to_the_longest(batching: str, tokens: int) -> None:
+    """Two that wait behind a third: 1000 and 100 tokens in one step, or twice 1000."""
+    requests = [ask("first", 500, 1), ask("long", 1000, 1, at_s=0.01), ask("short", 100, 1, at_s=0.02)]
+    outcomes, seen, _ = watched(mixed(max_batched_tokens=4096, batching=batching), requests)
+    assert prefill_steps(seen, "m")[1:] == [tokens]
+    first, long, short = outcomes
+    assert long.first_token_s == short.first_token_s
+    assert long.first_token_s - first.first_token_s == pytest.approx(0.008 + tokens * 1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "longest_step_s", "together"),
     [
