@@ -5,7 +5,8 @@ and memory is done here with events and counts:
 
 1. `reserve` promises KV, `prefill` and `decode` queue a sequence, as a router's commands do.
 2. The engine's events go to the holder (blocks, watermark, end of prefill) and to the puller (blocks, first step).
-3. A pull reads what is below the watermark, run after run, over the links between the two workers (`links`).
+3. A `pull` of its `sink` reads what is below the watermark, run after run, from another one's `source`, over the links
+   between the two workers (`links`).
 4. What a router would hear goes to `Wiring.heard` and `Wiring.turned`.
 
 One object is one life: a worker that fails (`die`) does nothing more, and comes back as another object.
@@ -18,24 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ...kvtransfer.protocol.actions import (
-    AbortPrefill,
-    CancelPull,
-    Confirm,
-    Credit,
-    Failed,
-    HolderAction,
-    KvReady,
-    PullerAction,
-    Refuse,
-    ReleaseBlocks,
-    Revoke,
-    SendAbort,
-    Serve,
-    StartPull,
-    Wake,
-    WriterDone,
-)
+from ...kvtransfer.protocol.actions import Credit, Refuse
 from ...kvtransfer.protocol.credits import CreditLedger
 from ...kvtransfer.protocol.holder import HandoffHolder
 from ...kvtransfer.protocol.puller import HandoffPuller
@@ -50,6 +34,8 @@ from .engine import TOKEN, SimEngine, prior_of
 from .links import Medium
 from .observer import StepSpan, TransferSpan
 from .pull import Pull
+from .sink import SimSink
+from .source import SimSource
 from .timeline import Timeline
 from .worker_spec import Heard, Status, Turned, WorkerSpec
 
@@ -94,7 +80,6 @@ class SimWorker:
         self.alive = True
         self._wiring = wiring
         self._timeline = timeline
-        self._rpc_s = rpc_s
         pool = BlockPool(spec.num_blocks, spec.block_size)
         policy = policy_for(spec.role, spec.batching)
         self.scheduler = Scheduler(
@@ -133,10 +118,18 @@ class SimWorker:
             credits=CreditLedger(limit_blocks=self.credit_limit_blocks, ttl_s=spec.credit_ttl_s, max_credits=4096),
         )
         self._live: dict[str, _Live] = {}
-        self._pulls: dict[str, Pull] = {}
-        """The newest of each sequence that pulls, or has pulled, its KV."""
-        self._readers: dict[int, Pull] = {}
-        """Pulls of others that read here."""
+        self.source = SimSource(timeline, self.holder, self._over)
+        self._sink = SimSink(
+            timeline,
+            self.puller,
+            block_bytes=spec.block_bytes,
+            rpc_s=rpc_s,
+            source=self._source_of,
+            links=self._links_from,
+            on_ready=self._kv_ready,
+            on_writer_done=partial(self._order, Scheduler.writer_done),
+            on_failed=self._pull_failed,
+        )
 
     def status(self) -> Status:
         """As a heartbeat that leaves now."""
@@ -153,8 +146,8 @@ class SimWorker:
     def tick(self) -> None:
         """Ends credits, leases and waits that ran out, as the runtime's does a few times a second."""
         now_s = self._timeline.now_s()
-        self._run_holder(self.holder.tick(now_s))
-        self._run_puller(self.puller.tick(now_s))
+        self.source.run(self.holder.tick(now_s))
+        self._sink.run(self.puller.tick(now_s))
 
     def drawn(self, seq_id: str) -> int:
         """Output tokens of that sequence by now; 0 where it is not here."""
@@ -185,7 +178,7 @@ class SimWorker:
                 if isinstance(action, Refuse):
                     self._turn(live, action.reason, lost=False)
                     return
-            self._run_holder(actions)
+            self.source.run(actions)
         self._add(live, spec)
 
     def decode(
@@ -219,7 +212,7 @@ class SimWorker:
             if self._live[key].handoff is not Handoff.OUT:
                 del self._live[key]
                 self._order(Scheduler.abort, key)
-        self._run_holder(self.holder.abort_attempt(request_id, 0, attempt, self._timeline.now_s()))
+        self.source.run(self.holder.abort_attempt(request_id, 0, attempt, self._timeline.now_s()))
 
     def abort_decode(self, request_id: str, attempt: int, *, notify_holder: bool) -> None:
         """Ends that attempt, credit included. `notify_holder`: its KV is wanted by nobody any more."""
@@ -229,7 +222,7 @@ class SimWorker:
             del self._live[key]
             self._order(Scheduler.abort, key)
         now_s = self._timeline.now_s()
-        self._run_puller(self.puller.abort(request_id, 0, attempt, now_s, notify=notify_holder))
+        self._sink.run(self.puller.abort(request_id, 0, attempt, now_s, notify=notify_holder))
 
     def die(self) -> None:
         """Everything that ran here is lost. Tokens that were drawn have been sent."""
@@ -239,12 +232,9 @@ class SimWorker:
                 self._wiring.heard(Heard(live.request_id, live.side, live.attempt, tokens=drawn))
         self.alive = False
         self.engine.stop()
-        for pull in self._pulls.values():
-            pull.drop()
-        for pull in list(self._readers.values()):
-            pull.source_lost()
-        for state in (self._live, self._pulls, self._readers):
-            state.clear()
+        self._sink.die()
+        self.source.die()
+        self._live.clear()
 
     def _keys(self, request_id: str, side: Side, attempt: int) -> list[str]:
         """Sequences of that request and side, of `attempt` and those before it."""
@@ -269,9 +259,9 @@ class SimWorker:
         """The engine's queue is full: what the handoff keeps of it goes, and the router may try elsewhere."""
         now_s = self._timeline.now_s()
         if live.handoff is Handoff.OUT:
-            self._run_holder(self.holder.prefill_failed(key, RefusalReason.PREFILL_FAILED, now_s))
+            self.source.run(self.holder.prefill_failed(key, RefusalReason.PREFILL_FAILED, now_s))
         elif live.side is Side.DECODE:
-            self._run_puller(self.puller.abort(live.request_id, 0, live.attempt, now_s, notify=False))
+            self._sink.run(self.puller.abort(live.request_id, 0, live.attempt, now_s, notify=False))
         self._turn(live, RefusalReason.LIMIT, lost=False)
 
     def _turn(self, live: _Live, reason: RefusalReason, *, lost: bool) -> None:
@@ -298,24 +288,24 @@ class SimWorker:
     def _on_out(self, live: _Live, event: SchedulerEvent) -> None:
         match event:
             case BlocksGranted(seq_id=key):
-                self._run_holder(self.holder.blocks_granted(key, event.blocks, event.cached_tokens))
+                self.source.run(self.holder.blocks_granted(key, event.blocks, event.cached_tokens))
             case PrefillAdvanced(seq_id=key):
-                self._run_holder(self.holder.advanced(key, event.computed_tokens))
+                self.source.run(self.holder.advanced(key, event.computed_tokens))
             case TokensEmitted(seq_id=key):
                 now_s = self._timeline.now_s()
                 self._tell(live, event)
                 if event.finish_reason is not None:
-                    self._run_holder(self.holder.prefill_failed(key, RefusalReason.FINISHED, now_s))
+                    self.source.run(self.holder.prefill_failed(key, RefusalReason.FINISHED, now_s))
                 else:
-                    self._run_holder(self.holder.prefill_done(key, event.tokens[0], now_s))
+                    self.source.run(self.holder.prefill_done(key, event.tokens[0], now_s))
 
     def _on_in(self, live: _Live, event: SchedulerEvent) -> None:
         match event:
             case BlocksGranted(seq_id=key):
-                self._run_puller(self.puller.blocks_granted(key, event.blocks, event.cached_tokens))
+                self._sink.run(self.puller.blocks_granted(key, event.blocks, event.cached_tokens))
             case TokensEmitted(seq_id=key):
                 if not live.told:
-                    self._run_puller(self.puller.first_step(key))
+                    self._sink.run(self.puller.first_step(key))
                 self._tell(live, event)
 
     def _tell(self, live: _Live, event: TokensEmitted) -> None:
@@ -340,100 +330,23 @@ class SimWorker:
             del self._live[event.seq_id]
         self._wiring.heard(heard)
 
-    # --- the holder -------------------------------------------------------------------------------------------------
+    # --- what becomes of handoffs -----------------------------------------------------------------------------------
 
-    def _run_holder(self, actions: Sequence[HolderAction]) -> int | RefusalReason | None:
-        """What the last `Serve` or `Refuse` among them says."""
-        answer: int | RefusalReason | None = None
-        for action in actions:
-            match action:
-                case Serve(reader_id=reader_id):
-                    answer = reader_id
-                case Wake(key=key):
-                    for pull in [pull for pull in self._readers.values() if pull.prefill_key == key]:
-                        pull.go_on()
-                case Revoke(reader_ids=reader_ids):
-                    for reader_id in reader_ids:
-                        self._readers[reader_id].stop(action.reason)
-                case ReleaseBlocks(key=key):
-                    self._live.pop(key, None)
-                    self._order(Scheduler.release, key)
-                case AbortPrefill(key=key):
-                    self._live.pop(key, None)
-                    self._order(Scheduler.abort, key)
-                case Refuse(reason=reason):
-                    answer = reason
-        return answer
+    def _over(self, command: Callable[[Scheduler, str], object], key: str) -> None:
+        """The holder needs that sequence no more."""
+        self._live.pop(key, None)
+        self._order(command, key)
 
-    def open_pull(self, pull: Pull) -> int | RefusalReason:
-        """See `Reading.open_pull`."""
-        action, now_s = pull.action, self._timeline.now_s()
-        answer = self._run_holder(self.holder.pull(action.ticket, action.first_block, action.pull_index, now_s))
-        assert answer is not None
-        if not isinstance(answer, RefusalReason):
-            self._readers[answer] = pull
-        return answer
+    def _source_of(self, worker_id: str) -> SimSource | None:
+        worker = self._wiring.find(worker_id)
+        return None if worker is None else worker.source
 
-    def close_pull(self, reader_id: int) -> None:
-        """See `Reading.close_pull`."""
-        self._readers.pop(reader_id, None)
-        self._run_holder(self.holder.pull_ended(reader_id, self._timeline.now_s()))
+    def _links_from(self, worker_id: str) -> Sequence[Medium]:
+        worker = self._wiring.find(worker_id)
+        return () if worker is None else self._wiring.links(worker, self)
 
-    def confirm(self, ticket: Ticket) -> None:
-        """The reader has made its first step."""
-        self._run_holder(self.holder.confirm(ticket, self._timeline.now_s()))
-
-    def abort_ticket(self, ticket: Ticket) -> None:
-        """Its reader is over, and no other will come."""
-        self._run_holder(self.holder.abort_ticket(ticket, self._timeline.now_s()))
-
-    # --- the puller -------------------------------------------------------------------------------------------------
-
-    def _run_puller(self, actions: Sequence[PullerAction]) -> None:
-        for action in actions:
-            match action:
-                case StartPull():
-                    self._start(action)
-                case KvReady(key=key):
-                    self._kv_ready(key)
-                case WriterDone(key=key):
-                    self._pulls.pop(key, None)
-                    self._order(Scheduler.writer_done, key)
-                case CancelPull(key=key):
-                    self._pulls[key].stop(None)
-                case Confirm(ticket=ticket):
-                    self._timeline.after(self._rpc_s, partial(self._confirm, ticket))
-                case SendAbort(ticket=ticket):
-                    self._timeline.after(self._rpc_s, partial(self._send_abort, ticket))
-                case Failed(key=key, reason=reason):
-                    self._order(Scheduler.abort, key)
-                    live = self._live.pop(key, None)
-                    if live is not None:
-                        self._turn(live, reason, lost=True)
-                case _:
-                    raise AssertionError(f"{action} has no effect here")
-
-    def _start(self, action: StartPull) -> None:
-        pull = Pull(
-            self._timeline,
-            action,
-            puller=self.puller,
-            find=self._source,
-            block_bytes=self.spec.block_bytes,
-            rpc_s=self._rpc_s,
-            run=self._run_puller,
-        )
-        before = self._pulls.get(action.key)
-        if before is not None:
-            pull.received_bytes = before.received_bytes
-        self._pulls[action.key] = pull
-
-    def _source(self, worker_id: str) -> tuple[SimWorker | None, Sequence[Medium]]:
-        source = self._wiring.find(worker_id)
-        return source, () if source is None else self._wiring.links(source, self)
-
-    def _kv_ready(self, key: str) -> None:
-        pull, live, on_transfer = self._pulls.pop(key), self._live.get(key), self._wiring.on_transfer
+    def _kv_ready(self, key: str, pull: Pull) -> None:
+        live, on_transfer = self._live.get(key), self._wiring.on_transfer
         if live is not None:
             live.exposed_transfer_s, live.transferred_bytes = pull.exposed_s, pull.received_bytes
         if on_transfer is not None:
@@ -451,17 +364,11 @@ class SimWorker:
             )
         self._order(_join, key)
 
-    def _confirm(self, ticket: Ticket) -> None:
-        source = self._wiring.find(ticket.prefill_worker)
-        if source is not None:
-            source.confirm(ticket)
-        if self.alive:
-            self.puller.confirm_ended(ticket.decode_key, self._timeline.now_s())
-
-    def _send_abort(self, ticket: Ticket) -> None:
-        source = self._wiring.find(ticket.prefill_worker)
-        if source is not None:
-            source.abort_ticket(ticket)
+    def _pull_failed(self, key: str, reason: RefusalReason) -> None:
+        self._order(Scheduler.abort, key)
+        live = self._live.pop(key, None)
+        if live is not None:
+            self._turn(live, reason, lost=True)
 
 
 def _join(scheduler: Scheduler, key: str) -> None:
