@@ -41,8 +41,8 @@ class SimSink:
         on_writer_done: Callable[[str], None],
         on_failed: Callable[[str, RefusalReason], None],
     ) -> None:
-        """`source`, `links`: of the worker of that id, while it lives, and what KV crosses from there; `on_…`: hear what
-        becomes of a sequence, by its key.
+        """`source`, `links`: of the worker of that id, while it lives, and what KV crosses from there; `on_…`: hear
+        what becomes of a sequence, by its key.
         """
         self._timeline = timeline
         self._puller = puller
