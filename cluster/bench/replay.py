@@ -171,6 +171,8 @@ def ablations(system: ServingSystem) -> dict[str, ServingSystem]:
         found["KV moves in no time"] = replace(system, inside=INSTANT)
         found["decode as ours: pulls beside steps, recomputes"] = ours
     else:
+        ragged = replace(system.batching[Role.MIXED], policy="prompts_alone")
+        found["prompts of a step not padded"] = replace(system, batching={Role.MIXED: ragged})
         mixed = replace(system.batching[Role.MIXED], policy="iteration", max_batched_tokens=512)
         found["batching as ours: chunks of 512"] = replace(system, batching={Role.MIXED: mixed})
     return found

@@ -182,6 +182,8 @@ DISTSERVE = ServingSystem(
     # Each drawn token is made text and handed to its request in Python, some 30 us: calibrated on the tokens' pace.
     control=Control(request_s=3.5e-3, request_token_s=2e-6, step_row_s=3e-5),
     decode_after_prefill=True,  # the bridge queue (§5)
+    # Every stage of a decode pipeline has a batch, though its loop reads as if only one might: with one, 66B would
+    # attain half of what table 2 has at 3 requests/s.
     credits=False,  # prefill goes on until its own memory is full; decode pulls when it has room (§4.3)
     inside=NVLINK,
 )
