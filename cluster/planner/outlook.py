@@ -42,6 +42,7 @@ class Guess:
 class Hopeless:
     """Why workers cannot keep a promise."""
 
+    role: Role
     excess: float
     """By which factor they miss it, above 1."""
     text: str
@@ -99,7 +100,7 @@ class Outlook:
                         f"{pool.pipeline_stages} ({100 * self.setting.target:g} % of class {slo_class} take at most "
                         f"that); promised are {limit_s:g} s"
                     )
-                    worst = Hopeless(excess, text)
+                    worst = Hopeless(pool.role, excess, text)
         return worst
 
     def _alone_ttft_s(self, pool: Pool, place: int) -> float:

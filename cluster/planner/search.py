@@ -26,7 +26,7 @@ from .crew import Crew, Found, Means, Search, Task
 from .evaluate import difference, evaluation, marginal, worth
 from .goodput import Precision
 from .neighbors import neighbors, one_more
-from .outlook import Outlook
+from .outlook import Hopeless, Outlook
 from .phases import Phases
 from .place import all_splits, why_not
 from .predict import Saw, Watch, prediction_of, rate_of, watches
@@ -444,13 +444,26 @@ class _Run:
         return ruled_out and (bool(own) or self._setting.gpus == 1)
 
     def _infeasible(self) -> str:
-        """Why nothing serves: the promise that is missed by least, or the memory that is missing."""
+        """Why nothing serves: the promise that stands in the way, or the memory that is missing."""
         if self._phases.hopeless:
-            return min(self._phases.hopeless, key=lambda one: one.excess).text
+            return self._nearest_miss().text
         refused = [one.why for one in self._explored.values() if one.fate is Fate.REFUSED] or self._phases.refused
         if refused and all(one.fate is Fate.REFUSED for one in self._explored.values()):
             return f"no split fits: {refused[-1]}"
         return "no rate that was tried keeps the promises of enough requests with any placement"
+
+    def _nearest_miss(self) -> Hopeless:
+        """What stands in the way of the kind of plan that comes nearest: of a phase, its best split; of both phases,
+        the one that misses by more.
+        """
+        least: dict[Role, Hopeless] = {}
+        for one in sorted(self._phases.hopeless, key=lambda one: one.excess):
+            least.setdefault(one.role, one)
+        able = {one.role for one in self._phases.results.values() if one.fate not in (Fate.REFUSED, Fate.HOPELESS)}
+        phases = [one for role, one in least.items() if role not in (Role.MIXED, *able)]
+        kinds = [max(phases, key=lambda one: one.excess)] if phases else []
+        kinds += [least[Role.MIXED]] if Role.MIXED in least else []
+        return min(kinds or self._phases.hopeless, key=lambda one: one.excess)
 
     def _notes(self) -> tuple[str, ...]:
         notes = []

@@ -104,6 +104,11 @@ def test_a_promise_that_nobody_can_keep_is_infeasible_and_says_why() -> None:
     assert {one.fate for one in result.explored} == {Fate.HOPELESS}
 
 
+def test_of_two_promises_that_nobody_keeps_the_one_in_the_way_is_told() -> None:
+    result = planned(workload__slo_classes={"chat": {"ttft_s": 0.001, "tpot_s": 0.0095}})
+    assert "to its first token" in result.infeasible, "a TPOT that is missed by little is not what stands in the way"
+
+
 def test_a_model_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
     result = planned(model="opt-175b")
     assert result.best is None
