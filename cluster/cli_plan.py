@@ -209,6 +209,11 @@ def _check(problem: Problem, given: Mapping[str, Any]) -> None:
     if given["choose"] not in CHOICES:
         raise ValueError(f"choose: {given['choose']!r} is not allowed; allowed: {', '.join(CHOICES)}")
     device_of(problem, given["device"])
+    if given["output"] is None:
+        if given["choose"] != "best":
+            raise ValueError("choose: has no effect without --output")
+        if given["device"] is not None and not given["validate"]:
+            raise ValueError("device: has no effect without --output or --validate")
     if given["validate"]:
         _check_validation(problem)
     if given["report"] is not None:
