@@ -140,8 +140,7 @@ def seq_id(request_id: str, choice: int, side: Side, attempt: int) -> str:
     return f"{request_id}/{choice}/{side[0]}{attempt}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTimeCoefficients:
+class StepTimeCoefficients(NamedTuple):
     """Linear step-time model reported by a worker; see `cluster.latency.linear`. All in seconds."""
 
     step_s: float = 0.0

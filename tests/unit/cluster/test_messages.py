@@ -82,8 +82,7 @@ def test_tokens_come_back_whole(tokens: list[SampledToken]) -> None:
 
 @given(st.tuples(*[st.floats(0, 1e6)] * 4))
 def test_step_times_come_back_whole(values: tuple[float, ...]) -> None:
-    names = (field.name for field in fields(StepTimeCoefficients))
-    coefficients = StepTimeCoefficients(**dict(zip(names, values, strict=True)))
+    coefficients = StepTimeCoefficients(*values)
     assert step_time_from_proto(over_the_wire(step_time_to_proto(coefficients))) == coefficients
 
 

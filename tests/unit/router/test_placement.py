@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem.router.placement import (
@@ -40,7 +38,7 @@ def test_prefill_goes_where_the_first_token_comes_first() -> None:
 
 
 def test_a_faster_worker_may_have_the_longer_queue() -> None:
-    slow = view("slow", step_time=replace(VIEW.step_time, prefill_token_s=1e-2))
+    slow = view("slow", step_time=VIEW.step_time._replace(prefill_token_s=1e-2))
     fast = view("fast", queued_prefill_tokens=500)
     assert names(rank_prefill((slow, fast), 100, {})) == ["fast", "slow"]
 
