@@ -43,7 +43,7 @@ def test_opt_13b_on_four_gpus_is_prefill_tp_2_and_decode_tp_1(data: Path) -> Non
                     "lengths": str(data / LENGTHS),
                     "slo_classes": {"chat": {"ttft_s": 0.2, "tpot_s": 0.1}},
                 },
-                "search": {"seeds": 2, "processes": 2, "time_limit_s": 120},
+                "search": {"seeds": 2, "processes": 2, "time_limit_s": 80},
             },
         )
     )

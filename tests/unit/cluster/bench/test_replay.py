@@ -106,6 +106,7 @@ def test_goodput_is_by_gpu_and_promise(data: Path, monkeypatch: pytest.MonkeyPat
     lengths = data / "lengths.csv"
     lengths.write_text("arrival_s,input_tokens,output_tokens\n" + ",16,5\n" * 4)
     monkeypatch.setattr(replay_colocated, "REQUESTS", 30)
+    monkeypatch.setattr(replay_colocated, "RATES", (0.5, 4.0))
     loose, none = SLO(ttft_s=10.0, tpot_s=1.0), SLO(ttft_s=0.01, tpot_s=1.0)
     found = {}
     for apart in (False, True):
