@@ -53,17 +53,14 @@ def save_report(
 ) -> None:
     """Writes it, of the kind that the suffix says. Raises OSError."""
     if Path(path).suffix.lower() == ".png":
-        lines = [
-            *remarks(problem, result, timed=False),
-            *(f"{name}: {text}" for name, text in inputs(problem, setting)),
-        ]
-        caption = "\n".join(lines)
+        told = [f"{name}: {text}" for name, text in inputs(problem, setting)]
+        caption = "\n".join([*of_the_best(problem, result), *remarks(problem, result, timed=False), *told])
         Path(path).write_bytes(png(result, problem.attainment, verdict(result), caption))
         return
     Path(path).write_text(page(problem, setting, result, command), encoding="utf-8")
 
 
-def _of_the_best(problem: Problem, result: PlanResult) -> list[str]:
+def of_the_best(problem: Problem, result: PlanResult) -> list[str]:
     """What the picture does not show of both best plans, a line each: what binds them, what they cost."""
     lines = []
     for one in (result.disaggregated, result.colocated):

@@ -32,6 +32,8 @@ COLORS = {"disaggregated": "#1f6fb4", "colocated": "#d9731a"}
 _PALE = {"disaggregated": "#8fbbe0", "colocated": "#efb98a"}
 _MUTED, _EDGE = "#666666", "#bbbbbb"
 _LOOKED = (Fate.SIMULATED, Fate.SCREENED)
+_SHADES = {Fate.SIMULATED: 0.8, Fate.SCREENED: 0.8, Fate.ESTIMATED: 0.35}
+"""How dark the best cell is; what was only estimated is pale."""
 _PER_GPU = "requests/s per GPU"
 
 
@@ -59,9 +61,8 @@ class Cell:
 
 def legend(result: PlanResult) -> str:
     """What the signs in the maps mean."""
-    low = "both too low to be simulated" if result.complete else "not simulated"
     cut = "" if result.decided else " ≥: cut short, at least so much."
-    return f"{_SIGNS} ~: estimated, <: at most; {low}.{cut} Framed: the best disaggregated plan."
+    return f"{_SIGNS} ~: estimated, <: at most; neither simulated.{cut} Framed: the best disaggregated plan."
 
 
 def png(result: PlanResult, target: float, title: str, caption: str) -> bytes:
@@ -308,13 +309,13 @@ def _draw_map(
     if not rows or not columns:
         _nothing(axes)
         return
-    top = max((cell.value for row in cells for cell in row if cell.fate in _LOOKED), default=0.0)
+    top = max((cell.value for row in cells for cell in row if cell.fate in _SHADES), default=0.0)
     shade = colormaps["Blues"]
     small = len(columns) > 7 or len(rows) > 7
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
             text, color = _cell_text(cell, small)
-            face = shade(cell.value / (top * 1.25)) if cell.fate in _LOOKED and top else "white"
+            face = shade(_SHADES[cell.fate] * cell.value / top) if cell.fate in _SHADES and top else "white"
             if cell.fate in (Fate.REFUSED, Fate.HOPELESS):
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f0f0f0", edgecolor=_EDGE, hatch="///"))
             else:

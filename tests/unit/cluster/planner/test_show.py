@@ -13,7 +13,7 @@ import pytest
 from plan_cases import evaluated, mixed, opt, refused, result, split
 from rich.console import Console
 from tandem.cluster.planner.problem import Problem
-from tandem.cluster.planner.report import check_report, page, save_report
+from tandem.cluster.planner.report import check_report, of_the_best, page, save_report
 from tandem.cluster.planner.report_figures import curve, legend, pair_cells
 from tandem.cluster.planner.result import Affinity, Fate, Interval, PlanResult
 from tandem.cluster.planner.setting import setting_of
@@ -93,11 +93,18 @@ def test_what_is_known_so_far_is_told_as_that() -> None:
     assert line_of(text, "disaggregated") == ["disaggregated, so far", "colocated"]
     assert line_of(text, "per GPU (95 %)")[1:] == ["at least 2.00", "1.50 (1.42 to 1.58)"]
     assert "an interruption ended the search" in remarks(opt(), replace(found, interrupted=True))[-2]
-    assert "too low to be simulated" not in legend(found)
     assert "cut short" in legend(found)
+    assert "cut short" not in legend(result())
     nothing = replace(cut, goodput=Interval(mean=0.0, low=0.0, high=0.0), estimate=6.0)
     [cell] = pair_cells(replace(found, disaggregated=nothing, explored=(nothing,))).values()
     assert (cell.fate, cell.value) == (Fate.ESTIMATED, 2.0), "what nothing was seen of is worth its estimate"
+
+
+def test_a_picture_says_what_binds_and_what_it_costs() -> None:
+    lines = of_the_best(opt(price_per_gpu_hour=2.0), result())
+    assert [line.split(":")[0] for line in lines] == ["disaggregated", "colocated"]
+    assert "bound by TTFT of chat, in 83 % of what misses" in lines[0]
+    assert lines[0].endswith("for 1M tokens at 2.00 per GPU-hour")
 
 
 def test_cells_and_stages_have_their_nodes() -> None:
