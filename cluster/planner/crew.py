@@ -90,7 +90,9 @@ class Search:
             return shape.where(target - score + shape.at(rate))  # as far above or below the estimate everywhere
 
         try:
-            goodput, _ = find_goodput(run, start=start, target=target, lead=lead, precision=self.precision)
+            goodput, _ = find_goodput(
+                run, start=start, target=target, lead=lead, precision=self.precision, ceiling=outlook.bound(what)
+            )
         except OutOfTime:
             kept = [trial.rate for trial in trials if trial.score >= setting.target]
             return Found(search=self, goodput=max(kept, default=0.0), trials=tuple(trials), complete=False)

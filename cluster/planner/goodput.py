@@ -63,22 +63,25 @@ def find_goodput(
     target: float,
     lead: Callable[[float, float], float],
     precision: Precision,
+    ceiling: float = math.inf,
 ) -> tuple[float, list[S]]:
     """(rate at which the score falls below `target`, what was run for it, in order).
 
     `lead`: from a rate and its score to where the target is then expected. Follows it from `start` until the precision
     is met; between a kept rate and one that is not the score is taken for straight. 0 where not even `start / 64` is
-    kept.
+    kept. Above `ceiling`, which no answer may be, nothing is run.
     """
     runs: list[S] = []
     kept: S | None = None
     failed: S | None = None
-    rate = start
+    rate = start = min(start, ceiling)
     while len(runs) < precision.most:
         found = run(rate)
         runs.append(found)
         if found.score >= target:
             kept = found
+            if rate >= ceiling:
+                break
         else:
             failed = found
         off = lead(rate, found.score) / rate - 1.0
@@ -92,7 +95,7 @@ def find_goodput(
             rate = kept.rate + share * (failed.rate - kept.rate)
         else:
             step = min(precision.step ** len(runs), max(LEAST_STEP, 1.0 + OVERSHOT * abs(off)))
-            rate = rate * step if failed is None else rate / step
+            rate = min(ceiling, rate * step) if failed is None else rate / step
         if rate < start / FLOOR:
             break
     if kept is None:

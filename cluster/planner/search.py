@@ -45,7 +45,7 @@ OPTIMISM = 1.04
 """How much better than its estimate a candidate may turn out."""
 BEYOND_BOUND = 1.05
 """How far above its capacity bound a short run may still look good."""
-PRECISION = Precision(width=1.1, nearness=0.05, noise=0.02, most=6, step=1.12)
+PRECISION = Precision(width=1.1, nearness=0.07, noise=0.02, most=6, step=1.12)
 """Noise: a little more than a standard deviation of the attainment of 500 requests at 90 %."""
 TRUSTED = 1.15
 """An estimate that was wrong by less under one seed is taken as it is under another."""
@@ -306,12 +306,14 @@ class _Run:
             why += f"{best.goodput.mean:.3g} with {best.candidate.gpus}"
             self._explored[candidate] = replace(seen, fate=Fate.BOUNDED, why=why)
             return False
-        return self._worth(candidate, seen.estimate * self._trust(candidate) * OPTIMISM) > found
+        return self._worth(candidate, seen.estimate * self._trust(candidate)) > found
 
     def _trust(self, candidate: Candidate) -> float:
-        """Of an estimate: what simulations of the same splits came to, held against theirs; at most 1."""
+        """What to take an estimate times: what simulations of the same splits came to, held against theirs, and at most
+        1; where there was none, it may turn out better.
+        """
         alike = [one for one in self._explored.values() if one.seeds and _splits(one.candidate) == _splits(candidate)]
-        return min([1.0, *(one.goodput.mean / one.estimate for one in alike if one.estimate)])
+        return min((min(1.0, one.goodput.mean / one.estimate) for one in alike if one.estimate), default=OPTIMISM)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

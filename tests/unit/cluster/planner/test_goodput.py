@@ -77,3 +77,11 @@ def test_the_interval_is_students() -> None:
 @pytest.mark.parametrize("freedom", range(1, 40))
 def test_students_t_is_that_of_a_large_library(freedom: int) -> None:
     assert student_t(freedom) == pytest.approx(float(stdtrit(freedom, 0.975)), rel=1e-9)
+
+
+def test_nothing_is_run_above_a_ceiling() -> None:
+    lead = straight(1.0, 0.9)
+    found, runs = find_goodput(knee(10.0), start=7.0, target=0.9, lead=lead, precision=FINE, ceiling=8.0)
+    assert found == max(run.rate for run in runs) == 8.0
+    below, _ = find_goodput(knee(6.0), start=9.0, target=0.9, lead=lead, precision=FINE, ceiling=8.0)
+    assert below == pytest.approx(6.0, rel=0.05)
