@@ -35,6 +35,7 @@ from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, Schedul
 from .sequence import Sequence, State, check_spec
 from .sequence_kv import WRITER, SequenceKV
 from .service_queue import ServiceQueue
+from .slots import with_slots
 
 
 class QueueFull(RuntimeError):
@@ -350,32 +351,7 @@ class Scheduler:
     # ---------------------------------------------------------------- how
 
     def _with_slots(self, decoding: list[Sequence], by_age: list[Sequence]) -> list[Sequence]:
-        """Those of `decoding` (oldest first) whose next position has a slot, taking blocks and preempting as needed.
-
-        Victims are strictly newer than who asks, newest first, so that the oldest always gets on; who finds none
-        keeps its blocks and waits for the next step. A victim in an outstanding plan is only doomed: its blocks come
-        when that plan is complete. OUT sequences are never victims: they never grow, leave soon, and a reader is at
-        their blocks.
-        """
-        granted: list[Sequence] = []
-        victims = [seq for seq in by_age if seq.spec.handoff is not Handoff.OUT]
-        if any(seq.doomed for seq in victims):
-            victims = []  # blocks are on their way
-        for seq in decoding:
-            if not seq.can_decode:
-                continue  # has become a victim itself
-            has_slot = self._kv.grow(seq)
-            while not has_slot and victims and victims[-1].order > seq.order:
-                victim = victims.pop()
-                if victim.plans > 0:
-                    victim.doomed = True
-                    victims = []
-                else:
-                    self._preempt(victim)
-                    has_slot = self._kv.grow(seq)
-            if has_slot:
-                granted.append(seq)
-        return granted
+        return with_slots(decoding, by_age, self._kv, self._preempt)
 
     def _pull_first(self) -> bool:
         """Whether contexts are pulled now, or once the plans that are under way are complete; begins them, after those

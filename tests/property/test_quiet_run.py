@@ -158,3 +158,21 @@ def test_a_long_answer_takes_few_runs() -> None:
     driven.run([Arrival(at=0, prompt=5, max_tokens=30, handoff=Handoff.NONE, pull_steps=1)])
     assert driven.log == [(1, "first", "0", 0), (30, "ended", "0", 29, FinishReason.LENGTH)]
     assert driven.steps_alone == 1, "its prompt's"
+
+
+def test_a_prompt_is_computed_beside_rows_in_lockstep() -> None:
+    """It comes while another one decodes: no step is taken one by one for it, not even where it takes two of them."""
+    driven = Driven(100, 8, Role.MIXED, "iteration", False, True)
+    driven.run(
+        [
+            Arrival(at=0, prompt=5, max_tokens=30, handoff=Handoff.NONE, pull_steps=1),
+            Arrival(at=10, prompt=20, max_tokens=3, handoff=Handoff.NONE, pull_steps=1),
+        ]
+    )
+    assert [entry[:3] for entry in driven.log] == [
+        (1, "first", "0"),
+        (12, "first", "1"),
+        (14, "ended", "1"),
+        (30, "ended", "0"),
+    ]
+    assert driven.steps_alone == 1, "the first prompt's"
