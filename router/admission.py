@@ -128,9 +128,11 @@ class Admission:
         return min(MAX_TRIES, len(self._decisions) / max(let_in, 1))
 
     def _lag_s(self, now_s: float) -> float:
-        """How much later than forecast first tokens have been coming; never less than nothing."""
+        """How much later than forecast first tokens have been coming; never less than nothing. Nothing, too, where
+        nobody waits for one: what made them late is over, and only who is let in can show that.
+        """
         _forget(self._lateness_s, now_s)
-        if len(self._lateness_s) < LATENESS_SAMPLES:
+        if not self._waiting or len(self._lateness_s) < LATENESS_SAMPLES:
             return 0.0
         return max(0.0, statistics.median(late_s for _, late_s in self._lateness_s))
 

@@ -181,6 +181,7 @@ def test_a_forecast_learns_by_how_much_first_tokens_come_late_and_forgets_it() -
     for i in range(LATENESS_SAMPLES):
         enter(admission, str(i), 0.0, forecast=waits(0.0))
         admission.first_token(str(i), 1.1)  # a second later than forecast
+    enter(admission, "waits", 1.2, forecast=waits(0.0))
     enter(admission, "fits", 1.2, forecast=waits(0.8))
     with pytest.raises(PromiseUnattainable):
         enter(admission, "late", 1.2, forecast=waits(1.0))
@@ -194,3 +195,17 @@ def test_first_tokens_that_come_early_promise_nothing() -> None:
         admission.first_token(str(i), 0.1)
     with pytest.raises(PromiseUnattainable):
         enter(admission, "late", 0.2, forecast=waits(2.0))
+
+
+def test_lateness_is_over_where_nobody_waits_any_more() -> None:
+    """A worker that was lost made many late; once it is back and idle, somebody must be let in to show it."""
+    admission = Admission(100)
+    for i in range(LATENESS_SAMPLES):
+        enter(admission, str(i), 0.0, forecast=waits(0.0))
+    for i in range(LATENESS_SAMPLES):
+        admission.first_token(str(i), 10.1)
+    enter(admission, "first", 10.2, forecast=waits(0.0))
+    with pytest.raises(PromiseUnattainable):
+        enter(admission, "second", 10.2, forecast=waits(0.0))
+    admission.first_token("first", 10.3)
+    enter(admission, "second", 10.3, forecast=waits(0.0))
