@@ -310,10 +310,10 @@ class _Run:
 
     def _trust(self, candidate: Candidate) -> float:
         """What to take an estimate times: what simulations of the same splits came to, held against theirs, and at most
-        1; where there was none, it may turn out better.
+        1; and it may turn out better.
         """
         alike = [one for one in self._explored.values() if one.seeds and _splits(one.candidate) == _splits(candidate)]
-        return min((min(1.0, one.goodput.mean / one.estimate) for one in alike if one.estimate), default=OPTIMISM)
+        return OPTIMISM * min([1.0, *(one.goodput.mean / one.estimate for one in alike if one.estimate)])
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
