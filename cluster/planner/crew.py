@@ -29,8 +29,8 @@ from .trial import OutOfTime, Trial, run_candidate
 
 TICK_S = 0.1
 """How often a waiting search looks whether it is to end."""
-END_S = 5.0
-"""For a process to end once its pipe is closed."""
+DEATH_S = 5.0
+"""For a process whose pipe has ended to be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end(at_once=error is not None)
+        self._end()
 
     def _begin(self) -> None:
         context = multiprocessing.get_context(
@@ -186,17 +186,16 @@ class Crew:
         theirs.close()
         self._members[ours] = process
 
-    def _end(self, *, at_once: bool) -> None:
+    def _end(self) -> None:
+        """They hold nothing, so nothing is waited for; a pipe's end they would not see, because forks of each other
+        hold it too.
+        """
         members, self._members = self._members, {}
         for pipe, process in members.items():
-            if at_once:
-                process.kill()
+            process.kill()
             pipe.close()
         for process in members.values():
-            process.join(END_S)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+            process.join()
             process.close()
 
     @property
@@ -231,7 +230,7 @@ class Crew:
                 answers[place] = found
                 on_answer(place, found)
             if self._stopped():
-                self._end(at_once=True)
+                self._end()
                 break
         return answers
 
@@ -241,7 +240,7 @@ class Crew:
             done: _Done = pipe.recv()
         except EOFError:
             process = self._members[pipe]
-            process.join(END_S)
+            process.join(DEATH_S)
             raise RuntimeError(f"a process that simulated ended with exit code {process.exitcode}") from None
         self.cpu_s += done.cpu_s
         if done.error is not None:
