@@ -126,7 +126,9 @@ def test_times_that_disagree_are_refused_by_name() -> None:
     with pytest.raises(Disagreement, match=r"nothing saved: .* of 2 of 3 points .* 15%: decode 8 x 64 \(67%\), prefi"):
         check_agreement(times, 0.15)
     many = {str(number): [1.0, 1.0, 2.0, 2.0] for number in range(9)}
-    with pytest.raises(Disagreement, match=r"and 4 more; measure on a quieter machine, or allow a larger --max-transfer"):
+    with pytest.raises(
+        Disagreement, match=r"and 4 more; measure on a quieter machine, or allow a larger --max-transfer"
+    ):
         check_agreement(many, 0.15, option="max_transfer_spread")
 
 
