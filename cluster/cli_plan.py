@@ -304,7 +304,7 @@ def _draw(display: Display, problem: Problem, setting: Setting, result: PlanResu
                 setting,
                 result,
                 processes=problem.search.chosen_processes,
-                time_limit_s=problem.search.time_limit_s,
+                time_limit_s=max(0.0, problem.search.time_limit_s - result.wall_s),
                 progress=lambda what, share: steps("report", what, share),
             )
     except KeyboardInterrupt:

@@ -221,6 +221,11 @@ class Evaluation:
     been seen of it, its lowest that is sure; 0 and none where nothing was, and there is the `estimate` only."""
 
     @property
+    def at_bound(self) -> bool:
+        """Whether what it computes at most holds it down under every seed: its interval then knows no chance."""
+        return len(self.seeds) > 1 and self.bound > 0.0 and min(self.seeds) >= self.bound
+
+    @property
     def goodput_per_gpu(self) -> float:
         """Requests a second for each device in use."""
         return self.goodput.mean / self.candidate.gpus

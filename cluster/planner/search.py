@@ -16,22 +16,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from typing import TypeVar
 
 from ..types import Role
-from .algorithms import algorithm_1, algorithm_2, colocated
-from .crew import Crew, Found, Means, Search, Task
-from .evaluate import difference, evaluation, marginal, worth
+from .crew import Crew, Found, Search, Task
+from .evaluate import difference, evaluation, marginal
 from .goodput import Precision
-from .neighbors import neighbors, one_more
-from .outlook import Hopeless, Outlook
+from .neighbors import one_more
+from .outcome import decided, in_order, notes, why_infeasible
+from .outlook import Outlook
 from .phases import Phases
-from .place import all_splits, why_not
+from .place import why_not
 from .predict import Saw, Watch, prediction_of, rate_of, watches
 from .problem import Problem
-from .result import Affinity, Candidate, Evaluation, Fate, Marginal, PlanResult
+from .proposals import Challenge, Proposals, splits_of, unlike
+from .result import Candidate, Evaluation, Fate, Marginal, PlanResult
 from .setting import Setting, setting_of
 from .stop import Stop
 
@@ -49,10 +50,6 @@ PRECISION = Precision(width=1.1, nearness=0.07, noise=0.02, most=6, step=1.12)
 """Noise: a little more than a standard deviation of the attainment of 500 requests at 90 %."""
 TRUSTED = 1.15
 """An estimate that was wrong by less under one seed is taken as it is under another."""
-CLIMBS, LOCAL_ROUNDS, LOCAL_GAIN = 3, 6, 1.01
-"""Local searches of a side, from its best proposals of unlike splits; their length; what a step must gain."""
-WAVE = 4
-"""Proposals that are estimated at once; the next are held against the best of them."""
 CLOSE = 0.9
 """Of the best under the first seed: between these the estimates under all seeds choose."""
 
@@ -70,22 +67,6 @@ def plan(problem: Problem, progress: Progress | None = None) -> PlanResult:
         return _Run(setting, crew, stop, begun_s, progress or (lambda what, share: None)).result()
 
 
-@dataclass(frozen=True, slots=True)
-class Challenge:
-    """A `Task`: the estimate of a candidate; with a rate that others reach: in full only where it is kept."""
-
-    candidate: Candidate
-    seed: int
-    rate: float = 0.0
-    near: float = 0.0
-
-    def do(self, means: Means) -> float:
-        """Goodput, requests a second."""
-        if self.rate:
-            return means.outlook.challenge(self.candidate, self.seed, self.rate)
-        return means.outlook.goodput(self.candidate, self.seed, self.near)
-
-
 class _Run:
     """One search."""
 
@@ -98,7 +79,9 @@ class _Run:
         self._progress = progress
         self._outlook = Outlook(setting)
         self._phases = Phases(self._outlook)
-        self._explored: dict[Candidate, Evaluation] = {}
+        self._proposals = Proposals(setting, self._outlook, self._phases, self._do)
+        self._explored = self._proposals.explored
+        self._estimate, self._worth = self._proposals.estimate, self._proposals.worth
         self._founds: dict[Candidate, list[Found]] = {}
         self._requests = 0
         self._complete = self._in_time = True
@@ -109,12 +92,12 @@ class _Run:
         self._progress("splits of each phase", 0.0)
         asks = self._phases.look()
         self._phases.take(asks, self._do(asks, "splits of each phase", 0.0, 0.1))
-        splits = self._propose_split()
+        splits = self._proposals.split()
         gpus = splits[0].gpus if splits else self._setting.gpus
-        split, mixed = self._screen_both(splits, self._propose_mixed(gpus))
+        split, mixed = self._screen_both(splits, self._proposals.mixed(gpus))
         split = self._finalist(split)
         if split is not None and split.candidate.gpus < gpus and mixed is not None:
-            again = self._propose_mixed(split.candidate.gpus)
+            again = self._proposals.mixed(split.candidate.gpus)
             mixed = self._screen_both([], again, most=split.candidate.gpus)[1]
         mixed = self._finalist(mixed)
         split, mixed = self._all_seeds(split, mixed)
@@ -173,92 +156,6 @@ class _Run:
             seeds=len(self._setting.seeds),
         )
 
-    # --- choosing by estimates --------------------------------------------------------------------------------------
-
-    def _estimate(self, candidate: Candidate) -> float:
-        return self._explored[candidate].estimate if candidate in self._explored else 0.0
-
-    def _worth(self, candidate: Candidate, goodput: float) -> tuple[float, ...]:
-        return worth(candidate, goodput, self._setting.target_rate)
-
-    def _able(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that can run and that one request alone does not rule out; the others go into the map with the reason
-        why they were left.
-        """
-        able = []
-        for one in candidates:
-            why = why_not(self._setting, one)
-            if why:
-                self._explored[one] = Evaluation(candidate=one, fate=Fate.REFUSED, why=why)
-                continue
-            hopeless = next((found for pool in one.pools if (found := self._outlook.hopeless(pool))), None)
-            if hopeless is not None:
-                self._phases.hopeless.append(hopeless)
-                self._explored[one] = Evaluation(candidate=one, fate=Fate.HOPELESS, why=hopeless.text)
-            else:
-                able.append(one)
-        return able
-
-    def _look_at(self, candidates: Sequence[Candidate], at_least: float, what: str, begin: float, end: float) -> None:
-        """Estimates them; in full only those that reach `at_least` requests a second for each GPU."""
-        new = [one for one in candidates if one not in self._explored]
-        seed = self._setting.seeds[0]
-        asks = [Challenge(one, seed, at_least * one.gpus) for one in new]
-        for one, estimate in zip(new, self._do(asks, what, begin, end), strict=True):
-            bound = self._outlook.bound(one)
-            seen = Evaluation(candidate=one, fate=Fate.ESTIMATED, bound=bound, estimate=estimate or 0.0)
-            self._explored[one] = replace(seen, decided=estimate is not None)
-
-    def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        able = [one for one in candidates if self._estimate(one) > 0.0]
-        return sorted(able, key=lambda one: self._worth(one, self._estimate(one)), reverse=True)
-
-    def _propose(self, candidates: Sequence[Candidate], what: str, begin: float, end: float) -> list[Candidate]:
-        """The most promising first, with where a local search leads from there."""
-        able, middle = self._able(candidates), (begin + end) / 2
-        if able and not able[0].disaggregated:  # those of the algorithms come best first
-            able.sort(key=lambda one: self._worth(one, self._outlook.bound(one)), reverse=True)
-        able = [*(first := _unlike(able)), *(one for one in able if one not in first)]
-        best = 0.0
-        for place in range(0, len(able), WAVE):
-            wave = able[place : place + WAVE]
-            share = [begin + (middle - begin) * (place + after) / len(able) for after in (0, len(wave))]
-            self._look_at(wave, best, what, *share)
-            if self._setting.target_rate is None:
-                best = max(best, *(self._estimate(one) / one.gpus for one in wave))
-        ranked = self._ranked(able)
-        way = [one for start in _unlike(ranked)[:CLIMBS] for one in self._climb(start, middle, end)]
-        return self._ranked(list(dict.fromkeys([*ranked, *way])))
-
-    def _climb(self, here: Candidate, begin: float, end: float) -> list[Candidate]:
-        """Local search: from one candidate to the neighbor that is estimated best, while that is better; its way."""
-        way = []
-        for place in range(LOCAL_ROUNDS):
-            around = [
-                one
-                for one in neighbors(self._setting, here)
-                if one.disaggregated or one.gpus == here.gpus  # the baseline stays at its count
-            ]
-            estimate, full = self._estimate(here), self._setting.target_rate is not None
-            at_least = 0.0 if full else LOCAL_GAIN * estimate / here.gpus
-            share = [begin + (end - begin) * (place + after) / LOCAL_ROUNDS for after in (0, 1)]
-            self._look_at(around, at_least, "local search", *share)
-            step = max(around, key=lambda one: self._worth(one, self._estimate(one)), default=None)
-            if step is None or self._worth(step, self._estimate(step) / LOCAL_GAIN) <= self._worth(here, estimate):
-                break
-            here = step
-            way.append(here)
-        return way
-
-    def _propose_split(self) -> list[Candidate]:
-        prefill, decode = self._phases.of(Role.PREFILL), self._phases.of(Role.DECODE)
-        proposals = [*algorithm_1(self._setting, prefill, decode), *algorithm_2(self._setting, prefill, decode)]
-        return self._propose(proposals, "disaggregated placements", 0.1, 0.2)
-
-    def _propose_mixed(self, gpus: int) -> list[Candidate]:
-        proposals = colocated(self._setting, all_splits(self._setting), gpus)
-        return self._propose(proposals, "colocated placements", 0.2, 0.3)
-
     # --- choosing by simulations ------------------------------------------------------------------------------------
 
     def _best(self, disaggregated: bool, most: int) -> Evaluation | None:
@@ -295,7 +192,7 @@ class _Run:
             return []
         first = self._worth(waiting[0], self._estimate(waiting[0]))
         close = [one for one in waiting if self._worth(one, self._estimate(one) * OPTIMISM) >= first]
-        return _unlike(close)[:SCREENED]
+        return unlike(close)[:SCREENED]
 
     def _may_beat(self, candidate: Candidate, best: Evaluation) -> bool:
         """Whether it is worth simulating beside the best so far; else the map says why not."""
@@ -312,7 +209,9 @@ class _Run:
         """What to take an estimate times: what simulations of the same splits came to, held against theirs, and at most
         1; and it may turn out better.
         """
-        alike = [one for one in self._explored.values() if one.seeds and _splits(one.candidate) == _splits(candidate)]
+        alike = [
+            one for one in self._explored.values() if one.seeds and splits_of(one.candidate) == splits_of(candidate)
+        ]
         return OPTIMISM * min([1.0, *(one.goodput.mean / one.estimate for one in alike if one.estimate)])
 
     # --- the end ----------------------------------------------------------------------------------------------------
@@ -407,21 +306,20 @@ class _Run:
         return self._explored[one.candidate]
 
     def _answer(self, split: Evaluation | None, mixed: Evaluation | None, more: tuple[Marginal, ...]) -> PlanResult:
-        order = [Fate.SIMULATED, Fate.SCREENED, Fate.ESTIMATED, Fate.BOUNDED, Fate.HOPELESS, Fate.REFUSED]
-        explored = sorted(
-            self._explored.values(),
-            key=lambda one: (order.index(one.fate), -one.goodput_per_gpu, -one.estimate / one.candidate.gpus),
-        )
-        sample = self._outlook.sample
-        decided = self._decided(True, split), self._decided(False, mixed)
+        seen, sample, gpus = self._explored.values(), self._outlook.sample, self._setting.gpus
+        sides = [
+            decided(seen, disaggregated=number == 0, best=best, in_time=self._in_time, gpus=gpus)
+            for number, best in enumerate((split, mixed))
+        ]
+        found = split is not None or mixed is not None
         return PlanResult(
             disaggregated=split,
             colocated=mixed,
             difference=difference(split, mixed) if split is not None and mixed is not None else None,
-            explored=tuple(explored),
+            explored=in_order(seen),
             phases=(*self._phases.of(Role.PREFILL), *self._phases.of(Role.DECODE)),
             marginal=more,
-            infeasible="" if split is not None or mixed is not None or not all(decided) else self._infeasible(),
+            infeasible="" if found or not all(sides) else why_infeasible(seen, self._phases),
             input_tokens=sample.mean_input,
             output_tokens=sample.mean_output,
             target_rate=self._setting.target_rate,
@@ -432,65 +330,13 @@ class _Run:
             cpu_s=time.process_time() - self._cpu_s + self._crew.cpu_s,
             complete=self._complete,
             interrupted=self._stop.asked(),
-            disaggregated_decided=decided[0],
-            colocated_decided=decided[1],
-            notes=self._notes(),
+            disaggregated_decided=sides[0],
+            colocated_decided=sides[1],
+            notes=notes(seen, gpus),
         )
-
-    def _decided(self, disaggregated: bool, best: Evaluation | None) -> bool:
-        """Whether more time would not have told more of that side."""
-        if self._in_time or best is not None:
-            return best is None or best.fate is Fate.SIMULATED
-        own = [one for one in self._explored.values() if one.candidate.disaggregated is disaggregated]
-        ruled_out = all(one.fate in (Fate.REFUSED, Fate.HOPELESS) for one in own)
-        return ruled_out and (bool(own) or self._setting.gpus == 1)
-
-    def _infeasible(self) -> str:
-        """Why nothing serves: the promise that stands in the way, or the memory that is missing."""
-        if self._phases.hopeless:
-            return self._nearest_miss().text
-        refused = [one.why for one in self._explored.values() if one.fate is Fate.REFUSED] or self._phases.refused
-        if refused and all(one.fate is Fate.REFUSED for one in self._explored.values()):
-            return f"no split fits: {refused[-1]}"
-        return "no rate that was tried keeps the promises of enough requests with any placement"
-
-    def _nearest_miss(self) -> Hopeless:
-        """What stands in the way of the kind of plan that comes nearest: of a phase, its best split; of both phases,
-        the one that misses by more.
-        """
-        least: dict[Role, Hopeless] = {}
-        for one in sorted(self._phases.hopeless, key=lambda one: one.excess):
-            least.setdefault(one.role, one)
-        able = {one.role for one in self._phases.results.values() if one.fate not in (Fate.REFUSED, Fate.HOPELESS)}
-        phases = [one for role, one in least.items() if role not in (Role.MIXED, *able)]
-        kinds = [max(phases, key=lambda one: one.excess)] if phases else []
-        kinds += [least[Role.MIXED]] if Role.MIXED in least else []
-        return min(kinds or self._phases.hopeless, key=lambda one: one.excess)
-
-    def _notes(self) -> tuple[str, ...]:
-        notes = []
-        if self._setting.gpus == 1:
-            notes.append("one GPU holds no two workers: only colocated is possible")
-        if any(one.affinity is Affinity.LOW and one.cells > 1 for one in self._explored):
-            notes.append(
-                "cells hand off inside themselves only: each has its own router, and an even share of the load"
-            )
-        return tuple(notes)
 
 
 def _scale(seen: Evaluation) -> float:
     """What an estimate is to be taken times under another seed."""
     scale = seen.seeds[0] / seen.estimate if seen.estimate and seen.seeds[0] else 1.0
     return scale if not 1.0 / TRUSTED < scale < TRUSTED else 1.0
-
-
-def _unlike(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The first of each kind of splits: limits of batches are what the local search is for."""
-    found: dict[tuple[tuple[int, int], ...], Candidate] = {}
-    for one in candidates:
-        found.setdefault(_splits(one), one)
-    return list(found.values())
-
-
-def _splits(candidate: Candidate) -> tuple[tuple[int, int], ...]:
-    return tuple((pool.tensor_parallel, pool.pipeline_stages) for pool in candidate.pools)

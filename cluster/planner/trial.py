@@ -13,24 +13,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...router.slo_classes import Promise
-from ..latency.interface import StepRun
-from ..latency.links import INSTANT
 from ..sim.cluster import ClusterSpec, SimCluster
-from ..sim.deploy import Replica, worker_spec
+from ..sim.deploy import worker_spec
 from ..sim.prompts import asked
 from ..sim.request import Asked, Outcome
 from ..sim.router import RouterSpec
-from ..types import Role
 from ..workload.spec import Row
-from .place import replica_of, replicas_of
-from .result import Candidate, Pool
+from .place import replicas_of
+from .result import Candidate
 from .setting import Setting
 
 FORGIVEN = 0.1
 """Of the requests: how far below the target a run must be for sure before it is ended."""
 LOOKS = 32
 """How often a run is asked whether it is decided."""
-_PLENTY = 10_000_000
 
 
 class OutOfTime(Exception):
@@ -40,22 +36,6 @@ class OutOfTime(Exception):
 def never() -> bool:
     """There is time."""
     return False
-
-
-class Costless:
-    """Steps that take no time: the other half of a phase that is looked at alone."""
-
-    pipeline_stages = 1
-
-    def step_time_s(self, prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
-        """None."""
-        return 0.0
-
-    stage_time_s = step_time_s
-
-    def decode_steps(self, rows: int, context_tokens: int, steps: int) -> StepRun:
-        """All at once."""
-        return StepRun(0.0, 0.0, steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,33 +91,6 @@ def cluster_of(
     router = RouterSpec(promises=setting.promises, refuses=False, own_s=setting.own_s, rpc_s=setting.rpc_s)
     spec = ClusterSpec(workers=workers, router=router, inside=setting.inside, between=setting.between)
     return spec, asked(rows, sharing=setting.device.prefix_cache)
-
-
-def run_phase(setting: Setting, pool: Pool, rate: float, seed: int, requests: int) -> Trial:
-    """The workers of one phase, the other half costless (DistServe, OSDI '24, §4.1): prefill by requests of one output
-    token against TTFT, decode by requests whose KV is there at once against TPOT.
-    """
-    rows = _rows(setting, rate, seed, requests)
-    device = replace(setting.device, prefix_cache=False)
-    own = tuple(worker_spec(f"own-{number}", replica_of(pool), device) for number in range(pool.count))
-    other_role = Role.DECODE if pool.role is Role.PREFILL else Role.PREFILL
-    other = worker_spec(
-        "other",
-        Replica(role=other_role, max_batched_tokens=_PLENTY, max_running=_PLENTY),
-        device,
-        costs=Costless(),
-        num_blocks=sum(-(-row.input_tokens // device.block_size) for row in rows) + device.context_tokens,
-    )
-    if pool.role is Role.PREFILL:
-        rows = [replace(row, output_tokens=1) for row in rows]
-        promises = {name: replace(one, tpot_s=None) for name, one in setting.promises.items()}
-    else:
-        promises = {name: replace(one, ttft_s=None) for name, one in setting.promises.items()}
-    # A router that knew the TPOT promise would hold requests back, which costs nothing where TTFT does not count.
-    known = {name: replace(one, tpot_s=None) for name, one in promises.items()}
-    router = RouterSpec(promises=known, refuses=False)
-    spec = ClusterSpec(workers=(*own, other), router=router, inside=INSTANT, between=INSTANT)
-    return _run(setting, spec, asked(rows, sharing=False), promises, rate, seed)
 
 
 def _rows(setting: Setting, rate: float, seed: int, requests: int) -> list[Row]:

@@ -112,7 +112,9 @@ def _cheaper(result: PlanResult) -> Evaluation | None:
 
 
 def binding_of(one: Evaluation) -> str:
-    """`TTFT of chat, in 83 % of what misses`; empty: it is not known."""
+    """`TTFT of chat, in 83 % of what misses`, or that it computes no more; empty: it is not known."""
+    if one.at_bound:
+        return "what it computes at most, under every seed"
     if one.binding is None:
         return ""
     return (

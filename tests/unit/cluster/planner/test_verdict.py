@@ -173,6 +173,10 @@ def test_what_binds_and_what_it_costs() -> None:
     one = evaluated(split(), 6.0)
     assert binding_of(one) == "TTFT of chat, in 83 % of what misses"
     assert binding_of(replace(one, binding=None)) == ""
+    held = replace(one, bound=6.0, seeds=(6.0, 6.0))
+    assert binding_of(held) == "what it computes at most, under every seed"
+    assert binding_of(replace(held, seeds=(6.0, 5.9))) == binding_of(one)
+    assert binding_of(replace(held, seeds=(6.0,))) == binding_of(one)
     hourly = 3 * 2.0  # GPUs times price
     tokens_per_hour = 6.0 * (512 + 64) * 3600
     assert cost_of(one, result(), 2.0) == pytest.approx(hourly / tokens_per_hour * 1e6)
