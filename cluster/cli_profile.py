@@ -244,7 +244,7 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
 
 def _measure_transfers(wanted: Wanted, kv_token_bytes: int, display: Display) -> dict[str, MeasuredTransfer]:
     from .profiler.repeat import check_agreement
-    from .profiler.transfers import measure_transfers
+    from .profiler.transfers import LEAST_S, measure_transfers
 
     timeout_s = max(wanted.repeat.budget_s * _TRANSFERS_SHARE, _TRANSFERS_AT_LEAST_S)
     with display.steps(remaining=True) as report:
@@ -260,7 +260,7 @@ def _measure_transfers(wanted: Wanted, kv_token_bytes: int, display: Display) ->
             allowed = "more time, or --no-transfers"
             raise ValueError(f"budget_s: transfers were not done after {timeout_s:.0f} s; allowed: {allowed}") from None
     times = {name: transfer.times_s for name, transfer in moved.items()}
-    check_agreement(times, wanted.max_transfer_spread, option="max_transfer_spread")
+    check_agreement(times, wanted.max_transfer_spread, least_s=LEAST_S, option="max_transfer_spread")
     return moved
 
 

@@ -50,6 +50,8 @@ PRECISION = Precision(width=1.1, nearness=0.07, noise=0.02, most=6, step=1.12)
 """Noise: a little more than a standard deviation of the attainment of 500 requests at 90 %."""
 TRUSTED = 1.15
 """An estimate that was wrong by less under one seed is taken as it is under another."""
+TIE = 1.05
+"""Who was better under the first seed by less than this is no better."""
 CLOSE = 0.9
 """Of the best under the first seed: between these the estimates under all seeds choose."""
 
@@ -164,7 +166,7 @@ class _Run:
             for one in self._explored.values()
             if one.candidate.disaggregated is disaggregated and one.goodput.mean > 0.0 and one.candidate.gpus <= most
         ]
-        return max(able, key=lambda one: self._worth(one.candidate, one.goodput.mean), default=None)
+        return max(able, key=self._worth_of, default=None)
 
     def _screen_both(
         self, splits: list[Candidate], mixed: list[Candidate], most: int | None = None
@@ -219,28 +221,57 @@ class _Run:
     def _all_seeds(
         self, split: Evaluation | None, mixed: Evaluation | None
     ) -> tuple[Evaluation | None, Evaluation | None]:
-        finalists = [best.candidate for best in (split, mixed) if best is not None]
-        searches = [self._under(one, seed) for seed in self._setting.seeds[1:] for one in finalists]
-        founds = self._simulate(searches, "all seeds", 0.6, 0.9)
-        for one in finalists:
+        best = {one.candidate.disaggregated: one for one in (split, mixed) if one is not None}
+        self._under_all([one.candidate for one in best.values()], 0.6, 0.8)
+        best = {side: self._explored[one.candidate] for side, one in best.items()}
+        challengers = [better for one in best.values() if (better := self._challenger(one)) is not None]
+        self._under_all(challengers, 0.8, 0.9)
+        for candidate in challengers:
+            seen, side = self._explored[candidate], candidate.disaggregated
+            if seen.fate is Fate.SIMULATED and self._worth_of(seen) > self._worth_of(best[side]):
+                best[side] = seen
+        return best.get(True), best.get(False)
+
+    def _under_all(self, candidates: Sequence[Candidate], begin: float, end: float) -> None:
+        """Simulates them under the seeds that are left."""
+        searches = [self._under(one, seed) for seed in self._setting.seeds[1:] for one in candidates]
+        founds = self._simulate(searches, "all seeds", begin, end)
+        for one in candidates:
             own = {found.search.seed: found for found in [*self._founds[one], *founds] if found.search.what == one}
             seen = takewhile(own.__contains__, self._setting.seeds)  # so that pairs have the same seed
             self._take(one, [own[seed] for seed in seen])
-        found = {one.disaggregated: self._explored[one] for one in finalists}
-        return found.get(True), found.get(False)
+
+    def _challenger(self, best: Evaluation) -> Candidate | None:
+        """The best of those on that side that were clearly better under the first seed, and there than the best under
+        all: the estimates that chose may have been wrong.
+        """
+        able = [
+            one
+            for one in self._screened(best)
+            if self._worth(one.candidate, one.seeds[0] / TIE) > self._worth(best.candidate, best.seeds[0])
+            and self._worth(one.candidate, one.seeds[0] / TIE) > self._worth_of(best)
+        ]
+        return max(able, key=self._worth_of).candidate if able else None
+
+    def _screened(self, best: Evaluation) -> list[Evaluation]:
+        """Those simulated under the first seed alone, on the side of `best`; colocated ones within its GPUs."""
+        return [
+            one
+            for one in self._explored.values()
+            if one.candidate.disaggregated is best.candidate.disaggregated
+            and one.fate is Fate.SCREENED
+            and one.seeds
+            and (one.candidate.disaggregated or one.candidate.gpus <= best.candidate.gpus)
+        ]
+
+    def _worth_of(self, one: Evaluation) -> tuple[float, ...]:
+        return self._worth(one.candidate, one.goodput.mean)
 
     def _finalist(self, best: Evaluation | None) -> Evaluation | None:
         """Of those that come near the best under the first seed, the one whose estimates under all are worth most."""
         if best is None:
             return None
-        close = [
-            one
-            for one in self._explored.values()
-            if one.candidate.disaggregated is best.candidate.disaggregated
-            and one.fate is Fate.SCREENED
-            and (one.candidate.disaggregated or one.candidate.gpus <= best.candidate.gpus)
-            and one.goodput_per_gpu >= CLOSE * best.goodput_per_gpu
-        ]
+        close = [one for one in self._screened(best) if one.goodput_per_gpu >= CLOSE * best.goodput_per_gpu]
         if len(close) < 2:
             return best
         seeds = self._setting.seeds[1:]
@@ -266,7 +297,7 @@ class _Run:
         able = [one for one in (split, mixed) if one is not None and one.goodput.mean > 0.0]
         if not able:
             return split, mixed, ()
-        best = max(able, key=lambda one: self._worth(one.candidate, one.goodput.mean))
+        best = max(able, key=self._worth_of)
         grown = [one for role in Role if (one := one_more(best.candidate, role)) is not None]
         grown = [one for one in grown if not why_not(self._setting, one, spare_nodes=1)]
         searches = [

@@ -41,7 +41,7 @@ def parts(problem: Problem, setting: Setting, result: PlanResult, *, verbose: bo
         yield _plans(problem, setting, result, best)
         others = runners_up(result)
         if others:
-            yield _runners_up(others)
+            yield _runners_up(result, others)
     yield Text(verdict(result), style="bold")
     yield Group(*(Text(line) for line in remarks(problem, result)))
     if verbose:
@@ -200,9 +200,9 @@ def quantiles(found: Quantiles | None) -> str:
     return " / ".join(number(seconds * 1e3) for seconds in (found.p50, found.p90, found.p99))
 
 
-def _runners_up(others: list[Evaluation]) -> Table:
+def _runners_up(result: PlanResult, others: list[Evaluation]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("runner-up", "GPUs", "goodput, requests/s", "per GPU, requests/s", "from"):
+    for name in ("runner-up", "GPUs", "goodput, requests/s", "per GPU, requests/s", "of the plan's per GPU", "from"):
         table.add_column(name, justify="left" if name in ("runner-up", "from") else "right")
     for one in others:
         table.add_row(
@@ -210,6 +210,7 @@ def _runners_up(others: list[Evaluation]) -> Table:
             str(one.candidate.gpus),
             _runner_up(one, 1.0),
             _runner_up(one, 1 / one.candidate.gpus),
+            _beside_the_plan(result, one),
             one.candidate.affinity.value,
         )
     return table
@@ -217,6 +218,19 @@ def _runners_up(others: list[Evaluation]) -> Table:
 
 def _runner_up(one: Evaluation, scale: float) -> str:
     return ("" if one.decided else "at least ") + number(one.goodput.mean * scale)
+
+
+def _beside_the_plan(result: PlanResult, one: Evaluation) -> str:
+    """In percent of the best plan of its kind, under the seeds that both saw."""
+    best = result.disaggregated if one.candidate.disaggregated else result.colocated
+    pairs = [] if best is None else list(zip(one.seeds, best.seeds, strict=False))
+    theirs = sum(pair[1] for pair in pairs)
+    if best is None or not theirs:
+        return "-"
+    share = sum(pair[0] for pair in pairs) / one.candidate.gpus / (theirs / best.candidate.gpus)
+    return f"{share * 100:.0f} %" + (
+        "" if len(pairs) == len(best.seeds) else f" ({len(pairs)} of {len(best.seeds)} seeds)"
+    )
 
 
 def _refused(result: PlanResult) -> Table:

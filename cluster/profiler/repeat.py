@@ -63,17 +63,20 @@ class Disagreement(RuntimeError):
     """Repeated measurements of some points lie too far apart to mean anything."""
 
 
-def spread(times_s: Sequence[float]) -> float:
-    """Distance of the quartiles over the median; 0 of a single time."""
+def spread(times_s: Sequence[float], least_s: float = 0.0) -> float:
+    """Distance of the quartiles over the median, which counts as `least_s` at least; 0 of a single time."""
     if len(times_s) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(times_s, n=4, method="inclusive")
-    return (high - low) / middle
+    return (high - low) / max(middle, least_s)
 
 
-def check_agreement(times_s: Mapping[str, Sequence[float]], max_spread: float, *, option: str = "max_spread") -> None:
-    """Disagreement naming the points whose times spread by more than `max_spread`, the worst first."""
-    bad = sorted(((spread(times), name) for name, times in times_s.items() if spread(times) > max_spread), reverse=True)
+def check_agreement(
+    times_s: Mapping[str, Sequence[float]], max_spread: float, *, least_s: float = 0.0, option: str = "max_spread"
+) -> None:
+    """Disagreement naming the points whose times spread by more than `max_spread` (see `spread`), the worst first."""
+    spreads = {name: spread(times, least_s) for name, times in times_s.items()}
+    bad = sorted(((value, name) for name, value in spreads.items() if value > max_spread), reverse=True)
     if not bad:
         return
     shown = ", ".join(f"{name} ({value:.0%})" for value, name in bad[:_SHOWN_NAMES])

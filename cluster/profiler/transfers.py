@@ -15,6 +15,9 @@ from ..latency.measured import MeasuredTransfer
 
 TRANSPORTS = ("mapped", "grpc")
 SIZES_MIB = (1.0, 4.0, 16.0, 64.0)
+LEAST_S = 0.01
+"""What a transfer counts as, at least, where its times are held against each other: a millisecond more or less of what
+takes a few is a thread that was late, and nothing that a request would notice."""
 MIN_TOKEN_BYTES = 4096
 """KV of a token of the models whose own is smaller: a prompt of millions of tokens is another matter than its KV."""
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plan_cases import opt
+from plan_cases import evaluated, mixed, opt, split
 from tandem.cluster.planner import setting as setting_module
-from tandem.cluster.planner.result import Fate, PlanResult
-from tandem.cluster.planner.search import plan
+from tandem.cluster.planner.goodput import interval
+from tandem.cluster.planner.result import Candidate, Fate, PlanResult
+from tandem.cluster.planner.search import _Run, plan
+from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.types import Role
 
 NOISE = 0.2
@@ -191,3 +194,22 @@ def test_faster_links_never_lower_goodput() -> None:
     slow, fast = (planned(nodes=2, gpus_per_node=1, inter_node=link, answer=32) for link in ("10Gbps", "400Gbps"))
     assert slow.disaggregated is None or fast.disaggregated is not None
     assert best_of(fast) >= (1.0 - NOISE) * best_of(slow)
+
+
+def test_who_was_clearly_better_under_the_first_seed_is_simulated_under_all() -> None:
+    """Estimates chose who is; the runner-up of a plan must not stand above it for want of a look."""
+    run = _Run(setting_of(opt()), cast(Any, None), cast(Any, None), 0.0, lambda what, share: None)
+    best = evaluated(mixed(), 6.0)
+
+    def seen(chunk: int, first: float) -> Candidate:
+        one = replace(best, candidate=mixed(chunk=chunk), fate=Fate.SCREENED, seeds=(first,))
+        run._explored[one.candidate] = replace(one, goodput=interval(one.seeds))
+        return one.candidate
+
+    assert run._challenger(best) is None
+    seen(1024, 6.2)
+    assert run._challenger(best) is None, "within what one seed says"
+    better, run._explored[split()] = seen(2048, 6.6), replace(evaluated(split(), 9.0), fate=Fate.SCREENED)
+    assert run._challenger(best) == better, "of the same kind"
+    lucky = replace(best, seeds=(6.5, 5.8, 5.7))
+    assert run._challenger(lucky) is None, "the first seed was kind to both"

@@ -17,7 +17,7 @@ from tandem.cluster.planner.report import check_report, of_the_best, page, save_
 from tandem.cluster.planner.report_figures import curve, legend, pair_cells
 from tandem.cluster.planner.result import Affinity, Fate, Interval, PlanResult
 from tandem.cluster.planner.setting import setting_of
-from tandem.cluster.planner.show import alternatives, remarks, runners_up, show
+from tandem.cluster.planner.show import _beside_the_plan, alternatives, remarks, runners_up, show
 
 
 def shown(problem: Problem, found: PlanResult, **options: Any) -> str:
@@ -45,7 +45,7 @@ def test_the_table_has_both_plans() -> None:
     assert line_of(text, "TTFT p50/p90/p99, ms")[1] == "81.2 / 212 / 400"
     assert line_of(text, "bound by")[1] == "TTFT of chat, in 83 % of what misses"
     assert float(line_of(text, "cost of 1M tokens")[1]) < float(line_of(text, "cost of 1M tokens")[2])
-    assert line_of(text, "2 x prefill TP 2 + 1 x decode TP 1")[1:] == ["5", "8.00", "1.60", "algorithm 1"]
+    assert line_of(text, "2 x prefill TP 2 + 1 x decode TP 1")[1:] == ["5", "8.00", "1.60", "80 %", "algorithm 1"]
     assert "Disaggregate: " in text
     assert "1 more prefill worker (2 GPUs) brings +2.20 requests/s" in text
     assert "\x1b" not in text
@@ -120,6 +120,16 @@ def test_cells_and_stages_have_their_nodes() -> None:
 def test_runners_up_are_others() -> None:
     labels = [one.candidate.label for one in runners_up(result())]
     assert labels == ["2 x prefill TP 2 + 1 x decode TP 1", "4 x mixed TP 1, chunks of 512"]
+
+
+def test_runners_up_are_held_against_the_plan_under_the_seeds_that_both_saw() -> None:
+    plan = result()
+    best = plan.colocated
+    assert best is not None
+    first = replace(best, candidate=mixed(chunk=1024), fate=Fate.SCREENED, seeds=(best.seeds[0] * 1.1,))
+    assert _beside_the_plan(plan, first) == "110 % (1 of 3 seeds)"
+    assert _beside_the_plan(plan, replace(best, seeds=tuple(0.5 * one for one in best.seeds))) == "50 %"
+    assert _beside_the_plan(replace(plan, colocated=None), first) == "-"
 
 
 def test_a_curve_is_over_the_seeds_between_their_rates() -> None:
