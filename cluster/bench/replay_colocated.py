@@ -22,7 +22,6 @@ from ..workload.spec import WorkloadSpec, load
 from .claims_load import crossing
 from .replay import device_of
 
-LENGTHS = "sharegpt_distserve_opt_poisson16rps.csv.gz"
 PROMISES = (SLO(ttft_s=0.2, tpot_s=0.1), SLO(ttft_s=0.2, tpot_s=0.03))
 """Those of DistServe's README for this model, and a tight one."""
 TARGET = 0.9

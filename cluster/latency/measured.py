@@ -26,7 +26,6 @@ from .profile import MEASURED, StepProfile, read_json, step_profile
 QUANTIZED_DTYPES = {"w8a8": "int8"}
 """What a parameter is kept as, by `EngineConfig.quantization`."""
 _Count = Annotated[int, Within(0)]
-_Seconds = Annotated[float, Within(0.0, above=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,9 +18,9 @@ from tandem.cluster.proto import tandem_v1_pb2_grpc as pb_grpc
 from tandem.router.client import TandemClient, TandemError
 from tandem.router.errors import DeadlineExceeded, Overloaded, Unavailable
 from tandem.router.grpc_api import pause_s
+from waits import WAIT_S, wait_until
 
 TEXT = "Héllo, wörld"
-WAIT_S = 20
 NO_PROXY = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -40,13 +39,6 @@ def stub(channel: grpc.Channel) -> pb_grpc.TandemStub:
 def client(front: Any) -> Iterator[TandemClient]:
     with TandemClient(front.grpc, timeout_s=WAIT_S) as client:
         yield client
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end_s, "timed out"
-        time.sleep(0.005)
 
 
 def test_generate(stub: pb_grpc.TandemStub, front: Any) -> None:

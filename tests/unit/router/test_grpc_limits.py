@@ -6,8 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
@@ -18,16 +17,9 @@ from tandem.router import grpc_api
 from tandem.router.body_budget import BodyBudget
 from tandem.router.client import TandemClient, TandemError
 from tandem.router.service import Delta, GenerateRequest
+from waits import WAIT_S, wait_until
 
-WAIT_S = 20
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end_s, "timed out"
-        time.sleep(0.005)
 
 
 def test_messages_are_bounded_together_and_given_back(front: Any) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -22,8 +21,8 @@ from tandem.router.client import TandemClient
 from tandem.router.errors import Unavailable
 from tandem.router.frontend import Frontend
 from tandem.router.service import Delta, GenerateRequest, ModelCard
+from waits import WAIT_S, wait_until
 
-WAIT_S = 20
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -41,13 +40,6 @@ def head_of(path: str, body_bytes: int, *more: str) -> bytes:
     """A request's head as it goes over the wire; `more`: whole header lines."""
     lines = ("Host: localhost", "Content-Type: application/json", *more, f"Content-Length: {body_bytes}")
     return "\r\n".join((f"POST {path} HTTP/1.1", *lines, "", "")).encode()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end_s, "timed out"
-        time.sleep(0.005)
 
 
 def test_a_stream_on_the_wire(front: Any) -> None:

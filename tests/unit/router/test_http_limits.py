@@ -21,8 +21,8 @@ from tandem.router.errors import Overloaded
 from tandem.router.http_app import check_host
 from tandem.router.http_protocol import MAX_PIPELINED, HttpLimits
 from tandem.router.service import Delta, GenerateRequest
+from waits import WAIT_S, wait_until
 
-WAIT_S = 20
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 SHORT = HttpLimits(head_timeout_s=0.3, idle_timeout_s=0.2, write_stall_s=0.3, linger_s=0.2)
@@ -69,13 +69,6 @@ def error_of(answer: bytes) -> tuple[int, dict[str, Any]]:
 
 def open_connections(front: Any) -> int:
     return len(front.frontend._http.connections)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end_s, "timed out"
-        time.sleep(0.005)
 
 
 def test_a_connection_that_sends_nothing_is_closed(start_front: Callable[..., Any]) -> None:

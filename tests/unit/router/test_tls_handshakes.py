@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +14,8 @@ import uvloop
 from tandem.cluster.tls import ClientTLS
 from tandem.router import tls_door
 from tandem.router.http_protocol import HttpLimits
+from waits import WAIT_S, wait_until
 
-WAIT_S = 20
 LOOPS = pytest.mark.parametrize("loop", [None, uvloop.new_event_loop])
 Loop = Callable[[], Any] | None
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -33,13 +32,6 @@ def handshakes(front: Any) -> int:
 
 def connections(front: Any) -> int:
     return len(front.frontend._http.connections)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end_s, "timed out"
-        time.sleep(0.005)
 
 
 def is_closed(connection: socket.socket) -> bool:
