@@ -46,6 +46,8 @@ class Shape:
                 share = (scores[index - 1] - score) / (scores[index - 1] - scores[index])
                 return rates[index - 1] + share * (rates[index] - rates[index - 1])
         end = 0 if score > scores[0] else -1
+        if not rates[end]:
+            return 0.0  # it begins there, and is higher nowhere
         fall = self.at(rates[end] * 1.5) - self.at(rates[end] * 2.0) if end else self.at(0.0) - self.at(rates[0])
         run = rates[end] * (0.5 if end else 1.0)
         return max(0.0, rates[end] - (score - scores[end]) * run / fall)

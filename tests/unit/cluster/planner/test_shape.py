@@ -43,3 +43,11 @@ def test_beyond_its_ends_it_goes_on_falling() -> None:
     shape = Shape([(10.0, 0.8)])
     assert shape.at(20.0) == pytest.approx(0.8 - LEAST_SLOPE)
     assert shape.where(0.9) == pytest.approx(5.0)
+
+
+def test_a_shape_that_begins_at_no_rate_is_higher_nowhere() -> None:
+    """What an estimate keeps at no rate, and a simulation misses by more."""
+    shape = Shape([(0.0, 0.9), (2.0, 0.0)])
+    assert shape.where(0.95) == 0.0
+    assert shape.where(0.9) == 0.0
+    assert shape.where(0.45) == pytest.approx(1.0)
