@@ -17,7 +17,10 @@ SOURCES := __init__.py cluster decode_worker kernels kvtransfer prefill_worker r
 # build, where the index would send gigabytes of CUDA. Without such a folder the try fails at once and nothing is lost.
 TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: fuzz peers peers-served help venv dev demo serve test soak faults paper lint fmt type proto clean
+# The GPU targets want torch, triton, pytest and hypothesis, nothing of ours: a GPU machine's own Python will do.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: test-gpu bench-gpu fuzz peers peers-served help venv dev demo serve test soak faults paper lint fmt type proto clean
 
 help:
 	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
@@ -30,6 +33,7 @@ help:
 	@echo "make fuzz    every parser against made-up input, FUZZ_SECONDS=60 each (ARGS=\"--seconds 10 gguf yaml\")"
 	@echo "make peers   ours beside vLLM, llama.cpp and transformers, which go to ~/.cache/tandem/peers: an hour"
 	@echo "make peers-served   the rate that vLLM's server keeps, and ours: an hour"
+	@echo "make test-gpu bench-gpu   the GPU kernels on a GPU, with GPU_PYTHON=… (without a GPU: interpreted; nothing measured)"
 	@echo "make fmt     format     make type  mypy     make proto  regenerate protobuf code     make clean"
 
 venv: $(VENV)/.installed
@@ -71,6 +75,13 @@ fuzz: dev
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install --quiet -e '.[fuzz]' || \
 	  echo "atheris cannot be installed here: inputs are drawn without a guide"
 	$(BIN)/python tests/fuzz/run.py $(ARGS)
+
+# Only the tests of the GPU kernels, without what other tests share.
+test-gpu: .typing/tandem
+	PYTHONPATH=.typing $(GPU_PYTHON) -m pytest --confcutdir=tests/unit/kernels/gpu tests/unit/kernels/gpu $(ARGS)
+
+bench-gpu: .typing/tandem
+	PYTHONPATH=.typing $(GPU_PYTHON) tests/gpu/bench.py $(ARGS)
 
 lint: dev .typing/tandem
 	$(BIN)/ruff check $(SOURCES)

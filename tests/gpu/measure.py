@@ -1,0 +1,111 @@
+"""Times what runs on a GPU, and measures what it could reach at most: copy bandwidth and matrix products.
+
+Needs torch and triton only. Times are medians over repetitions, between device events, after a warm-up; a buffer larger
+than the last-level cache is written between two repetitions, so that inputs come from memory, as they do in a model.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+_FLUSHED_BYTES = 256 * 2**20
+"""More than the last-level cache of any GPU here (H100: 50 MB)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One line of the benchmark: who computes what, and what it must move and compute at least."""
+
+    what: str
+    """Operation and shape; the implementations of one shape share it and stand one after another."""
+    who: str
+    """`tandem`, or the library it is held against."""
+    run: Callable[[], object]
+    moved_bytes: int
+    """Every input read once and every output written once."""
+    operations: int = 0
+    """Floating-point (or integer) multiplications and additions of the matrix units; 0: bound by memory."""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What this device reaches, measured."""
+
+    copy_bytes_per_s: float
+    """Read plus written, device to device."""
+    products_per_s: float
+    """Floating-point operations of a large bf16 matrix product, a second."""
+
+
+def time_s(run: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -> float:
+    """Median seconds of one call on the device."""
+    for _ in range(warm_up):
+        run()
+    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
+    taken = []
+    for _ in range(repetitions):
+        flushed.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(taken)
+
+
+def measure_bounds() -> Bounds:
+    """A copy of 2 GiB and a product of 8192 x 8192 matrices of random numbers (zeros would run faster)."""
+    copied = torch.randn(2, 2**29, device="cuda")
+    copy_s = time_s(lambda: copied[1].copy_(copied[0]))
+    moved = copied.nbytes
+    copied = copied[:0].clone()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product_s = time_s(lambda: a @ b)
+    return Bounds(copy_bytes_per_s=moved / copy_s, products_per_s=2 * 8192**3 / product_s)
+
+
+def machine() -> str:
+    """Device and versions, for the head of a report."""
+    driver = torch.version.cuda
+    return (
+        f"{torch.cuda.get_device_name()}, CUDA {driver}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+HEADS = ("what", "who", "µs", "GB/s", "of copy", "TFLOP/s", "of peak", "against tandem", "")
+
+
+def rows(cases: Sequence[Case], bounds: Bounds) -> Iterator[tuple[str, ...]]:
+    """One row a case; `against tandem`: how many times as long as ours this one takes at the same thing."""
+    ours: dict[str, float] = {}
+    for case in cases:
+        try:
+            taken_s = time_s(case.run)
+        except torch.OutOfMemoryError:
+            yield (case.what, case.who, "out of memory", *[""] * 6)
+            continue
+        if case.who == "tandem":
+            ours[case.what] = taken_s
+        moved, computed = case.moved_bytes / taken_s, case.operations / taken_s
+        ratio = f"{taken_s / ours[case.what]:.2f}x" if case.what in ours else ""
+        share = f"{moved / bounds.copy_bytes_per_s:.0%}"
+        arithmetic = (f"{computed / 1e12:.0f}", f"{computed / bounds.products_per_s:.0%}") if computed else ("", "")
+        yield (case.what, case.who, f"{taken_s * 1e6:.1f}", f"{moved / 1e9:.0f}", share, *arithmetic, ratio, case.note)
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under `HEADS`."""
+    whole = [HEADS, *lines]
+    widths = [max(len(line[column]) for line in whole) for column in range(len(HEADS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in whole
+    )

@@ -1,0 +1,44 @@
+"""Runs the GPU kernels' tests: on a GPU where there is one, else in Triton's interpreter, on CPU tensors.
+
+Triton reads `TRITON_INTERPRET` when a kernel is defined, its own library's included: the variable is set here, while
+tests are collected, before any of them imports triton. Nothing else in the suite uses triton. This folder needs torch,
+triton, numpy, pytest and hypothesis, and `tandem.kernels` on the path: `make test-gpu` runs it alone, without the
+conftests above it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+
+if not torch.cuda.is_available() and not isinstance(
+    triton.language.sum, triton.runtime.interpreter.InterpretedFunction
+):
+    raise RuntimeError("triton was imported before TRITON_INTERPRET was set: its kernels cannot be interpreted")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tests' tensors lie: `cuda`, or `cpu` for the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def seeded(device: torch.device) -> torch.Generator:
+    """A generator on the device with a fixed seed."""
+    return torch.Generator(device=device).manual_seed(0)
+
+
+def pytest_report_header() -> str:
+    """Which of the two it is."""
+    if torch.cuda.is_available():
+        return f"GPU kernels: {torch.cuda.get_device_name()}, triton {triton.__version__}, torch {torch.__version__}"
+    return f"GPU kernels: no GPU here, triton {triton.__version__} interprets them; Python {sys.version.split()[0]}"
