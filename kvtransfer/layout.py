@@ -1,17 +1,18 @@
-"""What one block of KV looks like in bytes. Exchanged when workers first meet; a pair whose layouts differ is refused
-then.
+"""What one block of KV looks like in bytes, whole (`KVLayout`) and on each rank of a worker (`KVSplit`). Layouts are
+exchanged when workers first meet; a pair whose layouts differ is refused then.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
 
 MAX_EXTENT = 2**16
 MAX_BLOCK_BYTES = 2**40
+MAX_SPLIT = 1024
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3": 1, "uint64": 8}
 
 
@@ -104,3 +105,62 @@ class KVLayout:
     def digest(self) -> str:
         """Short hex name of this layout, for logs and comparison."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
+
+
+def stage_layers(num_layers: int, pipeline_stages: int, stage: int) -> range:
+    """The layers of a pipeline stage: contiguous, as even as they go, the first stages one more."""
+    each, more = divmod(num_layers, pipeline_stages)
+    first = stage * each + min(stage, more)
+    return range(first, first + each + (stage < more))
+
+
+def rank_heads(num_kv_heads: int, tensor_parallel: int, place: int) -> range:
+    """The KV heads that one of `tensor_parallel` ranks holds: those that its query heads read.
+
+    Query heads are shared out evenly and in order. With as many ranks as KV heads, or fewer that divide them, each has
+    heads of its own; with more ranks, several hold the same head.
+    """
+    first = place * num_kv_heads // tensor_parallel
+    return range(first, -(-(place + 1) * num_kv_heads // tensor_parallel))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSplit:
+    """How the KV of one worker lies over its ranks. Rank = stage * `tensor_parallel` + place within the stage."""
+
+    layout: KVLayout
+    """Of the whole model, as one rank alone would have it."""
+    tensor_parallel: int = 1
+    pipeline_stages: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "pipeline_stages"):
+            if not 1 <= getattr(self, name) <= MAX_SPLIT:
+                raise ValueError(f"{name}: {getattr(self, name)} is not in 1…{MAX_SPLIT}")
+        most = max(group.num_layers for group in self.layout.groups)
+        if self.pipeline_stages > most:
+            raise ValueError(f"pipeline_stages: {self.pipeline_stages} is not in 1…{most}, the number of layers")
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the worker."""
+        return self.tensor_parallel * self.pipeline_stages
+
+    def layers(self, group: KVGroup, rank: int) -> range:
+        """The layers of `group` that a rank holds; empty where its stage has none."""
+        return stage_layers(group.num_layers, self.pipeline_stages, rank // self.tensor_parallel)
+
+    def heads(self, group: KVGroup, rank: int) -> range:
+        """The KV heads of `group` that a rank holds."""
+        return rank_heads(group.num_kv_heads, self.tensor_parallel, rank % self.tensor_parallel)
+
+    def rank_layout(self, rank: int) -> KVLayout:
+        """What a block looks like on one rank: its own layers and heads, groups without any left out."""
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank: {rank} is not in 0…{self.num_ranks - 1}")
+        groups = tuple(
+            replace(group, num_layers=len(self.layers(group, rank)), num_kv_heads=len(self.heads(group, rank)))
+            for group in self.layout.groups
+            if len(self.layers(group, rank))
+        )
+        return replace(self.layout, groups=groups)
