@@ -29,6 +29,7 @@ from .cli_doctor_checks import Finding, Level, Machine, Package, Port, check_mac
 from .cli_doctor_live import Live, Security, check_live
 from .cli_status import elsewhere, fetch, scrape
 from .config import ConfigError, RouterConfig, is_loopback
+from .host_memory import available_bytes, total_bytes
 from .launch import runtime_file
 from .models.fetch import WHEEL_MODELS, default_cache_dir
 from .models.reference import DUMMY_PREFIX, ModelError, resolve_model
@@ -92,7 +93,7 @@ def _cluster(url: str, api_key: str | None, tls: ClientTLS | None) -> list[Findi
             later=later,
             samples=samples,
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            memory_bytes=_total_memory_bytes(),
+            memory_bytes=total_bytes(),
             pinned=_pinned(answer),
             version=__version__,
             security=_security(url),
@@ -127,7 +128,7 @@ def gather_machine(model: str, url: str) -> Machine:
         packages=_packages(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         cpu_flags=_cpu_flags(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=available_bytes(),
         ray_auth=os.environ.get("RAY_AUTH_MODE", ""),
         open_files=_open_files(),
         cache=str(cache),
@@ -190,24 +191,6 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return frozenset(line.partition(":")[2].split())
-
-
-def _memory_bytes(which: str = "MemAvailable:") -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(which)), 0)
-
-
-def _total_memory_bytes() -> int:
-    """The machine's, or what its container may use."""
-    total = _memory_bytes("MemTotal:")
-    try:
-        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(allowed)) if allowed.isdigit() else total
 
 
 def _pinned(answer: Mapping[str, Any]) -> dict[str, list[frozenset[int]]]:

@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ...cluster.host_memory import available_bytes
 from ..layout import KVLayout
 
 MAGIC = b"TANDEMKV"
@@ -36,6 +37,8 @@ NONCE_BYTES = 16
 PAGE_BYTES = max(4096, mmap.PAGESIZE)
 _HEADER = struct.Struct("<8sIIQ16s16sQQQQQ")
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # linux/mman.h; kernels from 5.14 on
+_COMMIT_BYTES = 64 * 2**20
+"""In one call, which no signal interrupts."""
 _LINUX = sys.platform == "linux"
 if _LINUX:
     import fcntl
@@ -94,6 +97,7 @@ class KVSegment:
         self._fd, memory = _memory(self._shape.total_bytes)
         self._close_fd = None if self._fd is None else weakref.finalize(self, os.close, self._fd)
         self._passed = False
+        self._memory = memory
         view, shape = memoryview(memory), self._shape
         self._header = view[: _HEADER.size]
         self.generations: memoryview = view[PAGE_BYTES : PAGE_BYTES + 8 * num_blocks].cast("Q")
@@ -106,6 +110,21 @@ class KVSegment:
     def shareable(self) -> bool:
         """Whether others can map it: it is a memfd, and not closed."""
         return self._fd is not None
+
+    def commit(self) -> bool:
+        """Has the system find every page now, while nobody waits: one that is written for the first time costs 1 to 20
+        us, 8 to 60 ms of a handoff of 12 MB. False where it cannot (an older kernel, more than the machine has left):
+        pages then come one by one, as they are written. Before anybody else has the memory.
+        """
+        if len(self._memory) > available_bytes():
+            return False
+        try:
+            for begin in range(0, len(self._memory), _COMMIT_BYTES):
+                size = min(_COMMIT_BYTES, len(self._memory) - begin)
+                self._memory.madvise(_MADV_POPULATE_WRITE, begin, size)
+        except OSError:
+            return False
+        return True
 
     def publish(self, epoch: int) -> None:
         """Writes the header; again, with the worker's epoch, before the segment is offered."""

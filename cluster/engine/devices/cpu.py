@@ -96,6 +96,7 @@ class CpuDevice(Device):
         store = HostKVStore(layout, num_blocks)
         self.kv: KVStore = store
         self._segment = store.segment
+        self._segment.commit()  # no request waits for pages of KV
         self._sampler = Sampler()
         self._forward: Forward | None = self._load(files, dtype, quantization, store, threads, stage)
         self._outputs: deque[StepOutput] = deque()

@@ -71,6 +71,24 @@ def test_the_pool_raises_the_generation_where_readers_see_it(owned: KVSegment) -
         BlockPool(9, 4, KVSegment(LAYOUT, 10).generations)
 
 
+def test_committed_memory_is_there_before_anything_is_written() -> None:
+    made = KVSegment(LAYOUT, 10_000)
+    kept = os.fstat(made.fileno())
+    assert kept.st_blocks * 512 < kept.st_size // 2, "nothing but the header"
+    if made.commit():  # not on older kernels, nor where there is too little memory
+        kept = os.fstat(made.fileno())
+        assert kept.st_blocks * 512 >= kept.st_size
+        assert not any(MappedSegment(made.fileno(), nonce=made.nonce, epoch=0, layout=LAYOUT).block(9_999))
+
+
+def test_more_memory_than_is_left_is_not_taken_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "available_bytes", lambda: 10_000)
+    made = KVSegment(LAYOUT, 10_000)
+    assert not made.commit()
+    kept = os.fstat(made.fileno())
+    assert kept.st_blocks * 512 < kept.st_size // 2
+
+
 def test_readers_cannot_write_and_nobody_can_resize(owned: KVSegment) -> None:
     with pytest.raises(PermissionError):
         mmap.mmap(owned.fileno(), mmap.PAGESIZE)
