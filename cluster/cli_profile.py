@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
-import importlib.metadata
 import os
 import platform
 import time
@@ -243,6 +241,8 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
 
 
 def _measure_transfers(wanted: Wanted, kv_token_bytes: int, display: Display) -> dict[str, MeasuredTransfer]:
+    import asyncio
+
     from .profiler.repeat import check_agreement
     from .profiler.transfers import LEAST_S, measure_transfers
 
@@ -289,6 +289,8 @@ def _measure_steps(
 
 def machine_facts(device: str) -> dict[str, Any]:
     """What timings depend on, beside the options."""
+    import importlib.metadata
+
     from .. import __version__
     from .bench.machine import processor_name
 

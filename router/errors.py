@@ -6,8 +6,6 @@ allowed.
 
 from __future__ import annotations
 
-import grpc
-
 
 class ServiceError(Exception):
     """Base of everything a front end turns into an error answer."""
@@ -15,7 +13,8 @@ class ServiceError(Exception):
     http_status = 500
     type = "internal_error"
     code: str | None = None
-    grpc_code = grpc.StatusCode.INTERNAL
+    grpc_code = "INTERNAL"
+    """Of `grpc.StatusCode`, by its name: who has no gRPC of its own (the simulator) need not load it."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -29,7 +28,7 @@ class InvalidRequest(ServiceError):
 
     http_status = 400
     type = "invalid_request_error"
-    grpc_code = grpc.StatusCode.INVALID_ARGUMENT
+    grpc_code = "INVALID_ARGUMENT"
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -44,7 +43,7 @@ class Unauthenticated(ServiceError):
     http_status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
-    grpc_code = grpc.StatusCode.UNAUTHENTICATED
+    grpc_code = "UNAUTHENTICATED"
 
 
 class ModelNotFound(ServiceError):
@@ -53,7 +52,7 @@ class ModelNotFound(ServiceError):
     http_status = 404
     type = "invalid_request_error"
     code = "model_not_found"
-    grpc_code = grpc.StatusCode.NOT_FOUND
+    grpc_code = "NOT_FOUND"
 
 
 class Overloaded(ServiceError):
@@ -62,7 +61,7 @@ class Overloaded(ServiceError):
     http_status = 429
     type = "rate_limit_error"
     code = "overloaded"
-    grpc_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class PromiseUnattainable(Overloaded):
@@ -77,7 +76,7 @@ class Unavailable(ServiceError):
     http_status = 503
     type = "service_unavailable"
     code = "unavailable"
-    grpc_code = grpc.StatusCode.UNAVAILABLE
+    grpc_code = "UNAVAILABLE"
 
 
 class DeadlineExceeded(ServiceError):
@@ -86,4 +85,4 @@ class DeadlineExceeded(ServiceError):
     http_status = 504
     type = "timeout"
     code = "deadline_exceeded"
-    grpc_code = grpc.StatusCode.DEADLINE_EXCEEDED
+    grpc_code = "DEADLINE_EXCEEDED"

@@ -14,6 +14,7 @@ import secrets
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, NoReturn
 
+import grpc
 from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc import aio
@@ -265,13 +266,13 @@ async def abort(context: aio.ServicerContext[Any, Any], error: ServiceError, doo
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         metadata.append(("retry-after-ms", str(retry_after_ms)))
     if details:
-        status = status_pb2.Status(code=error.grpc_code.value[0], message=error.message)
+        status = status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=error.message)
         for detail in details:
             packed = any_pb2.Any()
             packed.Pack(detail)
             status.details.append(packed)
         metadata.append(("grpc-status-details-bin", status.SerializeToString()))
-    await context.abort(error.grpc_code, error.message, trailing_metadata=tuple(metadata))
+    await context.abort(grpc.StatusCode[error.grpc_code], error.message, trailing_metadata=tuple(metadata))
     raise AssertionError("context.abort returned")
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from .interface import StepCosts
 from .profile import MAX_FILE_BYTES, DecodeTerms, StepProfile
@@ -205,6 +204,8 @@ def _breaks(data: Array) -> list[int]:
 
 def _fit(data: Array, large_batch_rows: int | None) -> tuple[Array, float]:
     """(terms [9], sum of squared relative errors) of samples [N, 5]."""
+    from scipy.optimize import nnls  # half a second to load: only who fits waits for it
+
     prefill, squares, rows, context, seconds = data.T
     large = rows >= (math.inf if large_batch_rows is None else large_batch_rows)
     decode = np.stack([rows > 0, rows, context], axis=1).astype(np.float64)

