@@ -37,7 +37,9 @@ NONCE_BYTES = 16
 PAGE_BYTES = max(4096, mmap.PAGESIZE)
 _HEADER = struct.Struct("<8sIIQ16s16sQQQQQ")
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # linux/mman.h; kernels from 5.14 on
-_COMMIT_BYTES = 64 * 2**20
+COMMIT_BYTES = 8 * 2**30
+"""What a start waits for at most: some seconds."""
+_CALL_BYTES = 64 * 2**20
 """In one call, which no signal interrupts."""
 _LINUX = sys.platform == "linux"
 if _LINUX:
@@ -112,16 +114,16 @@ class KVSegment:
         return self._fd is not None
 
     def commit(self) -> bool:
-        """Has the system find every page now, while nobody waits: one that is written for the first time costs 1 to 20
-        us, 8 to 60 ms of a handoff of 12 MB. False where it cannot (an older kernel, more than the machine has left):
-        pages then come one by one, as they are written. Before anybody else has the memory.
+        """Has the system find the pages now, while nobody waits: one that is written for the first time costs 1 to 20
+        us, 8 to 60 ms of a handoff of 12 MB. Before anybody else has the memory. False where it cannot (an older
+        kernel, more than the machine has left); then, and beyond COMMIT_BYTES, pages come as they are written.
         """
-        if len(self._memory) > available_bytes():
+        wanted = min(len(self._memory), COMMIT_BYTES)
+        if wanted > available_bytes():
             return False
         try:
-            for begin in range(0, len(self._memory), _COMMIT_BYTES):
-                size = min(_COMMIT_BYTES, len(self._memory) - begin)
-                self._memory.madvise(_MADV_POPULATE_WRITE, begin, size)
+            for begin in range(0, wanted, _CALL_BYTES):
+                self._memory.madvise(_MADV_POPULATE_WRITE, begin, min(_CALL_BYTES, wanted - begin))
         except OSError:
             return False
         return True

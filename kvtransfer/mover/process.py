@@ -210,6 +210,7 @@ class _Writer:
     async def run(self, transport: KVTransport) -> None:
         """Writes until the end came. `HandoffRefused`: why it did not."""
         pull = self._pull
+        self._memory.populate(pull.block_ids)  # while prefill computes, not when its KV is here
         async with aclosing(transport.pull(pull.peer, pull.request, timeout_s=pull.timeout_s)) as frames:
             async for came in frames:
                 assert not isinstance(came, WrittenBlocks), "the mover's own transports leave the writing to it"
@@ -229,7 +230,6 @@ class _Writer:
         ours = all(frame.ticket == self._pull.request.ticket for frame in frames)
         if not in_order or not ours or len(block_ids) != len(frames):
             raise HandoffRefused(RefusalReason.CORRUPT, f"not the blocks of {self._pull.request.ticket.decode_key}")
-        self._memory.populate(block_ids)
         for block_id, frame in zip(block_ids, frames, strict=True):
             self._memory.block(block_id)[:] = frame.payload
         wire.verify_copies(frames)
