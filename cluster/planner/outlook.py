@@ -165,6 +165,15 @@ class Outlook:
         each = self._handed_tokens * self.setting.device.facts.kv_bytes_per_token()
         return candidate.cells * lanes * link.bytes_per_s / each if each else math.inf
 
+    def why_nothing(self, candidate: Candidate) -> str:
+        """Why an estimate of its goodput is 0, in words."""
+        text, handoffs = "by an estimate it keeps the promises at no rate", self._handoffs(candidate)
+        if handoffs > min(self.capacity(pool) for pool in candidate.pools):
+            return text
+        link, _ = self._lanes(candidate)
+        size = self._handed_tokens * self.setting.device.facts.kv_bytes_per_token()
+        return f"{text}, as the KV of a prompt takes {link.transfer_time_s(size):.3g} s over {link.name}"
+
     def _lanes(self, candidate: Candidate) -> tuple[Link, float]:
         """The link that KV goes over inside one cell, and as how many of them all links together count."""
         setting = self.setting

@@ -89,7 +89,8 @@ class Proposals:
         asks = [Challenge(one, seed, at_least * one.gpus) for one in new]
         for one, estimate in zip(new, self._do(asks, what, begin, end), strict=True):
             bound = self._outlook.bound(one)
-            seen = Evaluation(candidate=one, fate=Fate.ESTIMATED, bound=bound, estimate=estimate or 0.0)
+            why = self._outlook.why_nothing(one) if estimate == 0.0 else ""
+            seen = Evaluation(candidate=one, fate=Fate.ESTIMATED, why=why, bound=bound, estimate=estimate or 0.0)
             self.explored[one] = replace(seen, decided=estimate is not None)
 
     def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:

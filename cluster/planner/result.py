@@ -198,7 +198,7 @@ class Evaluation:
     candidate: Candidate
     fate: Fate
     why: str = ""
-    """Where refused, hopeless or bounded."""
+    """Where refused, hopeless or bounded, and where nothing is expected of it."""
     bound: float = 0.0
     """Of its capacity, requests a second."""
     estimate: float = 0.0

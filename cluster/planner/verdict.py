@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from enum import StrEnum
 
-from .result import Evaluation, Interval, Marginal, PlanResult
+from .result import Evaluation, Fate, Interval, Marginal, PlanResult
 from .words import gpus, number, signed
 
 MIN_PAIRS = 2
@@ -190,4 +190,5 @@ def _why_not(one: Evaluation | None, name: str, result: PlanResult) -> str:
         return f"the best {name} plan serves nothing ({reason}){reached}"
     wanted = [look for look in result.explored if look.candidate.disaggregated == (name == "disaggregated")]
     reason = f" ({wanted[0].why})" if wanted and wanted[0].why else ""
-    return f"no {name} plan is possible here{reason}{reached}"
+    able = "keeps the promises" if wanted and wanted[0].fate is Fate.ESTIMATED else "is possible here"
+    return f"no {name} plan {able}{reason}{reached}"

@@ -17,6 +17,7 @@ from tandem.cluster.planner.goodput import interval
 from tandem.cluster.planner.result import Candidate, Fate, PlanResult
 from tandem.cluster.planner.search import _Run, plan
 from tandem.cluster.planner.setting import setting_of
+from tandem.cluster.planner.verdict import Answer, answer_of, verdict
 from tandem.cluster.types import Role
 
 NOISE = 0.2
@@ -119,22 +120,54 @@ def test_a_model_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
     assert "GiB" in result.infeasible
 
 
-def test_without_bandwidth_colocated_wins() -> None:
-    result = planned(intra_node="1Gbps", answer=64)
-    assert result.best is not None
-    assert not result.best.candidate.disaggregated
+APART: dict[str, Any] = {"nodes": 2, "gpus_per_node": 1, "search__max_tensor_parallel": 1}
+"""Two devices with a network between them."""
+TIGHT: dict[str, Any] = {**APART, "prompt": 512, "answer": 32, "ttft_s": 0.4, "tpot_s": 0.025}
+"""Where a prompt beside decode rows costs their promise."""
+NO_BANDWIDTH = {"bandwidth_gb_s": 1e-6}
 
 
-def test_prompts_with_one_token_need_no_decode() -> None:
-    result = planned(answer=1, prompt=1024, workload__range_ratio=0.0, ttft_s=0.5)
-    assert result.best is not None
-    assert result.best.binding is None or result.best.binding.promise == "ttft"
+def test_with_infinite_bandwidth_phases_apart_win_where_they_disturb_each_other() -> None:
+    result = planned(**TIGHT, inter_node="instant")
+    assert result.disaggregated is not None
+    assert result.colocated is not None
+    assert result.disaggregated.goodput.mean > 1.5 * result.colocated.goodput.mean
+
+
+@pytest.mark.parametrize("link", ["1Gbps", NO_BANDWIDTH], ids=["hardly any", "none"])
+def test_without_bandwidth_colocated_wins(link: Any) -> None:
+    result = planned(**TIGHT, inter_node=link)
+    assert answer_of(result) is Answer.COLOCATE
+    assert best_of(result) > 0.0
+    assert "as the KV of a prompt takes " in verdict(result)
+
+
+def test_prompts_with_one_token_need_neither_decode_nor_bandwidth() -> None:
+    """A worker of a pool of its own for decode idles: two mixed ones serve twice as much."""
+    one_token: dict[str, Any] = {**APART, "prompt": 1024, "answer": 1, "ttft_s": 0.5, "workload__range_ratio": 0.0}
+    result = planned(**one_token, inter_node=NO_BANDWIDTH)
+    apart, together = result.disaggregated, result.colocated
+    assert apart is not None
+    assert together is not None
+    assert apart.binding is not None
+    assert apart.binding.promise == "ttft"
+    assert answer_of(result) is Answer.COLOCATE
+    assert together.goodput.mean == pytest.approx(2.0 * apart.goodput.mean, rel=0.3)
+    linked = planned(**one_token, inter_node="instant").disaggregated
+    assert linked is not None
+    assert linked.goodput == apart.goodput, "nothing is handed over"
 
 
 def test_long_answers_are_bound_by_their_tokens() -> None:
-    result = planned(prompt=16, answer=100, tpot_s=0.03)
-    assert result.best is not None
-    assert result.best.goodput.mean > 0.0
+    """Of three devices two decode; and rows as many as keep their promise on TPOT is what they compute at most."""
+    result = planned(prompt=16, answer=200, tpot_s=0.03, gpus_per_node=3, search__max_tensor_parallel=1)
+    apart = result.disaggregated
+    assert apart is not None
+    decode = apart.candidate.pool(Role.DECODE)
+    assert decode is not None
+    assert decode.gpus == 2
+    assert apart.at_bound or (apart.binding is not None and apart.binding.promise == "tpot")
+    assert answer_of(result) is Answer.COLOCATE, "a device for 16 tokens of prompt is a device for nothing"
 
 
 def test_a_rate_that_is_wanted_is_kept_with_as_few_gpus_as_do() -> None:
