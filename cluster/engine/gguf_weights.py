@@ -20,7 +20,7 @@ import torch
 
 from ..models.config import Architecture, ModelConfig
 from ..models.errors import ModelError
-from ..models.gguf import open_gguf
+from ..models.gguf import GgufTensor, open_gguf
 from .weight_source import WeightSource
 
 _GLOBAL = {"token_embd": "embed", "output_norm": "final_norm", "output": "head"}
@@ -68,20 +68,29 @@ class GgufWeights(WeightSource):
             assert len(shape) > 1
             raw = raw[rows]
             shape = (raw.shape[0], *shape[1:])
-        try:
-            # Blocks are independent of rows; as one long row the library makes one pass instead of one per 16 rows.
-            values = np.asarray(ggml.dequantize(raw.reshape(1, -1), tensor.type), dtype=np.float32).reshape(shape)
-        except NotImplementedError as error:
-            raise ModelError(f"tensor {tensor.name!r} has type {tensor.type.name}: {error}") from error
+        values = _dequantized(raw, tensor).reshape(shape)
         part = name.split(".")[-2]
         if self._config.architecture is Architecture.LLAMA and part in ("q", "k"):
-            values = self._half_split(values, part)
+            values = self._half_split(values)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # read-only memory; nobody writes to it
             return torch.from_numpy(values)
 
-    def _half_split(self, values: np.ndarray, part: str) -> np.ndarray:
-        heads = self._config.num_heads if part == "q" else self._config.num_kv_heads
+    def read_columns(self, name: str, columns: slice) -> torch.Tensor:
+        """Dequantizes no more than the quantization blocks that the columns lie in."""
+        tensor = self._file.tensor(self._stored[name])
+        rows, width = tensor.shape
+        block_size, type_bytes = ggml.GGML_QUANT_SIZES[tensor.type]
+        first, last, _ = columns.indices(width)
+        low, high = first // block_size, -(-last // block_size)
+        raw = np.asarray(self._file.raw(tensor.name)).reshape(rows, -1)
+        taken = np.ascontiguousarray(raw[:, low * type_bytes : high * type_bytes])
+        values = _dequantized(taken, tensor).reshape(rows, -1)
+        begin = first - low * block_size
+        return torch.from_numpy(np.ascontiguousarray(values[:, begin : begin + last - first]))
+
+    def _half_split(self, values: np.ndarray) -> np.ndarray:
+        heads = values.shape[0] // self._config.head_dim  # of the rows that were read: whole heads
         rest = values.shape[1:]
         pairs = values.reshape(heads, self._config.head_dim // 2, 2, math.prod(rest))
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
@@ -90,6 +99,15 @@ class GgufWeights(WeightSource):
         mapped = getattr(self._file.data, "_mmap", None)
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _dequantized(raw: np.ndarray, tensor: GgufTensor) -> np.ndarray:
+    """float32 of some of a tensor's quantization blocks, in their order."""
+    try:
+        # Blocks are independent of rows; as one long row the library makes one pass instead of one per 16 rows.
+        return np.asarray(ggml.dequantize(raw.reshape(1, -1), tensor.type), dtype=np.float32)
+    except NotImplementedError as error:
+        raise ModelError(f"tensor {tensor.name!r} has type {tensor.type.name}: {error}") from error
 
 
 def _canonical(stored: str, path: Path) -> str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models.config import Architecture, ModelConfig
 from ..models.errors import ModelError
-from .weight_source import WeightSource, expected_shapes
+from .weight_source import WeightSource, expected_shapes, stretches
 
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 INDEX_NAME = "model.safetensors.index.json"
@@ -61,6 +61,7 @@ _OPT_LAYER = {
 }
 _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)")
 """Buffers that old checkpoints carry; they follow from the config."""
+_TABLES = ("embed.weight", "head.weight", "positions.weight")
 _LAYER_NAME = re.compile(r"model\.(?:decoder\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -135,6 +136,11 @@ class HfWeights(WeightSource):
         tensor: torch.Tensor = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
         return tensor
 
+    def read_columns(self, name: str, columns: slice) -> torch.Tensor:
+        path, stored = self._where[name]
+        tensor: torch.Tensor = self._handle(path).get_slice(stored)[:, columns]
+        return tensor
+
     def release(self) -> None:
         self._open.clear()
 
@@ -162,7 +168,8 @@ def _shards(folder: Path) -> list[Path]:
 
 
 class DummyWeights(WeightSource):
-    """Random weights, the same in every process: each tensor is drawn from a generator seeded with its name.
+    """Random weights, the same in every process and however they are read: each tensor is drawn from a generator seeded
+    with its name, a table's stretches each from their own.
 
     Scales keep activations near 1, so that logits are neither flat nor infinite.
     """
@@ -179,10 +186,15 @@ class DummyWeights(WeightSource):
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         shape = self._shapes[name]
-        first, count = 0, shape[0]
-        if rows is not None:
-            first, last, _ = rows.indices(shape[0])
-            count = last - first
+        first, last, _ = (rows or slice(None)).indices(shape[0])
+        every = stretches(shape) if name in _TABLES else [slice(0, shape[0])]
+        needed = [part for part in every if part.start < last and part.stop > first]
+        drawn = [self._draw(name, part.start, part.stop - part.start, shape) for part in needed]
+        values = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        begin = first - needed[0].start
+        return values[begin : begin + last - first]
+
+    def _draw(self, name: str, first: int, count: int, shape: tuple[int, ...]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}/{first}".encode()))
         if "norm" in name and name.endswith(".weight"):
             return torch.empty(count).uniform_(0.9, 1.1, generator=generator)

@@ -12,6 +12,7 @@ sums are float32 in every precision; weights and KV are what is narrow.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -56,6 +57,15 @@ class Norm:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class Embedding(Protocol):
+    """Rows of a table by token id."""
+
+    resident_bytes: int
+
+    def __call__(self, ids_T: torch.Tensor, /) -> torch.Tensor:
+        """[T] int64 -> [T, E] float32."""
+
+
 @dataclass(slots=True, kw_only=True)
 class DecoderLayer:
     """Weights of one layer. Linears may be replaced (quantization) and observed (`Linear.observer`)."""
@@ -74,16 +84,21 @@ class DecoderLayer:
 
 @dataclass(slots=True, kw_only=True)
 class Model:
-    """A loaded model. `forward` is called from one thread, under `torch.inference_mode`."""
+    """A loaded model, or the part of it that one rank of a worker computes (`engine.parallel`). `forward` is called
+    from one thread, under `torch.inference_mode`.
+    """
 
     config: ModelConfig
-    embed: EmbeddingTable
+    """As these layers see it: their number, and the heads and MLP columns of this rank."""
+    embed: Embedding | None
+    """None: a stage of a pipeline that is not the first."""
     positions: EmbeddingTable | None
     project_in: Linear | None
     layers: list[DecoderLayer]
     final_norm: Norm | None
     project_out: Linear | None
-    head: Linear
+    head: Linear | None
+    """None: a stage of a pipeline that is not the last."""
     ops: Operations = field(default_factory=lambda: operations("torch"))
     workspace: Workspace = field(default_factory=Workspace)
 
@@ -105,24 +120,33 @@ class Model:
         tables = [table for table in (self.embed, self.positions) if table is not None]
         return sum(t.resident_bytes for t in tables) + sum(x.resident_bytes for x in self.linears().values())
 
-    def forward(self, batch: StepBatch, kv: torch.Tensor) -> torch.Tensor:
-        """Computes a step: writes its KV into `kv` [N, L, 2, K, S, D] and returns logits [R, V] float32."""
-        x = self.embed(batch.tokens_T)
-        if self.project_in is not None:
-            x = self.project_in(x)
+    def forward(self, batch: StepBatch, kv: torch.Tensor, x_TC: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes a step: writes its KV into `kv` [N, L, 2, K, S, D] and returns logits [R, V] float32.
+
+        A stage that does not embed goes on from the hidden state of the one before, `x_TC`; one without a head returns
+        its own [T, C].
+        """
+        x = self._embed(batch) if x_TC is None else x_TC
         rope = None
-        if self.positions is not None:
-            x = x + self.positions(batch.positions_T + OPT_POSITION_OFFSET)
-        else:
+        if not self.config.learned_positions:
             rope = rotary_tables(batch.positions_T, torch.from_numpy(inverse_frequencies(self.config)))
         for index, layer in enumerate(self.layers):
-            last = index == len(self.layers) - 1
+            last = index == len(self.layers) - 1 and self.head is not None
             x = self._layer(layer, x, kv[:, index], batch, rope, narrow=last)
         if self.final_norm is not None:
             x = self.final_norm(self.ops, x)
         if self.project_out is not None:
             x = self.project_out(x)
-        return self.head(x)
+        return x if self.head is None else self.head(x)
+
+    def _embed(self, batch: StepBatch) -> torch.Tensor:
+        assert self.embed is not None, "a later stage needs the hidden state of the one before"
+        x: torch.Tensor = self.embed(batch.tokens_T)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            x = x + self.positions(batch.positions_T + OPT_POSITION_OFFSET)
+        return x
 
     def _layer(
         self,

@@ -3,6 +3,8 @@
 The KV memory is one tensor, block-major: kv[block, layer, 2, kv_head, slot, head_dim] (`kvtransfer.layout`).
 """
 
+# ruff: noqa: N803
+
 from __future__ import annotations
 
 import threading
@@ -32,12 +34,14 @@ class Runner:
         self._shape = model.attention_shape(self.block_size)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        """Computes a checked plan; logits [R, V] float32 of the rows that sample, in plan order."""
+    def run(self, plan: StepPlan, x_TC: torch.Tensor | None = None) -> torch.Tensor:
+        """Computes a checked plan; logits [R, V] float32 of the rows that sample, in plan order. Stages of a pipeline:
+        as `Model.forward`.
+        """
         batch, fresh = self._flatten(plan)
         if fresh:
             self.kv.index_fill_(0, torch.tensor(fresh), 0)
-        return self.model.forward(batch, self.kv)
+        return self.model.forward(batch, self.kv, x_TC)
 
     def _flatten(self, plan: StepPlan) -> tuple[StepBatch, list[int]]:
         """The batch, and blocks that begin in this step and stay partly empty.

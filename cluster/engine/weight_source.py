@@ -16,6 +16,16 @@ from ..models.config import ModelConfig
 from ..models.errors import ModelError
 from .positions import OPT_POSITION_OFFSET
 
+STRETCH_ELEMENTS = 2**20
+"""Tables and output heads are read this many elements at a time."""
+
+
+def stretches(shape: tuple[int, ...]) -> list[slice]:
+    """The rows of a table, some at a time."""
+    rows, columns = shape
+    step = max(1, STRETCH_ELEMENTS // columns)
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
 
 class WeightSource(ABC):
     """Tensors of one model by canonical name. Used by one thread while a model is built."""
@@ -27,6 +37,10 @@ class WeightSource(ABC):
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A tensor, or `rows` of its first dimension, in any float dtype. The caller may not change it."""
+
+    def read_columns(self, name: str, columns: slice) -> torch.Tensor:
+        """Some columns of a matrix, otherwise like `read`."""
+        return self.read(name)[:, columns]
 
     @abstractmethod
     def stored_name(self, name: str) -> str:

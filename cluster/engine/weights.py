@@ -20,11 +20,11 @@ from .forward import Progress
 from .gguf_weights import GgufWeights
 from .hf_weights import DummyWeights, HfWeights
 from .model import DecoderLayer, Model, Norm
-from .weight_source import WeightSource, check_shapes, expected_shapes
+from .parallel.shard import Shard
+from .parallel.weights import ShardedWeights
+from .weight_source import WeightSource, check_shapes, stretches
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_STRETCH_ELEMENTS = 2**20
-"""Tables and output heads are read this many elements at a time."""
 
 
 def open_weights(files: ModelFiles) -> WeightSource:
@@ -52,18 +52,30 @@ def build_model(
 ) -> Model:
     """A model from checked tensors of `source`, one layer in passing at a time."""
     check_shapes(config, source)
-    builder = _Builder(config, source, dtype, progress)
-    embed = builder.table("embed.weight")
-    layers = [builder.layer(f"layers.{index}.") for index in range(config.num_layers)]
+    return build_part(Shard(config=config), source, dtype, progress)
+
+
+@torch.inference_mode()
+def build_part(shard: Shard, source: WeightSource, dtype: torch.dtype, progress: Progress | None = None) -> Model:
+    """What one rank of a worker computes of a model, or all of it; `source` has the whole model and was checked. Its
+    linears are the rank's own: what ranks compute together is put in by `parallel.layers`.
+    """
+    builder = _Builder(shard.local, ShardedWeights(source, shard), dtype, progress)
+    held, tied = builder.shapes, shard.config.tie_word_embeddings
+    embed = builder.table("embed.weight") if "embed.weight" in held else None
+    layers = [builder.layer(f"layers.{index}.") for index in shard.layers]
+    head: Linear | None = None
+    if shard.is_last:
+        head = TiedHead(embed) if tied and embed is not None else builder.head()
     model = Model(
-        config=config,
-        embed=embed,
-        positions=builder.table("positions.weight") if config.learned_positions else None,
-        project_in=builder.linear("project_in") if config.embed_dim is not None else None,
+        config=shard.local,
+        embed=embed if shard.is_first else None,
+        positions=builder.table("positions.weight") if "positions.weight" in held else None,
+        project_in=builder.linear("project_in") if "project_in.weight" in held else None,
         layers=layers,
-        final_norm=builder.norm("final_norm") if config.norm_before else None,
-        project_out=builder.linear("project_out") if config.embed_dim is not None else None,
-        head=TiedHead(embed) if config.tie_word_embeddings else builder.head(),
+        final_norm=builder.norm("final_norm") if "final_norm.weight" in held else None,
+        project_out=builder.linear("project_out") if "project_out.weight" in held else None,
+        head=head,
     )
     builder.finish()
     return model
@@ -78,7 +90,7 @@ class _Builder:
         self.config = config
         self.source = source
         self.dtype = dtype
-        self.shapes = expected_shapes(config)
+        self.shapes = source.shapes()
         self._progress = progress or (lambda share: None)
         self._total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         self._read = 0
@@ -97,15 +109,10 @@ class _Builder:
         _return_free_memory()
         self._progress(self._read / self._total)
 
-    def _stretches(self, name: str) -> list[slice]:
-        rows, columns = self.shapes[name]
-        step = max(1, _STRETCH_ELEMENTS // columns)
-        return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
-
     def table(self, name: str) -> EmbeddingTable:
         """An embedding table in compute form, filled stretch by stretch."""
         table: torch.Tensor | None = None
-        for rows in self._stretches(name):
+        for rows in stretches(self.shapes[name]):
             values = self._tensor(name, rows)
             if table is None:
                 dtype = self.dtype if self.dtype == torch.float32 else half_dtype(values)
@@ -121,7 +128,7 @@ class _Builder:
     def head(self) -> Linear:
         """An output head of its own, packed stretch by stretch."""
         parts = []
-        for rows in self._stretches("head.weight"):
+        for rows in stretches(self.shapes["head.weight"]):
             parts.append(make_linear(self._tensor("head.weight", rows), None, self.dtype))
             self._layer_done()
         return parts[0] if len(parts) == 1 else StackedLinear(parts)

@@ -220,6 +220,11 @@ class MappedSegment:
         self._blocks = view[shape.blocks_offset :][: shape.num_blocks * shape.block_bytes]
         self._fence = threading.Lock()
 
+    @property
+    def blocks(self) -> memoryview:
+        """All blocks' bytes, one after another, writable where the mapping is."""
+        return self._blocks
+
     def block(self, block_id: int) -> memoryview:
         """The block's bytes as they are at any moment, writable where the mapping is. `SegmentError` if there is no
         such block.

@@ -1,0 +1,115 @@
+"""A rank beside the worker's own: `python -m tandem.cluster.engine.parallel.follower LINK KV`, with the descriptors of
+a socket and of its KV memory, started by `followers`.
+
+1. It says HERE, is told SETUP and CONNECT, meets the other ranks, loads its part of the model and says READY.
+2. It computes every PLAN it is told, with the others.
+3. A thread of its own hears the link: it answers PING while a step is computed, and ends the process when the leader
+   has ended. What goes wrong is said (FAILED) and ends it too: a worker that has lost a rank has lost its KV.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+
+import torch
+
+from ....kvtransfer.layout import KVSplit
+from ....kvtransfer.mapped.segment import take
+from ..devices.kv_memory import kv_layout
+from ..plan_wire import decode_plan
+from .messages import Kind, Setup, decode_setup, receive, send
+from .ranks import TorchRanks, meeting_point
+from .shard import Shard
+from .stage import StageRunner, load_part, rank_kv
+
+MAX_PLANS = 16
+"""Told and not yet computed."""
+EXIT_FAILED = 70
+logger = logging.getLogger(__name__)
+
+
+def _hear(link: socket.socket, said: queue.Queue[tuple[Kind, bytes]], answers: threading.Lock) -> None:
+    """Until the leader has ended."""
+    try:
+        while True:
+            kind, payload = receive(link)
+            if kind is Kind.PING:
+                with answers:
+                    send(link, Kind.PONG)
+            else:
+                said.put((kind, payload))
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _expect(said: queue.Queue[tuple[Kind, bytes]], wanted: Kind) -> bytes:
+    kind, payload = said.get()
+    if kind is not wanted:
+        raise ValueError(f"{wanted.name} was due, {kind.name} came")
+    return payload
+
+
+def _runner(setup: Setup, kv_fd: int, link: socket.socket, answers: threading.Lock) -> StageRunner:
+    shard = Shard(
+        config=setup.files.config,
+        tensor_parallel=setup.tensor_parallel,
+        pipeline_stages=setup.pipeline_stages,
+        rank=setup.rank,
+    )
+    if setup.cpus:
+        os.sched_setaffinity(0, setup.cpus)
+    torch.set_num_threads(setup.threads)
+    ranks = TorchRanks(
+        meeting_point(setup.store, shard.num_ranks),
+        rank=setup.rank,
+        tensor_parallel=setup.tensor_parallel,
+        pipeline_stages=setup.pipeline_stages,
+        timeout_s=setup.timeout_s,
+    )
+
+    def progress(share: float) -> None:
+        with answers:
+            send(link, Kind.PROGRESS, str(share).encode())
+
+    whole = KVSplit(
+        layout=kv_layout(setup.files.config, setup.dtype, setup.block_size),
+        tensor_parallel=setup.tensor_parallel,
+        pipeline_stages=setup.pipeline_stages,
+    )
+    segment = take(kv_fd, nonce=setup.nonce, epoch=0, layout=whole.rank_layout(setup.rank), writable=True)
+    model = load_part(setup.files, shard, ranks, setup.dtype, progress, kernels=setup.kernels)
+    return StageRunner(model, rank_kv(segment.blocks, shard, setup.dtype, setup.block_size), shard, ranks)
+
+
+def main(link_fd: int, kv_fd: int) -> None:
+    """Runs until the leader ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader's to answer
+    link = socket.socket(fileno=link_fd)
+    said: queue.Queue[tuple[Kind, bytes]] = queue.Queue(MAX_PLANS)
+    answers = threading.Lock()
+    send(link, Kind.HERE)
+    threading.Thread(target=_hear, args=(link, said, answers), daemon=True).start()
+    try:
+        setup = decode_setup(_expect(said, Kind.SETUP))
+        _expect(said, Kind.CONNECT)
+        runner = _runner(setup, kv_fd, link, answers)
+        with answers:
+            send(link, Kind.READY)
+        while True:
+            runner.run(decode_plan(_expect(said, Kind.PLAN)))
+    except Exception as error:
+        logger.exception("a rank cannot go on")
+        with answers:
+            send(link, Kind.FAILED, f"{type(error).__name__}: {error}".encode()[:4096])
+        os._exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=os.environ.get("TANDEM_LOG", "WARNING").upper())
+    main(int(sys.argv[1]), int(sys.argv[2]))

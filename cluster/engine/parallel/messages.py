@@ -1,0 +1,154 @@
+"""What the leader of a worker and its followers say to each other, over one socket pair for each follower.
+
+Leader: SETUP (once), CONNECT (all are there: meet), PLAN (compute a step), PING. Follower: HERE (it runs), PROGRESS,
+READY (it has its weights), FAILED (what went wrong; it ends), PONG. A message is `u32 length | u8 kind | payload`;
+payloads are msgpack, plans those of `engine.plan_wire`. The end of the socket is the end of the other. Pure.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import struct
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from ...models.config import Architecture, ModelConfig, RopeScaling
+from ...models.reference import ModelFiles
+from ...types import SamplingParams
+from ..plan import SampleSpec, StepPlan
+from ..plan_wire import encode_plan
+
+MAX_MESSAGE_BYTES = 2**28
+_PREFIX = struct.Struct("<IB")
+_SAMPLES = SampleSpec(params=SamplingParams(), output_index=0, prompt_token_ids=(), output_token_ids=())
+"""All that a follower must know of a row that samples."""
+
+
+class RankLost(RuntimeError):
+    """Another rank of this worker has ended, does not answer, or answers nonsense: the worker cannot go on."""
+
+
+class Kind(enum.IntEnum):
+    """Second field of every message."""
+
+    SETUP = 1
+    HERE = 2
+    CONNECT = 3
+    PROGRESS = 4
+    READY = 5
+    PLAN = 6
+    PING = 7
+    PONG = 8
+    FAILED = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a follower is to be."""
+
+    files: ModelFiles
+    tensor_parallel: int
+    pipeline_stages: int
+    rank: int
+    dtype: str
+    """Of weights and KV."""
+    kernels: str
+    block_size: int
+    num_blocks: int
+    nonce: bytes
+    """Of its KV segment."""
+    threads: int
+    cpus: tuple[int, ...]
+    store: str
+    """The file through which the ranks meet."""
+    timeout_s: float
+    """For that, and for each operation between ranks."""
+
+
+def send(link: socket.socket, kind: Kind, payload: bytes = b"") -> None:
+    """Sends one message. OSError where the other has ended or takes nothing for the socket's timeout."""
+    link.sendall(_PREFIX.pack(len(payload), kind) + payload)
+
+
+def receive(link: socket.socket) -> tuple[Kind, bytes]:
+    """The next message. EOFError where the other has ended, ValueError for what is none."""
+    length, kind = _PREFIX.unpack(_exactly(link, _PREFIX.size))
+    if length > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {length} bytes is more than {MAX_MESSAGE_BYTES}")
+    return Kind(kind), _exactly(link, length)
+
+
+def _exactly(link: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        try:
+            count = link.recv_into(view)
+        except ConnectionError as error:
+            raise EOFError("the other end of the link is gone") from error
+        if count == 0:
+            raise EOFError("the other end of the link is closed")
+        view = view[count:]
+    return bytes(data)
+
+
+def encode_step(plan: StepPlan, block_size: int) -> bytes:
+    """A plan as followers need it: no sampling parameters, which are the leader's, and no more of a block table than
+    the row's context.
+    """
+    rows = [
+        row._replace(
+            block_ids=row.block_ids[: -(-(row.start + len(row.token_ids)) // block_size)],
+            sample=None if row.sample is None else _SAMPLES,
+        )
+        for row in plan.rows
+    ]
+    return encode_plan(StepPlan(plan.plan_id, tuple(rows)))
+
+
+def encode_setup(setup: Setup) -> bytes:
+    """The inverse of `decode_setup`."""
+    plain = {field.name: getattr(setup, field.name) for field in fields(setup) if field.name != "files"}
+    files = {
+        "name": setup.files.name,
+        "kind": setup.files.kind,
+        "path": None if setup.files.path is None else str(setup.files.path),
+        "config": asdict(setup.files.config),
+    }
+    packed: bytes = msgpack.packb({**plain, "files": files})
+    return packed
+
+
+def decode_setup(data: bytes) -> Setup:
+    """ValueError for anything but an encoded setup."""
+    try:
+        values: dict[str, Any] = msgpack.unpackb(data)
+        files = values.pop("files")
+        path = files["path"]
+        return Setup(
+            **{**values, "cpus": tuple(values["cpus"])},
+            files=ModelFiles(
+                name=files["name"],
+                kind=files["kind"],
+                path=None if path is None else Path(path),
+                config=_config(files["config"]),
+            ),
+        )
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        raise ValueError(f"setup: {error!r}") from error
+
+
+def _config(values: dict[str, Any]) -> ModelConfig:
+    scaling = values["rope_scaling"]
+    return ModelConfig(
+        **{
+            **values,
+            "architecture": Architecture(values["architecture"]),
+            "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+            "eos_token_ids": tuple(values["eos_token_ids"]),
+        }
+    )

@@ -1,0 +1,77 @@
+"""One rank's part of a step: its layers of every micro-batch, hidden states in from the stage before and out to the one
+behind. The last stage's first rank sends the logits to the leader.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ....kernels.dispatch import operations
+from ...models.reference import ModelFiles
+from ..devices.kv_memory import STORED_AS
+from ..forward import Progress
+from ..model import Model
+from ..plan import StepPlan
+from ..runner import Runner, torch_view
+from ..weight_source import check_shapes
+from ..weights import DTYPES, build_part, open_weights
+from .layers import join_ranks
+from .micro_batches import micro_batches
+from .ranks import Ranks
+from .shard import Shard
+
+
+def load_part(
+    files: ModelFiles, shard: Shard, ranks: Ranks, dtype: str, progress: Progress | None = None, *, kernels: str
+) -> Model:
+    """One rank's part of a model, joined with the others'. `kernels`: `torch` or `reference`. Raises ModelError."""
+    source = open_weights(files)
+    check_shapes(files.config, source)
+    model = build_part(shard, source, DTYPES[dtype], progress)
+    model.ops = operations(kernels)
+    join_ranks(model, shard, ranks)
+    return model
+
+
+def rank_kv(memory: memoryview, shard: Shard, dtype: str, block_size: int) -> torch.Tensor:
+    """A rank's KV memory as the tensor that it computes with: [N, L, 2, K, S, D]."""
+    local = shard.local
+    shape = (-1, local.num_layers, 2, local.num_kv_heads, block_size, local.head_dim)
+    return torch_view(np.frombuffer(memory, dtype=STORED_AS[dtype]).reshape(shape))
+
+
+class StageRunner:
+    """Runs steps on one rank. One thread; every rank of the worker is given the same plans in the same order."""
+
+    def __init__(self, model: Model, kv: torch.Tensor, shard: Shard, ranks: Ranks) -> None:
+        """`kv`: [N, L, 2, K, S, D] of this rank's layers and heads."""
+        self._runner = Runner(model, kv)
+        self._shard = shard
+        self._ranks = ranks
+        self._last_stage = shard.pipeline_stages - 1
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        """Computes a checked plan. The leader (rank 0) gets the logits [R, V] of the rows that sample, in plan order;
+        what other ranks get means nothing. Raises RankLost.
+        """
+        shard, ranks = self._shard, self._ranks
+        width = shard.config.vocab_size
+        parts = micro_batches(plan, shard.pipeline_stages)
+        logits = []
+        for part in parts:
+            x = None
+            if not shard.is_first:
+                x = ranks.recv(torch.empty(part.num_tokens, shard.config.hidden_size), shard.stage - 1)
+            y = self._runner.run(part, x)
+            if not shard.is_last:
+                ranks.send(y, shard.stage + 1)
+            elif y.shape[0] and shard.rank == 0:
+                logits.append(y)
+            elif y.shape[0] and shard.place == 0:
+                ranks.send(y, 0)
+        if shard.rank == 0 and not shard.is_last:
+            counts = [sum(row.sample is not None for row in part.rows) for part in parts]
+            logits = [ranks.recv(torch.empty(count, width), self._last_stage) for count in counts if count]
+        return torch.cat(logits) if logits else torch.empty(0, width)
