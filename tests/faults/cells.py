@@ -63,16 +63,24 @@ def cells_at(recipe: Recipe, *, short: bool) -> list[Cell]:
     return [c for c in CELLS if c.recipe is recipe and c.fault.short == short and only in (None, c.fault.name)]
 
 
-async def run_cells(lanes: Sequence[Rig], cells: Iterable[Cell]) -> None:
-    """Runs the cells, each on whichever pair of workers is free; raises all failures together, each with its cell's
-    name.
+def recipes_with(*, short: bool) -> list[Recipe]:
+    """States of which some cell runs now."""
+    return [recipe for recipe in RECIPES if cells_at(recipe, short=short)]
+
+
+async def run_cells(lanes: Sequence[Rig], cells: Iterable[Cell]) -> int:
+    """Runs the cells, each on whichever pair of workers is free, and says how many ran; raises all failures together,
+    each with its cell's name.
     """
     waiting = deque(cells)
     failures: list[Exception] = []
+    ran = 0
 
     async def run(rig: Rig) -> None:
+        nonlocal ran
         while waiting:
             cell = waiting.popleft()
+            ran += 1
             try:
                 await run_cell(rig, cell)
             except Exception as error:
@@ -84,6 +92,7 @@ async def run_cells(lanes: Sequence[Rig], cells: Iterable[Cell]) -> None:
     await asyncio.gather(*(run(rig) for rig in lanes))
     if failures:
         raise ExceptionGroup("what ended wrong", failures)
+    return ran
 
 
 async def run_cell(rig: Rig, cell: Cell) -> None:

@@ -74,7 +74,7 @@ def test_every_fault_at(runner: asyncio.Runner, mapped_lanes: list[Rig], recipe:
     faults = [f for f in (*FAULTS.values(), OUTSIDE) if not f.short and f.name not in ONLY_WITH_BYTES]
     faults = [f for f in faults if SWEEP or f.name in IN_SUITE]
     cells = [Cell(fault, recipe) for fault in faults if left_out(fault, recipe) is None]
-    runner.run(run_cells(mapped_lanes, cells))
+    assert runner.run(run_cells(mapped_lanes, cells)) == len(cells) > 0
 
 
 def test_memory_is_really_what_is_read(runner: asyncio.Runner, mapped_lanes: list[Rig]) -> None:

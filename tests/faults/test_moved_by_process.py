@@ -106,4 +106,4 @@ def test_every_fault_at(runner: asyncio.Runner, moved_lanes: list[Rig], recipe: 
     """The matrix again, in some states, with faults of the process itself."""
     faults = [f for f in FAULTS.values() if not f.short and (SWEEP or f.name in IN_SUITE)]
     cells = [Cell(fault, recipe) for fault in (*faults, *OF_MOVERS) if left_out(fault, recipe) is None]
-    runner.run(run_cells(moved_lanes, cells))
+    assert runner.run(run_cells(moved_lanes, cells)) == len(cells) > 0

@@ -82,26 +82,29 @@ DECODERS: tuple[Callable[[bytes], object], ...] = (
 )
 
 
-def kv_message(data: bytes) -> None:
-    """Every decoder sees every message: a peer may send any of them anywhere."""
+def kv_message(data: bytes) -> int:
+    """Every decoder sees every message: a peer may send any of them anywhere. How many understood it."""
+    understood = 0
     for decode in DECODERS:
         try:
             found = decode(data)
         except HandoffRefused:
             continue
+        understood += 1
         for item in found if isinstance(found, tuple) else ():
             if isinstance(item, BlockFrame):
                 try:
                     wire.check_block(item, 8)
                 except HandoffRefused:
                     continue
+    return understood
 
 
-def kv_sealed(data: bytes) -> None:
+def kv_sealed(data: bytes) -> int:
     """Behind a header checksum that is right; the first two bytes say how much of the rest is payload."""
     size = int.from_bytes(data[:2], "little")
     header, payload = data[2 : len(data) - size], data[max(len(data) - size, 2) :]
-    kv_message(struct.pack("<IQ", len(header), xxhash.xxh3_64_intdigest(header)) + header + payload)
+    return kv_message(struct.pack("<IQ", len(header), xxhash.xxh3_64_intdigest(header)) + header + payload)
 
 
 def unsealed(message: bytes) -> bytes:

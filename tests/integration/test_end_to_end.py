@@ -190,13 +190,13 @@ def _check_greedy(oracle: Any, prompt: list[int], tokens: list[int]) -> int:
 def test_nothing_is_left_behind(served: Served, module_wait: Callable[..., None]) -> None:
     """After all of the above: no block held, no lease, no credit, no stream, on any worker."""
 
-    def clean(address: str) -> bool:
+    def clean(address: str, count: int) -> bool:
         workers = httpx.get(f"http://{address}/ready", trust_env=False).json()["workers"]
-        return all(
+        return len(workers) == count and all(
             worker["num_blocks"] == worker["free_blocks"] + worker["cached_blocks"]
             and not any(worker[name] for name in ("leases", "credited_blocks", "pulls", "running", "waiting", "held"))
             for worker in workers
         )
 
-    for address in served.registry_http:
-        module_wait(lambda address=address: clean(address), "every worker to be clean")
+    for address, count in zip(served.registry_http, (2, 1), strict=True):
+        module_wait(lambda address=address, count=count: clean(address, count), "every worker to be clean")

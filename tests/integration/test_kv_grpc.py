@@ -267,11 +267,14 @@ def test_reader_that_goes_away_leaves_no_reader_behind() -> None:
         holder.tell("advance 50")
         frames = there.transport.pull(holder.peer, PullRequest(ticket=ticket_of(100), first_block=0), timeout_s=30)
         await anext(frames)
+        holder.tell("counts")
+        assert await holder.line() == "live 2", "the ticket and its reader"
         await frames.aclose()
-        live = ""
-        while live != "live 1":  # the ticket itself, no reader
-            holder.tell("counts")
-            live = await holder.line()
+        async with asyncio.timeout(PATIENCE_S):
+            live = ""
+            while live != "live 1":
+                holder.tell("counts")
+                live = await holder.line()
 
     play(scene, num_tokens=100)
 
