@@ -168,8 +168,7 @@ class FairQueue(Generic[K]):
     def _forget_idle(self) -> None:
         """Classes that wait for nothing and owe nothing are forgotten: the table is as large as what waits."""
         now = self._now
-        idle = [name for name, mine in self._classes.items() if mine.finish <= now and not mine.line]
-        for name in idle:
+        for name in [name for name, mine in self._classes.items() if not mine.line and mine.finish <= now]:
             del self._classes[name]
 
     def _class_of(self, urgency: Urgency) -> _Class[K]:

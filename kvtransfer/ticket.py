@@ -7,7 +7,7 @@ the prefill worker is refused with a reason, never served (DESIGN: the handoff i
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..cluster.types import Side, seq_id
 
@@ -114,15 +114,15 @@ class Ticket:
     fingerprint: str
     """Of weights, rope and KV dtype (`Device.fingerprint`)."""
 
-    @property
-    def prefill_key(self) -> str:
-        """Name of the sequence on the prefill worker's engine; also the holder's key."""
-        return seq_id(self.request_id, self.choice, Side.PREFILL, self.prefill_attempt)
+    prefill_key: str = field(init=False, repr=False, compare=False)
+    """Name of the sequence on the prefill worker's engine; also the holder's key."""
+    decode_key: str = field(init=False, repr=False, compare=False)
+    """Name of the sequence on the decode worker's engine; also the puller's key."""
 
-    @property
-    def decode_key(self) -> str:
-        """Name of the sequence on the decode worker's engine; also the puller's key."""
-        return seq_id(self.request_id, self.choice, Side.DECODE, self.decode_attempt)
+    def __post_init__(self) -> None:
+        prefill = seq_id(self.request_id, self.choice, Side.PREFILL, self.prefill_attempt)
+        object.__setattr__(self, "prefill_key", prefill)
+        object.__setattr__(self, "decode_key", seq_id(self.request_id, self.choice, Side.DECODE, self.decode_attempt))
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,14 +72,11 @@ def room_tokens(views: Sequence[WorkerView], urgency: Urgency) -> float:
     """Prompt tokens of such urgency that may yet be sent to these workers before some have to wait at the router. Every
     stage of a pipeline has its own, or all but one would stand idle.
     """
-    return sum(
-        max(
-            0.0,
-            view.pipeline_stages * (view.max_batched_tokens + QUEUE_S * tokens_per_s(view))
-            - view.tokens_before(urgency),
-        )
+    rooms = [
+        view.pipeline_stages * (view.max_batched_tokens + QUEUE_S * tokens_per_s(view)) - view.tokens_before(urgency)
         for view in views
-    )
+    ]
+    return sum([room for room in rooms if room > 0.0])
 
 
 def forecast(

@@ -64,10 +64,13 @@ def pair(
 ) -> tuple[tuple[WorkerView, ...], tuple[WorkerView, ...]]:
     """Those of either pool that have a counterpart with the same KV fingerprint, layout included, in the other."""
     prefill, decode = tuple(prefill), tuple(decode)
-    shared = {view.fingerprint for view in prefill} & {view.fingerprint for view in decode}
+    ours, theirs = {view.fingerprint for view in prefill}, {view.fingerprint for view in decode}
+    if ours == theirs:
+        return prefill, decode
+    shared = ours & theirs
     return (
-        tuple(view for view in prefill if view.fingerprint in shared),
-        tuple(view for view in decode if view.fingerprint in shared),
+        tuple([view for view in prefill if view.fingerprint in shared]),
+        tuple([view for view in decode if view.fingerprint in shared]),
     )
 
 
@@ -100,9 +103,10 @@ def keeps_tpot(view: WorkerView, context_tokens: int, tpot_s: float) -> bool:
     """Whether this worker could decode one more sequence of that context within its own promise and within those of
     the choices that this router decodes there. An idle worker always may be asked: no other would be faster.
     """
-    if view.running + view.waiting == 0:
+    promised_s = min(tpot_s, view.tightest_tpot_s)
+    if promised_s == math.inf or view.running + view.waiting == 0:
         return True
-    return predicted_tpot_s(view, context_tokens) <= min(tpot_s, view.tightest_tpot_s)
+    return predicted_tpot_s(view, context_tokens) <= promised_s
 
 
 def rank_prefill(

@@ -108,7 +108,7 @@ def _split(
 ) -> Place:
     cached = cached_tokens(prefill)
     ranked = rank_prefill(prefill, needs.context_tokens, cached)
-    best = min(ranked, key=lambda view: view.worker_id in needs.avoid)
+    best = _avoided_last(needs, ranked)[0]
     if needs.left_tokens == 1:
         return Place(Path.PREFILL_ONLY, best, (), cached)
     if local_threshold_tokens:
@@ -116,7 +116,7 @@ def _split(
         near = tuple(view for view in decode if own[view.worker_id] > below)
         if near:
             return _alone(needs, near, own, Path.LOCAL)
-    matching = tuple(view for view in decode if view.fingerprint == best.fingerprint)
+    matching = tuple([view for view in decode if view.fingerprint == best.fingerprint])
     return Place(Path.SPLIT, best, _decode(needs, matching), cached)
 
 
@@ -132,7 +132,7 @@ def _alone(needs: Needs, views: tuple[WorkerView, ...], cached: Mapping[str, int
 
 def _keeping(needs: Needs, views: tuple[WorkerView, ...]) -> tuple[WorkerView, ...]:
     """Those that could decode it within its promise, and within those of the others there."""
-    return tuple(view for view in views if keeps_tpot(view, needs.context_tokens, needs.tpot_s))
+    return tuple([view for view in views if keeps_tpot(view, needs.context_tokens, needs.tpot_s)])
 
 
 def _avoided_last(needs: Needs, ranked: tuple[WorkerView, ...]) -> tuple[WorkerView, ...]:

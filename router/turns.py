@@ -55,6 +55,8 @@ class Turns(Generic[S]):
     def __init__(self, *, unready_wait_s: float) -> None:
         self._unready_wait_s = unready_wait_s
         self._policy: DispatchPolicy[S] = DispatchPolicy()
+        self._room: tuple[tuple[WorkerView, ...], bool, float] = ((), False, 0.0)
+        """What `room_tokens` said last: of which workers, and whether of work that is due at some time."""
         self._unready_s: float | None = None
         """Since when no worker was there at all, as far as anybody asked."""
 
@@ -107,7 +109,7 @@ class Turns(Generic[S]):
             if head.needs_room:
                 there = views()
                 # Where nobody is there, who asks is told so.
-                if there and room_tokens(there, head.urgency) <= self._policy.asking_cost:
+                if there and self._room_tokens(there, head.urgency) <= self._policy.asking_cost:
                     break
             self._policy.ask(head)
             yield head
@@ -142,6 +144,15 @@ class Turns(Generic[S]):
         if retry_s <= now_s:  # it lacks room on prefill workers, of which every change tells
             return now_s + RETRY_S
         return max(retry_s, now_s + MIN_WAIT_S)
+
+    def _room_tokens(self, views: tuple[WorkerView, ...], urgency: Urgency) -> float:
+        """As `room_tokens`: asked again and again of the same workers while nobody has room."""
+        due = math.isfinite(urgency.deadline_s)
+        seen, seen_due, room = self._room
+        if seen is not views or seen_due is not due:
+            room = room_tokens(views, urgency)
+            self._room = (views, due, room)
+        return room
 
     def _gives_up_s(self, spot: S) -> float:
         """When it has waited long enough for any worker to be there."""

@@ -93,9 +93,10 @@ class BlockPool:
         """Whether `allocate(count, …)` would succeed."""
         return count <= self.num_available
 
-    def allocate(self, count: int, holder: str) -> tuple[BlockRef, ...]:
+    def allocate(self, count: int, holder: str, *, also: str | None = None) -> tuple[BlockRef, ...]:
         """Hands out `count` blocks, appended to the holder's table; free ones first, then the least recently used
-        cached ones. Raises OutOfBlocks, and changes nothing, if there are not enough.
+        cached ones. `also`: another who holds them from the first. Raises OutOfBlocks, and changes nothing, if there
+        are not enough.
 
         One table with block size 4, context of 10 tokens of which 4 were found in the prefix cache:
 
@@ -103,13 +104,16 @@ class BlockPool:
             positions         0-3 4-7 8-9 ··         position p lives in table[p // 4], slot p % 4
                               hit  to compute        two slots are left for output tokens
         """
-        if not self.can_allocate(count):
+        if count > len(self._free) + len(self._cached):
             raise OutOfBlocks(
                 f"{count} blocks wanted for {holder!r}, {self.num_available} of {self.num_blocks} available"
             )
-        ids = self._take(count)
-        if ids:
-            self._tables.setdefault(holder, []).extend(ids)
+        if not count:
+            return ()
+        ids = self._take(count, 1 if also is None else 2)
+        self._tables.setdefault(holder, []).extend(ids)
+        if also is not None:
+            self._tables.setdefault(also, []).extend(ids)
         return tuple(map(_REF, zip(ids, map(self._generations.__getitem__, ids), strict=True)))
 
     def grow(self, tables: Collection[list[int]]) -> None:
@@ -119,7 +123,7 @@ class BlockPool:
         count = len(tables)
         if count > len(self._free) + len(self._cached):
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} of {self.num_blocks} available")
-        for table, block_id in zip(tables, self._take(count), strict=True):
+        for table, block_id in zip(tables, self._take(count, 1), strict=True):
             table.append(block_id)
 
     @property
@@ -241,17 +245,17 @@ class BlockPool:
             unknown = sorted(set(self._tables) - set(known_holders))
             _require(not unknown, f"blocks are held by {unknown}, whom nobody knows")
 
-    def _take(self, count: int) -> list[int]:
-        """Ids of `count` blocks, which are there, with one holder each from now on."""
+    def _take(self, count: int, each: int) -> list[int]:
+        """Ids of `count` blocks, which are there, with so many holders each from now on."""
         free, generations, holders = self._free, self._generations, self._holders
-        ids = list(map(deque.popleft, repeat(free, min(count, len(free)))))
-        for _ in range(count - len(ids)):
+        ids = list(map(deque.popleft, repeat(free, count if count < len(free) else len(free))))
+        while len(ids) < count:
             block_id, _ = self._cached.popitem(last=False)
             self._retained.discard(block_id)
             self.on_evict(block_id)
             ids.append(block_id)
         for block_id in ids:
-            holders[block_id] = 1
+            holders[block_id] = each
             # Before the block is handed out, hence before anybody writes into it (`kvtransfer.mapped.segment`).
             generations[block_id] += 1
         return ids

@@ -48,7 +48,8 @@ class Lockstep:
 
     def __init__(self, kv: SequenceKV) -> None:
         self._kv = kv
-        self._rows: dict[str, Sequence] = {}
+        self.rows: dict[str, Sequence] = {}
+        """Who is in it, by name; read-only for others."""
         self._taken = 0
         self._scheduled = 0
         self._ends: list[tuple[int, int, Sequence]] = []
@@ -58,13 +59,10 @@ class Lockstep:
         self._untold: list[Sequence] = []
         self._token_id = 0
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     @property
     def known_tokens(self) -> int:
         """Tokens of all rows: their context, each with the token that its next step computes."""
-        return self._scheduled + len(self._rows)
+        return self._scheduled + len(self.rows)
 
     def owed(self, seq: Sequence) -> int:
         """Tokens that `seq` has drawn and that are not added to it yet."""
@@ -74,7 +72,7 @@ class Lockstep:
         """`seq` decodes from now on. It holds the blocks of all that is scheduled."""
         taken, size = self._taken, self._kv.pool.block_size
         seq.joined = taken
-        self._rows[seq.seq_id] = seq
+        self.rows[seq.seq_id] = seq
         self._scheduled += seq.scheduled
         heapq.heappush(self._ends, (taken + seq.last_len - len(seq.tokens), seq.order, seq))
         self._full.setdefault(self._full_at(seq), []).append(seq)
@@ -89,7 +87,7 @@ class Lockstep:
             return
         self.settle(seq)
         size = self._kv.pool.block_size
-        del self._rows[seq.seq_id]
+        del self.rows[seq.seq_id]
         self._scheduled -= seq.scheduled
         _remove(self._full, self._full_at(seq), seq)
         if self._kv.cache.enabled:
@@ -97,17 +95,17 @@ class Lockstep:
         if not seq.told:
             self._untold = [row for row in self._untold if row is not seq]
         seq.joined = None  # its end is passed over when it comes up
-        if not self._rows:
+        if not self.rows:
             self._ends.clear()
 
     def dissolve(self) -> None:
         """Everybody goes on alone. O(rows)."""
-        if not self._rows:
+        if not self.rows:
             return
-        for seq in self._rows.values():
+        for seq in self.rows.values():
             self.settle(seq)
             seq.joined = None
-        self._rows.clear()
+        self.rows.clear()
         self._ends.clear()
         self._full.clear()
         self._written.clear()
@@ -137,7 +135,7 @@ class Lockstep:
         steps = min(limit, 1 if self._untold else limit, ends[0][0] - self._taken)
         pool = self._kv.pool
         available = pool.num_available
-        if len(self._rows) * (1 + steps // pool.block_size) > available:
+        if len(self.rows) * (1 + steps // pool.block_size) > available:
             while steps > 0 and self._growth_blocks(steps) > available:
                 steps //= 2
         return steps
@@ -151,7 +149,7 @@ class Lockstep:
         for at in [at for at in full if at < until]:
             rows = full.pop(at)
             each = 1 + (until - 1 - at) // size
-            mine = [tables[seq.seq_id] for seq in rows]
+            mine = [tables[seq.seq_id] for seq in rows] if len(rows) > 1 else [tables[rows[0].seq_id]]
             growing += mine if each == 1 else mine * each
             later = at + each * size
             if later in full:
@@ -166,12 +164,12 @@ class Lockstep:
         tell, their first own token or their last, oldest first and settled.
         """
         if token_id != self._token_id:
-            for seq in self._rows.values():
+            for seq in self.rows.values():
                 self.settle(seq)
             self._token_id = token_id
         self.grow(steps)
         self._taken += steps
-        self._scheduled += steps * len(self._rows)
+        self._scheduled += steps * len(self.rows)
         if self._written:
             self._name_blocks()
         ends, telling = self._ends, self._untold
@@ -190,16 +188,16 @@ class Lockstep:
         """Proves that all of `decoding`, or none, are in it, that its sum is theirs and that their blocks are full when
         it says. Settles everybody. Raises IntegrityError. O(rows).
         """
-        if not self._rows:
+        if not self.rows:
             return
-        for seq in self._rows.values():
+        for seq in self.rows.values():
             self.settle(seq)
-        if {seq.seq_id for seq in decoding} != set(self._rows):
+        if {seq.seq_id for seq in decoding} != set(self.rows):
             raise IntegrityError("lockstep: rows that decode are not in it, or others are")
-        if self._scheduled != sum(seq.scheduled for seq in self._rows.values()):
+        if self._scheduled != sum(seq.scheduled for seq in self.rows.values()):
             raise IntegrityError("lockstep: the context is miscounted")
         due = {seq: at for at, rows in self._full.items() for seq in rows}
-        if due != {seq: self._full_at(seq) for seq in self._rows.values()}:
+        if due != {seq: self._full_at(seq) for seq in self.rows.values()}:
             raise IntegrityError("lockstep: blocks are full at other steps than it says")
 
     def _full_at(self, seq: Sequence) -> int:

@@ -148,7 +148,7 @@ class Scheduler:
         seq.computed = seq.scheduled = seq.prefill_end
         self._kv.written(seq)
         seq.append(first_token)
-        if self._lockstep:
+        if self._lockstep.rows:
             self._lockstep.join(seq)
 
     def writer_done(self, seq_id: str) -> None:
@@ -184,7 +184,7 @@ class Scheduler:
           2. prompts take the rest in the queue's order, wherever they stand: the next chunk of one that has its
              blocks, the admission and the first chunk of one that waits.
         """
-        if len(self._outstanding) >= self._max_outstanding_plans or not (self._running or self._queue):
+        if len(self._outstanding) >= self._max_outstanding_plans or not self.has_work:
             return None
         self._lockstep.dissolve()
         if self._policy.pulls_alone and self._pull_first():
@@ -209,12 +209,12 @@ class Scheduler:
             # What a preemption has just freed is for those that run.
             prompts = self._serve(shares.prefill_tokens, may_admit=self._preemptions == preemptions)
             work += [(seq, count) for seq, count in prompts if count]
-        plan = StepPlan(self._next_plan_id, tuple(self._row(seq, count) for seq, count in work))
+        plan = StepPlan(self._next_plan_id, tuple([self._row(seq, count) for seq, count in work]))
         self._pay(prompts)
         if not work:
             return None
         self._next_plan_id += 1
-        self._outstanding.append(_Outstanding(plan, tuple(seq for seq, _ in work)))
+        self._outstanding.append(_Outstanding(plan, tuple([seq for seq, _ in work])))
         return plan
 
     def complete(self, output: StepOutput) -> None:
@@ -246,12 +246,12 @@ class Scheduler:
         is one step.
         """
         policy, lockstep = self._policy, self._lockstep
-        if self._outstanding or not (lockstep or self._line_up()):
+        if self._outstanding or not (lockstep.rows or self._line_up()):
             return None
         may_admit = self._prompts.may_admit(policy)
         if policy.pulls_alone and (self._pulling or may_admit):
             return None
-        rows, prefill_tokens = len(lockstep), self._queue.prefill_tokens
+        rows, prefill_tokens = len(lockstep.rows), self._queue.prefill_tokens
         shares = policy.shares(
             StepView(budget_tokens=self._max_batched_tokens, decode_rows=rows, prefill_tokens=prefill_tokens)
         )
@@ -286,7 +286,7 @@ class Scheduler:
         for seq, row in beside:
             seq.plans -= 1
             self._computed(seq, row, () if row.sample is None else (token,))
-            if seq.can_decode and self._lockstep:
+            if seq.can_decode and self._lockstep.rows:
                 self._lockstep.join(seq)
 
     def _line_up(self) -> bool:
@@ -294,7 +294,7 @@ class Scheduler:
         for seq in self._running.values():
             if seq.can_decode:
                 self._lockstep.join(seq)
-        return len(self._lockstep) > 0
+        return bool(self._lockstep.rows)
 
     def take_events(self) -> list[SchedulerEvent]:
         """What happened since the last call, in order."""
@@ -308,6 +308,11 @@ class Scheduler:
         """Sequences that have no blocks yet."""
         return self._queue.waiting
 
+    @property
+    def has_work(self) -> bool:
+        """Whether `begin_run` or `schedule` could have anything to do but for contexts that are pulled."""
+        return bool(self._running or self._queue.waiting)
+
     def drawn(self, seq_id: str) -> int:
         """Output tokens that sequence has so far, those of earlier attempts included; 0 if there is none."""
         seq = self._sequences.get(seq_id)
@@ -320,7 +325,7 @@ class Scheduler:
     def load(self) -> EngineLoad:
         """Counts for heartbeats and metrics. O(running)."""
         context_tokens = self._lockstep.known_tokens
-        if len(self._running) > len(self._lockstep):
+        if len(self._running) > len(self._lockstep.rows):
             context_tokens += sum([len(seq.tokens) for seq in self._running.values() if seq.joined is None])
         return EngineLoad(
             waiting=self._queue.waiting,
@@ -438,7 +443,8 @@ class Scheduler:
 
     def _end(self, seq: Sequence) -> None:
         self._queue.remove(seq)
-        self._lockstep.leave(seq)
+        if seq.joined is not None:
+            self._lockstep.leave(seq)
         if self._running.pop(seq.seq_id, None) is not None:
             self._prompts.running_out -= seq.spec.handoff is Handoff.OUT
         self._pulling.pop(seq.seq_id, None)

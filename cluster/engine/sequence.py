@@ -107,13 +107,15 @@ class Sequence:
     @property
     def remaining_prefill(self) -> int:
         """Context tokens to compute here and not scheduled yet."""
-        return 0 if self.needs_pull else max(0, self.prefill_end - self.scheduled)
+        left = self.prefill_end - self.scheduled
+        return left if left > 0 and not self.needs_pull else 0
 
     @property
     def can_decode(self) -> bool:
         """Its next token could be drawn in the next plan, given a slot."""
-        running = self.state is State.RUNNING and not self.doomed
-        return running and not self.undrawn and self.scheduled >= self.prefill_end
+        return (
+            self.scheduled >= self.prefill_end and self.state is State.RUNNING and not self.doomed and not self.undrawn
+        )
 
     @property
     def can_prefill(self) -> bool:
@@ -144,8 +146,8 @@ class Sequence:
         sequence).
         """
         params = self.spec.sampling
-        last = self.outputs[-1]
-        if len(self.outputs) > params.min_tokens:
+        if (eos_token_ids or params.stop_token_ids) and len(self.outputs) > params.min_tokens:
+            last = self.outputs[-1]
             if last in eos_token_ids and not params.ignore_eos:
                 return FinishReason.STOP, None
             if last in params.stop_token_ids:

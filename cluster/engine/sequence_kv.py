@@ -31,13 +31,12 @@ class SequenceKV:
         """
         size, context = self.pool.block_size, len(seq.tokens)
         hits = self._hits(seq)
-        new = self.pool.blocks_for(context) - len(hits)
+        new = -(-context // size) - len(hits)
         if not self._has_room(hits, new + headroom_blocks):
             return None
-        self.pool.share(hits, seq.seq_id)
-        fresh = self.pool.allocate(new, seq.seq_id)
-        if seq.needs_pull:
-            self.pool.share(fresh, WRITER + seq.seq_id)
+        if hits:
+            self.pool.share(hits, seq.seq_id)
+        fresh = self.pool.allocate(new, seq.seq_id, also=WRITER + seq.seq_id if seq.needs_pull else None)
         hit_tokens = len(hits) * size
         seq.registered = len(hits)
         if seq.swapped:
@@ -56,14 +55,16 @@ class SequenceKV:
         return self._has_room(hits, self.pool.blocks_for(len(seq.tokens)) - len(hits) + headroom_blocks)
 
     def _hits(self, seq: Sequence) -> tuple[BlockRef, ...]:
+        if not self.cache.enabled:
+            return ()
         # The last token must be computed to draw the next one, unless that one comes with the KV.
         size, context = self.pool.block_size, len(seq.tokens)
         limit = (context if seq.needs_pull else context - 1) // size
-        return self.cache.lookup(seq.block_keys(size, 0, limit)) if self.cache.enabled else ()
+        return self.cache.lookup(seq.block_keys(size, 0, limit))
 
     def _has_room(self, hits: tuple[BlockRef, ...], new: int) -> bool:
         """Whether there are `new` blocks beside those of the hits that nobody holds now."""
-        revived = sum(not self.pool.is_held(ref.block_id) for ref in hits)
+        revived = sum([not self.pool.is_held(ref.block_id) for ref in hits]) if hits else 0
         return self.pool.can_allocate(revived + new)
 
     def grow(self, seq: Sequence) -> bool:
@@ -85,8 +86,10 @@ class SequenceKV:
 
     def written(self, seq: Sequence) -> None:
         """KV of positions < `seq.computed` is written: its full blocks may be found by others from now on."""
+        if not self.cache.enabled:
+            return
         full = seq.computed // self.pool.block_size
-        if full > seq.registered and self.cache.enabled:
+        if full > seq.registered:
             keys = seq.block_keys(self.pool.block_size, seq.registered, full)
             self.cache.register(keys, self.pool.table(seq.seq_id)[seq.registered : full])
             seq.registered = full

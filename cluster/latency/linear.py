@@ -36,6 +36,7 @@ DEFAULT_PRIOR = StepTimeCoefficients(step_s=0.01, prefill_token_s=5e-4, decode_r
 
 _STEP = struct.Struct("5d")
 """A step in the window: written in place, in a quarter of the time that an assignment to the array takes."""
+_STEP_BYTES = _STEP.size
 _RIDGE = _PULL * np.eye(4)
 _TERMS = ("step_s", "prefill_token_s", "decode_row_s", "context_token_s")
 _PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -80,13 +81,14 @@ class StepTimeModel:
         self, tokens: float, room_tokens: int, decode_rows: int = 0, context_tokens: int = 0
     ) -> float:
         """Seconds that so many prompt tokens take in steps with room for `room_tokens` of them beside decode rows."""
-        steps = -(-tokens // room_tokens)
-        beside_s = self.step_time_s(0, decode_rows, context_tokens)
-        return steps * beside_s + tokens * self.coefficients.prefill_token_s
+        terms, steps = self.coefficients, -(-tokens // room_tokens)
+        beside_s = terms.step_s + terms.decode_row_s * decode_rows + terms.context_token_s * context_tokens
+        return steps * beside_s + tokens * terms.prefill_token_s
 
     def predict_tpot_s(self, running: int, context_tokens: int) -> float:
         """Seconds per output token of a decode batch of `running` sequences that hold `context_tokens` of KV in all."""
-        return self.step_time_s(0, max(running, 1), context_tokens)
+        terms, rows = self.coefficients, max(running, 1)
+        return terms.step_s + terms.decode_row_s * rows + terms.context_token_s * context_tokens
 
 
 @lru_cache(maxsize=4096)
@@ -114,6 +116,7 @@ class OnlineStepTimeFit:
         self._steps = np.zeros((2, window, 5))  # [with prefill?, step, (1, prefill, rows, context, duration)]
         self._bytes = memoryview(self._steps.data).cast("B")
         self._counts = [0, 0]
+        self._window = window
         self._prior_steps = prior_steps
         self._refit_at = 1
         self._fitted = prior
@@ -121,28 +124,27 @@ class OnlineStepTimeFit:
 
     def observe(self, prefill_tokens: int, decode_rows: int, context_tokens: int, duration_s: float) -> None:
         """One step that the device ran. Steps of no tokens are passed over; ValueError if a number is negative."""
-        if min(prefill_tokens, decode_rows, context_tokens) < 0 or not 0.0 <= duration_s < math.inf:
+        if prefill_tokens < 0 or decode_rows < 0 or context_tokens < 0 or not 0.0 <= duration_s < math.inf:
             numbers = (prefill_tokens, decode_rows, context_tokens, duration_s)
             raise ValueError(f"prefill_tokens, decode_rows, context_tokens, duration_s: {numbers} are not all >= 0")
         if prefill_tokens + decode_rows == 0:
             return
-        kind = int(prefill_tokens > 0)
+        kind = 1 if prefill_tokens else 0
+        step_s = duration_s if duration_s > _MIN_STEP_S else _MIN_STEP_S
         with self._lock:
-            slot = self._counts[kind] % self._steps.shape[1]
-            place = (kind * self._steps.shape[1] + slot) * _STEP.size
-            step_s = max(duration_s, _MIN_STEP_S)
+            place = (kind * self._window + self._counts[kind] % self._window) * _STEP_BYTES
             _STEP.pack_into(self._bytes, place, 1.0, prefill_tokens, decode_rows, context_tokens, step_s)
             self._counts[kind] += 1
 
     @property
     def steps(self) -> int:
         """How many steps the coefficients stand for; 0: they are a guess."""
-        return self._prior_steps + sum(self._counts)
+        return self._prior_steps + self._counts[0] + self._counts[1]
 
     def coefficients(self) -> StepTimeCoefficients:
         """The fit to the steps so far: the prior before the first, never negative. Cheap to call after every step."""
         with self._lock:
-            total = sum(self._counts)
+            total = self._counts[0] + self._counts[1]
             if total < self._refit_at:
                 return self._fitted
             self._refit_at = total + min(total, _REFIT_STEPS)
@@ -196,7 +198,10 @@ def _nonnegative(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> NDAr
     Tries the support that is left when what comes out below 0 is dropped, until nothing does: nearly always that is it,
     and the gradient tells (Lawson and Hanson 1974, ch. 23). Else tries all supports.
     """
-    chosen = [0, 1, 2, 3]
+    whole = np.linalg.solve(gram, moment)
+    if whole.min() >= 0.0:
+        return whole
+    chosen = [term for term, value in enumerate(whole.tolist()) if value >= 0.0]
     while chosen:
         part = np.linalg.solve(gram[np.ix_(chosen, chosen)], moment[chosen])
         if part.min() >= 0.0:

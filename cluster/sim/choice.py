@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 from ...kvtransfer.ticket import Ticket
@@ -183,14 +183,14 @@ class SimChoice:
         outcome.tries += 1
         outcome.path = path.value
         if outcome.dispatched_s is None:
-            outcome.dispatched_s = self.timeline.now_s()
+            outcome.dispatched_s = self.timeline.time_s
         if prefill is not None:
-            self.timeline.after((3 if decode else 1) * rpc_s, lambda: self._send_prefill(tried))
+            self.timeline.do_after((3 if decode else 1) * rpc_s, partial(self._send_prefill, tried))
         if decode is not None:
             decode.sent.row_begun(self.tpot_s)
             outcome.decode_worker = decode.worker.spec.worker_id
             if not (prefill and self.desk.decode_after_prefill):
-                self.timeline.after((5 if prefill else 3) * rpc_s, lambda: self._send_decode(tried))
+                self.timeline.do_after((5 if prefill else 3) * rpc_s, partial(self._send_decode, tried))
 
     def _send_prefill(self, tried: _Try) -> None:
         half = tried.half
@@ -232,7 +232,7 @@ class SimChoice:
             output_token_ids=(TOKEN.token_id,) * tried.output_tokens,
             sampling=_sampling(asked.output_tokens),
             handoff=handoff,
-            arrival_s=self.timeline.now_s(),
+            arrival_s=self.timeline.time_s,
             urgency=self.urgency,
             block_keys=_keys(self, worker),
         )
@@ -260,7 +260,7 @@ class SimChoice:
         if prompt.done():
             self.desk.less()
             if tried is not None and half is not None and self.desk.decode_after_prefill and tried.decode is not None:
-                self.timeline.after(self.desk.rpc_s, lambda: self._send_decode(tried))
+                self.timeline.do_after(self.desk.rpc_s, partial(self._send_decode, tried))
         if heard.finished:
             if tried is not None and tried.decode is not None:
                 tried.decode.sent.row_ended(self.tpot_s)
@@ -268,7 +268,7 @@ class SimChoice:
             self._end()
 
     def _take(self, heard: Heard) -> None:
-        outcome, now_s = self.outcome, self.timeline.now_s()
+        outcome, now_s = self.outcome, self.timeline.time_s
         if outcome.first_token_s is None:
             outcome.first_token_s = now_s
             outcome.queue_s, outcome.prefill_s = heard.queue_s, heard.prefill_s
@@ -330,7 +330,7 @@ class SimChoice:
             name = seq_id(self.asked.request_id, 0, Side.DECODE, tried.number)
             drawn = tried.decode.worker.drawn(name)
             if drawn > self.outcome.output_tokens:
-                self.outcome.output_tokens, self.outcome.last_token_s = drawn, self.timeline.now_s()
+                self.outcome.output_tokens, self.outcome.last_token_s = drawn, self.timeline.time_s
         self.give_up("deadline_exceeded")
 
     # --- the end of a try -------------------------------------------------------------------------------------------
@@ -372,7 +372,8 @@ class SimChoice:
             if tried.decode_open:
                 worker, notify = tried.decode.worker, half is not None and kept is None
                 name, number = self.asked.request_id, tried.number
-                self.timeline.after(self.desk.rpc_s, lambda: worker.abort_decode(name, number, notify_holder=notify))
+                abort = partial(worker.abort_decode, name, number, notify_holder=notify)
+                self.timeline.do_after(self.desk.rpc_s, abort)
         self.half = half
         if kept is None:
             self._drop_half()
@@ -384,7 +385,7 @@ class SimChoice:
         half.prompt.done()
         if half.keep.close():
             worker, name = half.member.worker, self.asked.request_id
-            self.timeline.after(self.desk.rpc_s, lambda: worker.abort_prefill(name, half.number))
+            self.timeline.do_after(self.desk.rpc_s, partial(worker.abort_prefill, name, half.number))
 
     def _wait_no_longer(self) -> None:
         if self.again is not None:

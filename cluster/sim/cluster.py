@@ -106,7 +106,7 @@ class SimCluster:
         def next_arrival() -> None:
             outcome = next(coming, None)
             if outcome is not None:
-                self.timeline.at(outcome.asked.arrival_s, lambda: arrive(outcome))
+                self.timeline.do_at(outcome.asked.arrival_s, partial(arrive, outcome))
 
         def arrive(outcome: Outcome) -> None:
             next_arrival()
@@ -115,7 +115,7 @@ class SimCluster:
         next_arrival()
         period_s = self._spec.router.heartbeat_s
         for number, member in enumerate(self._members.values()):
-            self.timeline.after(period_s * number / len(self._members), partial(self._beat, member))
+            self.timeline.do_after(period_s * number / len(self._members), partial(self._beat, member))
         for failure in self._spec.failures:
             self.timeline.at(failure.at_s, partial(self._fail, failure))
         if decided is not None:
@@ -128,7 +128,7 @@ class SimCluster:
 
     def _ask(self, decided: Decided, period_s: float, outcomes: Sequence[Outcome]) -> None:
         def ask() -> None:
-            if decided(self.timeline.now_s(), outcomes):
+            if decided(self.timeline.time_s, outcomes):
                 self.timeline.end()
             elif self._in_flight:
                 self.timeline.after(period_s, ask)
@@ -141,7 +141,7 @@ class SimCluster:
         member.worker.tick()
         member.heartbeat()
         self.router.changed()
-        self.timeline.after(self._spec.router.heartbeat_s, lambda: self._beat(member))
+        self.timeline.do_after(self._spec.router.heartbeat_s, partial(self._beat, member))
 
     def _on_end(self, outcome: Outcome) -> None:
         self._in_flight -= 1
@@ -175,7 +175,7 @@ class SimCluster:
         if not self._in_flight:
             return
         workers = [_sample(worker) for worker in self.workers]
-        observer.sample(self.timeline.now_s(), self.router.waiting, workers)
+        observer.sample(self.timeline.time_s, self.router.waiting, workers)
         self.timeline.after(observer.sample_period_s, partial(self._sample, observer))
 
     def _links_between(self, source: SimWorker, target: SimWorker) -> Sequence[Medium]:

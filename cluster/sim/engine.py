@@ -14,7 +14,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 from ..engine.plan import RowOutput, StepOutput, StepPlan
 from ..engine.quiet_run import QuietRun
@@ -30,7 +31,7 @@ from .timeline import Event, Timeline
 TOKEN = SampledToken(1)
 """What every step draws: a token that ends nothing."""
 FIRST_RUN_STEPS, MAX_RUN_STEPS = 16, 1024
-Command = Callable[[Scheduler], object]
+T = TypeVar("T")
 
 
 class SimEngine:
@@ -60,7 +61,7 @@ class SimEngine:
         self._worker_id = worker_id
         self._on_span = on_span
         self._stopped = False
-        self._commands: deque[Command] = deque()
+        self._commands: deque[tuple[Callable[[Scheduler, Any], object], object]] = deque()
         self._run: _Run | None = None
         self._run_steps = FIRST_RUN_STEPS
         self._stage_free_s = 0.0
@@ -76,15 +77,15 @@ class SimEngine:
         """What the worker reports, and routers predict from."""
         self._known_steps = self.fit.steps
 
-    def submit(self, command: Command) -> None:
-        """Runs `command` between two steps."""
+    def submit(self, command: Callable[[Scheduler, T], object], what: T) -> None:
+        """Runs `command(scheduler, what)` between two steps."""
         if self._stopped:
             return
-        self._commands.append(command)
+        self._commands.append((command, what))
         if self._run is not None:
             self._cut(self._run)
-        elif not self._looking and self._planned < self._stages:
-            self._look_at(max(self._timeline.now_s(), self._stage_free_s))
+        elif not self._looking and self._planned < self._stages and self._boundary is None:
+            self._look_at(max(self._timeline.time_s, self._stage_free_s))
 
     @property
     def learned_steps(self) -> int:
@@ -96,7 +97,7 @@ class SimEngine:
         run = self._run
         if run is None or run.prompts:
             return 0, 0
-        return bisect_right(run.ends_s, self._timeline.now_s() - run.begin_s, 0, run.steps), run.rows
+        return bisect_right(run.ends_s, self._timeline.time_s - run.begin_s, 0, run.steps), run.rows
 
     def drawn(self, seq_id: str) -> int:
         """Output tokens of that sequence by now; 0 where there is none."""
@@ -115,13 +116,17 @@ class SimEngine:
     def _look(self) -> None:
         """Between two steps: commands, then the next step or run."""
         self._boundary, self._looking = None, True
+        scheduler, commands = self.scheduler, self._commands
+        run = plan = None
         while True:
-            while self._commands:
-                self._commands.popleft()(self.scheduler)
-            run = None if self._planned else self.scheduler.begin_run(self._run_steps)
-            plan = None if run is not None else self.scheduler.schedule()
+            while commands:
+                command, what = commands.popleft()
+                command(scheduler, what)
+            if scheduler.has_work:
+                run = None if self._planned else scheduler.begin_run(self._run_steps)
+                plan = None if run is not None else scheduler.schedule()
             self._publish()
-            if run is not None or plan is not None or not self._commands:
+            if run is not None or plan is not None or not commands:
                 break
         self._looking = False
         if run is not None:
@@ -132,7 +137,7 @@ class SimEngine:
     # --- steps one by one -------------------------------------------------------------------------------------------
 
     def _begin(self, plan: StepPlan) -> None:
-        shape, now_s = self._shape(plan), self._timeline.now_s()
+        shape, now_s = self._shape(plan), self._timeline.time_s
         step_s, stage_s = self._times_s(shape)
         # Of prompts routers want to know how fast a queue of them goes, of answers how long a token takes.
         heard_s = stage_s if shape.prefill_tokens else step_s
@@ -142,7 +147,7 @@ class SimEngine:
         self._stage_free_s = now_s + stage_s
         # The last stage takes a plan up when the one before has left it: a small one behind a large one is a bubble.
         self._done_s = max(self._done_s + step_s / self._stages, now_s + step_s)
-        self._timeline.at(self._done_s, lambda: self._complete(plan, shape, now_s))
+        self._timeline.do_at(self._done_s, partial(self._complete, plan, shape, now_s))
         if self._stages > 1:
             self._look_at(self._stage_free_s)
 
@@ -159,6 +164,8 @@ class SimEngine:
         """Of decode rows alone: the rows of the largest one, and their share of the context, which grows by a token a
         row.
         """
+        if self._stages == 1:
+            return rows, context_tokens
         largest = -(-rows // self._stages)
         return largest, largest * context_tokens // rows
 
@@ -168,14 +175,14 @@ class SimEngine:
         self._planned -= 1
         if self._on_span is not None:
             self._tell(self._on_span, began_s, 1, shape)
-        rows = tuple(RowOutput(row.seq_id, (TOKEN,) if row.sample is not None else ()) for row in plan.rows)
+        rows = tuple([RowOutput(row.seq_id, (TOKEN,) if row.sample is not None else ()) for row in plan.rows])
         self.scheduler.complete(StepOutput(plan.plan_id, rows))
         self._tell_now()
-        self._look_soon(max(self._timeline.now_s(), self._stage_free_s))
+        self._look_soon(max(self._timeline.time_s, self._stage_free_s))
 
     def _look_soon(self, at_s: float) -> None:
         """Between two steps, with nothing else to be done: as `_look_at`, but at once where nobody comes before."""
-        if at_s > self._timeline.now_s() or self._boundary is not None or not self._timeline.nothing_now():
+        if at_s > self._timeline.time_s or self._boundary is not None or not self._timeline.nothing_now():
             self._look_at(at_s)
         else:
             self._look()
@@ -187,7 +194,7 @@ class SimEngine:
     # --- runs -------------------------------------------------------------------------------------------------------
 
     def _begin_run(self, run: QuietRun) -> None:
-        now_s = self._timeline.now_s()
+        now_s = self._timeline.time_s
         if run.prompts:
             ends_s: Sequence[float] = (self._begin_mixed(run),)
         else:
@@ -209,11 +216,11 @@ class SimEngine:
         """A command waits: the run ends with the step under way."""
         if run.steps == 1:
             return
-        steps = bisect_left(run.ends_s, self._timeline.now_s() - run.begin_s) + 1
+        steps = bisect_left(run.ends_s, self._timeline.time_s - run.begin_s) + 1
         if steps < run.steps:
             run.end.cancel()
             run.steps = steps
-            ends_s = max(self._timeline.now_s(), run.begin_s + run.ends_s[steps - 1])
+            ends_s = max(self._timeline.time_s, run.begin_s + run.ends_s[steps - 1])
             run.end = self._timeline.at(ends_s, self._end_run)
             self._run_steps = max(FIRST_RUN_STEPS, 2 * steps)
 
@@ -231,7 +238,7 @@ class SimEngine:
             self._tell(self._on_span, run.begin_s, run.steps, shape)
         self.scheduler.take_run(run.steps, TOKEN)
         self._tell_now()
-        self._look_soon(self._timeline.now_s())
+        self._look_soon(self._timeline.time_s)
 
     # --- what is told -----------------------------------------------------------------------------------------------
 
@@ -240,7 +247,7 @@ class SimEngine:
             StepSpan(
                 worker_id=self._worker_id,
                 start_s=start_s,
-                end_s=self._timeline.now_s(),
+                end_s=self._timeline.time_s,
                 steps=steps,
                 prefill_tokens=shape.prefill_tokens,
                 decode_rows=shape.decode_rows,

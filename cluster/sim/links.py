@@ -48,7 +48,7 @@ class Flow:
         self.size_bytes = size_bytes
         self._left_bytes = float(size_bytes)
         self._rate = math.inf
-        self._since_s = timeline.now_s()
+        self._since_s = timeline.time_s
         self._done: Event | None = None
         for link in self._links:
             link.flows[self] = None
@@ -77,7 +77,7 @@ class Flow:
     def _plan(self, rate: float) -> None:
         if rate == self._rate and self._done is not None:
             return
-        now_s = self._timeline.now_s()
+        now_s = self._timeline.time_s
         if self._done is not None:
             self._left_bytes = max(0.0, self._left_bytes - self._rate * (now_s - self._since_s))
             self._done.cancel()
@@ -91,7 +91,7 @@ class Flow:
         self._leave()
         latency_s = max((link.latency_s for link in self._links), default=0.0)
         if latency_s:
-            self._timeline.after(latency_s, self._on_done)
+            self._timeline.do_after(latency_s, self._on_done)
         else:
             self._on_done()
 

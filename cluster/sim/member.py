@@ -19,17 +19,13 @@ class SimMember:
         self.attached = True
         """Its stream stands."""
         self._seen = WorkerSeen(self._ask(), self.sent)
-        self._heartbeats = 0
+        self.heartbeats = 0
+        """That were heard. With `sent.version` it counts what changes its view."""
 
     def heartbeat(self) -> None:
         """The worker says how loaded it is."""
         self._seen.hear(self._ask())
-        self._heartbeats += 1
-
-    @property
-    def changes(self) -> int:
-        """Counts what changes its view."""
-        return self.sent.version + self._heartbeats
+        self.heartbeats += 1
 
     @property
     def view(self) -> WorkerView:

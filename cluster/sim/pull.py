@@ -5,6 +5,7 @@ blocks that the holder lets be read, over the links between the two workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from ...kvtransfer.protocol.actions import PullerAction, StartPull
@@ -66,7 +67,7 @@ class Pull:
         self._flow: Flow | None = None
         self._last_byte_s = 0.0
         self._ended = False
-        timeline.after(action.delay_s + rpc_s, self._open)
+        timeline.do_after(action.delay_s + rpc_s, self._open)
 
     def go_on(self) -> None:
         """More may be readable."""
@@ -77,15 +78,15 @@ class Pull:
             self.stop(view.refused)
         elif self.index < view.readable_blocks:
             blocks = view.readable_blocks - self.index
-            self._flow = Flow(self._timeline, self._links, blocks * self._block_bytes, lambda: self._arrive(blocks))
+            self._flow = Flow(self._timeline, self._links, blocks * self._block_bytes, partial(self._arrive, blocks))
         elif view.first_token is not None:
             self.exposed_s = max(0.0, self._last_byte_s - view.prefill_end_s)
-            self._timeline.after(self._rpc_s, lambda: self._end(view.num_tokens))
+            self._timeline.do_after(self._rpc_s, partial(self._end, view.num_tokens))
 
     def stop(self, reason: RefusalReason | None) -> None:
         """It must not read another block (None: the puller wants no more of it): the puller hears why."""
         self._close()
-        now_s = self._timeline.now_s()
+        now_s = self._timeline.time_s
         self._run(self._puller.pull_ended(self.action.key, self.action.pull_index, reason, "", now_s))
 
     def source_lost(self) -> None:
@@ -100,7 +101,7 @@ class Pull:
     def _open(self) -> None:
         if self._ended:
             return
-        self.opened_s = self._timeline.now_s()
+        self.opened_s = self._timeline.time_s
         self._source, self._links = self._find(self.action.ticket.prefill_worker)
         opened = RefusalReason.PEER_LOST if self._source is None else self._source.open_pull(self)
         if isinstance(opened, RefusalReason):
@@ -118,7 +119,7 @@ class Pull:
         self._puller.blocks_written(key, number, indices)
         self.index += blocks
         self.received_bytes += blocks * self._block_bytes
-        self._last_byte_s = self._timeline.now_s()
+        self._last_byte_s = self._timeline.time_s
         assert self._reader_id is not None
         assert self._source is not None
         self._source.holder.pull_progress(self._reader_id, self._last_byte_s)
@@ -128,7 +129,7 @@ class Pull:
         if self._ended:
             return
         self._close()
-        ticket, now_s = self.action.ticket, self._timeline.now_s()
+        ticket, now_s = self.action.ticket, self._timeline.time_s
         self._run(self._puller.end_arrived(self.action.key, self.action.pull_index, ticket, num_tokens, TOKEN))
         self._run(self._puller.pull_ended(self.action.key, self.action.pull_index, None, "", now_s))
 

@@ -84,8 +84,8 @@ class SimRouter:
         self._kv_tokens = min(worker.num_blocks * worker.block_size for worker in workers)
         self._choices: dict[str, SimChoice] = {}
         self._retry: Event | None = None
-        self._shown: list[tuple[SimMember, int]] = []
-        """Whom `_pools` shows, and as of which of their changes."""
+        self._shown = -1
+        """As of how many changes of all its members `_pools` is; -1: others are to be shown."""
         self._pools = Pools((), (), ())
 
     @property
@@ -109,7 +109,7 @@ class SimRouter:
             timeout_s=timeout_s,
         )
         own_s = self._spec.own_s + self._spec.own_token_s * len(asked.prompt_token_ids)
-        self._timeline.after(own_s, lambda: self._admit(choice))
+        self._timeline.do_after(own_s, partial(self._admit, choice))
 
     def _refusal(self, asked: Asked) -> str:
         """Why such a request can never be served here, as a code of the runtime's errors; empty: it can."""
@@ -120,7 +120,7 @@ class SimRouter:
 
     def _admit(self, choice: SimChoice) -> None:
         """As `RouterCore._admit`."""
-        now_s, arrival_s, promise = self._timeline.now_s(), choice.asked.arrival_s, choice.promise
+        now_s, arrival_s, promise = self._timeline.time_s, choice.asked.arrival_s, choice.promise
         refused = self._refusal(choice.asked)
         if refused:
             choice.outcome.refused = refused
@@ -165,7 +165,7 @@ class SimRouter:
         uncached = {worker_id: context - tokens for worker_id, tokens in cached.items()}
         if not self._forecasts:
             return Outlook(cost_tokens=min(uncached.values(), default=1), forecast=None)
-        return self._turns.outlook(views, uncached, choice.urgency, self._timeline.now_s())
+        return self._turns.outlook(views, uncached, choice.urgency, self._timeline.time_s)
 
     # --- the queue --------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class SimRouter:
         self._enter(choice, 1 if choice.half is not None else self._look(choice).cost_tokens)
 
     def _enter(self, choice: SimChoice, cost_tokens: int) -> None:
-        now_s = self._timeline.now_s()
+        now_s = self._timeline.time_s
         spot = choice.spot = ChoiceSpot(choice, now_s, choice.urgency, needs_room=choice.half is None)
         spot.waits_until_s = choice.tries.waits_until_s
         self._turns.expect(spot, cost_tokens, now_s)
@@ -185,11 +185,11 @@ class SimRouter:
         """See `choice.Desk`."""
         spot, choice.spot = choice.spot, None
         if spot is not None:
-            self._turns.leave(spot, self._timeline.now_s())
+            self._turns.leave(spot, self._timeline.time_s)
         name, number = choice.asked.request_id, choice.tries.number
         while choice.wants:
             abort = choice.wants.pop().worker.abort_decode
-            self._timeline.after(self.rpc_s, partial(abort, name, number, notify_holder=False))
+            self._timeline.do_after(self.rpc_s, partial(abort, name, number, notify_holder=False))
 
     def less(self) -> None:
         """See `choice.Desk`."""
@@ -202,7 +202,7 @@ class SimRouter:
             self._pump()
 
     def _pump(self) -> None:
-        now_s = self._timeline.now_s()
+        now_s = self._timeline.time_s
         for spot in self._turns.due(now_s, self._prompt_workers):
             self._ask(spot, now_s)
         retry_s = self._turns.look_again_s(now_s)
@@ -276,12 +276,16 @@ class SimRouter:
 
     def pools(self) -> Pools:
         """The workers that can take work now: the same object while nothing has changed."""
-        shown = [(member, member.changes) for member in self._members.values() if member.routable]
-        if shown != self._shown:
-            self._shown = shown
-            views = [member.view for member, _ in shown]
-            of = {role: tuple([view for view in views if view.role is role]) for role in Role}
-            self._pools = Pools(of[Role.PREFILL], of[Role.DECODE], of[Role.MIXED])
+        changes = 0
+        for member in self._members.values():
+            changes += member.sent.version + member.heartbeats
+        if changes != self._shown:
+            self._shown = changes
+            of: dict[Role, list[WorkerView]] = {Role.PREFILL: [], Role.DECODE: [], Role.MIXED: []}
+            for member in self._members.values():
+                if member.routable:
+                    of[member.role].append(member.view)
+            self._pools = Pools(tuple(of[Role.PREFILL]), tuple(of[Role.DECODE]), tuple(of[Role.MIXED]))
         return self._pools
 
     def _cached_tokens(self, choice: SimChoice, views: tuple[WorkerView, ...]) -> Mapping[str, int]:
@@ -305,7 +309,7 @@ class SimRouter:
 
     def on_heard(self, heard: Heard) -> None:
         """See `worker.Wiring`."""
-        self._timeline.after(self.rpc_s, lambda: self._hear(heard))
+        self._timeline.do_after(self.rpc_s, partial(self._hear, heard))
 
     def _hear(self, heard: Heard) -> None:
         choice = self._choices.get(heard.request_id)
@@ -314,7 +318,7 @@ class SimRouter:
 
     def on_turned(self, turned: Turned) -> None:
         """See `worker.Wiring`."""
-        self._timeline.after(self.rpc_s, lambda: self._turn(turned))
+        self._timeline.do_after(self.rpc_s, partial(self._turn, turned))
 
     def _turn(self, turned: Turned) -> None:
         choice = self._choices.get(turned.request_id)
@@ -323,7 +327,7 @@ class SimRouter:
 
     def first_token(self, choice: SimChoice) -> None:
         """See `choice.Desk`."""
-        self._admission.first_token(choice.asked.request_id, self._timeline.now_s())
+        self._admission.first_token(choice.asked.request_id, self._timeline.time_s)
 
     def ended(self, choice: SimChoice) -> None:
         """See `choice.Desk`."""
@@ -336,12 +340,14 @@ class SimRouter:
     def on_stale(self, member: SimMember) -> None:
         """Its heartbeats are late: no new work goes there."""
         member.routable = False
+        self._shown = -1
 
     def on_lost(self, member: SimMember, *, silent: bool) -> None:
         """Its stream broke, or (`silent`) was given up: what ran there goes on elsewhere. Idempotent."""
         if not member.attached:
             return
         member.routable = member.attached = False
+        self._shown = -1
         self._prefixes.forget(member.worker.spec.worker_id)
         for choice in list(self._choices.values()):
             choice.worker_lost(member, silent=silent)
@@ -352,4 +358,5 @@ class SimRouter:
         older = self._members[member.worker.spec.worker_id]
         self.on_lost(older, silent=False)
         self._members[member.worker.spec.worker_id] = member
+        self._shown = -1
         self.changed()

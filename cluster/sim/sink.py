@@ -71,9 +71,9 @@ class SimSink:
                 case CancelPull(key=key):
                     self._pulls[key].stop(None)
                 case Confirm(ticket=ticket):
-                    self._timeline.after(self._rpc_s, partial(self._confirm, ticket))
+                    self._timeline.do_after(self._rpc_s, partial(self._confirm, ticket))
                 case SendAbort(ticket=ticket):
-                    self._timeline.after(self._rpc_s, partial(self._send_abort, ticket))
+                    self._timeline.do_after(self._rpc_s, partial(self._send_abort, ticket))
                 case Failed(key=key, reason=reason):
                     self._on_failed(key, reason)
                 case _:
@@ -110,7 +110,7 @@ class SimSink:
         if source is not None:
             source.confirm(ticket)
         if not self._dead:
-            self._puller.confirm_ended(ticket.decode_key, self._timeline.now_s())
+            self._puller.confirm_ended(ticket.decode_key, self._timeline.time_s)
 
     def _send_abort(self, ticket: Ticket) -> None:
         source = self._source(ticket.prefill_worker)

@@ -50,7 +50,7 @@ class SimSource:
 
     def open_pull(self, pull: Pull) -> int | RefusalReason:
         """See `pull.Reading.open_pull`."""
-        action, now_s = pull.action, self._timeline.now_s()
+        action, now_s = pull.action, self._timeline.time_s
         answer = self.run(self.holder.pull(action.ticket, action.first_block, action.pull_index, now_s))
         assert answer is not None
         if not isinstance(answer, RefusalReason):
@@ -60,15 +60,15 @@ class SimSource:
     def close_pull(self, reader_id: int) -> None:
         """See `pull.Reading.close_pull`."""
         self._readers.pop(reader_id, None)
-        self.run(self.holder.pull_ended(reader_id, self._timeline.now_s()))
+        self.run(self.holder.pull_ended(reader_id, self._timeline.time_s))
 
     def confirm(self, ticket: Ticket) -> None:
         """The reader has made its first step."""
-        self.run(self.holder.confirm(ticket, self._timeline.now_s()))
+        self.run(self.holder.confirm(ticket, self._timeline.time_s))
 
     def abort_ticket(self, ticket: Ticket) -> None:
         """Its reader is over, and no other will come."""
-        self.run(self.holder.abort_ticket(ticket, self._timeline.now_s()))
+        self.run(self.holder.abort_ticket(ticket, self._timeline.time_s))
 
     def die(self) -> None:
         """Its worker is no more: whoever reads hears of it."""

@@ -127,7 +127,7 @@ class SimWorker:
             source=self._source_of,
             links=self._links_from,
             on_ready=self._kv_ready,
-            on_writer_done=partial(self._order, Scheduler.writer_done),
+            on_writer_done=partial(self.engine.submit, Scheduler.writer_done),
             on_failed=self._pull_failed,
         )
 
@@ -145,7 +145,7 @@ class SimWorker:
 
     def tick(self) -> None:
         """Ends credits, leases and waits that ran out, as the runtime's does a few times a second."""
-        now_s = self._timeline.now_s()
+        now_s = self._timeline.time_s
         self.source.run(self.holder.tick(now_s))
         self._sink.run(self.puller.tick(now_s))
 
@@ -162,7 +162,7 @@ class SimWorker:
         blocks = -(-(context_tokens + 1) // self.spec.block_size)
         others = max(0, self.scheduler.waiting - self.puller.waiting_blocks)
         places = self.spec.max_waiting - others
-        now_s = self._timeline.now_s()
+        now_s = self._timeline.time_s
         [action] = self.puller.reserve(request_id, 0, attempt, blocks, now_s, urgency=urgency, places=places)
         return action.credit_id if isinstance(action, Credit) else None
 
@@ -172,7 +172,7 @@ class SimWorker:
             return
         live = _Live(request_id, Side.PREFILL, attempt, spec.handoff)
         if spec.handoff is Handoff.OUT:
-            now_s = self._timeline.now_s()
+            now_s = self._timeline.time_s
             actions = self.holder.prefill_submitted(request_id, 0, attempt, spec.context_tokens, now_s)
             for action in actions:
                 if isinstance(action, Refuse):
@@ -193,7 +193,7 @@ class SimWorker:
         """Redeems a credit and queues the sequence; no ticket: it is prefilled here."""
         if not self.alive:
             return
-        now_s, live = self._timeline.now_s(), _Live(request_id, Side.DECODE, attempt, spec.handoff)
+        now_s, live = self._timeline.time_s, _Live(request_id, Side.DECODE, attempt, spec.handoff)
         if ticket is None:
             actions = self.puller.submit_local(request_id, 0, attempt, credit_id, now_s)
         else:
@@ -211,8 +211,8 @@ class SimWorker:
         for key in self._keys(request_id, Side.PREFILL, attempt):
             if self._live[key].handoff is not Handoff.OUT:
                 del self._live[key]
-                self._order(Scheduler.abort, key)
-        self.source.run(self.holder.abort_attempt(request_id, 0, attempt, self._timeline.now_s()))
+                self.engine.submit(Scheduler.abort, key)
+        self.source.run(self.holder.abort_attempt(request_id, 0, attempt, self._timeline.time_s))
 
     def abort_decode(self, request_id: str, attempt: int, *, notify_holder: bool) -> None:
         """Ends that attempt, credit included. `notify_holder`: its KV is wanted by nobody any more."""
@@ -220,8 +220,8 @@ class SimWorker:
             return
         for key in self._keys(request_id, Side.DECODE, attempt):
             del self._live[key]
-            self._order(Scheduler.abort, key)
-        now_s = self._timeline.now_s()
+            self.engine.submit(Scheduler.abort, key)
+        now_s = self._timeline.time_s
         self._sink.run(self.puller.abort(request_id, 0, attempt, now_s, notify=notify_holder))
 
     def die(self) -> None:
@@ -243,21 +243,21 @@ class SimWorker:
 
     def _add(self, live: _Live, spec: SequenceSpec) -> None:
         self._live[spec.seq_id] = live
+        self.engine.submit(self._add_now, spec)
 
-        def add(scheduler: Scheduler) -> None:
-            if spec.seq_id not in self._live:  # aborted meanwhile
-                return
-            try:
-                scheduler.add(spec)
-            except QueueFull:
-                del self._live[spec.seq_id]
-                self._not_added(live, spec.seq_id)
-
-        self.engine.submit(add)
+    def _add_now(self, scheduler: Scheduler, spec: SequenceSpec) -> None:
+        live = self._live.get(spec.seq_id)
+        if live is None:  # aborted meanwhile
+            return
+        try:
+            scheduler.add(spec)
+        except QueueFull:
+            del self._live[spec.seq_id]
+            self._not_added(live, spec.seq_id)
 
     def _not_added(self, live: _Live, key: str) -> None:
         """The engine's queue is full: what the handoff keeps of it goes, and the router may try elsewhere."""
-        now_s = self._timeline.now_s()
+        now_s = self._timeline.time_s
         if live.handoff is Handoff.OUT:
             self.source.run(self.holder.prefill_failed(key, RefusalReason.PREFILL_FAILED, now_s))
         elif live.side is Side.DECODE:
@@ -268,10 +268,6 @@ class SimWorker:
         self._wiring.turned(
             Turned(live.request_id, live.side, live.attempt, reason.value, lost=lost, retryable=reason.retryable)
         )
-
-    def _order(self, command: Callable[[Scheduler, str], object], key: str) -> None:
-        """The engine's thread does it between two steps."""
-        self.engine.submit(lambda scheduler: command(scheduler, key))
 
     # --- the engine's events ----------------------------------------------------------------------------------------
 
@@ -292,7 +288,7 @@ class SimWorker:
             case PrefillAdvanced(seq_id=key):
                 self.source.run(self.holder.advanced(key, event.computed_tokens))
             case TokensEmitted(seq_id=key):
-                now_s = self._timeline.now_s()
+                now_s = self._timeline.time_s
                 self._tell(live, event)
                 if event.finish_reason is not None:
                     self.source.run(self.holder.prefill_failed(key, RefusalReason.FINISHED, now_s))
@@ -335,7 +331,7 @@ class SimWorker:
     def _over(self, command: Callable[[Scheduler, str], object], key: str) -> None:
         """The holder needs that sequence no more."""
         self._live.pop(key, None)
-        self._order(command, key)
+        self.engine.submit(command, key)
 
     def _source_of(self, worker_id: str) -> SimSource | None:
         worker = self._wiring.find(worker_id)
@@ -357,15 +353,15 @@ class SimWorker:
                     source=ticket.prefill_worker,
                     target=self.spec.worker_id,
                     start_s=pull.opened_s,
-                    end_s=self._timeline.now_s(),
+                    end_s=self._timeline.time_s,
                     size_bytes=pull.received_bytes,
                     exposed_s=pull.exposed_s,
                 )
             )
-        self._order(_join, key)
+        self.engine.submit(_join, key)
 
     def _pull_failed(self, key: str, reason: RefusalReason) -> None:
-        self._order(Scheduler.abort, key)
+        self.engine.submit(Scheduler.abort, key)
         live = self._live.pop(key, None)
         if live is not None:
             self._turn(live, reason, lost=True)

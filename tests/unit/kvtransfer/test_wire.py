@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pickle
 import struct
 from dataclasses import replace
@@ -116,7 +117,7 @@ def test_checksum_names_the_block_and_its_ticket() -> None:
     # PEERS: trouble 2. The right bytes in the wrong place are as wrong as wrong bytes.
     good = block(3, b"payload!" * 8)
     wire.check_block(good, 64)
-    other = Ticket(**{**{n: getattr(TICKET, n) for n in Ticket.__slots__}, "request_id": "req-2"})
+    other = replace(TICKET, request_id="req-2")
     for bad in (
         changed(good, block_index=4),
         changed(good, generation=5),
@@ -139,7 +140,7 @@ def test_other_version_is_told_so() -> None:
 
 
 def ticket_with(**fields: object) -> list[object]:
-    names = list(Ticket.__slots__)
+    names = [each.name for each in dataclasses.fields(Ticket) if each.init]
     order = ["request_id", "choice", "prefill_attempt", "decode_attempt", "prefill_worker", "epoch", "num_tokens"]
     assert sorted(names) == sorted([*order, "fingerprint"])
     return [fields.get(name, getattr(TICKET, name)) for name in [*order, "fingerprint"]]
