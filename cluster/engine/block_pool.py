@@ -208,14 +208,6 @@ class BlockPool:
         """Whether the prefix cache knows its content."""
         return block_id in self._retained
 
-    def is_current(self, ref: BlockRef, holder: str) -> bool:
-        """Whether `holder` holds exactly what `ref` names; False for any stale or foreign reference. O(table)."""
-        return (
-            0 <= ref.block_id < self.num_blocks
-            and self._generations[ref.block_id] == ref.generation
-            and ref.block_id in self.table(holder)
-        )
-
     def holders(self) -> frozenset[str]:
         """Names of everyone who holds a block now."""
         return frozenset(self._tables)

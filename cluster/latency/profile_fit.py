@@ -9,17 +9,15 @@ tried, and taken only if it explains the samples much better.
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .interface import StepCosts
-from .profile import MAX_FILE_BYTES, DecodeTerms, StepProfile
+from .profile import DecodeTerms, StepProfile
 
 Array = NDArray[np.float64]
 HELD_OUT_EVERY = 5
@@ -147,35 +145,6 @@ def relative_errors(profile: StepProfile, samples: Sequence[StepSample]) -> Rela
     error = np.array([abs(profile.step_time_s(*astuple(s)[:4]) / s.seconds - 1.0) for s in samples])
     p90 = float(np.quantile(error, 0.9))
     return RelativeErrors(float(np.median(error)), p90, float(error.max()), len(samples))
-
-
-def write_samples(path: str | Path, samples: Iterable[StepSample]) -> None:
-    """A CSV of the samples' fields, with a header. Raises OSError."""
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(item.name for item in fields(StepSample))
-        writer.writerows(astuple(sample) for sample in samples)
-
-
-def read_samples(path: str | Path) -> list[StepSample]:
-    """What `write_samples` wrote. ValueError naming the file and the line that is wrong."""
-    names = [item.name for item in fields(StepSample)]
-    try:
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"samples: {path} is larger than {MAX_FILE_BYTES} bytes")
-        lines = list(csv.reader(Path(path).read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"samples: {path} cannot be read ({error})") from None
-    if not lines or lines[0] != names:
-        raise ValueError(f"samples: {path} has no header {','.join(names)}")
-    samples = []
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            tokens, squares, rows, context, seconds = line
-            samples.append(StepSample(int(tokens), int(squares), int(rows), int(context), float(seconds)))
-        except ValueError as error:
-            raise ValueError(f"samples: {path}, line {number}: {error}") from None
-    return samples
 
 
 def _best(samples: Sequence[StepSample]) -> tuple[Array, int | None]:

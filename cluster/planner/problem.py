@@ -84,11 +84,6 @@ class Problem(DeviceSpec):
         except ConfigError as error:
             raise error.under("workload") from None
 
-    def check_files(self) -> None:
-        """Reads everything that is named, so that what is wrong shows before the search. ValueError naming it."""
-        self.device()
-        self.requests()
-
 
 def load_problem(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Problem:
     """From a YAML file of Problem's fields, and values by dotted path that win over it (`{"workload.lengths": …}`).

@@ -94,8 +94,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.cache.check_integrity()
         assert self.pool.holders() == frozenset(self.tables)
         for holder, table in self.tables.items():
-            assert list(self.pool.table(holder)) == [ref.block_id for ref in table]
-            assert all(self.pool.is_current(ref, holder) for ref in table)
+            assert [self.pool.ref(block_id) for block_id in self.pool.table(holder)] == table
         assert [self.pool.generation(i) for i in range(self.pool.num_blocks)] == self.generations
         assert self.pool.num_held == len(self.held())
         assert self.pool.num_cached == len(self.lru)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import astuple, replace
-from pathlib import Path
 
 import pytest
 from tandem.cluster.latency.hardware import load_hardware
 from tandem.cluster.latency.model_facts import model_facts
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
-from tandem.cluster.latency.profile_fit import StepSample, fit_profile, profile_of, read_samples, write_samples
+from tandem.cluster.latency.profile_fit import StepSample, fit_profile, profile_of
 from tandem.cluster.latency.roofline import Roofline
 
 SMALL = DecodeTerms(step_s=0.02, row_s=4e-5, context_token_s=6e-7)
@@ -103,28 +102,3 @@ def test_too_few_samples_are_refused() -> None:
 def test_a_sample_that_says_nothing_is_refused(values: tuple, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         StepSample(*values)
-
-
-def test_samples_come_back_from_their_file(tmp_path: Path) -> None:
-    samples = measured(TRUE, noise=0.1)
-    write_samples(tmp_path / "samples.csv", samples)
-    assert read_samples(tmp_path / "samples.csv") == samples
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("", "has no header"),
-        ("a,b\n1,2\n", "has no header prefill_tokens,"),
-        ("{header}\n1,1,0,0,fast\n", "line 2"),
-        ("{header}\n1,1,0,0,1.0\n1,1,0\n", "line 3"),
-        ("{header}\n1,1,0,0,-1\n", "line 2: sample: seconds"),
-    ],
-)
-def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, text: str, error: str) -> None:
-    path = tmp_path / "wrong.csv"
-    path.write_text(text.format(header="prefill_tokens,prefill_squares,decode_rows,context_tokens,seconds"))
-    with pytest.raises(ValueError, match=f"wrong.csv.*{error}"):
-        read_samples(path)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_samples(tmp_path / "missing.csv")

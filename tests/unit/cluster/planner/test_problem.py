@@ -11,6 +11,7 @@ from plan_cases import OPT, opt
 from tandem.cluster.latency.links import KNOWN_LINKS, link_of
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
 from tandem.cluster.planner.problem import Problem, load_problem
+from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.sim.deploy import DistServeCosts, MeasuredCosts, RooflineCosts
 
 FILE = """
@@ -142,7 +143,7 @@ def test_what_cannot_be_read_is_named(changes: dict[str, Any], error: str) -> No
     wanted = {name: value for name, value in {**OPT, **changes}.items() if value is not None}
     problem = load_problem(None, wanted)
     with pytest.raises(ValueError, match=error):
-        problem.check_files()
+        setting_of(problem)
 
 
 @pytest.mark.parametrize(("text", "error"), [("- 1", "problem: .*a section"), ("model: [", "problem: .*valid YAML")])
@@ -179,6 +180,6 @@ def test_the_examples_are_problems(repository: Path, name: str, gpus: int) -> No
     assert problem.gpus == gpus
     assert problem.workload.classes["chat"].ttft_s
     if problem.profile is None:
-        problem.check_files()
+        setting_of(problem)
     else:
         assert problem.profile == "laptop.json", "measured first, on the machine that is planned for"
