@@ -11,8 +11,10 @@ import typer
 from .cli_bench_claims import Dataset, SaveResult, Seed, numbers, save
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from .bench.claims_load import Staircase
-    from .bench.validate import Trial
+    from .bench.validate import Look, Trial
     from .bench.validate_predict import Overheads, Subject
     from .cli_display import Display
 
@@ -83,6 +85,7 @@ def run_validation(given: Mapping[str, Any]) -> None:
     import sys
     import tempfile
     import time
+    from contextlib import ExitStack
 
     from .cli_display import Display
 
@@ -90,18 +93,24 @@ def run_validation(given: Mapping[str, Any]) -> None:
     end_s = time.monotonic() + 60 * given["max_minutes"]
     display = Display()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
-    with tempfile.TemporaryDirectory(prefix="tandem-validate-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tandem-validate-") as folder, ExitStack() as stack:
         subjects, quick = _subjects(display, given, Path(folder))
-        overheads = _overheads(display, quick, given)
+        look = _look(display, quick, given, stack) if given["device"] == "cpu" else None
+        overheads = _overheads(display, quick, given, look)
         trials = [_trial(display, subject, given) for subject in subjects]
-        run_trials(display, trials, overheads, given, end_s)
+        run_trials(display, trials, overheads, given, end_s, look)
 
 
 def run_trials(
-    display: Display, trials: Sequence[Trial], overheads: Overheads, given: Mapping[str, Any], end_s: float
+    display: Display,
+    trials: Sequence[Trial],
+    overheads: Overheads,
+    given: Mapping[str, Any],
+    end_s: float,
+    look: Look | None = None,
 ) -> None:
     """Runs them, prints the table and saves it: of what there is by then, where it is interrupted. `given`: the
-    command's options. Exits with 1 where nothing was measured.
+    command's options; `look`: at the machine's pace, of engines that compute. Exits with 1 where nothing was measured.
     """
     import time
 
@@ -120,7 +129,16 @@ def run_trials(
         rows[number] = own
         display.line(show_rows(own))
 
-    work = measure(trials, overheads, seeds=given["seeds"], kept=kept, end_s=end_s, say=display.line, on_rows=on_rows)
+    work = measure(
+        trials,
+        overheads,
+        seeds=given["seeds"],
+        kept=kept,
+        end_s=end_s,
+        say=display.line,
+        on_rows=on_rows,
+        look=look,
+    )
     try:
         uvloop.run(work)
     finally:
@@ -216,7 +234,20 @@ def _profile(display: Display, given: Mapping[str, Any], path: Path) -> None:
     profile.scaled(given["time_scale"]).save(path)
 
 
-def _overheads(display: Display, quick: Subject, given: Mapping[str, Any]) -> Overheads:
+def _look(display: Display, subject: Subject, given: Mapping[str, Any], stack: ExitStack) -> Look:
+    """How an engine alone is timed between runs; it ends with `stack`. ValueError where the profile holds no times."""
+    from .bench.validate_pace import IdleEngine
+    from .latency.measured import read_measured
+    from .launch.compose import build_device
+    from .models.reference import resolve_model
+
+    engine = subject.system.engine
+    files, profile = resolve_model(engine.model), read_measured(given["profile"])
+    display.line("an engine of this process is timed before and after each run: how fast is the machine now?")
+    return stack.enter_context(IdleEngine(engine, profile, lambda config: build_device(config, files, None))).look
+
+
+def _overheads(display: Display, quick: Subject, given: Mapping[str, Any], look: Look | None) -> Overheads:
     """The machine's constants: those with which kept runs were predicted, or measured now. ValueError."""
     import uvloop
 
@@ -229,7 +260,7 @@ def _overheads(display: Display, quick: Subject, given: Mapping[str, Any]) -> Ov
     if found is not None:
         display.line(f"{show_overheads(found)} (kept in {path})")
         return found
-    found = uvloop.run(measure_overheads(quick))
+    found = uvloop.run(measure_overheads(quick, look))
     display.line(show_overheads(found))
     if path is not None:
         keep_overheads(path, given["device"], found)

@@ -55,6 +55,8 @@ class StairResult:
     """What the client itself distorted; empty: nothing."""
     quantiles_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """See `claims_load.quantiles_ms`; of runs that were saved without: empty."""
+    paces: tuple[Mapping[str, float], ...] = ()
+    """What the looks around its run said of the machine (`validate_pace.Pace`); empty: nobody looked."""
 
     @property
     def void(self) -> str:
@@ -74,7 +76,11 @@ class StairResult:
         values = {name: saved[name] for name in ("rate", "steps", "late_steps", "client")}
         runs = tuple(SweepRun(**{**run}) for run in saved["runs"])
         return cls(
-            **values, runs=runs, strain=Strain(**saved["strain"]), quantiles_ms=dict(saved.get("quantiles_ms", {}))
+            **values,
+            runs=runs,
+            strain=Strain(**saved["strain"]),
+            quantiles_ms=dict(saved.get("quantiles_ms", {})),
+            paces=tuple(saved.get("paces", ())),
         )
 
 

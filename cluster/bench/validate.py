@@ -1,18 +1,22 @@
 """What the simulator predicts of a cluster, beside what real processes on this machine then do: router, workers,
 sockets and clock are real; the device is paced, so that everything but the device is checked, or computes.
 
-Every cluster climbs a staircase of rates (`claims_load`) under the router's own refusals; a stair on which the machine
-limited what was measured is void (`claims_disaggregation`), and so is one on which the processes themselves loaded the
-machine by more than half (MAX_OWN_SHARE): waiting for processors is not modelled. Void stairs are shown and not judged.
-Runs are kept and resumed. A stair is below saturation where the simulator lets SATURATED of its requests keep their
-promises.
+Every cluster climbs a staircase of rates (`claims_load`) under the router's own refusals, one seed after the other, the
+clusters in turn; a stair on which the machine limited what was measured is void (`claims_disaggregation`), and so is
+one on which the processes themselves loaded the machine by more than half (MAX_OWN_SHARE): waiting for processors is
+not modelled. Void stairs are shown and not judged. Runs are kept and resumed. A stair is below saturation where the
+simulator lets SATURATED of its requests keep their promises.
+
+Where engines compute, the machine's own pace is looked at before and after each run (`validate_pace`), and the run is
+predicted at it; a run in which it changed by more than MAX_CHANGE is void.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,8 +29,9 @@ from .claims_machine import strain, take_sample
 from .options import BenchOptions
 from .run import connect, warm_up
 from .server import ServerUnusable
-from .validate_calibrate import calibrate
-from .validate_predict import Overheads, PredictedStair, Subject, predict, router_for
+from .validate_calibrate import PROMPT_TOKENS, Modelled, calibrate
+from .validate_pace import MAX_CHANGE, Pace
+from .validate_predict import Overheads, PredictedStair, Subject, kv_bytes, predict, router_for
 
 SATURATED = 0.9
 MAX_POINTS = 3.0
@@ -89,6 +94,8 @@ class Row:
     """Of the machine's processors, in use at most, by whatever."""
     own_cpu: float = math.nan
     """Of them, in use at most by router, workers and client."""
+    pace: Pace | None = None
+    """The machine's around the runs that are shown; None: nobody looked."""
 
     @property
     def below_saturation(self) -> bool:
@@ -130,6 +137,7 @@ class Row:
             "void": list(self.void),
             "busy": None if math.isnan(self.busy) else self.busy,
             "own_cpu": None if math.isnan(self.own_cpu) else self.own_cpu,
+            "pace": None if self.pace is None else self.pace.as_json(),
         }
 
 
@@ -158,17 +166,30 @@ class Validation:
         return {**facts, "overheads": asdict(self.overheads), "rows": [row.as_json() for row in self.rows]}
 
 
-async def measure_overheads(subject: Subject) -> Overheads:
-    """Starts the subject and looks at answers that nothing disturbs. RuntimeError, ServerUnusable, ValueError."""
+Look = Callable[[], Awaitable[Pace]]
+"""See `validate_pace.IdleEngine.look`."""
+
+
+async def measure_overheads(subject: Subject, look: Look | None = None) -> Overheads:
+    """Starts the subject and looks at answers that nothing disturbs, at the machine's pace of now, if anybody looks at
+    it. RuntimeError, ServerUnusable, ValueError.
+    """
     system = subject.system
-    prefill = subject.profile_of(system.prefill_engine or system.engine)
-    decode = subject.profile_of(system.engine)
+    at_pace = subject if look is None else replace(subject, pace=await look())
+    byte_s = subject.handoff_byte_s()
+    modelled = Modelled(
+        prefill=at_pace.profile_of(system.prefill_engine or system.engine),
+        decode=at_pace.profile_of(system.engine),
+        computes=system.engine.device != "paced",
+        handoff_byte_s=byte_s,
+        kv_bytes=kv_bytes(system.engine, PROMPT_TOKENS) if byte_s else 0,
+    )
     with RunningSystem(system) as running:
         options = BenchOptions(base_url=running.url, dataset_name="random", temperature=0.0, timeout_s=3600)
         processes = running.processes | {"the client": os.getpid()}
         before = take_sample(processes)
         async with connect(options) as served:
-            found = await calibrate(served, prefill, decode, long_prompts=system.engine.device == "paced")
+            found = await calibrate(served, modelled)
         meanwhile = strain(before, take_sample(processes))
     return replace(found, others_busy=meanwhile.others)
 
@@ -182,40 +203,82 @@ async def validate(
     end_s: float,
     say: Callable[[str], None],
     on_rows: Callable[[int, Sequence[Row]], None] = lambda number, rows: None,
+    look: Look | None = None,
 ) -> Validation:
     """Predicts and measures every trial at every rate, until `end_s` of the monotonic clock; what is void is tried
     again when all have been measured, and one that fails leaves the others alone. `on_rows`: told of those of a trial,
-    by its number, as soon as they are there. ValueError.
+    by its number, as soon as they are there; `look`: of engines that compute. ValueError.
     """
     rows: dict[int, Sequence[Row]] = {}
-    predicted: dict[int, list[list[PredictedStair]]] = {}
+    predictions = [_Predictions(trial, overheads) for trial in trials]
     for tries in range(1, ATTEMPTS + 1):
-        for number, trial in enumerate(trials):
-            load, system = trial.load, trial.subject.system
-            if number not in predicted:
-                loads = [replace(load, seed=seed) for seed in range(load.seed, load.seed + seeds)]
-                predicted[number] = [predict(trial.subject, one, overheads, _warmups(system)) for one in loads]
-            measure = partial(
-                compare,
-                [system],
-                load,
-                seeds=seeds,
-                kept=kept,
-                say=say if tries == 1 else lambda text: None,
-                run=partial(run_behind_promises, trial.subject),
-                variant=VARIANT,
-                attempts=tries,
-            )
-            try:
-                [attempts] = await measure(end_s=end_s)
-            except (RuntimeError, ServerUnusable) as error:
-                say(f"{system.label}: {error}")
-                [attempts] = await measure(end_s=-math.inf)  # what is kept of it
-            own = [row_of(system.label, load, place, predicted[number], attempts) for place in range(len(load.rates))]
-            if own != rows.get(number):
-                rows[number] = own
-                on_rows(number, own)
+        for seed in range(seeds):
+            for number, trial in enumerate(trials):
+                tell = say if tries == 1 else lambda text: None
+                try:
+                    await _measure(
+                        trial, trial.load.seed + seed, tries=tries, kept=kept, look=look, end_s=end_s, say=tell
+                    )
+                except (RuntimeError, ServerUnusable) as error:
+                    say(f"{trial.subject.label}: {error}")
+                attempts = [
+                    stairs
+                    for other in range(seeds)
+                    for stairs in await _measure(trial, trial.load.seed + other, tries=tries, kept=kept)
+                ]
+                own = predictions[number].rows(attempts, seeds)
+                if own != rows.get(number):
+                    rows[number] = own
+                    on_rows(number, own)
     return Validation(overheads=overheads, rows=tuple(row for own in rows.values() for row in own))
+
+
+async def _measure(
+    trial: Trial,
+    seed: int,
+    *,
+    tries: int,
+    kept: Kept,
+    look: Look | None = None,
+    end_s: float = -math.inf,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[list[StairResult]]:
+    """Runs of one trial under one seed: those that are kept, and as far as the time allows those that are not."""
+    [attempts] = await compare(
+        [trial.subject.system],
+        replace(trial.load, seed=seed),
+        seeds=1,
+        kept=kept,
+        end_s=end_s,
+        say=say,
+        run=partial(run_behind_promises, trial.subject, look),
+        variant=VARIANT,
+        attempts=tries,
+    )
+    return attempts
+
+
+class _Predictions:
+    """Of one trial, by seed and pace: each is made once."""
+
+    def __init__(self, trial: Trial, overheads: Overheads) -> None:
+        self._trial = trial
+        self._overheads = overheads
+        self._known: dict[tuple[int, Pace | None], list[PredictedStair]] = {}
+
+    def rows(self, attempts: Sequence[Sequence[StairResult]], seeds: int) -> list[Row]:
+        """Of every rate; `attempts` by run, then rate. ValueError."""
+        label, load = self._trial.subject.label, self._trial.load
+        bare = [self._of(load.seed + seed, None) for seed in range(seeds)] if not attempts else []
+        told = [self._of(attempt[0].runs[0].seed, pace_around(attempt[0])) for attempt in attempts]
+        return [row_of(label, load, place, bare or told, attempts) for place in range(len(load.rates))]
+
+    def _of(self, seed: int, pace: Pace | None) -> list[PredictedStair]:
+        if (seed, pace) not in self._known:
+            subject = self._trial.subject if pace is None else replace(self._trial.subject, pace=pace)
+            load = replace(self._trial.load, seed=seed)
+            self._known[seed, pace] = predict(subject, load, self._overheads, _warmups(subject.system))
+        return self._known[seed, pace]
 
 
 def saturation(subject: Subject, load: Staircase, overheads: Overheads, start: float) -> float:
@@ -233,16 +296,25 @@ def saturation(subject: Subject, load: Staircase, overheads: Overheads, start: f
 
 
 async def run_behind_promises(
-    subject: Subject, system: System, load: Staircase, say: Callable[[str], None]
+    subject: Subject, look: Look | None, system: System, load: Staircase, say: Callable[[str], None]
 ) -> list[StairResult]:
-    """As `run_system`, behind a router that refuses what it cannot serve in time."""
+    """As `run_system`, behind a router that refuses what it cannot serve in time, between two looks at the machine."""
+    looks = [] if look is None else [await look()]
     with RunningSystem(system, router_for(subject, load)) as running:
         options = options_for(running, load)
         async with connect(options) as served:
             warmups, _ = load.requests(served.vocabulary, warmups=_warmups(system))
             await warm_up(warmups, served, options)
             say(f"{system.label}, seed {load.seed}: {sum(load.counts)} requests in {load.edges_s[-1]:.0f} s")
-            return await climb(system, running, served, load)
+            stairs = await climb(system, running, served, load)
+    if look is not None:
+        looks.append(await look())
+    return [replace(stair, paces=tuple(one.as_json() for one in looks)) for stair in stairs]
+
+
+def pace_around(stair: StairResult) -> Pace | None:
+    """The machine's while it was climbed; None: nobody looked."""
+    return Pace.between(*(Pace(**look) for look in stair.paces)) if stair.paces else None
 
 
 def row_of(
@@ -252,16 +324,16 @@ def row_of(
     predicted: Sequence[Sequence[PredictedStair]],
     attempts: Sequence[Sequence[StairResult]],
 ) -> Row:
-    """One rate: the seeds whose stair counts, and the predictions of the same seeds; of the void ones, where none
-    counts. `predicted`: by seed, then rate; `attempts`: by run, then rate. Pure.
+    """One rate: the seeds whose stair counts, and the predictions of the same runs; of the void ones, where none
+    counts. `attempts`: by run, then rate; `predicted`: of each of them, or where there are none, of every seed. Pure.
     """
     stairs = [attempt[place] for attempt in attempts]
     why = [_why_void(stair, load) for stair in stairs]
-    counting = {stair.runs[0].seed: stair for stair, reason in zip(stairs, why, strict=True) if not reason}
-    shown = counting or {stair.runs[0].seed: stair for stair in stairs}
-    foretold = {stairs[place].run.seed: stairs[place] for stairs in predicted}
-    told = [foretold[seed] for seed in (shown or foretold)]
-    measured = list(shown.values())
+    counting = {stair.runs[0].seed: number for number, stair in enumerate(stairs) if not why[number]}
+    shown = counting or {stair.runs[0].seed: number for number, stair in enumerate(stairs)}
+    told = [predicted[number][place] for number in (shown.values() if attempts else range(len(predicted)))]
+    measured = [stairs[number] for number in shown.values()]
+    paces = [pace for stair in measured if (pace := pace_around(stair)) is not None]
     return Row(
         label=label,
         rate=load.rates[place],
@@ -273,6 +345,7 @@ def row_of(
         void=tuple(f"seed {stair.runs[0].seed}: {reason}" for stair, reason in zip(stairs, why, strict=True) if reason),
         busy=max((stair.strain.busy for stair in measured), default=math.nan),
         own_cpu=max((_own_share(stair) for stair in measured), default=math.nan),
+        pace=Pace.between(*paces) if paces else None,
     )
 
 
@@ -284,6 +357,9 @@ def _why_void(stair: StairResult, load: Staircase) -> str:
     """Empty: it counts."""
     reasons = [stair.void] if stair.void else []
     share, others = _own_share(stair), stair.strain.others
+    for earlier, later in itertools.pairwise(Pace(**look) for look in stair.paces):
+        if earlier.change_to(later) > MAX_CHANGE:
+            reasons.append(f"the machine's pace changed by {100 * earlier.change_to(later):.0f} % meanwhile")
     if others > MAX_OTHERS_SHARE:
         reasons.append(f"others used {100 * others:.0f} % of the machine")
     if stair.strain.cpu and share > MAX_OWN_SHARE:  # an engine that computes is meant to use it

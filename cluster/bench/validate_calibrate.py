@@ -1,6 +1,6 @@
 """What processes on this machine add to the latency model: answers that nothing disturbs, beside what the model says
 of them. A few requests, one after the other, then some at once; lower quartiles, because what else the machine does in
-between is not part of it.
+between is not part of it. Where engines compute, medians: a profile's times are medians, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -33,48 +33,67 @@ _SETTLED = 2
 """Gaps between tokens that still carry the handoff."""
 
 
-async def calibrate(
-    served: Served, prefill: StepProfile, decode: StepProfile, *, long_prompts: bool = True
-) -> Overheads:
-    """Asks a cluster that is idle; its profiles say what it should take. `long_prompts`: whether it takes prompts of
-    LONG_TOKENS in one step, whose time is known well enough to see what is not computing. RuntimeError if an answer
-    fails.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modelled:
+    """What the answers of a cluster should take, as far as it is known."""
+
+    prefill: StepProfile
+    decode: StepProfile
+    computes: bool = False
+    """Whether its engines do: then no prompt of LONG_TOKENS is taken in one step, or known well enough to see what is
+    not computing, and times are held against medians.
     """
+    handoff_byte_s: float = 0.0
+    kv_bytes: int = 0
+    """Of a prompt of PROMPT_TOKENS."""
+
+    def typical(self, values_s: Sequence[float]) -> float:
+        """The lower quartile, or the median."""
+        return float(np.quantile(values_s, 0.5 if self.computes else 0.25))
+
+
+async def calibrate(served: Served, modelled: Modelled) -> Overheads:
+    """Asks a cluster that is idle. RuntimeError if an answer fails."""
     row = TraceRequest(arrival_s=None, input_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS)
     rows = [row] * (ALONE + ROUNDS * AT_ONCE)
-    rows += [replace(row, input_tokens=LONG_TOKENS)] * (LONG if long_prompts else 0)
+    rows += [replace(row, input_tokens=LONG_TOKENS)] * (0 if modelled.computes else LONG)
     requests = iter(trace_requests(rows, served.vocabulary, _SEED))
     alone = [await _ask(served, request) for request in islice(requests, ALONE)]
     rounds = [
         await asyncio.gather(*(_ask(served, request) for request in islice(requests, AT_ONCE))) for _ in range(ROUNDS)
     ]
     long = [await _ask(served, request) for request in requests]
-    together = min(rounds, key=lambda found: _typical(_beyond_s(found, decode, AT_ONCE)))
-    return overheads_of(alone, together, prefill, decode, long)
+    together = min(rounds, key=lambda found: modelled.typical(_beyond_s(found, modelled.decode, AT_ONCE)))
+    return overheads_of(alone, together, modelled, long)
 
 
 def overheads_of(
     alone: Sequence[RequestRecord],
     together: Sequence[RequestRecord],
-    prefill: StepProfile,
-    decode: StepProfile,
+    modelled: Modelled,
     long: Sequence[RequestRecord] = (),
 ) -> Overheads:
     """From the answers seen; `long`: to prompts of LONG_TOKENS. Pure; nothing comes out below zero."""
+    prefill, decode, typical = modelled.prefill, modelled.decode, modelled.typical
     first_s = [_first_s(record) - prefill.step_time_s(PROMPT_TOKENS, PROMPT_TOKENS**2, 0, 0) for record in alone]
-    step_s = max(0.0, _typical(_beyond_s(alone, decode, 1)))
-    first_token_s = max(0.0, _typical(first_s) - step_s)
+    step_s = max(0.0, typical(_beyond_s(alone, decode, 1)))
+    first_token_s = max(0.0, typical(first_s) - step_s)
     second_s = [record.itls_s[0] - decode.step_time_s(0, 0, 1, PROMPT_TOKENS + 1) for record in alone]
     rpc_s = first_token_s / (2 * FIRST_TOKEN_CALLS)
-    handoff_s = max(0.0, _typical(second_s) - step_s - rpc_s)
-    rows_s = _typical(_beyond_s(together, decode, len(together))) if together else step_s
+    handoff_s = max(0.0, typical(second_s) - step_s - rpc_s - modelled.kv_bytes * modelled.handoff_byte_s)
+    rows_s = typical(_beyond_s(together, decode, len(together))) if together else step_s
     row_s = max(0.0, rows_s - step_s) / max(1, len(together) - 1)
     token_s = 0.0
     if long:
         longer_s = [_first_s(record) - prefill.step_time_s(LONG_TOKENS, LONG_TOKENS**2, 0, 0) for record in long]
-        token_s = max(0.0, _typical(longer_s) - _typical(first_s)) / (LONG_TOKENS - PROMPT_TOKENS)
+        token_s = max(0.0, typical(longer_s) - typical(first_s)) / (LONG_TOKENS - PROMPT_TOKENS)
     return Overheads(
-        first_token_s=first_token_s, prompt_token_s=token_s, step_s=step_s, row_s=row_s, handoff_s=handoff_s
+        first_token_s=first_token_s,
+        prompt_token_s=token_s,
+        step_s=step_s,
+        row_s=row_s,
+        handoff_s=handoff_s,
+        handoff_byte_s=modelled.handoff_byte_s,
     )
 
 
@@ -93,11 +112,6 @@ def keep_overheads(path: Path, device: str, found: Overheads) -> None:
     """Writes them beside those of other devices. Raises OSError."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(known | {device: asdict(found)}, indent=1) + "\n", encoding="utf-8")
-
-
-def _typical(values_s: Sequence[float]) -> float:
-    """The lower quartile."""
-    return float(np.quantile(values_s, 0.25))
 
 
 def _first_s(record: RequestRecord) -> float:

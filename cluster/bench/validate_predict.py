@@ -11,8 +11,9 @@ from pathlib import Path
 from ...router.slo_classes import INTERACTIVE_SHARE, Promise
 from ..config import EngineConfig, RouterConfig
 from ..latency.links import Link
-from ..latency.model_facts import model_facts
-from ..latency.profile import StepProfile, read_profile
+from ..latency.measured import read_measured
+from ..latency.model_facts import ModelFacts, model_facts
+from ..latency.profile import MEASURED, StepProfile, read_json, read_profile
 from ..sim.cluster import ClusterSpec, SimCluster
 from ..sim.request import Asked, Outcome
 from ..sim.router import RouterSpec
@@ -23,6 +24,7 @@ from ..workload.sweep import SweepRun
 from ..workload.traces import TraceRequest
 from .claims_cluster import System
 from .claims_load import Staircase, judge, quantiles_ms
+from .validate_pace import AS_MEASURED, Pace
 
 FIRST_TOKEN_CALLS = 4
 """Of one call's time each, from admission to the first token at the router: credit and its answer, the prompt's
@@ -44,7 +46,9 @@ class Overheads:
     row_s: float = 0.0
     """To a decode step, for each row."""
     handoff_s: float = 0.0
-    """From the end of prefill to where its KV can be used, beyond one call's time."""
+    """From the end of prefill to where its KV can be used, beyond one call's time and what its bytes take."""
+    handoff_byte_s: float = 0.0
+    """For each byte of KV that is not hidden behind prefill; of paced workers, whose KV is next to nothing: 0."""
     others_busy: float = 0.0
     """Of the machine's processors, what others used while these were measured: it makes them larger."""
 
@@ -78,6 +82,8 @@ class Subject:
     system: System
     profile: str | None = None
     """File of the step profile of an engine that computes; None: each engine's own, `paced_profile`."""
+    pace: Pace = AS_MEASURED
+    """The machine's, beside when that was measured."""
     router: RouterConfig = field(default_factory=lambda: RouterConfig(max_waiting=1024))
     """Its bounds and settings; promises are the load's."""
 
@@ -101,14 +107,24 @@ class Subject:
         )
 
     def profile_of(self, engine: EngineConfig) -> StepProfile:
-        """Its steps, as if it were alone. ValueError."""
+        """Its steps at the machine's pace, as if it were alone. ValueError."""
         file = self.profile or engine.paced_profile
         if file is None:
             raise ValueError("profile: is missing; allowed: the file of a step profile (tandem profile)")
-        return read_profile(Path(file))
+        return self.pace.on(read_profile(Path(file)))
+
+    def handoff_byte_s(self) -> float:
+        """For each byte of KV between two workers of this machine, by the profile's transfers; 0: it has none, or the
+        workers' KV is next to nothing, as paced ones' is. ValueError.
+        """
+        if self.profile is None or MEASURED not in read_json(self.profile):
+            return 0.0
+        links = read_measured(self.profile).links
+        link = links.get("mapped") or links.get("grpc")
+        return 0.0 if link is None else 1.0 / link.bytes_per_s
 
     def _worker(self, worker_id: str, role: Role, engine: EngineConfig, overheads: Overheads) -> WorkerSpec:
-        facts = model_facts(engine.model.removeprefix("dummy:"), dtype=engine.dtype)
+        facts = _facts(engine)
         block_bytes = facts.kv_bytes_per_token() * engine.block_size
         return WorkerSpec(
             worker_id=worker_id,
@@ -124,6 +140,16 @@ class Subject:
             batching=engine.batching,
             prefix_cache=False,
         )
+
+
+def kv_bytes(engine: EngineConfig, tokens: int) -> int:
+    """Of so many tokens, in whole blocks. ValueError for a model that nobody knows."""
+    blocks = -(-tokens // engine.block_size)
+    return blocks * engine.block_size * _facts(engine).kv_bytes_per_token()
+
+
+def _facts(engine: EngineConfig) -> ModelFacts:
+    return model_facts(engine.model.removeprefix("dummy:"), dtype=engine.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,9 +216,10 @@ def router_spec(config: RouterConfig, overheads: Overheads) -> RouterSpec:
 
 
 def this_machine(overheads: Overheads) -> Link:
-    """What KV crosses between two processes: bytes cost next to nothing beside what a handoff does."""
-    handoff_s = min(overheads.handoff_s, _MAX_HANDOFF_S)
-    return Link(name="this machine", bandwidth_gb_s=_INSTANT_GB_S, latency_us=handoff_s * 1e6)
+    """What KV crosses between two processes."""
+    handoff_s, byte_s = min(overheads.handoff_s, _MAX_HANDOFF_S), overheads.handoff_byte_s
+    bandwidth_gb_s = min(_INSTANT_GB_S, 1e-9 / byte_s) if byte_s > 0.0 else _INSTANT_GB_S
+    return Link(name="this machine", bandwidth_gb_s=bandwidth_gb_s, latency_us=handoff_s * 1e6)
 
 
 def record_of(outcome: Outcome) -> RequestRecord:

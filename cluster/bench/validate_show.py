@@ -19,17 +19,20 @@ _HEAD = (
     "points",
     *_TITLES.values(),
     "CPU: ours, all",
+    "steps",
     "",
 )
+_STEPS = _HEAD.index("steps")
 
 
 def show_overheads(found: Overheads) -> str:
     """The machine's constants, on one line."""
     busy = f"; others used {100 * found.others_busy:.0f} % of it meanwhile" if found.others_busy >= _OTHERS else ""
+    moved = f" and {1e9 * found.handoff_byte_s:.2f} ms to each MB of it" if found.handoff_byte_s else ""
     return (
         f"this machine adds {1e3 * found.first_token_s:.2f} ms to a first token and "
         f"{1e6 * found.prompt_token_s:.1f} us for each token of its prompt, {1e3 * found.step_s:.2f} ms to a step and "
-        f"{1e6 * found.row_s:.0f} us for each of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff{busy}"
+        f"{1e6 * found.row_s:.0f} us for each of its rows, {1e3 * found.handoff_s:.2f} ms to a handoff{moved}{busy}"
     )
 
 
@@ -41,9 +44,13 @@ def show(found: Validation) -> str:
 
 
 def show_rows(rows: Sequence[Row]) -> str:
-    """The table."""
+    """The table. `steps`: what prefill and decode steps of an engine alone took around the run, of their profile's
+    time; the prediction is for these.
+    """
     cells = [_HEAD, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
+    if all(row.pace is None for row in rows):
+        cells = [(*line[:_STEPS], *line[_STEPS + 1 :]) for line in cells]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
     ]
@@ -61,6 +68,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _signed(row.points, "", 1),
         *(f"{_latency(told, name)} / {_latency(seen, name)}{_error(row, name)}" for name in QUANTILES),
         f"{_percent(row.own_cpu)}, {_percent(row.busy)}",
+        "-" if row.pace is None else f"{_percent(row.pace.prefill)}, {_percent(row.pace.decode)}",
         _state(row),
     )
 

@@ -60,6 +60,16 @@ class Point:
         return self.batch + self.length
 
 
+def point_of(sizes: tuple[int, int, int, int]) -> Point:
+    """The point of these sizes (`Point.sizes`), all of whose rows have the same context. ValueError: there is none."""
+    length, squares, batch, context = sizes
+    start = (squares - length * length) // (2 * length) if length else 0
+    found = Point(batch, context // batch - 1 if batch else 0, length, start)
+    if found.sizes != sizes:
+        raise ValueError(f"sizes: {sizes} are not those of a point; allowed: equal rows, a chunk behind a prefix")
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """Which points. ValueError names a list that holds something else than numbers of its range."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tandem.cluster.bench import validate as validate_module
@@ -20,25 +22,32 @@ from tandem.cluster.bench.validate_calibrate import (
     LONG_TOKENS,
     OUTPUT_TOKENS,
     PROMPT_TOKENS,
+    Modelled,
     keep_overheads,
     kept_overheads,
     overheads_of,
 )
+from tandem.cluster.bench.validate_pace import Pace
 from tandem.cluster.bench.validate_predict import (
     NONE,
     Overheads,
     PredictedStair,
     Subject,
+    kv_bytes,
     predict,
     router_for,
     simulate,
 )
 from tandem.cluster.bench.validate_show import show, show_overheads
 from tandem.cluster.bench.validate_subjects import QUICK_PROFILE, cpu_subject, paced_subject, parse_pools
+from tandem.cluster.latency.links import LinkTerms
+from tandem.cluster.latency.measured import MeasuredProfile, MeasuredStep, Measurement
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
+from tandem.cluster.models.reference import resolve_model
 from tandem.cluster.workload.report import RequestRecord
 from tandem.cluster.workload.sweep import SweepRun
 
+QUICK = Modelled(prefill=QUICK_PROFILE, decode=QUICK_PROFILE)
 CALM = Strain(cpu={"router": 0.2}, waited={"router": 0.01}, busy=0.3, stolen=0.0, others=0.1)
 TERMS = DecodeTerms(step_s=0.01, row_s=1e-4, context_token_s=0.0)
 PROFILE = StepProfile(prefill_step_s=0.01, prefill_token_s=1e-4, decode=TERMS, large_decode=TERMS, large_batch_rows=64)
@@ -86,16 +95,16 @@ def test_the_machines_constants_come_out_of_answers_that_took_longer_than_modell
         return RequestRecord(due_s=0, sent_s=0, first_token_s=times[0], last_token_s=times[-1], chunk_times_s=(*times,))
 
     alone = [answer(1.0)] * 6 + [answer(3.0)] * 4
-    found = overheads_of(alone, [answer(1.0, row_s=0.0007)] * 8, QUICK_PROFILE, QUICK_PROFILE)
+    found = overheads_of(alone, [answer(1.0, row_s=0.0007)] * 8, QUICK)
     assert found.first_token_s == pytest.approx(0.003)
     assert found.step_s == pytest.approx(0.0005)
     assert found.row_s == pytest.approx(0.0001)
     assert found.handoff_s + found.rpc_s == pytest.approx(0.002)
     assert found.own_s + 4 * found.rpc_s == pytest.approx(0.003)
     quick = [replace(one, first_token_s=0.001) for one in alone]
-    assert overheads_of(quick, [], QUICK_PROFILE, QUICK_PROFILE).first_token_s == 0.0
+    assert overheads_of(quick, [], QUICK).first_token_s == 0.0
     longer = [replace(one, first_token_s=one.first_token_s + 0.003) for one in alone]
-    found = overheads_of(alone, [], QUICK_PROFILE, QUICK_PROFILE, longer)
+    found = overheads_of(alone, [], QUICK, longer)
     assert found.prompt_token_s == pytest.approx(0.003 / (LONG_TOKENS - PROMPT_TOKENS))
 
 
@@ -162,6 +171,41 @@ def test_an_engine_that_computes_has_a_profile_of_its_own(steps: Path) -> None:
         replace(subject, profile=None).workers(NONE)
 
 
+def test_kv_of_engines_that_compute_takes_what_the_profile_measured(trace: str, tmp_path: Path) -> None:
+    files = resolve_model("smollm2-135m")
+    measured = Measurement(
+        model="smollm2-135m",
+        model_config=files.config,
+        device="cpu",
+        dtype="bfloat16",
+        block_size=16,
+        kv_token_bytes=23040,
+        steps={"p": MeasuredStep(prefill_tokens=64, prefill_squares=4096, times_s=(0.02,))},
+        links={"mapped": LinkTerms(bandwidth_gb_s=0.1, latency_us=9000.0)},
+    )
+    MeasuredProfile(steps=PROFILE, measured=measured).save(tmp_path / "profile.json")
+    subject = cpu_subject("1P+1D", "smollm2-135m", tmp_path / "profile.json", kv_cache_bytes=2**28, max_model_len=640)
+    byte_s = subject.handoff_byte_s()
+    assert byte_s == pytest.approx(1e-8)
+    assert kv_bytes(subject.system.engine, 65) == 80 * 23040
+    load = load_of(trace, 0.5)
+    free, moved = (simulate(subject, load, Overheads(handoff_byte_s=each), 0) for each in (0.0, byte_s))
+    for before, after in zip(free, moved, strict=True):
+        if before.output_tokens > 1:
+            more_s = kv_bytes(subject.system.engine, len(before.asked.prompt_token_ids)) * byte_s
+            assert after.last_token_s - before.last_token_s == pytest.approx(more_s, abs=1e-3)
+    assert paced_subject("1P+1D", tmp_path / "profile.json").handoff_byte_s() == 0.0
+    modelled = Modelled(
+        prefill=QUICK_PROFILE, decode=QUICK_PROFILE, computes=True, handoff_byte_s=byte_s, kv_bytes=100_000
+    )
+    times = [0.02, 0.02 + 0.008 + 0.0015, *(0.0295 + 0.008 * place for place in range(1, OUTPUT_TOKENS - 1))]
+    seen = RequestRecord(due_s=0, sent_s=0, first_token_s=0.02, last_token_s=times[-1], chunk_times_s=(*times,))
+    found = overheads_of([seen] * 5, [], modelled)
+    assert found.handoff_s == pytest.approx(0.0005), "1.5 ms, less 1 ms for its bytes"
+    assert found.handoff_byte_s == byte_s
+    assert "10.00 ms to each MB of it" in show_overheads(found)
+
+
 def run_of(attained: int, requests: int = 100, seed: int = 0) -> SweepRun:
     return SweepRun(seed=seed, requests=requests, attained=attained, late_requests=0, late_attained=0, duration_s=10.0)
 
@@ -225,7 +269,8 @@ def test_void_stairs_do_not_count_and_predictions_are_of_the_seeds_that_do() -> 
     none = row_of("x", load, 0, predicted, [])
     assert (none.counts, none.measured, none.predicted.requests) == (False, None, 200)
     # A seed that was tried again counts with the try that counts.
-    again = row_of("x", load, 0, predicted[:1], [*attempts[:1], [stair(98, seed=0)]])
+    again = row_of("x", load, 0, [predicted[0], [told(97)]], [*attempts[:1], [stair(98, seed=0)]])
+    assert again.predicted.attained == 97, "what was foretold of that try"
     assert again.measured is not None
     assert again.measured.attained == 98
 
@@ -233,7 +278,7 @@ def test_void_stairs_do_not_count_and_predictions_are_of_the_seeds_that_do() -> 
 def test_a_cluster_that_fails_leaves_the_others_alone(trace: str, steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    async def run(subject: Subject, system: System, load: Staircase, say: object) -> list[StairResult]:
+    async def run(subject: Subject, look: object, system: System, load: Staircase, say: object) -> list[StairResult]:
         asked.append(system.label)
         if system.mixed:
             raise RuntimeError("a worker ended with 1, not serving")
@@ -258,6 +303,49 @@ def test_a_cluster_that_fails_leaves_the_others_alone(trace: str, steps: Path, m
     assert [(row.label, row.counts) for row in found.rows] == [(split, True), (mixed, False)]
     assert lines.count(f"{mixed}: a worker ended with 1, not serving") == 2
     assert set(told) == {0, 1}
+
+
+def test_a_run_is_foretold_at_the_pace_that_the_machine_had_around_it(
+    trace: str, steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([Pace(), Pace(prefill=1.1, decode=1.06), Pace(), Pace(decode=1.5)])
+    monkeypatch.setattr(validate_module, "RunningSystem", lambda *_: contextlib.nullcontext(None))
+    monkeypatch.setattr(validate_module, "options_for", lambda *_: None)
+    monkeypatch.setattr(validate_module, "connect", lambda _: contextlib.nullcontext(SimpleNamespace(vocabulary=(1,))))
+    monkeypatch.setattr(validate_module, "warm_up", nothing)
+    monkeypatch.setattr(validate_module, "climb", one_stair)
+    load = replace(load_of(trace, 1.0), stair_s=4.0)
+    work = validate_module.validate(
+        [Trial(subject=cpu_subject("1M", "smollm2-135m", steps, kv_cache_bytes=2**28, max_model_len=640), load=load)],
+        NONE,
+        seeds=2,
+        kept=Kept(path=None),
+        end_s=math.inf,
+        say=lambda text: None,
+        look=lambda: at_once(next(looks)),
+    )
+    monkeypatch.setattr(validate_module, "ATTEMPTS", 1)
+    [found] = asyncio.run(work).rows
+    assert found.pace == Pace(prefill=1.05, decode=1.03), "of the run that counts"
+    assert found.void == ("seed 1: the machine's pace changed by 50 % meanwhile",)
+    pace = Pace(prefill=1.05, decode=1.03)
+    subject = cpu_subject("1M", "smollm2-135m", steps, kv_cache_bytes=2**28, max_model_len=640)
+    slower = predict(replace(subject, pace=pace), load, NONE, validate_module.WARMUPS)[0]
+    assert found.predicted.quantiles_ms == slower.quantiles_ms
+    assert slower.quantiles_ms["tpot_p50"][0] > predict(subject, load, NONE, 4)[0].quantiles_ms["tpot_p50"][0]
+    assert "105 %, 103 %" in show(Validation(overheads=NONE, rows=(found,)))
+
+
+async def at_once(pace: Pace) -> Pace:
+    return pace
+
+
+async def nothing(*_: object) -> None:
+    pass
+
+
+async def one_stair(system: System, running: object, served: object, load: Staircase) -> list[StairResult]:
+    return [stair(97, seed=load.seed)]
 
 
 def test_quantiles_come_with_intervals_and_are_scaled_back() -> None:

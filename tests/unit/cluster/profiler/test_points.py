@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tandem.cluster.engine.step_shape import step_shape
-from tandem.cluster.profiler.points import Grid, Places, Point, check_enough, fitting
+from tandem.cluster.profiler.points import Grid, Places, Point, check_enough, fitting, point_of
 
 SMALL = Grid(
     lengths=(8, 16),
@@ -87,3 +87,12 @@ def test_a_wrong_list_is_named(grid: dict, named: str) -> None:
 def test_a_point_that_is_no_step_is_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="is not allowed"):
         Point(*sizes)
+
+
+def test_a_point_is_found_again_by_its_sizes() -> None:
+    for point in Grid().points():
+        assert point_of(point.sizes) == point
+    with pytest.raises(ValueError, match="are not those of a point"):
+        point_of((0, 0, 3, 100))
+    with pytest.raises(ValueError, match="are not those of a point"):
+        point_of((64, 64 * 64 + 1, 0, 0))
