@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a block of threads may take (CUDA C++ Programming Guide, Technical Specifications per Compute Capability)."""
+    """What a block of threads may take (CUDA C++ Programming Guide, "Technical Specifications", by capability)."""
 
     registers_per_thread: int = 255
     registers_per_block: int = 65_536

@@ -1,0 +1,203 @@
+"""What prefill and decode attention share on a GPU: one tile of keys and values out of paged memory, added to an online
+softmax (Milakov & Gimelshein 2018; FlashAttention-2, algorithm 1).
+
+Legend: M rows of a tile of queries (row = query * GROUP + head in its group), N keys of a tile, D head dim, DP the same
+padded to a power of two, S slots of a block. Tiles of keys begin at multiples of N, whatever was computed when. Scores
+are kept in powers of two: `scale` holds log2(e) and, for narrow memories, the keys' scale. Products accumulate in
+float32; weights are rounded to the queries' dtype for the product with the values, as everybody does.
+"""
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+PLAIN, INT8, FP8_BITS, FP8 = 0, 1, 2, 3
+"""How the KV memory holds a number: as queries are; int8; float8 e4m3fn taken apart by us (sm_80 has no conversion); or
+by the hardware (from sm_89 on). Stored = value / scale, a scale per side and head."""
+LOG2_E = 1.4426950408889634
+_UNFOLDED = tl.constexpr(256.0)
+"""What `widened` leaves out of numbers in FP8_BITS: the difference of the exponents' biases, 15 - 7, as a power of two."""
+
+
+@triton.jit
+def widened(stored, like, FORM: tl.constexpr):
+    """A tile of the KV memory in the dtype of `like`, times 1 / `unfolded`. Exact; NaN stays NaN."""
+    if FORM == 2:
+        bits = stored.to(tl.int16)
+        magnitude = bits & 0x7F
+        half = ((bits & 0x80) << 8) | tl.where(magnitude == 0x7F, 0x7FFF, magnitude << 7)
+        wide = half.to(tl.int16).to(tl.float16, bitcast=True).to(like.dtype)
+    else:
+        wide = stored.to(like.dtype)
+    return wide
+
+
+@triton.jit
+def scale_of(scales, side, head, kv_heads, FORM: tl.constexpr):
+    """What a narrow memory's numbers, `widened`, are to be multiplied by; 1 for a plain one."""
+    if FORM == 0:
+        scale = 1.0
+    else:
+        scale = tl.load(scales + side * kv_heads + head)
+        if FORM == 2:
+            scale *= _UNFOLDED
+    return scale
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b (+ acc) in float32. PRECISION `wide`: operands are widened first, because Triton's interpreter takes bfloat16
+    for integers.
+    """
+    if PRECISION == "wide":
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        result = tl.dot(a, b, acc, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def attend(
+    q,
+    acc,
+    top,
+    total,
+    memory,
+    table,
+    key,
+    oldest,
+    limit,
+    position,
+    scale,
+    layer_block,
+    layer_side,
+    layer_slot,
+    N: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FORM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds keys `key` … `key + N - 1` to `acc` [M, DP], `top` and `total` [M] (maximum and sum of powers) of `q` [M, DP].
+
+    `memory`: the address of a head's keys; the values lie `layer_side` behind. MASKED: keys outside `oldest` … `limit - 1`
+    are not read, and a row sees only keys up to its `position` [M] (and its window); otherwise every row sees all of them.
+    """
+    keys = key + tl.arange(0, N)
+    channel = tl.arange(0, DP)
+    present = (keys >= oldest) & (keys < limit)
+    if S % N == 0:  # the tile lies in one block
+        block = tl.load(table + key // S).to(tl.int64)
+    elif MASKED:
+        block = tl.load(table + keys // S, mask=present, other=0).to(tl.int64)
+    else:
+        block = tl.load(table + keys // S).to(tl.int64)
+    at = block * layer_block + (keys % S) * layer_slot
+    place = memory + at[:, None] + channel[None, :]
+    if MASKED and D != DP:
+        inside = present[:, None] & (channel < D)[None, :]
+        k = tl.load(place, mask=inside, other=0.0)
+        v = tl.load(place + layer_side, mask=inside, other=0.0)
+    elif MASKED:
+        k = tl.load(place, mask=present[:, None], other=0.0)
+        v = tl.load(place + layer_side, mask=present[:, None], other=0.0)
+    elif D != DP:
+        k = tl.load(place, mask=(channel < D)[None, :], other=0.0)
+        v = tl.load(place + layer_side, mask=(channel < D)[None, :], other=0.0)
+    else:
+        k = tl.load(place)
+        v = tl.load(place + layer_side)
+    scores = product(q, tl.trans(widened(k, q, FORM)), None, PRECISION) * scale
+    if MASKED:
+        seen = present[None, :] & (keys[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (keys[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top  # nothing seen yet: no -inf - -inf
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weights, 1)
+    acc = product(weights.to(q.dtype), widened(v, q, FORM), acc * fade[:, None], PRECISION)
+    return acc, new_top, total
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a kernel is cut: rows of queries (M) and keys (N) of a tile, warps, and stages of the software pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+STORED = {INT8: "i8", FP8_BITS: "u8", FP8: "fp8e4nv"}
+"""Triton's names, for the configurations that are compiled without a GPU."""
+
+
+def form_of(layer: torch.Tensor, dtype: torch.dtype) -> int:
+    """How a KV memory holds numbers. Raises ValueError where queries of `dtype` cannot be computed with it."""
+    if layer.dtype == dtype and dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return PLAIN
+    if layer.dtype == torch.int8:
+        return INT8
+    if layer.dtype == torch.float8_e4m3fn:
+        native = layer.is_cuda and torch.cuda.get_device_capability(layer.device) >= (8, 9)
+        return FP8 if native else FP8_BITS
+    raise ValueError(
+        f"kv dtype: {layer.dtype} is not allowed with queries of {dtype}; "
+        "allowed: the queries' own bfloat16, float16 or float32, or int8, or float8_e4m3fn"
+    )
+
+
+def check_shapes(
+    q: torch.Tensor,
+    layer: torch.Tensor,
+    tables: torch.Tensor,
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+    form: int,
+) -> None:
+    """ValueError naming what the kernels cannot address: q, out [T, H, D], layer [N, 2, K, S, D], tables [R, blocks]."""
+    if q.dim() != 3 or out.shape != q.shape:
+        raise ValueError(
+            f"q, out: shapes {tuple(q.shape)} and {tuple(out.shape)} are not both [tokens, heads, head dim]"
+        )
+    if layer.dim() != 5 or layer.shape[1] != 2 or layer.shape[4] != q.shape[2] or q.shape[1] % layer.shape[2]:
+        raise ValueError(
+            f"layer: shape {tuple(layer.shape)} is not [blocks, 2, kv heads, slots, {q.shape[2]}] "
+            f"with kv heads that divide {q.shape[1]}"
+        )
+    for name, tensor in (("q", q), ("out", out), ("layer", layer), ("tables", tables)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+            raise ValueError(f"{name}: the last dimension is not contiguous (stride {tensor.stride(-1)})")
+    if tables.dtype != torch.int32:
+        raise ValueError(f"tables: dtype {tables.dtype} is not torch.int32")
+    expected = (2, layer.shape[2])
+    if form != PLAIN and (scales is None or scales.shape != expected or scales.dtype != torch.float32):
+        raise ValueError(f"scales: a memory of {layer.dtype} needs float32 scales {list(expected)}, keys then values")
+
+
+def precision(dtype: torch.dtype) -> str:
+    """PRECISION of products of `dtype`."""
+    if triton.knobs.runtime.interpret:
+        return "wide"
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as two digits; for the interpreter, the newest that is shipped for."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
