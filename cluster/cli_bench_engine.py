@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import numbers
+from .cli_options import BlockSize, Cpus, Dtype, Kernels, Model, Quantization, Threads, engine_of, numbers
 
 if TYPE_CHECKING:
     from .bench.engine import EngineBenchOptions
@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 
 
 def engine(
-    model: Annotated[str, typer.Option(help="Alias, folder, .gguf, Hugging Face id or dummy:<config>.")] = (
-        "smollm2-135m"
-    ),
+    command: typer.Context,
+    model: Model = "smollm2-135m",
     device: Annotated[str, typer.Option(help="cpu; the paced device computes nothing and is refused.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    quantization: Annotated[str | None, typer.Option(help="w8a8: int8 weights and activations.")] = None,
-    kernels: Annotated[str, typer.Option(help="auto, compiled, torch or reference.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
-    cpus: Annotated[str, typer.Option(help="Processors to pin them to, e.g. 0,1. Default: not pinned.")] = "",
-    block_size: Annotated[int, typer.Option(help="Token slots of a KV block.")] = 16,
+    dtype: Dtype = "bfloat16",
+    quantization: Quantization = None,
+    kernels: Kernels = "auto",
+    threads: Threads = 1,
+    cpus: Cpus = "",
+    block_size: BlockSize = 16,
     batch_sizes: Annotated[str, typer.Option(help="Sequences in a decode step.")] = "1,8,32",
     context: Annotated[str, typer.Option(help="Tokens of KV that each of them has.")] = "64,1024",
     prompt_lens: Annotated[str, typer.Option(help="Prompts to prefill, one at a time.")] = "64,256,1024",
@@ -39,7 +38,6 @@ def engine(
 ) -> None:
     """Measure one engine without network: step times over grids, with the share of the machine's bounds they reach."""
     from .bench.engine import EngineBenchOptions
-    from .config import EngineConfig
 
     options = EngineBenchOptions(
         batch_sizes=numbers("batch_sizes", batch_sizes),
@@ -52,17 +50,7 @@ def engine(
         row_seconds=row_seconds,
         seed=seed,
     )
-    config = EngineConfig(
-        model=model,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        kernels=kernels,
-        threads=threads,
-        cpus=numbers("cpus", cpus),
-        block_size=block_size,
-    )
-    _run(config, options, save_result, save_trace)
+    _run(engine_of(command.params), options, save_result, save_trace)
 
 
 def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | None, save_trace: str | None) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from .config import EngineConfig
 
 API_KEY_VARIABLE = "TANDEM_API_KEY"
 
@@ -14,6 +18,31 @@ Ca = Annotated[
     str | None,
     typer.Option("--ca", metavar="FILE", help="Who signed the router's certificate (https). [env var: TANDEM_CA]"),
 ]
+# Of an engine that is measured by itself; `engine_of` makes it of them.
+Model = Annotated[str, typer.Option(help="Alias, folder, .gguf, Hugging Face id or dummy:<config>.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+Quantization = Annotated[str | None, typer.Option(help="w8a8: int8 weights and activations.")]
+Kernels = Annotated[str, typer.Option(help="auto, compiled, torch or reference.")]
+Threads = Annotated[int, typer.Option(help="Compute threads.")]
+Cpus = Annotated[str, typer.Option(help="Processors to pin them to, e.g. 0,1. Default: not pinned.")]
+BlockSize = Annotated[int, typer.Option(help="Token slots of a KV block.")]
+
+
+def engine_of(given: Mapping[str, Any]) -> EngineConfig:
+    """The engine that a command's options describe, by name; those that it has not are the engine's own. ValueError
+    naming the option.
+    """
+    from .config import EngineConfig
+    from .config_schema import parse_bytes
+
+    names = ("model", "device", "dtype", "quantization", "kernels", "threads", "block_size", "paced_profile")
+    values = {name: given[name] for name in names if name in given}
+    if "kv_cache" in given:
+        try:
+            values["kv_cache_bytes"] = parse_bytes(given["kv_cache"])
+        except ValueError as error:
+            raise ValueError(f"kv_cache: {error}") from None
+    return EngineConfig(**values, cpus=numbers("cpus", given["cpus"]))
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:

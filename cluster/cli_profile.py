@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import numbers
+from .cli_options import BlockSize, Cpus, Dtype, Kernels, Model, Quantization, Threads, engine_of, numbers
 from .cli_typed import as_typed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .cli_display import Display
     from .config import EngineConfig
     from .engine.devices.base import Device
@@ -34,7 +36,7 @@ _FIELDS = {
     "cached": "starts",
     "chunk_sizes": "chunk_lengths",
     "batch_sizes": "batches",
-    "context_lens": "contexts",
+    "context": "contexts",
     "mixed_batch_sizes": "mixed_batches",
     "mixed_context": "mixed_contexts",
     "mixed_chunk_sizes": "mixed_lengths",
@@ -60,18 +62,16 @@ class Wanted:
 
 
 def profile(
-    context: typer.Context,
-    model: Annotated[str, typer.Option(help="Alias, folder, .gguf, Hugging Face id or dummy:<config>.")] = (
-        "smollm2-135m"
-    ),
+    command: typer.Context,
+    model: Model = "smollm2-135m",
     output: Annotated[str, typer.Option(metavar="FILE", help="Where the profile goes.")] = "profile.json",
     device: Annotated[str, typer.Option(help="cpu or paced.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    quantization: Annotated[str | None, typer.Option(help="w8a8: int8 weights and activations.")] = None,
-    kernels: Annotated[str, typer.Option(help="auto, compiled, torch or reference.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
-    cpus: Annotated[str, typer.Option(help="Processors to pin them to, e.g. 0,1. Default: not pinned.")] = "",
-    block_size: Annotated[int, typer.Option(help="Token slots of a KV block.")] = 16,
+    dtype: Dtype = "bfloat16",
+    quantization: Quantization = None,
+    kernels: Kernels = "auto",
+    threads: Threads = 1,
+    cpus: Cpus = "",
+    block_size: BlockSize = 16,
     kv_cache: Annotated[str, typer.Option(help="KV memory at most; points that need more are left out.")] = "1GiB",
     paced_profile: Annotated[
         str | None, typer.Option(metavar="FILE", help="--device paced: what its steps take.")
@@ -80,7 +80,7 @@ def profile(
     cached: Annotated[str, typer.Option(help="Cached tokens before a chunk.")] = "512,1536",
     chunk_sizes: Annotated[str, typer.Option(help="Chunks behind them.")] = "64,256,512",
     batch_sizes: Annotated[str, typer.Option(help="Sequences in a decode step.")] = "1,2,4,8,16,32",
-    context_lens: Annotated[str, typer.Option("--context", help="Tokens of KV that each of them has.")] = "64,512,1024",
+    context: Annotated[str, typer.Option(help="Tokens of KV that each of them has.")] = "64,512,1024",
     mixed_batch_sizes: Annotated[str, typer.Option(help="Decode rows beside a chunk.")] = "4,16",
     mixed_context: Annotated[str, typer.Option(help="Tokens of KV that each of those has.")] = "256,1024",
     mixed_chunk_sizes: Annotated[str, typer.Option(help="Chunks beside them.")] = "64,256",
@@ -99,49 +99,25 @@ def profile(
     """Measure an engine: prompts, cached prefixes, decode batches, mixed steps, transfers; fit and save a profile."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it remarks on every process that is started beside its threads
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # and holds them up: those processes never use its state
-    from .config import EngineConfig
-    from .config_schema import parse_bytes
+    with as_typed(command, _FIELDS):
+        raise typer.Exit(run_profile(_wanted(command.params)))
+
+
+def _wanted(given: Mapping[str, Any]) -> Wanted:
+    """The command's options, by name. ValueError naming a field."""
     from .profiler.points import Grid
     from .profiler.repeat import RepeatOptions
 
-    with as_typed(context, _FIELDS):
-        grid = Grid(
-            lengths=numbers("prompt_lens", prompt_lens),
-            starts=numbers("cached", cached),
-            chunk_lengths=numbers("chunk_sizes", chunk_sizes),
-            batches=numbers("batch_sizes", batch_sizes),
-            contexts=numbers("context", context_lens),
-            mixed_batches=numbers("mixed_batch_sizes", mixed_batch_sizes),
-            mixed_contexts=numbers("mixed_context", mixed_context),
-            mixed_lengths=numbers("mixed_chunk_sizes", mixed_chunk_sizes),
-        )
-        repeat = RepeatOptions(rounds=rounds, budget_s=budget_s, max_spread=max_spread, seed=seed)
-        try:
-            kv_cache_bytes = parse_bytes(kv_cache)
-        except ValueError as error:
-            raise ValueError(f"kv_cache: {error}") from None
-        config = EngineConfig(
-            model=model,
-            device=device,
-            dtype=dtype,
-            quantization=quantization,
-            kernels=kernels,
-            threads=threads,
-            cpus=numbers("cpus", cpus),
-            block_size=block_size,
-            kv_cache_bytes=kv_cache_bytes,
-            paced_profile=paced_profile,
-        )
-        wanted = Wanted(
-            config=config,
-            grid=grid,
-            repeat=repeat,
-            transfers=transfers,
-            max_transfer_spread=max_transfer_spread,
-            output=Path(output),
-            plot=None if save_plot is None else Path(save_plot),
-        )
-        raise typer.Exit(run_profile(wanted))
+    lists = {field: numbers(name, given[name]) for name, field in _FIELDS.items() if field in Grid.__slots__}
+    return Wanted(
+        grid=Grid(**lists),
+        repeat=RepeatOptions(**{name: given[name] for name in ("rounds", "budget_s", "max_spread", "seed")}),
+        config=engine_of(given),
+        transfers=given["transfers"],
+        max_transfer_spread=given["max_transfer_spread"],
+        output=Path(given["output"]),
+        plot=None if given["save_plot"] is None else Path(given["save_plot"]),
+    )
 
 
 def run_profile(wanted: Wanted) -> int:
