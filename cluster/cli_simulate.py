@@ -146,31 +146,36 @@ def simulate(
     Exit codes: 0 well, 1 no request came to its end, 2 wrong usage, 130 interrupted (143 by SIGTERM): what had ended is
     reported.
     """
+    raise typer.Exit(_simulated(context, context.params))
+
+
+def _simulated(context: typer.Context, given: Mapping[str, Any]) -> int:
+    """Returns the exit code. `given`: the values of all options."""
     from .bench.simulated import Simulation
     from .bench.simulated_output import SimulatedOutput
     from .cli_display import Display
     from .sim.scenario import read_scenario
 
+    config, cluster, display = given["config"], given["cluster"], Display()
     with as_typed(context, PATHS, config or cluster):
         output = SimulatedOutput(
-            save_result=save_result,
-            detailed=save_detailed,
-            result_dir=result_dir,
-            result_filename=result_filename,
-            requests=save_requests,
-            plot=save_plot,
-            trace=save_trace,
-            sweep=sweep,
-            label=label,
+            save_result=given["save_result"],
+            detailed=given["save_detailed"],
+            result_dir=given["result_dir"],
+            result_filename=given["result_filename"],
+            requests=given["save_requests"],
+            plot=given["save_plot"],
+            trace=given["save_trace"],
+            sweep=given["sweep"],
+            label=given["label"],
         )
         output.check()
         check_sweep_options(context)
-        simulation = Simulation(read_scenario(config, of_cluster(config, cluster) | overrides(context.params)))
-        percentiles = numbers("metric_percentiles", metric_percentiles, "50,99")
-        display = Display()
-        if sweep:
-            raise typer.Exit(_sweep(simulation, output, context.params, display))
-    raise typer.Exit(_run(simulation, output, percentiles, display))
+        simulation = Simulation(read_scenario(config, of_cluster(config, cluster) | overrides(given)))
+        percentiles = numbers("metric_percentiles", given["metric_percentiles"], "50,99")
+        if given["sweep"]:
+            return _sweep(simulation, output, given, display)
+    return _run(simulation, output, percentiles, display)
 
 
 def described(simulation: Simulation, *, sweep: bool = False) -> str:
