@@ -47,16 +47,18 @@ class SimEngine:
         worker_id: str = "",
         on_span: Callable[[StepSpan], None] | None = None,
         prior: StepTimeCoefficients | None = None,
+        beyond_stage_s: float = 0.0,
         pads_prompts: bool = False,
     ) -> None:
         """`on_span`: told of every step and run; `prior`: what the worker says of its steps before it has run one;
-        `pads_prompts`: as the scheduler's policy has it.
+        `beyond_stage_s`: of this module, for the worker's role; `pads_prompts`: as the scheduler's policy has it.
         """
         self._shape = padded_shape if pads_prompts else step_shape
         self._timeline = timeline
         self.scheduler = scheduler
         self._costs = costs
         self._stages = costs.pipeline_stages
+        self._beyond_stage_s = beyond_stage_s
         self._on_events = on_events
         self._worker_id = worker_id
         self._on_span = on_span
@@ -139,8 +141,7 @@ class SimEngine:
     def _begin(self, plan: StepPlan) -> None:
         shape, now_s = self._shape(plan), self._timeline.time_s
         step_s, stage_s = self._times_s(shape)
-        # Of prompts routers want to know how fast a queue of them goes, of answers how long a token takes.
-        heard_s = stage_s if shape.prefill_tokens else step_s
+        heard_s = stage_s + self._beyond_stage_s if shape.prefill_tokens else step_s
         self.fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, heard_s)
         self._planned += 1
         self.steps_total += 1
@@ -267,14 +268,23 @@ class SimEngine:
             self._on_events(events)
 
 
+def beyond_stage_s(costs: StepCosts, role: Role) -> float:
+    """What a worker adds to the stage's time of a step with prompts before it tells routers: of prompts they want to
+    know how fast a queue of them goes, by stages, and of answers how long a token takes, whole. One line is fitted to
+    both kinds of steps, so where both come they must begin alike: else the difference is laid to the rows, and an idle
+    worker looks slower than a full one.
+    """
+    return costs.step_time_s(0, 0, 1, 1) - costs.stage_time_s(0, 0, 1, 1) if role is Role.MIXED else 0.0
+
+
 @lru_cache(maxsize=256)
 def prior_of(costs: StepCosts, role: Role) -> StepTimeCoefficients:
-    """What a worker of these costs says of its steps before it has run one; see `SimEngine._begin` for pipelines."""
-    stages = costs.pipeline_stages
+    """What a worker of these costs says of its steps before it has run one; see `beyond_stage_s` for pipelines."""
+    stages, beyond_s = costs.pipeline_stages, beyond_stage_s(costs, role)
 
     def heard_s(prefill_tokens: int, prefill_squares: int, decode_rows: int, context_tokens: int) -> float:
         if prefill_tokens:
-            return costs.stage_time_s(prefill_tokens, prefill_squares, decode_rows, context_tokens)
+            return costs.stage_time_s(prefill_tokens, prefill_squares, decode_rows, context_tokens) + beyond_s
         rows = -(-decode_rows // stages)
         return costs.step_time_s(0, 0, rows, rows * context_tokens // decode_rows)
 
