@@ -1,0 +1,99 @@
+"""Verification of drafts on the device is the reference's, which leaves the target's distribution as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.stats import chisquare
+from tandem.kernels.gpu.sampling import Wants
+from tandem.kernels.gpu.speculative import verify
+from tandem.kernels.philox import Purpose, uniform
+from tandem.kernels.speculative import verify_reference
+
+Table = NDArray[np.float32]
+
+
+def distributions(rng: np.random.Generator, *shape: int) -> Table:
+    """Probabilities over the last dimension, a fifth of them 0."""
+    weights = np.exp(rng.standard_normal(shape) * 1.5) * (rng.random(shape) < 0.8)
+    weights[..., 0] += 0.01
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_rows_are_the_references(device: torch.device, certain: bool) -> None:
+    rng = np.random.default_rng(5)
+    rows, most, size = 10, 3, 90
+    target = distributions(rng, rows, most + 1, size)
+    draft = distributions(rng, rows, most, size)
+    draft[:6] = target[:6, :most]  # accepted
+    drafted = np.array([[rng.choice(size, p=step / step.sum()) for step in row] for row in draft.astype(np.float64)])
+    if certain:
+        target[:6] = target[:6] * 0.01
+        np.put_along_axis(target[:6, :most], drafted[:6, :, None], 0.99, -1)  # accepted, but for one in a hundred
+    lengths = [3, 3, 2, 1, 0, 3] + [3] * 4
+    seeds, indices = [int(seed) for seed in rng.integers(0, 2**63, rows)], rng.integers(0, 1000, rows).tolist()
+    wants = Wants.of(temperature=[1.0] * rows, seed=seeds, index=indices, device=device)
+    tokens, counts = verify(
+        torch.from_numpy(target).to(device),
+        None if certain else torch.from_numpy(draft).to(device),
+        torch.from_numpy(drafted.astype(np.int32)).to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        wants.seed,
+        wants.choice,
+        wants.index,
+        tile=32,
+    )
+    emitted = [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
+    expected = [
+        verify_reference(
+            target[r], None if certain else draft[r], drafted[r, : lengths[r]].tolist(), seeds[r], 0, indices[r]
+        )
+        for r in range(rows)
+    ]
+    assert emitted == expected
+    assert {1, 4} <= {len(row) for row in emitted}
+
+
+def test_what_decides_must_be_a_distribution(device: torch.device) -> None:
+    target = torch.full((3, 2, 8), 0.125, device=device)
+    target[0, 0], target[1, 1], target[2, 1] = float("nan"), float("nan"), 0
+    drafted = torch.zeros(3, 1, dtype=torch.int32, device=device)
+    wants = Wants.of(temperature=[1.0] * 3, seed=[1] * 3, index=[0] * 3, device=device)
+    draft = torch.zeros(3, 1, 8, device=device)
+    draft[:, :, 0] = 0.125  # as likely as in the target: accepted wherever there is one
+    lengths = torch.ones(3, dtype=torch.int32, device=device)
+    with np.errstate(invalid="ignore"):
+        _, counts = verify(target, draft, drafted, lengths, wants.seed, wants.choice, wants.index, tile=8)
+        pairs = zip(target.cpu().numpy(), draft.cpu().numpy(), strict=True)
+        expected = [verify_reference(p, q, [0], 1, 0, 0) for p, q in pairs]
+    assert counts.tolist() == [0, 0, 0]
+    assert expected == [[], [], []]
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_emitted_tokens_are_distributed_as_the_targets(certain: bool) -> None:
+    """Leviathan et al., appendix A.1: of the first token, and of the second where there is one."""
+    rng = np.random.default_rng(1)
+    target, draft = distributions(rng, 3, 6).astype(np.float64), distributions(rng, 2, 6).astype(np.float64)
+    target, draft = ((x + 0.02) / (x + 0.02).sum(-1, keepdims=True) for x in (target, draft))
+    p, q = target.astype(np.float32), draft.astype(np.float32)
+    first, second = np.zeros(6), np.zeros(6)
+    for seed in range(1500):
+        cumulative = np.cumsum(q[0], dtype=np.float64), np.cumsum(q[1], dtype=np.float64)
+        drafted = [
+            int(np.searchsorted(edges, uniform(seed, 0, g, Purpose.SAMPLE)[0] * edges[-1], side="right"))
+            for g, edges in enumerate(cumulative)
+        ]
+        if certain:
+            drafted = [1, 4]
+        emitted = verify_reference(p, None if certain else q, drafted, seed, 0, 0)
+        first[emitted[0]] += 1
+        if len(emitted) > 1:
+            second[emitted[1]] += 1
+    assert chisquare(first, target[0] * first.sum()).pvalue > 1e-3
+    assert chisquare(second, target[1] * second.sum()).pvalue > 1e-3
+    assert second.sum() > 300
+    assert chisquare(first, draft[0] * first.sum()).pvalue < 1e-6
