@@ -30,7 +30,7 @@ from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import QueueFull, Scheduler
 from ..engine.scheduler_events import BlocksGranted, PrefillAdvanced, SchedulerEvent, TokensEmitted
 from ..types import Handoff, SequenceSpec, Side, Urgency
-from .engine import TOKEN, SimEngine, prior_of
+from .engine import TOKEN, SimEngine, beyond_stage_s, prior_of
 from .links import Medium
 from .observer import StepSpan, TransferSpan
 from .pull import Pull
@@ -102,6 +102,7 @@ class SimWorker:
             worker_id=spec.worker_id,
             on_span=wiring.on_step,
             prior=prior_of(spec.costs, spec.role),  # type: ignore[arg-type]  # a Protocol names no hash; all have one
+            beyond_stage_s=beyond_stage_s(spec.costs, spec.role),
             pads_prompts=policy.pads_prompts,
         )
         self.holder = HandoffHolder(
