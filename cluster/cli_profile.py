@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +126,7 @@ def run_profile(wanted: Wanted) -> int:
     from .launch.checks import check_engine
     from .models.reference import resolve_model
     from .profiler.repeat import Disagreement
+    from .profiler.show import summary
 
     if not wanted.output.absolute().parent.is_dir():
         raise ValueError(f"output: {str(wanted.output)!r} is not allowed; allowed: a file in a folder that exists")
@@ -155,6 +155,7 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
     """Everything that takes time. Raises Disagreement, ConfigError, ValueError."""
     from dataclasses import replace
 
+    from .bench.claims_machine import strain, take_sample
     from .engine.devices.kv_memory import kv_layout
     from .latency.measured import Measurement
     from .launch.compose import build_device
@@ -162,6 +163,7 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
     from .profiler.live import overhead_blocks
     from .profiler.points import Places, check_enough, fitting
     from .profiler.repeat import check_agreement
+    from .profiler.show import headline, machine_facts, others
 
     config, begin_s = wanted.config, time.monotonic()
     block_bytes = kv_layout(files.config, config.dtype, config.block_size).block_bytes
@@ -182,18 +184,20 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
     config = replace(config, kv_cache_bytes=num_blocks * block_bytes)
     kv_token_bytes = block_bytes // config.block_size
     machine = machine_facts(config.device)
-    display.line(headline(config, machine, len(points)))
+    display.line(headline(config, machine, len(points), wanted.repeat.budget_s))
     moved = _measure_transfers(wanted, kv_token_bytes, display) if wanted.transfers else {}
     device = build_device(config, files, None)
     try:
         left_s = wanted.repeat.budget_s - (time.monotonic() - begin_s)
         repeat = replace(wanted.repeat, budget_s=max(left_s, wanted.repeat.budget_s * (1 - _TRANSFERS_SHARE)))
+        before = take_sample(ours := {"this process": os.getpid()})
         steps, out_of_time, gap_s = _measure_steps(repeat, config, device, points, display)
+        busy = strain(before, take_sample(ours)).others
     finally:
         device.close()
     if late := device.late_steps_total:
         display.line(f"{late} steps came late: the machine is busy, or too slow for what the paced device was told")
-    check_agreement({name: step.times_s for name, step in steps.items()}, repeat.max_spread)
+    check_agreement({name: step.times_s for name, step in steps.items()}, repeat.max_spread, why=others(busy))
     kernels = getattr(getattr(device, "picked", None), "kernels", "")
     about = Measurement(
         model=config.model,
@@ -211,6 +215,7 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
         steps=steps,
         transfers=moved,
         engine_overhead_s=gap_s,
+        others_busy=busy,
         left_out=(*too_large, *out_of_time),
     )
     return fitted_profile(about)
@@ -219,25 +224,22 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
 def _measure_transfers(wanted: Wanted, kv_token_bytes: int, display: Display) -> dict[str, MeasuredTransfer]:
     import asyncio
 
-    from .profiler.repeat import check_agreement
-    from .profiler.transfers import LEAST_S, measure_transfers
+    from .profiler.transfers import agreeing_transfers
 
     timeout_s = max(wanted.repeat.budget_s * _TRANSFERS_SHARE, _TRANSFERS_AT_LEAST_S)
     with display.steps(remaining=True) as report:
-        work = measure_transfers(
+        work = agreeing_transfers(
             kv_token_bytes,
+            wanted.max_transfer_spread,
             block_size=wanted.config.block_size,
             timeout_s=timeout_s,
             on_progress=lambda what, share: report("transfers", what if display.live else "measured", share),
         )
         try:
-            moved = asyncio.run(work)
+            return asyncio.run(work)
         except TimeoutError:
             allowed = "more time, or --no-transfers"
             raise ValueError(f"budget_s: transfers were not done after {timeout_s:.0f} s; allowed: {allowed}") from None
-    times = {name: transfer.times_s for name, transfer in moved.items()}
-    check_agreement(times, wanted.max_transfer_spread, least_s=LEAST_S, option="max_transfer_spread")
-    return moved
 
 
 def _measure_steps(
@@ -261,63 +263,3 @@ def _measure_steps(
     found = measured_steps(timings)
     ordered = {point.name: found[point.name] for point in points if point.name in found}
     return ordered, timings.left_out, gap_s
-
-
-def machine_facts(device: str) -> dict[str, Any]:
-    """What timings depend on, beside the options."""
-    import importlib.metadata
-
-    from .. import __version__
-    from .bench.machine import processor_name
-
-    packages = ["numpy", "grpcio"] + (["numba", "torch"] if device == "cpu" else [])
-    versions = {"tandem": __version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"machine": f"{processor_name()}, {cores} cores", "memory_bytes": memory_bytes, "versions": versions}
-
-
-def headline(config: EngineConfig, machine: dict[str, Any], points: int) -> str:
-    """One line: what is measured, where."""
-    computes = "" if config.device == "cpu" else " (a paced device: nothing is computed, its times are given)"
-    precision = config.dtype if config.quantization is None else f"{config.quantization} ({config.dtype} KV)"
-    threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}"
-    return f"{config.model}, {precision}, {config.device}{computes}, {threads}; {machine['machine']}; {points} points"
-
-
-def summary(profile: MeasuredProfile) -> str:
-    """The fit for people: terms, errors, links, what was left out."""
-    terms, measured = profile.steps, profile.measured
-    lines = [
-        f"prompts     {terms.prefill_step_s * 1e3:.3g} ms + {terms.prefill_token_s * 1e6:.4g} us a token "
-        f"+ {terms.prefill_square_s * 1e9:.3g} ns a token squared"
-    ]
-    halves = [(terms.decode, "decode")]
-    if terms.large_decode != terms.decode:
-        halves.append((terms.large_decode, f"from {terms.large_batch_rows} rows"))
-    lines += [
-        f"{name:<12}{half.step_s * 1e3:.3g} ms + {half.row_s * 1e3:.3g} ms a row "
-        f"+ {half.context_token_s * 1e6:.3g} us a token of context"
-        for half, name in halves
-    ]
-    lines.append(f"engine      {measured.engine_overhead_s * 1e3:.2f} ms between two steps")
-    lines += [
-        f"{name:<12}{link.bandwidth_gb_s:.2f} GB/s, {link.latency_us / 1e3:.2f} ms before the first byte"
-        for name, link in profile.links.items()
-    ]
-    lines.append(
-        f"{'error':<18}{'held out: median':>17}{'p90':>8}{'worst':>8}{'fitted: median':>16}{'p90':>8}{'points':>8}"
-    )
-    lines += [
-        f"{name:<18}{out.median:>17.1%}{out.p90:>8.1%}{out.worst:>8.1%}{measured.fitted[name].median:>16.1%}"
-        f"{measured.fitted[name].p90:>8.1%}{out.points:>8}"
-        for name, out in measured.held_out.items()
-    ]
-    if measured.left_out:
-        lines.append(f"left out    {', '.join(measured.left_out)}")
-    return "\n".join(lines)

@@ -121,6 +121,8 @@ class Measurement:
     """By transport."""
     engine_overhead_s: Annotated[float, Within(0.0, 3600.0)] = 0.0
     """Between two steps. Not in the terms of the steps: a real worker on a paced device has its own."""
+    others_busy: Annotated[float, Within(0.0, 1.0)] = 0.0
+    """Of the machine's processors, what others used while steps were measured."""
     fitted: dict[str, PointErrors] = field(default_factory=dict)
     """By kind, on all points, by the profile."""
     held_out: dict[str, PointErrors] = field(default_factory=dict)

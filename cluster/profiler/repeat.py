@@ -72,18 +72,26 @@ def spread(times_s: Sequence[float], least_s: float = 0.0) -> float:
 
 
 def check_agreement(
-    times_s: Mapping[str, Sequence[float]], max_spread: float, *, least_s: float = 0.0, option: str = "max_spread"
+    times_s: Mapping[str, Sequence[float]],
+    max_spread: float,
+    *,
+    least_s: float = 0.0,
+    option: str = "max_spread",
+    why: str = "",
 ) -> None:
-    """Disagreement naming the points whose times spread by more than `max_spread` (see `spread`), the worst first."""
+    """Disagreement naming the points whose times spread by more than `max_spread` (see `spread`), the worst first, and
+    `why` that may be.
+    """
     spreads = {name: spread(times, least_s) for name, times in times_s.items()}
     bad = sorted(((value, name) for name, value in spreads.items() if value > max_spread), reverse=True)
     if not bad:
         return
     shown = ", ".join(f"{name} ({value:.0%})" for value, name in bad[:_SHOWN_NAMES])
     more = f" and {len(bad) - _SHOWN_NAMES} more" if len(bad) > _SHOWN_NAMES else ""
+    told = f"{more}; {why}" if why else more
     raise Disagreement(
         f"nothing saved: repeated times of {len(bad)} of {len(times_s)} points disagree by more than {max_spread:.0%}: "
-        f"{shown}{more}; measure on a quieter machine, or allow a larger --{option.replace('_', '-')}"
+        f"{shown}{told}; measure on a quieter machine, or allow a larger --{option.replace('_', '-')}"
     )
 
 

@@ -16,6 +16,8 @@ from tandem.cluster.models.registry import CONFIGS
 from tandem.cluster.profiler import live, transfers
 from tandem.cluster.profiler.fit import fitted_profile
 from tandem.cluster.profiler.points import Grid
+from tandem.cluster.profiler.repeat import Disagreement, check_agreement
+from tandem.cluster.profiler.show import others
 from tandem.cluster.profiler.transfers import measure_transfers
 
 TERMS = DecodeTerms(step_s=0.011, row_s=0.0035, context_token_s=4e-6)
@@ -132,7 +134,7 @@ def test_a_fit_says_what_it_is_of() -> None:
 
 
 def test_a_summary_has_terms_errors_links_and_what_is_missing() -> None:
-    from tandem.cluster.cli_profile import summary
+    from tandem.cluster.profiler.show import summary
 
     profile = measured()
     lines = summary(profile).splitlines()
@@ -158,3 +160,33 @@ def test_a_fit_is_drawn(tmp_path: Path) -> None:
 
     plot_profile(measured(), tmp_path / "fit.png")
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_transfers_that_disagree_are_measured_once_more_and_all_times_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[tuple[float, ...]] = []
+
+    async def measured(*_: Any, **__: Any) -> dict[str, MeasuredTransfer]:
+        return {"mapped 1 MiB": MeasuredTransfer(link="mapped", size_bytes=2**20, times_s=rounds.pop(0))}
+
+    monkeypatch.setattr(transfers, "measure_transfers", measured)
+    rounds[:] = [(0.1, 0.1, 0.3, 0.3), (0.1,) * 9]
+    found = asyncio.run(transfers.agreeing_transfers(23040, 0.5))
+    assert found["mapped 1 MiB"].times_s == (0.1, 0.1, 0.3, 0.3, *(0.1,) * 9)
+    rounds[:] = [(0.1,) * 4, (9.9,)]
+    assert asyncio.run(transfers.agreeing_transfers(23040, 0.5))["mapped 1 MiB"].times_s == (0.1,) * 4
+    rounds[:] = [(0.1, 0.1, 0.3, 0.3), (0.1, 0.3)]
+    with pytest.raises(Disagreement, match=r"mapped 1 MiB \(100%\); .* larger --max-transfer-spread"):
+        asyncio.run(transfers.agreeing_transfers(23040, 0.5))
+    rounds[:] = [(0.1, 0.1, 0.3, 0.3), (9.9,)]
+    with pytest.raises(Disagreement):
+        asyncio.run(transfers.agreeing_transfers(23040, 0.5, timeout_s=0.0))
+    assert rounds == [(9.9,)], "there was no time for a second round"
+    rounds[:] = [(0.005, 0.005, 0.009, 0.009)]
+    assert asyncio.run(transfers.agreeing_transfers(23040, 0.5)), "a few milliseconds are not noticed"
+
+
+def test_what_others_did_meanwhile_is_told(tmp_path: Path) -> None:
+    assert others(0.05) == ""
+    assert others(0.43) == "others used 43% of the machine's processors meanwhile"
+    with pytest.raises(Disagreement, match=r"a \(100%\); others used 43% .* meanwhile; measure on a quieter machine"):
+        check_agreement({"a": (1.0, 1.0, 3.0, 3.0)}, 0.15, why=others(0.43))
