@@ -59,7 +59,11 @@ class BlockPool:
         self._free: deque[int] = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently released first
         self._tables: dict[str, list[int]] = {}
+        self._partners: dict[str, str] = {}
+        """Holders that `allocate` gave the same blocks, by each other's name: what both hold counts once."""
         self._holders: list[int] = [0] * num_blocks  # how many tables name the block
+        self._shares = 0
+        """Sum of `_holders` beyond the first of each block."""
         self._generations = [0] * num_blocks if generations is None else generations
         if len(self._generations) != num_blocks or any(self._generations):
             raise ValueError(f"generations: not {num_blocks} zeros")
@@ -95,8 +99,8 @@ class BlockPool:
 
     def allocate(self, count: int, holder: str, *, also: str | None = None) -> tuple[BlockRef, ...]:
         """Hands out `count` blocks, appended to the holder's table; free ones first, then the least recently used
-        cached ones. `also`: another who holds them from the first. Raises OutOfBlocks, and changes nothing, if there
-        are not enough.
+        cached ones. `also`: another, new one who holds them from the first; they stay until both have let go. Raises
+        OutOfBlocks, and changes nothing, if there are not enough.
 
         One table with block size 4, context of 10 tokens of which 4 were found in the prefix cache:
 
@@ -110,10 +114,12 @@ class BlockPool:
             )
         if not count:
             return ()
-        ids = self._take(count, 1 if also is None else 2)
+        ids = self._take(count)
         self._tables.setdefault(holder, []).extend(ids)
         if also is not None:
-            self._tables.setdefault(also, []).extend(ids)
+            _require(also not in self._tables and holder not in self._partners, f"{also!r} or {holder!r} is paired")
+            self._tables[also] = list(ids)
+            self._partners[also], self._partners[holder] = holder, also
         return tuple(map(_REF, zip(ids, map(self._generations.__getitem__, ids), strict=True)))
 
     def grow(self, tables: Collection[list[int]]) -> None:
@@ -123,7 +129,7 @@ class BlockPool:
         count = len(tables)
         if count > len(self._free) + len(self._cached):
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_available} of {self.num_blocks} available")
-        for table, block_id in zip(tables, self._take(count, 1), strict=True):
+        for table, block_id in zip(tables, self._take(count), strict=True):
             table.append(block_id)
 
     @property
@@ -139,6 +145,7 @@ class BlockPool:
         """
         if not refs:
             return
+        _require(holder not in self._partners, f"{holder!r} is paired and takes others' blocks")
         mine = set(self.table(holder))
         holders, cached, generations = self._holders, self._cached, self._generations
         for block_id, generation in refs:
@@ -153,6 +160,8 @@ class BlockPool:
         for block_id, _ in refs:
             if holders[block_id] == 0:
                 del cached[block_id]
+            else:
+                self._shares += 1
             holders[block_id] += 1
         self._tables.setdefault(holder, []).extend([ref.block_id for ref in refs])
 
@@ -164,15 +173,28 @@ class BlockPool:
         table = self._tables.pop(holder, None)
         if table is None:
             return 0
-        holders, retained, free = self._holders, self._retained, self._free.append
-        for block_id in reversed(table):
+        count, holders, retained = len(table), self._holders, self._retained
+        partner = self._partners.pop(holder, None)
+        if partner is not None:
+            del self._partners[partner]
+            theirs = set(self._tables[partner])
+            table = [block_id for block_id in table if block_id not in theirs]
+        table.reverse()
+        if not retained and not self._shares:
+            for block_id in table:
+                holders[block_id] = 0
+            self._free.extend(table)
+            return count
+        free = self._free.append
+        for block_id in table:
             left = holders[block_id] = holders[block_id] - 1
-            if not left:
-                if block_id in retained:
-                    self._cached[block_id] = None
-                else:
-                    free(block_id)
-        return len(table)
+            if left:
+                self._shares -= 1
+            elif block_id in retained:
+                self._cached[block_id] = None
+            else:
+                free(block_id)
+        return count
 
     def retain(self, block_id: int) -> None:
         """The prefix cache knows this held block's content now: keep it, when released, until it is evicted."""
@@ -221,6 +243,11 @@ class BlockPool:
             _require(len(set(table)) == len(table), f"a block stands twice in the table of {holder!r}: {table}")
             _require(len(table) > 0, f"{holder!r} has a table without blocks")
             counted.update(table)
+        for holder, partner in self._partners.items():
+            _require(self._partners.get(partner) == holder, f"{holder!r} is paired with {partner!r}, who is not")
+            if holder < partner:
+                counted -= Counter(set(self._tables[holder]) & set(self._tables[partner]))
+        _require(self._shares == sum(held - 1 for held in counted.values()), "shared blocks are miscounted")
         for block_id in range(self.num_blocks):
             held = counted[block_id]
             _require(
@@ -237,8 +264,8 @@ class BlockPool:
             unknown = sorted(set(self._tables) - set(known_holders))
             _require(not unknown, f"blocks are held by {unknown}, whom nobody knows")
 
-    def _take(self, count: int, each: int) -> list[int]:
-        """Ids of `count` blocks, which are there, with so many holders each from now on."""
+    def _take(self, count: int) -> list[int]:
+        """Ids of `count` blocks, which are there, with one holder each from now on."""
         free, generations, holders = self._free, self._generations, self._holders
         ids = list(map(deque.popleft, repeat(free, count if count < len(free) else len(free))))
         while len(ids) < count:
@@ -247,7 +274,7 @@ class BlockPool:
             self.on_evict(block_id)
             ids.append(block_id)
         for block_id in ids:
-            holders[block_id] = each
+            holders[block_id] = 1
             # Before the block is handed out, hence before anybody writes into it (`kvtransfer.mapped.segment`).
             generations[block_id] += 1
         return ids

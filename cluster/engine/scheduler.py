@@ -27,7 +27,7 @@ from ..types import EngineLoad, Handoff, SampledToken, SequenceSpec
 from .block_pool import BlockPool, IntegrityError
 from .integrity import check_sequences
 from .plan import StepOutput, StepPlan, StepRow
-from .policies import BatchPolicy, StepView
+from .policies import BatchPolicy, StepShares, StepView
 from .prefix_cache import PrefixCache
 from .prompt_service import PromptService
 from .quiet_run import Lockstep, QuietRun
@@ -36,6 +36,9 @@ from .sequence import Sequence, State, check_spec
 from .sequence_kv import WRITER, SequenceKV
 from .service_queue import ServiceQueue
 from .slots import with_slots
+
+MAX_SHARES = 4096
+"""Of what a policy has said that is remembered."""
 
 
 class QueueFull(RuntimeError):
@@ -77,6 +80,8 @@ class Scheduler:
             raise ValueError(f"{names}; a step must be able to hold one token of every running sequence")
         self._kv = SequenceKV(block_pool, prefix_cache)
         self._policy = policy
+        self._shares: dict[tuple[int, int], StepShares] = {}
+        """What the policy has said, by (decode rows, prompt tokens): it keeps no state."""
         self._clock = clock
         self._max_batched_tokens = max_batched_tokens
         self._max_waiting = max_waiting
@@ -169,6 +174,7 @@ class Scheduler:
     def set_policy(self, policy: BatchPolicy) -> None:
         """Changes role. Everything in flight goes on under the new policy."""
         self._policy = policy
+        self._shares.clear()
 
     # ---------------------------------------------------------------- a step
 
@@ -191,13 +197,7 @@ class Scheduler:
             return None
         by_age = sorted(self._running.values(), key=attrgetter("order"))
         decoding = [seq for seq in by_age if seq.can_decode]
-        shares = self._policy.shares(
-            StepView(
-                budget_tokens=self._max_batched_tokens,
-                decode_rows=len(decoding),
-                prefill_tokens=self._queue.prefill_tokens,
-            )
-        )
+        shares = self._shares_of(len(decoding))
         prompts: list[tuple[Sequence, int]] = []
         if self._policy.prompts_alone:
             prompts = self._serve(shares.prefill_tokens, may_admit=True)
@@ -251,17 +251,15 @@ class Scheduler:
         may_admit = self._prompts.may_admit(policy)
         if policy.pulls_alone and (self._pulling or may_admit):
             return None
-        rows, prefill_tokens = len(lockstep.rows), self._queue.prefill_tokens
-        shares = policy.shares(
-            StepView(budget_tokens=self._max_batched_tokens, decode_rows=rows, prefill_tokens=prefill_tokens)
-        )
+        rows = len(lockstep.rows)
+        shares = self._shares_of(rows)
         if shares.decode_rows < rows:
             return None
         under_way = len(self._running) > rows
         if not under_way and not may_admit:
             steps = lockstep.quiet_steps(limit)
             return QuietRun(steps, rows, lockstep.known_tokens) if steps else None
-        computes = under_way or prefill_tokens > 0
+        computes = under_way or self._queue.prefill_tokens > 0
         if policy.whole_batches or policy.prompts_alone or (computes and self._max_outstanding_plans > 1):
             return None
         steps = lockstep.quiet_steps(1 if computes else limit)
@@ -355,6 +353,17 @@ class Scheduler:
 
     # ---------------------------------------------------------------- how
 
+    def _shares_of(self, decode_rows: int) -> StepShares:
+        """How the policy shares the next step out."""
+        asked = (decode_rows, self._queue.prefill_tokens)
+        shares = self._shares.get(asked)
+        if shares is None:
+            if len(self._shares) >= MAX_SHARES:
+                self._shares.clear()
+            view = StepView(budget_tokens=self._max_batched_tokens, decode_rows=decode_rows, prefill_tokens=asked[1])
+            shares = self._shares[asked] = self._policy.shares(view)
+        return shares
+
     def _with_slots(self, decoding: list[Sequence], by_age: list[Sequence]) -> list[Sequence]:
         return with_slots(decoding, by_age, self._kv, self._preempt)
 
@@ -421,18 +430,9 @@ class Scheduler:
         if seq.prefill_s is None:
             seq.prefill_s = self._clock.now_s() - seq.admitted_s
         reason, stop_token_id = seq.finish_reason(self._eos_token_ids)
-        self._events.append(
-            TokensEmitted(
-                seq_id=seq.seq_id,
-                index=len(seq.outputs) - len(tokens),
-                tokens=tokens,
-                finish_reason=reason,
-                stop_token_id=stop_token_id,
-                queue_s=max(0.0, seq.admitted_s - seq.spec.arrival_s),
-                prefill_s=seq.prefill_s,
-                cached_tokens=seq.cached_tokens,
-            )
-        )
+        index, queue_s = len(seq.outputs) - len(tokens), max(0.0, seq.admitted_s - seq.spec.arrival_s)
+        waterfall = (queue_s, seq.prefill_s, seq.cached_tokens)
+        self._events.append(TokensEmitted(seq.seq_id, index, tokens, reason, stop_token_id, *waterfall))
         if reason is not None or seq.released:
             self._end(seq)
         elif seq.spec.handoff is Handoff.OUT:

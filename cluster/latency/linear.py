@@ -180,7 +180,7 @@ def _fit(x: NDArray[np.float64], y: NDArray[np.float64], prior: NDArray[np.float
     for _ in range(_ROUNDS):
         a = x / reference[:, None]
         target = y / reference
-        share = np.sqrt((a * a).mean(axis=0))  # how much of a step each second of a coefficient is
+        share = np.sqrt(np.add.reduce(a * a, axis=0) / len(a))  # how much of a step each second of a coefficient is
         share[share == 0.0] = 1.0
         a /= share
         weighted = (a * weight[:, None]).T
@@ -198,7 +198,7 @@ def _nonnegative(gram: NDArray[np.float64], moment: NDArray[np.float64]) -> NDAr
     Tries the support that is left when what comes out below 0 is dropped, until nothing does: nearly always that is it,
     and the gradient tells (Lawson and Hanson 1974, ch. 23). Else tries all supports.
     """
-    whole = np.linalg.solve(gram, moment)
+    whole = np.linalg.solve(gram, moment).astype(np.float64, copy=False)
     if whole.min() >= 0.0:
         return whole
     chosen = [term for term, value in enumerate(whole.tolist()) if value >= 0.0]

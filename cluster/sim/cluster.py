@@ -206,7 +206,7 @@ def _seldom_collected() -> Iterator[None]:
 
 
 def _sample(worker: SimWorker) -> WorkerSample:
-    load = worker.status().load if worker.alive else EngineLoad(num_blocks=worker.spec.num_blocks)
+    load = worker.load() if worker.alive else EngineLoad(num_blocks=worker.spec.num_blocks)
     used = load.num_blocks - load.free_blocks - load.cached_blocks if worker.alive else 0
     return WorkerSample(
         worker_id=worker.spec.worker_id,

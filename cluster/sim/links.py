@@ -89,7 +89,7 @@ class Flow:
         for link in self._links:
             link.bytes_total += self.size_bytes
         self._leave()
-        latency_s = max((link.latency_s for link in self._links), default=0.0)
+        latency_s = max([link.latency_s for link in self._links], default=0.0)
         if latency_s:
             self._timeline.do_after(latency_s, self._on_done)
         else:

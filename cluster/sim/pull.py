@@ -115,8 +115,7 @@ class Pull:
         if self._ended:
             return
         key, number, indices = self.action.key, self.action.pull_index, range(self.index, self.index + blocks)
-        self._puller.blocks_arrived(key, number, (self.action.ticket,), indices)
-        self._puller.blocks_written(key, number, indices)
+        self._puller.blocks_written(key, number, indices)  # there are no frames to be checked (`blocks_arrived`)
         self.index += blocks
         self.received_bytes += blocks * self._block_bytes
         self._last_byte_s = self._timeline.time_s

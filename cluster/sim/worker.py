@@ -29,7 +29,7 @@ from ..engine.policies import policy_for
 from ..engine.prefix_cache import PrefixCache
 from ..engine.scheduler import QueueFull, Scheduler
 from ..engine.scheduler_events import BlocksGranted, PrefillAdvanced, SchedulerEvent, TokensEmitted
-from ..types import Handoff, SequenceSpec, Side, Urgency
+from ..types import EngineLoad, Handoff, SequenceSpec, Side, Urgency
 from .engine import TOKEN, SimEngine, beyond_stage_s, prior_of
 from .links import Medium
 from .observer import StepSpan, TransferSpan
@@ -134,15 +134,20 @@ class SimWorker:
 
     def status(self) -> Status:
         """As a heartbeat that leaves now."""
-        load, engine = self.scheduler.load(), self.engine
-        steps, rows = engine.steps_under_way()
+        engine = self.engine
+        steps, _ = engine.steps_under_way()
+        return Status(self.load(), self.puller.credited_blocks, engine.fit.coefficients(), engine.learned_steps + steps)
+
+    def load(self) -> EngineLoad:
+        """As of now: with what steps under way have done already."""
+        load = self.scheduler.load()
+        steps, rows = self.engine.steps_under_way()
         if steps:
             load = load._replace(
                 context_tokens=load.context_tokens + steps * rows,
                 free_blocks=max(0, load.free_blocks - steps * rows // self.spec.block_size),
             )
-        credited = self.puller.credited_blocks
-        return Status(load, credited, engine.fit.coefficients(), engine.learned_steps + steps)
+        return load
 
     def tick(self) -> None:
         """Ends credits, leases and waits that ran out, as the runtime's does a few times a second."""
@@ -311,18 +316,9 @@ class SimWorker:
         if live.told and not finished:
             return
         live.told = True
-        heard = Heard(
-            live.request_id,
-            live.side,
-            live.attempt,
-            tokens=event.index + len(event.tokens),
-            finished=finished,
-            queue_s=event.queue_s,
-            prefill_s=event.prefill_s,
-            cached_tokens=event.cached_tokens,
-            exposed_transfer_s=live.exposed_transfer_s,
-            transferred_bytes=live.transferred_bytes,
-        )
+        tokens, transfer = event.index + len(event.tokens), (live.exposed_transfer_s, live.transferred_bytes)
+        waterfall = (event.queue_s, event.prefill_s, event.cached_tokens, *transfer)
+        heard = Heard(live.request_id, live.side, live.attempt, tokens, finished, *waterfall)
         if finished:
             del self._live[event.seq_id]
         self._wiring.heard(heard)

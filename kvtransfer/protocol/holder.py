@@ -337,8 +337,9 @@ class HandoffHolder:
         if tombstone is not None:
             stale = ticket.decode_attempt < tombstone.decode_attempt
             return RefusalReason.STALE_ATTEMPT if stale else tombstone.reason
-        if self._floors.covers(ChoiceKey(ticket.request_id, ticket.choice), ticket.prefill_attempt):
-            return RefusalReason.ABORTED
+        if len(self._floors):
+            name = ChoiceKey(ticket.request_id, ticket.choice)
+            return RefusalReason.ABORTED if self._floors.covers(name, ticket.prefill_attempt) else None
         return None
 
     def _renew(self, record: Record, now_s: float) -> None:
@@ -346,6 +347,8 @@ class HandoffHolder:
             record.deadline_s = now_s + self._lease_s
 
     def _revoke_readers(self, record: Record, reason: RefusalReason) -> list[HolderAction]:
+        if not record.readers:
+            return []
         revoked = tuple(r.reader_id for r in record.readers.values() if r.revoked is None)
         for reader_id in revoked:
             record.readers[reader_id].revoked = reason

@@ -317,7 +317,9 @@ class HandoffPuller:
     # Within
 
     def _is_over(self, key: str, request_id: str, choice: int, attempt: int) -> bool:
-        return key in self._tombstones or self._floors.covers(ChoiceKey(request_id, choice), attempt)
+        if key in self._tombstones:
+            return True
+        return len(self._floors) > 0 and self._floors.covers(ChoiceKey(request_id, choice), attempt)
 
     def _redeem(
         self, key: str, request_id: str, choice: int, attempt: int, credit_id: int, now_s: float

@@ -93,6 +93,28 @@ def test_share_refuses_free_foreign_and_repeated_blocks() -> None:
         pool.retain(1)
 
 
+@pytest.mark.parametrize("first", ["a", "writer:a"])
+def test_blocks_given_to_two_stay_until_both_have_let_go(first: str) -> None:
+    pool = BlockPool(6, 16)
+    (hit,) = pool.allocate(1, "b")
+    pool.share([hit], "a")
+    refs = pool.allocate(2, "a", also="writer:a")
+    pool.allocate(1, "a")
+    assert (list(pool.table("a")), list(pool.table("writer:a"))) == ([0, 1, 2, 3], [1, 2])
+    pool.check_integrity(["a", "b", "writer:a"])
+    with pytest.raises(IntegrityError, match="paired"):
+        pool.share([hit], "writer:a")
+    second = "writer:a" if first == "a" else "a"
+    assert pool.release(first) == len([0, 1, 2, 3] if first == "a" else refs)
+    pool.check_integrity(["b", second])
+    assert [pool.is_held(ref.block_id) for ref in refs] == [True, True]
+    assert pool.num_available == (3 if first == "a" else 2)
+    pool.release(second)
+    pool.release("b")
+    pool.check_integrity([])
+    assert pool.num_available == 6
+
+
 def test_check_integrity_sees_unknown_holders_and_broken_counters() -> None:
     pool = BlockPool(2, 16)
     pool.allocate(1, "a")

@@ -13,7 +13,7 @@ from tandem.cluster.engine.block_pool import BlockPool
 from tandem.cluster.engine.policies import DecodePolicy, MixedPolicy, PrefillPolicy
 from tandem.cluster.engine.prefix_cache import PrefixCache
 from tandem.cluster.engine.scheduler import Scheduler
-from tandem.cluster.latency.links import Link
+from tandem.cluster.latency.links import INSTANT, Link
 from tandem.cluster.sim import router as sim_router
 from tandem.cluster.sim.cluster import ClusterSpec, SimCluster
 from tandem.cluster.sim.observer import StepSpan, TransferSpan, WorkerSample
@@ -101,6 +101,14 @@ def test_a_split_request_by_hand() -> None:
     assert outcome.last_token_s == pytest.approx(0.026 + 0.007 + 0.001 + steps + 0.001)
 
 
+def test_with_infinite_bandwidth_decode_goes_on_where_prefill_has_ended() -> None:
+    """The same request: what is left of the handoff are its messages."""
+    [outcome] = cluster(*split(), inside=INSTANT, own_s=0.005, rpc_s=0.001).run([one(100, 3)])
+    assert outcome.transferred_bytes == 7000
+    assert outcome.exposed_transfer_s == pytest.approx(0.0, abs=1e-9)
+    assert outcome.last_token_s == pytest.approx(0.026 + 0.001 + 2 * 0.0105 + (101 + 102) * 1e-7 + 0.001)
+
+
 def test_a_transfer_overlaps_with_the_prefill_that_goes_on() -> None:
     """A prompt of two chunks: the first one's 16 blocks cross while the second is computed, 0.4 ms a block."""
     link = Link(name="slow", bandwidth_gb_s=2.5e-3)
@@ -175,8 +183,8 @@ class _Watch:
 
 
 def test_who_watches_sees_every_step_and_transfer_and_changes_nothing() -> None:
-    asked, watch = workload(30, 6.0), _Watch()
-    plain = cluster(*split(1, 2))
+    asked, watch = workload(300, 20.0), _Watch()
+    plain = cluster(*split(2, 2))
     want = digest(plain.run(asked))
     spec: ClusterSpec = plain._spec
     watched = SimCluster(spec, watch)
