@@ -87,11 +87,12 @@ class EngineConfig:
     """Bounded queue: beyond it, work is refused with RESOURCE_EXHAUSTED."""
     prefix_cache: bool = True
     tensor_parallel: Annotated[int, Within(1, 1024)] = 1
-    """Devices that share each layer. `cpu`: 1. `paced`: any, as its step times say what a split step takes."""
+    """Devices that share each layer. `cpu`: processes, as many as divide the model's heads. `paced`: any, as its step
+    times say what a split step takes."""
     pipeline_stages: Annotated[int, Within(1, 1024)] = 1
-    """Groups of devices that share the layers out among themselves. 1: engines of several stages are not there yet."""
+    """Groups of devices that share the layers out among themselves. `paced`: 1."""
     threads: Annotated[int, Within(1, 1024)] = 1
-    """Compute threads of the device."""
+    """Compute threads of the device; of several ranks, each rank's."""
     cpus: Annotated[tuple[int, ...], Within(0, 65535)] = ()
     """Processors that the engine's threads are pinned to; empty: not pinned."""
     paced_step_s: StepSeconds = 0.002
@@ -106,12 +107,19 @@ class EngineConfig:
         check(self)
         if len(set(self.cpus)) != len(self.cpus):
             raise ConfigError("cpus", list(self.cpus), "each processor once")
-        if self.tensor_parallel > 1 and self.device != "paced":
-            allowed = f"1 on {self.device}: workers of several ranks cannot be served yet, but on the paced device"
-            raise ConfigError("tensor_parallel", self.tensor_parallel, allowed)
-        if self.pipeline_stages > 1:
-            allowed = "1: workers of several pipeline stages cannot be served yet"
+        if self.pipeline_stages > 1 and self.device == "paced":
+            allowed = "1 on paced: workers of several pipeline stages cannot be served yet on that device"
             raise ConfigError("pipeline_stages", self.pipeline_stages, allowed)
+        if self.num_ranks > 1 and self.device == "cpu":
+            for name, allowed_values in (("kernels", "auto, torch, reference"), ("quantization", "none")):
+                if getattr(self, name) in ("compiled", "w8a8"):
+                    allowed = f"{allowed_values} for a worker of {self.num_ranks} ranks, which torch computes"
+                    raise ConfigError(name, getattr(self, name), allowed)
+
+    @property
+    def num_ranks(self) -> int:
+        """Devices, or processes, of one worker."""
+        return self.tensor_parallel * self.pipeline_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,9 @@ class Forward(ABC):
         plan order. What it returns is not touched again.
         """
 
+    def watch(self, on_lost: Callable[[BaseException], None]) -> None:  # noqa: B027 - most lose nothing
+        """As `Device.watch`."""
+
     @abstractmethod
     def close(self) -> None:
         """Ends threads and lets go of memory; idempotent."""

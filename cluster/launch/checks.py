@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...kvtransfer.layout import DTYPE_BYTES
 from ..config import ClusterConfig, ConfigError, EngineConfig, RouterConfig
+from ..engine.parallel.shard import check_split
 from ..events import check_path
 from ..latency.profile import read_profile
 from ..models.config import ModelConfig
@@ -109,8 +110,8 @@ def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
 
 
 def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engine") -> None:
-    """Raises ConfigError for a context that the model does not have, for KV memory that holds no block, and for a step
-    profile that cannot be read.
+    """Raises ConfigError for a context that the model does not have, for KV memory that holds no block, for ranks that
+    the model cannot be split over, and for a step profile that cannot be read.
     """
     if engine.max_model_len is not None and engine.max_model_len > model.max_model_len:
         allowed = f"at most the model's own, {model.max_model_len}"
@@ -120,6 +121,11 @@ def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engi
     if engine.kv_cache_bytes < block_bytes:
         allowed = f"at least one block of this model, {block_bytes} bytes"
         raise ConfigError("kv_cache_bytes", engine.kv_cache_bytes, allowed).under(under)
+    if engine.device == "cpu":
+        try:
+            check_split(model, engine.tensor_parallel, engine.pipeline_stages)
+        except ConfigError as error:
+            raise error.under(under) from None
     if engine.paced_profile is not None:
         try:
             read_profile(Path(engine.paced_profile).expanduser())

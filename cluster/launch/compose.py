@@ -71,6 +71,8 @@ def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
         threads=config.threads,
         cpus=config.cpus,
         stage=progress,
+        tensor_parallel=config.tensor_parallel,
+        pipeline_stages=config.pipeline_stages,
     )
 
 
@@ -141,6 +143,7 @@ class WorkerRuntime:
         transport = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
         fit = await asyncio.to_thread(_known_steps, config, files, device)
         shell, prefill, decode = _assemble(config, files, device, credentials, offer, transport, fit)
+        device.watch(shell.failure_from_engine)
         shell.on_leave = self._on_leave
         asked, longest = config.engine.max_model_len, shell.facts.max_model_len
         if asked is not None and longest < asked:

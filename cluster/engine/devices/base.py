@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from ....kvtransfer.store import KVStore
 from ...latency.interface import StepCosts
@@ -31,6 +32,11 @@ class Device(ABC):
     @abstractmethod
     def collect(self) -> StepOutput:
         """Blocks until the oldest launched plan is done and returns its output."""
+
+    def watch(self, on_lost: Callable[[BaseException], None]) -> None:  # noqa: B027 - most lose nothing
+        """`on_lost` is called once, from any thread, when something that the device cannot be without has ended while
+        nobody computes; at once where it has. Once, before the first `launch`. A device in this process loses nothing.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -13,18 +13,21 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ....kernels.dispatch import Picked, numba_problem, pick
+from ....kvtransfer.layout import KVSplit
 from ....kvtransfer.store import KVStore
 from ...models.config import ModelConfig
 from ...models.reference import ModelFiles
 from ...types import SampledToken
 from ..fingerprint import fingerprint
 from ..forward import Forward, Stage
+from ..parallel.kv import RankedKVStore
+from ..parallel.shard import check_split, own_processors
 from ..plan import RowOutput, StepOutput, StepPlan
 from ..plan_check import check_plan
 from ..sampler import Sampler
@@ -52,6 +55,14 @@ def _obstacle(config: ModelConfig) -> str | None:
     return unsupported(decoder_shape(config))
 
 
+def _pick_for_ranks(kernels: str, quantization: str | None) -> Picked:
+    """Who computes a worker of several ranks: torch, as the compiled kernels run a whole step in one process."""
+    if quantization is not None or kernels == "compiled":
+        name, value = ("kernels", kernels) if kernels == "compiled" else ("quantization", quantization)
+        raise ValueError(f"{name}: {value!r} is not allowed for a worker of several ranks, which torch computes")
+    return Picked("reference", "asked for") if kernels == "reference" else Picked("torch", "a worker of several ranks")
+
+
 class CpuDevice(Device):
     """A model on processors. Owned by the engine thread; `kv` may be used by transport threads."""
 
@@ -69,12 +80,15 @@ class CpuDevice(Device):
         threads: int = 1,
         cpus: Sequence[int] = (),
         stage: Stage | None = None,
+        tensor_parallel: int = 1,
+        pipeline_stages: int = 1,
     ) -> None:
         """Loads `files`. `dtype`: `bfloat16` or `float32`, of weights and KV; `quantization`: `w8a8` or None;
         `kernels`: as `kernels.dispatch.pick` takes it; `cpus`: processors that the computing threads are pinned to,
-        empty: not pinned; `stage`: follows the start.
+        empty: not pinned; `stage`: follows the start; `tensor_parallel`, `pipeline_stages`: with more than one rank,
+        the others are processes (`engine.parallel`) and `threads` are each rank's.
 
-        Raises ValueError naming the field (ModelError for the model's files).
+        Raises ValueError naming the field (ModelError for the model's files), RankLost, OSError.
         """
         if threads < 1:
             raise ValueError(f"threads: {threads} is not 1 or more")
@@ -87,16 +101,22 @@ class CpuDevice(Device):
         num_blocks = kv_cache_bytes // layout.block_bytes
         if num_blocks < 1:
             raise ValueError(f"kv_cache_bytes: {kv_cache_bytes} do not hold one block ({layout.block_bytes} bytes)")
-        self._cpus = frozenset(cpus)
+        split = KVSplit(layout=layout, tensor_parallel=tensor_parallel, pipeline_stages=pipeline_stages)
+        self._all_cpus = tuple(sorted(cpus))
+        self._cpus = frozenset(own_processors(self._all_cpus, 0, split.num_ranks))
         self._bound_thread: int | None = None
-        self.picked: Picked = pick(kernels, quantization, None if kernels in _TORCH else _obstacle(files.config))
+        if split.num_ranks > 1:
+            check_split(files.config, tensor_parallel, pipeline_stages)
+            self.picked: Picked = _pick_for_ranks(kernels, quantization)
+        else:
+            self.picked = pick(kernels, quantization, None if kernels in _TORCH else _obstacle(files.config))
         self.fingerprint = fingerprint(files, dtype, quantization)
         self.vocab_size = files.config.vocab_size
         self.num_blocks = num_blocks
-        store = HostKVStore(layout, num_blocks)
+        store = HostKVStore(layout, num_blocks) if split.num_ranks == 1 else RankedKVStore(split, num_blocks)
         self.kv: KVStore = store
-        self._segment = store.segment
-        self._segment.commit()  # no request waits for pages of KV
+        self._store = store
+        store.commit()
         self._sampler = Sampler()
         self._forward: Forward | None = self._load(files, dtype, quantization, store, threads, stage)
         self._outputs: deque[StepOutput] = deque()
@@ -106,10 +126,16 @@ class CpuDevice(Device):
         files: ModelFiles,
         dtype: str,
         quantization: str | None,
-        store: HostKVStore,
+        store: HostKVStore | RankedKVStore,
         threads: int,
         stage: Stage | None,
     ) -> Forward:
+        if isinstance(store, RankedKVStore):
+            from ..parallel.leader import ParallelForward
+
+            return ParallelForward(
+                files, dtype, self.picked.kernels, store, threads=threads, cpus=self._all_cpus, stage=stage
+            )
         if self.picked.kernels == "compiled":
             from ....kernels.compiled.sampling import RowSampler
             from ..compiled import CompiledForward
@@ -130,6 +156,10 @@ class CpuDevice(Device):
         progress = None if stage is None else lambda share: stage("loading weights", share)
         return TorchForward(files, dtype, self.picked.kernels, store.array, threads=threads, progress=progress)
 
+    def watch(self, on_lost: Callable[[BaseException], None]) -> None:
+        assert self._forward is not None
+        self._forward.watch(on_lost)
+
     def launch(self, plan: StepPlan) -> None:
         if self._forward is None:
             raise RuntimeError("the device is closed")
@@ -146,7 +176,7 @@ class CpuDevice(Device):
         return self._outputs.popleft()
 
     def close(self) -> None:
-        self._segment.close()
+        self._store.close()
         if self._forward is not None:
             self._forward.close()
         self._forward = None

@@ -30,6 +30,14 @@ class HostKVStore(KVStore):
         self.array: NDArray[np.generic] = np.frombuffer(self._bytes, dtype=STORED_AS[group.dtype]).reshape(shape)
         """[block, layer, 2, kv_head, slot, head_dim], writable; bfloat16 as uint16."""
 
+    def commit(self) -> None:
+        """Has every page found now, so that no request waits for it."""
+        self.segment.commit()
+
+    def close(self) -> None:
+        """Closes the memory's descriptor; idempotent."""
+        self.segment.close()
+
     def read_block(self, block_id: int) -> memoryview:
         return self._stretch(block_id).toreadonly()
 

@@ -65,6 +65,12 @@ def _runner(setup: Setup, kv_fd: int, link: socket.socket, answers: threading.Lo
     if setup.cpus:
         os.sched_setaffinity(0, setup.cpus)
     torch.set_num_threads(setup.threads)
+    whole = KVSplit(
+        layout=kv_layout(setup.files.config, setup.dtype, setup.block_size),
+        tensor_parallel=setup.tensor_parallel,
+        pipeline_stages=setup.pipeline_stages,
+    )
+    segment = take(kv_fd, nonce=setup.nonce, epoch=0, layout=whole.rank_layout(setup.rank), writable=True)
     ranks = TorchRanks(
         meeting_point(setup.store, shard.num_ranks),
         rank=setup.rank,
@@ -77,12 +83,6 @@ def _runner(setup: Setup, kv_fd: int, link: socket.socket, answers: threading.Lo
         with answers:
             send(link, Kind.PROGRESS, str(share).encode())
 
-    whole = KVSplit(
-        layout=kv_layout(setup.files.config, setup.dtype, setup.block_size),
-        tensor_parallel=setup.tensor_parallel,
-        pipeline_stages=setup.pipeline_stages,
-    )
-    segment = take(kv_fd, nonce=setup.nonce, epoch=0, layout=whole.rank_layout(setup.rank), writable=True)
     model = load_part(setup.files, shard, ranks, setup.dtype, progress, kernels=setup.kernels)
     return StageRunner(model, rank_kv(segment.blocks, shard, setup.dtype, setup.block_size), shard, ranks)
 

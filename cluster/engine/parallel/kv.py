@@ -23,6 +23,7 @@ class RankedKVStore(KVStore):
 
     def __init__(self, split: KVSplit, num_blocks: int) -> None:
         """Zeroed memory for `num_blocks` blocks on every rank."""
+        self.split = split
         self.layout: KVLayout = split.layout
         self.num_blocks = num_blocks
         self.segments: tuple[KVSegment, ...] = tuple(
@@ -58,6 +59,11 @@ class RankedKVStore(KVStore):
         parts = self._parts(block_id)
         for rank, start, place, length in self._scatter:
             parts[rank][start : start + length] = view[place : place + length]
+
+    def commit(self) -> None:
+        """Has every page found now, so that no request waits for it."""
+        for segment in self.segments:
+            segment.commit()
 
     def close(self) -> None:
         """Closes the segments' descriptors; idempotent."""

@@ -25,7 +25,7 @@ from .followers import Followers, Lost
 from .kv import RankedKVStore
 from .messages import Kind, RankLost, Setup, encode_step
 from .ranks import TorchRanks, meeting_point
-from .shard import Shard
+from .shard import Shard, own_processors
 from .stage import StageRunner, load_part, rank_kv
 
 OPERATION_S = 60.0
@@ -43,16 +43,15 @@ class ParallelForward(Forward):
         kernels: str,
         kv: RankedKVStore,
         *,
-        tensor_parallel: int,
-        pipeline_stages: int,
         threads: int = 1,
         cpus: Sequence[int] = (),
         stage: Stage | None = None,
     ) -> None:
-        """`kernels`: `torch` or `reference`; `threads`: of each rank; `cpus`: shared out among the ranks where there
-        are enough. Raises ValueError for a split that the model does not allow, ModelError for the files, RankLost
-        where a process does not start, OSError.
+        """`kv` says how the model is split. `kernels`: `torch` or `reference`; `threads`: of each rank; `cpus`: shared
+        out among the ranks where there are enough. Raises ValueError for a split that the model does not allow,
+        ModelError for the files, RankLost where a process does not start, OSError.
         """
+        tensor_parallel, pipeline_stages = kv.split.tensor_parallel, kv.split.pipeline_stages
         shard = Shard(config=files.config, tensor_parallel=tensor_parallel, pipeline_stages=pipeline_stages)
         self._threads, self._bound_thread = threads, 0
         self._block_size = kv.layout.block_size
@@ -71,7 +70,7 @@ class ParallelForward(Forward):
                 num_blocks=kv.num_blocks,
                 nonce=kv.segments[rank].nonce,
                 threads=threads,
-                cpus=_own(tuple(cpus), rank, shard.num_ranks),
+                cpus=own_processors(tuple(cpus), rank, shard.num_ranks),
                 store=str(self._folder / "ranks"),
                 timeout_s=OPERATION_S,
             )
@@ -129,8 +128,3 @@ class ParallelForward(Forward):
             self._ranks.close()
             self._ranks = None
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _own(cpus: tuple[int, ...], rank: int, ranks: int) -> tuple[int, ...]:
-    """A rank's processors: its share where each gets one, else all."""
-    return cpus[rank::ranks] if len(cpus) >= ranks else cpus

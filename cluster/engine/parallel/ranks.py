@@ -7,6 +7,7 @@ prefixed store: no global group exists, so that a process may be in several work
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
 from datetime import timedelta
@@ -47,7 +48,7 @@ class Ranks(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Ends the connections; idempotent."""
+        """Ends the connections, once what was sent has left; idempotent. Others may still be reading: theirs break."""
 
 
 def meeting_point(path: str, num_ranks: int) -> Store:
@@ -140,6 +141,9 @@ class TorchRanks(Ranks):
         return x
 
     def close(self) -> None:
+        with contextlib.suppress(RankLost):
+            while self._sends:
+                self._finish_send()
         self._sends.clear()
         self._stage = self._pipeline = None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ....kvtransfer.layout import rank_heads, stage_layers
+from ...config_schema import ConfigError
 from ...models.config import ModelConfig
 
 _BY_QUERY_HEAD, _BY_KV_HEAD, _BY_MLP = ("q",), ("k", "v"), ("gate", "up")
@@ -36,28 +37,34 @@ def share(total: int, ranks: int, place: int) -> range:
     return range(total * place // ranks, total * (place + 1) // ranks)
 
 
-def check_split(config: ModelConfig, tensor_parallel: int, pipeline_stages: int) -> None:
-    """ValueError naming the field, the number and what the model allows."""
+def own_processors(cpus: tuple[int, ...], rank: int, num_ranks: int) -> tuple[int, ...]:
+    """The processors of one rank: its share where each gets one, else all."""
+    return cpus[rank::num_ranks] if len(cpus) >= num_ranks else cpus
+
+
+def allowed_tensor_parallel(config: ModelConfig) -> list[int]:
+    """Ranks that a layer can be shared among: all have as many query heads, and those read KV heads of their own, or
+    one that is the same for all of a rank's.
+    """
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    allowed = [
-        count
-        for count in range(1, heads + 1)
-        if heads % count == 0 and (kv_heads % count == 0 or count % kv_heads == 0)
-    ]
+    counts = range(1, heads + 1)
+    return [n for n in counts if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+
+
+def check_split(config: ModelConfig, tensor_parallel: int, pipeline_stages: int) -> None:
+    """ConfigError naming the field, the number and what the model allows."""
+    allowed = allowed_tensor_parallel(config)
     if tensor_parallel not in allowed:
-        raise ValueError(
-            f"tensor_parallel: {tensor_parallel} is not allowed for a model of {heads} heads over {kv_heads} KV heads; "
-            f"allowed: one of {', '.join(map(str, allowed))}"
-        )
+        counts = ", ".join(map(str, allowed))
+        model = f"a model of {config.num_heads} heads over {config.num_kv_heads} KV heads"
+        raise ConfigError("tensor_parallel", tensor_parallel, f"one of {counts} for {model}")
     if not 1 <= pipeline_stages <= config.num_layers:
-        raise ValueError(
-            f"pipeline_stages: {pipeline_stages} is not allowed; allowed: 1 to the model's {config.num_layers} layers"
-        )
+        raise ConfigError("pipeline_stages", pipeline_stages, f"1 to the model's {config.num_layers} layers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One rank's part of a model. Rank = stage * `tensor_parallel` + place within the stage. ValueError for a split
+    """One rank's part of a model. Rank = stage * `tensor_parallel` + place within the stage. ConfigError for a split
     that the model does not allow.
     """
 

@@ -44,8 +44,8 @@ BAD_ENGINE = [
     ("prefix_cache", 1),
     ("prefix_cache", "yes"),
     ("tensor_parallel", 0),
-    ("tensor_parallel", 2),
-    ("pipeline_stages", 2),
+    ("tensor_parallel", 1025),
+    ("pipeline_stages", 0),
     ("threads", 0),
     ("cpus", [1]),
     ("cpus", (-1,)),
@@ -290,8 +290,12 @@ def test_a_bad_plan_is_named_as_it_was_written(tmp_path: Path, text: str, messag
 def test_what_cannot_be_served_yet_is_refused_where_it_stands(tmp_path: Path) -> None:
     paced = load_config(write(tmp_path, "engine: {device: paced}\nprefill: {engine: {tensor_parallel: 4}}\n"))
     assert paced.engine_of(Role.PREFILL).tensor_parallel == 4
-    with pytest.raises(ConfigError, match=r"prefill\.engine\.tensor_parallel: 4 .*1 on cpu: .*cannot be served yet"):
-        load_config(write(tmp_path, "prefill: {engine: {tensor_parallel: 4}}\n"))
+    ranks = load_config(write(tmp_path, "prefill: {engine: {tensor_parallel: 3, pipeline_stages: 2}}\n"))
+    assert ranks.engine_of(Role.PREFILL).num_ranks == 6
+    with pytest.raises(ConfigError, match=r"prefill\.engine\.kernels: 'compiled' .*auto, torch, reference .*3 ranks"):
+        load_config(write(tmp_path, "prefill: {engine: {tensor_parallel: 3, kernels: compiled}}\n"))
+    with pytest.raises(ConfigError, match=r"prefill\.engine\.quantization: 'w8a8' .*none for a worker of 2 ranks"):
+        load_config(write(tmp_path, "prefill: {engine: {pipeline_stages: 2, quantization: w8a8}}\n"))
     with pytest.raises(ConfigError, match=r"decode\.engine\.pipeline_stages: 2 .*cannot be served yet"):
         load_config(write(tmp_path, "engine: {device: paced}\ndecode: {engine: {pipeline_stages: 2}}\n"))
 

@@ -1,0 +1,108 @@
+"""Ranks as threads of this process: for every architecture and split, the logits of one rank."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_steps import BLOCK_SIZE, LLAMA, MODELS, assert_close, dummy, of_one_rank, ranked_kv, steps
+from tandem.cluster.engine.devices.kv_memory import HostKVStore, kv_layout
+from tandem.cluster.engine.parallel.messages import RankLost
+from tandem.cluster.engine.parallel.ranks import TorchRanks, meeting_point
+from tandem.cluster.engine.parallel.shard import Shard
+from tandem.cluster.engine.parallel.stage import StageRunner, load_part, rank_kv
+from tandem.cluster.engine.runner import TorchForward
+from tandem.cluster.models.config import ModelConfig
+
+WAIT_S = 30.0
+
+
+def logits_of(config: ModelConfig, tensor: int, stages: int, folder: Path) -> list[np.ndarray]:
+    """The leader's logits of `steps`."""
+    kv = ranked_kv(config, tensor, stages)
+    files = dummy(config)
+
+    done = threading.Barrier(tensor * stages)
+
+    def rank(number: int) -> list[np.ndarray]:
+        torch.set_num_threads(1)
+        shard = Shard(config=config, tensor_parallel=tensor, pipeline_stages=stages, rank=number)
+        store = meeting_point(str(folder / "ranks"), shard.num_ranks)
+        ranks = TorchRanks(store, rank=number, tensor_parallel=tensor, pipeline_stages=stages, timeout_s=WAIT_S)
+        model = load_part(files, shard, ranks, "float32", kernels="torch")
+        memory = rank_kv(kv.segments[number].blocks, shard, "float32", BLOCK_SIZE)
+        runner = StageRunner(model, memory, shard, ranks)
+        found = [runner.run(plan).numpy() for plan in steps()]
+        done.wait(WAIT_S)  # who leaves first breaks the others' connections
+        ranks.close()
+        return found
+
+    with ThreadPoolExecutor(tensor * stages) as pool:
+        return next(iter(pool.map(rank, range(tensor * stages))))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("tensor", "stages"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+def test_logits_are_those_of_one_rank(model: str, tensor: int, stages: int, tmp_path: Path) -> None:
+    config = MODELS[model]
+    assert_close(logits_of(config, tensor, stages, tmp_path), of_one_rank(config))
+
+
+def test_stages_that_do_not_divide_the_layers(tmp_path: Path) -> None:
+    config = MODELS["llama-untied"]
+    assert_close(logits_of(config, 1, 3, tmp_path), of_one_rank(config))
+
+
+def test_a_sum_over_ranks_has_one_order(tmp_path: Path) -> None:
+    """More than two ranks: an element's sum does not hang on what else is in the batch, nor on the rank that asks."""
+    done = threading.Barrier(4)
+    rows = torch.randn(4, 33, 64, generator=torch.Generator().manual_seed(3))
+
+    def rank(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        store = meeting_point(str(tmp_path / "ranks"), 4)
+        ranks = TorchRanks(store, rank=number, tensor_parallel=4, pipeline_stages=1, timeout_s=WAIT_S)
+        together = ranks.all_reduce(rows[number].clone())
+        alone = torch.cat([ranks.all_reduce(rows[number, i : i + 1].clone()) for i in range(33)])
+        done.wait(WAIT_S)
+        return together, alone
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(rank, range(4)))
+    for together, alone in found:
+        assert torch.equal(together, alone)
+        assert torch.equal(together, found[0][0])
+
+
+def test_a_rank_that_nobody_meets_gives_up(tmp_path: Path) -> None:
+    with pytest.raises(RankLost, match="rank 0 did not meet the others"):
+        TorchRanks(meeting_point(str(tmp_path / "r"), 2), rank=0, tensor_parallel=2, pipeline_stages=1, timeout_s=0.2)
+
+
+def test_the_kv_of_all_ranks_is_that_of_one(tmp_path: Path) -> None:
+    """Read through the map between splits, block by block."""
+    alone = HostKVStore(kv_layout(LLAMA, "float32", BLOCK_SIZE), 24)
+    forward = TorchForward(dummy(LLAMA), "float32", "torch", alone.array)
+    kv = ranked_kv(LLAMA, 1, 2)
+
+    def rank(number: int) -> None:
+        shard = Shard(config=LLAMA, pipeline_stages=2, rank=number)
+        store = meeting_point(str(tmp_path / "ranks"), 2)
+        ranks = TorchRanks(store, rank=number, tensor_parallel=1, pipeline_stages=2, timeout_s=WAIT_S)
+        model = load_part(dummy(LLAMA), shard, ranks, "float32", kernels="torch")
+        runner = StageRunner(model, rank_kv(kv.segments[number].blocks, shard, "float32", BLOCK_SIZE), shard, ranks)
+        for plan in steps():
+            runner.run(plan)
+        done.wait(WAIT_S)
+
+    done = threading.Barrier(2)
+    for plan in steps():
+        forward.run(plan)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2)))
+    for block in (0, 5, 11, 20, 15):
+        ours = np.frombuffer(kv.read_block(block), np.float32)
+        np.testing.assert_allclose(ours, np.frombuffer(alone.read_block(block), np.float32), atol=1e-4)
