@@ -15,16 +15,20 @@ from typing import Any
 
 import pytest
 from tandem.cluster import cli
+from tandem.cluster.bench.options import BenchOptions
+from tandem.cluster.bench.run import _facts
 from tandem.cluster.bench.show import table
 from tandem.cluster.bench.simulated import METRICS, SimulatedRun, Simulation
 from tandem.cluster.bench.simulated_sweep import sweep
 from tandem.cluster.bench.simulated_trace import simulated_events
 from tandem.cluster.bench.sweep_load import SweepPlan
+from tandem.cluster.bench.workload import Workload
 from tandem.cluster.cli_display import Display
 from tandem.cluster.cli_simulate import watched_run
 from tandem.cluster.sim.request import Outcome
 from tandem.cluster.sim.scenario import read_scenario
 from tandem.cluster.workload.chrome_trace import TraceEvent
+from tandem.cluster.workload.report import result_json
 from tandem.cluster.workload.sweep import SweepPoint
 
 CLUSTER = {"model": "opt-13b", "hardware": "a100-80g", "prefill.workers": 1, "decode.workers": 1, "rate": 4.0}
@@ -95,6 +99,22 @@ def test_a_saved_result_has_the_names_of_a_benchmarks(tmp_path: Path) -> None:
     assert saved["goodput_slo_ms"] == {"ttft": 400.0}
     assert saved["slo_classes"]["interactive"]["attainment"] == saved["attainment"]
     assert not [name for name in saved if "lateness" in name or "stall" in name or name in ("date", "itls")]
+
+
+def test_a_saved_result_has_no_name_of_its_own_for_what_a_benchmark_has(watched: SimulatedRun) -> None:
+    options = BenchOptions(base_url="http://127.0.0.1:1", request_rate=4.0)
+    told = _facts(options, "opt-13b", "20260101", Workload(requests=(), arrivals_s=(), warmups=()))
+    theirs = {*told, *result_json(watched.summary, watched.records, {}, metrics=METRICS)}
+    ours = set(watched.as_json(detailed=True)) | {"label"}  # which saving adds
+    assert ours - theirs == {
+        *("virtual_time", "hardware", "arrivals", "scenario"),
+        *("refused", "slo_classes", "kv_crossed_bytes"),
+    }
+    left = {name for name in theirs - ours if not name.endswith(("lateness_ms", "stall_ms"))}
+    assert left == {
+        *("date", "base_url", "endpoint", "tokenizer_id"),
+        *("client_warning", "max_output_tokens_per_s", "itls", "generated_texts", "queue_times"),
+    }
 
 
 def test_the_first_line_says_that_time_is_virtual(capsys: pytest.CaptureFixture[str]) -> None:
