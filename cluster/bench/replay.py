@@ -93,26 +93,38 @@ class Replayed:
 
 
 def read_runs(path: str | Path) -> list[MeasuredRun]:
-    """Runs of a CSV like `opt13b_sharegpt_a100_calibration_requests.csv.gz`, in its order. ValueError naming what is
-    missing; OSError.
+    """Runs of a CSV like `opt13b_sharegpt_a100_calibration_requests.csv.gz`, in its order: any rate, any split that the
+    data have memory and steps of, the systems of `SYSTEMS`. ValueError naming what is missing or wrong; OSError.
     """
     runs: dict[str, list[Mapping[str, str]]] = {}
     try:
         with gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path) as file:
             for row in csv.DictReader(file):
                 runs.setdefault(row["run"], []).append(row)
-        return [_run(name, sorted(rows, key=lambda row: float(row["arrival_s"]))) for name, rows in runs.items()]
+        if not runs:
+            raise ValueError(f"{path}: there is no run in it")
+        return [_run(name, sorted(rows, key=lambda row: _number(row, "arrival_s"))) for name, rows in runs.items()]
     except KeyError as error:
         raise ValueError(f"{path}: there is no column {error}") from None
+
+
+def _number(row: Mapping[str, str], column: str, least: float = 0.0) -> float:
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not least <= value < math.inf:
+        raise ValueError(f"{row['run']}: {column}: {row[column]!r} is not allowed; allowed: a number from {least:g} on")
+    return value
 
 
 def _run(name: str, rows: Sequence[Mapping[str, str]]) -> MeasuredRun:
     asked = tuple(
         Asked(
             request_id=str(place),
-            arrival_s=float(row["arrival_s"]),
-            prompt_token_ids=(0,) * int(float(row["input_tokens"])),
-            output_tokens=int(float(row["output_tokens"])),
+            arrival_s=_number(row, "arrival_s"),
+            prompt_token_ids=(0,) * int(_number(row, "input_tokens", 1.0)),
+            output_tokens=int(_number(row, "output_tokens", 1.0)),
         )
         for place, row in enumerate(rows)
     )
@@ -121,11 +133,11 @@ def _run(name: str, rows: Sequence[Mapping[str, str]]) -> MeasuredRun:
         name=name,
         system=rows[0]["backend"],
         config=rows[0]["config"],
-        rate=float(rows[0]["nominal_rate_rps"]),
+        rate=_number(rows[0], "nominal_rate_rps"),
         asked=asked,
-        ttft_s=tuple(float(row["ttft_ms"]) * 1e-3 for row in rows),
+        ttft_s=tuple(_number(row, "ttft_ms") * 1e-3 for row in rows),
         tpot_s=tuple(
-            np.nan if none else float(row["tpot_ms"]) * 1e-3 for row, none in zip(rows, one_token, strict=True)
+            math.nan if none else _number(row, "tpot_ms") * 1e-3 for row, none in zip(rows, one_token, strict=True)
         ),
     )
 

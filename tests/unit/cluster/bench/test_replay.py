@@ -149,6 +149,46 @@ def test_what_nothing_is_known_of_is_refused(data: Path, backend: str, config: s
         cluster_of(run, data)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "there is no run in it"),
+        (HEADER, "there is no run in it"),
+        (
+            f"{HEADER}odd,vllm,tp1,1,1,soon,5,2,20,30\n",
+            "odd: arrival_s: 'soon' is not allowed; allowed: a number from 0",
+        ),
+        (f"{HEADER}odd,vllm,tp1,1,1,0,0,2,20,30\n", "odd: input_tokens: '0' is not allowed; allowed: a number from 1"),
+        (f"{HEADER}odd,vllm,tp1,1,1,0,5,2,,30\n", "odd: ttft_ms: '' is not allowed"),
+        (f"{HEADER}odd,vllm,tp1,1,1,0,5,2,20\n", "odd: tpot_ms: None is not allowed"),
+        (HEADER.replace("tpot_ms", "tpot") + "odd,vllm,tp1,1,1,0,5,2,20,30\n", "there is no column 'tpot_ms'"),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_runs_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_runs(path)
+
+
+def test_other_rates_and_pipelines_of_decode_need_a_file_and_nothing_else(data: Path) -> None:
+    """As runs that are kept back would: two stages of decode, and vLLM on two devices one behind the other."""
+    path = data / "others.csv"
+    row = "{run},{run},{config},1,{rate},0,16,11,110,43\n"
+    path.write_text(
+        HEADER
+        + row.format(run="distserve", config="c11d12", rate=7.5)
+        + row.format(run="vllm", config="tp1pp2", rate=1.5)
+    )
+    split, mixed = [cluster_of(run, data) for run in read_runs(path)]
+    assert [worker.costs.pipeline_stages for worker in split.workers] == [1, 2]
+    assert [worker.costs.pipeline_stages for worker in mixed.workers] == [2]
+    assert split.workers[1].num_blocks == 163008 // split.workers[1].block_size
+    result = CliRunner().invoke(app, ["bench", "replay", "--data", str(data), "--requests", str(path)])
+    assert "| distserve | 1 | " in result.output
+    assert "| vllm | 1 | " in result.output
+
+
 def test_the_command_says_who_is_far(data: Path) -> None:
     def run(*words: str) -> tuple[int, str]:
         result = CliRunner().invoke(app, ["bench", "replay", "--data", str(data), *words])
