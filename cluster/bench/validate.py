@@ -29,7 +29,7 @@ from .claims_machine import strain, take_sample
 from .options import BenchOptions
 from .run import connect, warm_up
 from .server import ServerUnusable
-from .validate_calibrate import PROMPT_TOKENS, Modelled, calibrate
+from .validate_calibrate import BESIDE_TOKENS, PROMPT_TOKENS, Modelled, calibrate
 from .validate_pace import MAX_CHANGE, Pace
 from .validate_predict import Overheads, PredictedStair, Subject, kv_bytes, predict, router_for
 
@@ -177,12 +177,14 @@ async def measure_overheads(subject: Subject, look: Look | None = None) -> Overh
     system = subject.system
     at_pace = subject if look is None else replace(subject, pace=await look())
     byte_s = subject.handoff_byte_s()
+    computes, most = system.engine.device != "paced", system.engine.max_model_len or BESIDE_TOKENS
     modelled = Modelled(
         prefill=at_pace.profile_of(system.prefill_engine or system.engine),
         decode=at_pace.profile_of(system.engine),
-        computes=system.engine.device != "paced",
+        computes=computes,
         handoff_byte_s=byte_s,
         kv_bytes=kv_bytes(system.engine, PROMPT_TOKENS) if byte_s else 0,
+        beside_tokens=min(BESIDE_TOKENS, most - 1) if computes and system.prefill else 0,
     )
     with RunningSystem(system) as running:
         options = BenchOptions(base_url=running.url, dataset_name="random", temperature=0.0, timeout_s=3600)

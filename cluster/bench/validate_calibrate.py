@@ -26,9 +26,13 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 64, 34
 LONG_TOKENS = 1600
 """Of the prompts that show what each token of a prompt costs beside its computing."""
 ALONE, AT_ONCE, LONG = 10, 8, 8
+BESIDE, BESIDE_TOKENS = 8, 512
+"""Answers beside a prompt of so many tokens, which the other worker computes meanwhile."""
 ROUNDS = 3
 """Of answers at once, of which the quickest counts: whatever else the machine does only adds to them."""
 _SEED = 0xCA11
+_AHEAD_S = 0.02
+"""Less than a request's prefill, and enough for it to be the first."""
 _SETTLED = 2
 """Gaps between tokens that still carry the handoff."""
 
@@ -46,6 +50,8 @@ class Modelled:
     handoff_byte_s: float = 0.0
     kv_bytes: int = 0
     """Of a prompt of PROMPT_TOKENS."""
+    beside_tokens: int = 0
+    """Of prompts that one worker may compute while another decodes; 0: there are no two workers that could."""
 
     def typical(self, values_s: Sequence[float]) -> float:
         """The lower quartile, or the median."""
@@ -57,14 +63,17 @@ async def calibrate(served: Served, modelled: Modelled) -> Overheads:
     row = TraceRequest(arrival_s=None, input_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS)
     rows = [row] * (ALONE + ROUNDS * AT_ONCE)
     rows += [replace(row, input_tokens=LONG_TOKENS)] * (0 if modelled.computes else LONG)
+    if modelled.beside_tokens:
+        rows += [row, replace(row, input_tokens=modelled.beside_tokens, output_tokens=1)] * BESIDE
     requests = iter(trace_requests(rows, served.vocabulary, _SEED))
     alone = [await _ask(served, request) for request in islice(requests, ALONE)]
     rounds = [
         await asyncio.gather(*(_ask(served, request) for request in islice(requests, AT_ONCE))) for _ in range(ROUNDS)
     ]
-    long = [await _ask(served, request) for request in requests]
+    long = [] if modelled.computes else [await _ask(served, request) for request in islice(requests, LONG)]
+    disturbed = [await _ask_beside(served, *pair) for pair in zip(requests, requests, strict=True)]
     together = min(rounds, key=lambda found: modelled.typical(_beyond_s(found, modelled.decode, AT_ONCE)))
-    return overheads_of(alone, together, modelled, long)
+    return overheads_of(alone, together, modelled, long, disturbed)
 
 
 def overheads_of(
@@ -72,8 +81,11 @@ def overheads_of(
     together: Sequence[RequestRecord],
     modelled: Modelled,
     long: Sequence[RequestRecord] = (),
+    disturbed: Sequence[RequestRecord] = (),
 ) -> Overheads:
-    """From the answers seen; `long`: to prompts of LONG_TOKENS. Pure; nothing comes out below zero."""
+    """From the answers seen; `long`: to prompts of LONG_TOKENS; `disturbed`: while another worker computed. Pure;
+    nothing comes out below zero.
+    """
     prefill, decode, typical = modelled.prefill, modelled.decode, modelled.typical
     first_s = [_first_s(record) - prefill.step_time_s(PROMPT_TOKENS, PROMPT_TOKENS**2, 0, 0) for record in alone]
     step_s = max(0.0, typical(_beyond_s(alone, decode, 1)))
@@ -87,7 +99,12 @@ def overheads_of(
     if long:
         longer_s = [_first_s(record) - prefill.step_time_s(LONG_TOKENS, LONG_TOKENS**2, 0, 0) for record in long]
         token_s = max(0.0, typical(longer_s) - typical(first_s)) / (LONG_TOKENS - PROMPT_TOKENS)
+    beside_share = 0.0
+    if disturbed:
+        more_s = typical(_beyond_s(disturbed, decode, 1)) - typical(_beyond_s(alone, decode, 1))
+        beside_share = max(0.0, more_s) / _middle_s(decode, 1)
     return Overheads(
+        beside_share=beside_share,
         first_token_s=first_token_s,
         prompt_token_s=token_s,
         step_s=step_s,
@@ -121,13 +138,26 @@ def _first_s(record: RequestRecord) -> float:
 
 def _beyond_s(records: Sequence[RequestRecord], decode: StepProfile, rows: int) -> list[float]:
     """By how much longer than modelled the steps in the middle of each answer took, where all of `rows` run."""
-    modelled_s = decode.step_time_s(0, 0, rows, rows * (PROMPT_TOKENS + OUTPUT_TOKENS // 2))
+    modelled_s = _middle_s(decode, rows)
     return [statistics.fmean(record.itls_s[_SETTLED:-_SETTLED]) - modelled_s for record in records]
 
 
-async def _ask(served: Served, request: BenchRequest) -> RequestRecord:
+def _middle_s(decode: StepProfile, rows: int) -> float:
+    return decode.step_time_s(0, 0, rows, rows * (PROMPT_TOKENS + OUTPUT_TOKENS // 2))
+
+
+async def _ask_beside(served: Served, request: BenchRequest, prompt: BenchRequest) -> RequestRecord:
+    """The answer to a request whose decoding the `prompt` behind it disturbs."""
+    asked = asyncio.create_task(_ask(served, request))
+    await asyncio.sleep(_AHEAD_S)
+    await _ask(served, prompt, chunks=1)
+    return await asked
+
+
+async def _ask(served: Served, request: BenchRequest, *, chunks: int = 2 * _SETTLED + 2) -> RequestRecord:
+    """RuntimeError where fewer than so many pieces came."""
     loop = asyncio.get_running_loop()
     record = await served.send(request, loop.time(), "")
-    if record.error or len(record.chunk_times_s) < 2 * _SETTLED + 2:
+    if record.error or len(record.chunk_times_s) < chunks:
         raise RuntimeError(f"calibration: {record.error or 'tokens came together'}")
     return record

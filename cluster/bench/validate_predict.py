@@ -24,6 +24,7 @@ from ..workload.sweep import SweepRun
 from ..workload.traces import TraceRequest
 from .claims_cluster import System
 from .claims_load import Staircase, judge, quantiles_ms
+from .validate_beside import slowed
 from .validate_pace import AS_MEASURED, Pace
 
 FIRST_TOKEN_CALLS = 4
@@ -49,6 +50,8 @@ class Overheads:
     """From the end of prefill to where its KV can be used, beyond one call's time and what its bytes take."""
     handoff_byte_s: float = 0.0
     """For each byte of KV that is not hidden behind prefill; of paced workers, whose KV is next to nothing: 0."""
+    beside_share: float = 0.0
+    """Of its own time, that an engine takes longer while another one computes (`validate_beside`)."""
     others_busy: float = 0.0
     """Of the machine's processors, what others used while these were measured: it makes them larger."""
 
@@ -198,7 +201,7 @@ def simulate(subject: Subject, load: Staircase, overheads: Overheads, warmups: i
         inside=this_machine(overheads),
         between=this_machine(overheads),
     )
-    return SimCluster(spec).run(asked)[len(warm) :]
+    return slowed(SimCluster(spec).run(asked)[len(warm) :], overheads.beside_share)
 
 
 def router_spec(config: RouterConfig, overheads: Overheads) -> RouterSpec:

@@ -29,6 +29,7 @@ def show_overheads(found: Overheads) -> str:
     """The machine's constants, on one line."""
     busy = f"; others used {100 * found.others_busy:.0f} % of it meanwhile" if found.others_busy >= _OTHERS else ""
     moved = f" and {1e9 * found.handoff_byte_s:.2f} ms to each MB of it" if found.handoff_byte_s else ""
+    moved += f", {100 * found.beside_share:.0f} % to what is beside another engine" if found.beside_share else ""
     return (
         f"this machine adds {1e3 * found.first_token_s:.2f} ms to a first token and "
         f"{1e6 * found.prompt_token_s:.1f} us for each token of its prompt, {1e3 * found.step_s:.2f} ms to a step and "

@@ -203,6 +203,19 @@ def test_kv_of_engines_that_compute_takes_what_the_profile_measured(trace: str, 
     found = overheads_of([seen] * 5, [], modelled)
     assert found.handoff_s == pytest.approx(0.0005), "1.5 ms, less 1 ms for its bytes"
     assert found.handoff_byte_s == byte_s
+    assert found.beside_share == 0.0
+    slow = replace(seen, chunk_times_s=tuple(0.02 + 1.25 * (at_s - 0.02) for at_s in times))
+    beside = overheads_of([seen] * 5, [], modelled, disturbed=[seen, slow, slow])
+    assert beside.beside_share == pytest.approx(0.25)
+    assert "25 % to what is beside another engine" in show_overheads(beside)
+    alone, shared = (simulate(subject, load_of(trace, 4.0), Overheads(beside_share=each), 0) for each in (0.0, 0.25))
+    later_s = [
+        after.last_token_s - before.last_token_s
+        for before, after in zip(alone, shared, strict=True)
+        if before.last_token_s is not None and after.last_token_s is not None
+    ]
+    assert min(later_s) >= 0.0
+    assert sum(later_s) > 0.1
     assert "10.00 ms to each MB of it" in show_overheads(found)
 
 
