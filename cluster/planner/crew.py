@@ -25,7 +25,8 @@ from .goodput import Precision, find_goodput
 from .outlook import Outlook
 from .result import Candidate
 from .setting import Setting
-from .trial import OutOfTime, Trial, run_candidate
+from .shape import Shape
+from .trial import OutOfTime, Saw, Trial, run_candidate
 
 TICK_S = 0.1
 """How often a waiting search looks whether it is to end."""
@@ -66,6 +67,10 @@ class Search:
     seed: int
     near: float
     """A rate near which its estimate is expected."""
+    shape: Shape | None = None
+    """Of its estimate under that seed; None: still to be worked out."""
+    start: float = 0.0
+    """Where the search begins, and what requests saw there is told; 0: where the estimate says."""
     scale: float = 1.0
     """Goodput over estimate, as seen under another seed: the search begins at the estimate times that."""
     precision: Precision
@@ -77,13 +82,14 @@ class Search:
         outlook, setting, what = means.outlook, means.setting, self.what
         if self.spare_nodes:
             setting = replace(setting, nodes=setting.nodes + self.spare_nodes)
-        shape, target = outlook.shape(what, self.seed, self.near), setting.target
-        start = self.scale * min(shape.where(target), outlook.bound(what)) or outlook.bound(what) / 2
+        shape, target = self.shape or outlook.shape(what, self.seed, self.near), setting.target
+        start = self.start or self.scale * min(shape.where(target), outlook.bound(what)) or outlook.bound(what) / 2
         requests = setting.run_requests(start / what.cells)
         trials: list[Trial] = []
 
         def run(rate: float) -> Trial:
-            trials.append(run_candidate(setting, what, rate, self.seed, requests, means.late))
+            telling = rate == self.start
+            trials.append(run_candidate(setting, what, rate, self.seed, requests, means.late, telling=telling))
             return trials[-1]
 
         def lead(rate: float, score: float) -> float:
@@ -119,6 +125,11 @@ class Found:
         """Processor seconds."""
         return sum(trial.cpu_s for trial in self.trials)
 
+    @property
+    def saw(self) -> tuple[Saw, ...]:
+        """Of each request at the rate where the search was told to begin; none where that overloads by far."""
+        return next((trial.saw for trial in self.trials if trial.saw), ())
+
 
 @dataclass(frozen=True, slots=True)
 class _Done:
@@ -129,12 +140,12 @@ class _Done:
     cpu_s: float
 
 
-def _serve(pipe: Connection, setting: Setting, deadline_s: float) -> None:
+def _serve(pipe: Connection, outlook: Outlook, deadline_s: float) -> None:
     """The life of a process of the crew."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who began this process ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
-    means = Means(Outlook(setting), lambda: time.monotonic() > deadline_s)
+    means = Means(outlook, lambda: time.monotonic() > deadline_s)
     while True:
         try:
             task = pipe.recv()
@@ -149,24 +160,24 @@ def _serve(pipe: Connection, setting: Setting, deadline_s: float) -> None:
 
 
 class Crew:
-    """A context manager: outside of it no process is left. With one process everything is done in this one."""
+    """A context manager: outside of it no process is left. With one process everything is done in this one; several
+    begin with the first task, as copies of this one that know what it has worked out by then.
+    """
 
     def __init__(
         self, setting: Setting, processes: int, deadline_s: float, stopped: Callable[[], bool] = lambda: False
     ) -> None:
         """`deadline_s`: on the monotonic clock; `stopped`: whether somebody wants it to end before."""
-        self._setting = setting
         self._processes = processes
         self._deadline_s = deadline_s
         self._stopped = stopped
         self._members: dict[Connection, BaseProcess] = {}
-        self._means = Means(Outlook(setting), lambda: self.late)
+        self.outlook = Outlook(setting)
+        self._means = Means(self.outlook, lambda: self.late)
         self.cpu_s = 0.0
         """Processor seconds of the other processes, for tasks."""
 
     def __enter__(self) -> Crew:
-        for _ in range(self._processes if self._processes > 1 else 0):
-            self._begin()
         return self
 
     def __exit__(
@@ -179,7 +190,7 @@ class Crew:
             "fork"
         )  # nothing to import again; it takes no lock that a thread may hold
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._setting, self._deadline_s), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, self.outlook, self._deadline_s), daemon=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the threads that draw progress
             process.start()
@@ -217,6 +228,9 @@ class Crew:
                 answers[place] = answer = task.do(self._means)
                 on_answer(place, answer)
             return answers
+        if tasks and not self.late:
+            for _ in range(self._processes - len(self._members)):
+                self._begin()
         waiting, busy = deque(range(len(tasks))), dict[Connection, int]()
         while busy or (waiting and self._members and not self.late):
             for pipe in self._members:

@@ -13,7 +13,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...router.placement import ANSWER_TOKENS
 from ..latency.interface import StepCosts
@@ -33,6 +33,8 @@ class Kind:
     max_running: int
     kv_tokens: int
     """Of context that one worker holds."""
+    growths_s: dict[int, float] = field(default_factory=dict, compare=False)
+    """By rows: how much longer than the one before a step of the same rows is, as far as it is known."""
 
 
 class QuickWorker:
@@ -41,6 +43,7 @@ class QuickWorker:
     def __init__(self, kind: Kind, first_s: list[float], last_s: list[float]) -> None:
         """Writes by request, when its first and its last token came, into the two lists."""
         self._kind = kind
+        self._decodes = kind.role is Role.DECODE
         self._costs = kind.costs
         self._stages = kind.costs.pipeline_stages
         self._first_s, self._last_s = first_s, last_s
@@ -75,10 +78,14 @@ class QuickWorker:
 
     def advance(self, until_s: float) -> None:
         """Takes the steps that begin before `until_s`."""
-        while self._now_s < until_s and (self._queue or self._rows):
-            if self._kind.role is Role.DECODE:
-                self._join()
-            chunks = self._prompts() if self._kind.role is not Role.DECODE else None
+        queue, rows = self._queue, self._rows
+        while self._now_s < until_s and (queue or rows):
+            chunks = None
+            if queue:
+                if self._decodes:
+                    self._join()
+                else:
+                    chunks = self._prompts()
             if chunks:
                 self._mixed_step(chunks)
             elif self._now_s < self._rows_back_s:  # nothing but rows that are still in the pipeline
@@ -126,9 +133,10 @@ class QuickWorker:
 
     def _mixed_step(self, chunks: Sequence[tuple[int, int, int]]) -> None:
         """As `SimEngine` times it: as many steps as stages are under way, and none overtakes another."""
-        rows = self._ready_rows()
-        tokens = sum(end - start for _, start, end in chunks)
-        squares = sum(end * end - start * start for _, start, end in chunks)
+        rows, tokens, squares = self._ready_rows(), 0, 0
+        for _, start, end in chunks:
+            tokens += end - start
+            squares += end * end - start * start
         sizes = (tokens, squares, rows, int(self._context) if rows else 0)
         whole_s = self._costs.step_time_s(*sizes)
         stage_s = whole_s if self._stages == 1 else self._costs.stage_time_s(*sizes)
@@ -157,12 +165,17 @@ class QuickWorker:
         stages, rows = self._stages, len(self._rows)
         each, context = -(-rows // stages), int(self._context / stages)
         first_s = self._costs.step_time_s(0, 0, each, context + each)
-        growth_s = self._costs.step_time_s(0, 0, each, context + 2 * each) - first_s
         steps = max(1, math.ceil(self._rows[0][0] - self._steps))
         wanted_s = until_s - self._now_s
         if steps > 1 and steps * first_s > wanted_s:
             steps = max(1, min(steps, math.ceil(wanted_s / first_s)))
-        self._now_s += steps * (first_s + 0.5 * growth_s * (steps - 1))
+        if steps > 1:
+            growth_s = self._kind.growths_s.get(each)
+            if growth_s is None:
+                growth_s = self._costs.step_time_s(0, 0, each, context + 2 * each) - first_s
+                self._kind.growths_s[each] = growth_s
+            self._now_s += 0.5 * growth_s * (steps - 1) * steps
+        self._now_s += steps * first_s
         self._done_s = self._now_s
         self._grow(float(steps), self._now_s)
 

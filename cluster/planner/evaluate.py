@@ -38,7 +38,7 @@ def evaluation(
         goodput=Interval(mean=goodput.mean, low=max(0.0, goodput.low), high=goodput.high),
         seeds=tuple(values),
         points=tuple(_point(trial) for found in founds for trial in sorted(found.trials, key=lambda one: one.rate)),
-        binding=binding([trial for found in founds for trial in _first_failures(found, target)]),
+        binding=binding([_nearest_above(found, target) for found in founds if found.trials]),
         keeps_target_rate=None if target_rate is None else goodput.mean >= target_rate,
         simulated_requests=sum(found.requests for found in founds),
         simulated_s=sum(found.cpu_s for found in founds),
@@ -56,16 +56,18 @@ def _point(trial: Trial) -> RatePoint:
     )
 
 
-def _first_failures(found: Found, target: float) -> list[Trial]:
-    """The run at the lowest rate that was not kept."""
+def _nearest_above(found: Found, target: float) -> Trial:
+    """The run at the lowest rate that was not kept; where none was run, at the highest: what breaks there breaks more
+    above.
+    """
     failed = [trial for trial in found.trials if trial.score < target]
-    return [min(failed, key=lambda trial: trial.rate)] if failed else []
+    return min(failed, key=lambda trial: trial.rate) if failed else max(found.trials, key=lambda trial: trial.rate)
 
 
-def binding(failures: Sequence[Trial]) -> Binding | None:
+def binding(trials: Sequence[Trial]) -> Binding | None:
     """The promise that is broken most in these runs; None: none is."""
     misses = Counter[tuple[str, str]]()
-    for trial in failures:
+    for trial in trials:
         misses.update(trial.misses)
     if not misses:
         return None

@@ -23,7 +23,8 @@ from .shape import Shape
 _PRECISION = Precision(width=1.15, nearness=0.02, most=12)
 _PRECISION_NEAR = Precision(width=1.15, nearness=0.02, most=12, step=1.1)
 _AROUND = (0.88, 0.94, 1.06, 1.12)
-"""Of a rough goodput: where a shape wants scores beside those of the way there."""
+"""Of a rough goodput: where a shape wants scores beside those of the way there, if none is as near as `_BESIDE`."""
+_BESIDE = 0.02
 _ANY_SLOPE, _LEAST_SHARE, _NOISE = 0.5, 0.2, 0.01
 _START_SHARE = 0.6
 """Of the capacity bound: where an estimate's search begins."""
@@ -36,6 +37,16 @@ class Guess:
     rate: float
     score: float
     decided_early: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of a candidate or a phase under one seed."""
+
+    goodput: float
+    """Requests a second."""
+    shape: Shape | None = None
+    """Of the score over rate, near the goodput; None: it was not worth working out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,14 @@ class Outlook:
         pairs = list(zip(self.sample.input_tokens, self.sample.output_tokens, strict=True))
         self._context = sum(answer * (prompt + answer / 2) for prompt, answer in pairs) / sum(self.sample.output_tokens)
         """Of a row at any moment, mean: long answers are there longer."""
+        self._prompts: dict[str, list[int]] = {}
+        self._contexts: dict[str, list[int]] = {}
+        """By class, sorted: tokens of prompts, and of contexts in the middle of answers; 0: an answer of one token."""
+        for name, (prompt, answer) in zip(self.sample.classes, pairs, strict=True):
+            self._prompts.setdefault(name, []).append(prompt)
+            self._contexts.setdefault(name, []).append(prompt + answer // 2 if answer > 1 else 0)
+        for sizes in (*self._prompts.values(), *self._contexts.values()):
+            sizes.sort()
         self._handed_tokens = sum(prompt for prompt, answer in pairs if answer > 1) / count
         """Of a request's prompt, mean: those of answers with one token stay where they are."""
 
@@ -84,15 +103,15 @@ class Outlook:
         """Why such workers cannot keep the promises of enough requests even one at a time; None: they can."""
         worst: Hopeless | None = None
         for slo_class, promise in self.setting.promises.items():
-            places = [place for place, own in enumerate(self.sample.classes) if own == slo_class]
-            for what, limit_s, other, alone_s in (
-                ("to its first token", promise.ttft_s, Role.DECODE, self._alone_ttft_s),
-                ("for each further token", promise.tpot_s, Role.PREFILL, self._alone_tpot_s),
+            for what, limit_s, other, alone_s, sizes in (
+                ("to its first token", promise.ttft_s, Role.DECODE, self._alone_ttft_s, self._prompts),
+                ("for each further token", promise.tpot_s, Role.PREFILL, self._alone_tpot_s, self._contexts),
             ):
-                if limit_s is None or not places or pool.role is other:
+                own = sizes.get(slo_class)
+                if limit_s is None or not own or pool.role is other:
                     continue
-                times = sorted(alone_s(pool, place) for place in places)
-                needed_s = times[max(0, math.ceil(self.setting.target * len(times)) - 1)]
+                # Steps take longer for more tokens, so who is asked is known before it is timed.
+                needed_s = alone_s(pool, own[max(0, math.ceil(self.setting.target * len(own)) - 1)])
                 excess = needed_s / limit_s
                 if excess > 1.0 and (worst is None or excess > worst.excess):
                     text = (
@@ -103,19 +122,16 @@ class Outlook:
                     worst = Hopeless(pool.role, excess, text)
         return worst
 
-    def _alone_ttft_s(self, pool: Pool, place: int) -> float:
-        costs, tokens, budget = self.costs(pool), self.sample.input_tokens[place], pool.max_batched_tokens
+    def _alone_ttft_s(self, pool: Pool, tokens: int) -> float:
+        costs, budget = self.costs(pool), pool.max_batched_tokens
         steps = [(at, min(tokens, at + budget)) for at in range(0, tokens, budget)]
         router_s = self.setting.own_s + 5 * self.setting.rpc_s
         # Of a pipeline the next part of a prompt follows as soon as the slowest stage is free.
         *before, last = [(end - at, end * end - at * at, 0, 0) for at, end in steps]
         return router_s + sum(costs.stage_time_s(*sizes) for sizes in before) + costs.step_time_s(*last)
 
-    def _alone_tpot_s(self, pool: Pool, place: int) -> float:
-        if self.sample.output_tokens[place] < 2:
-            return 0.0
-        context = self.sample.input_tokens[place] + self.sample.output_tokens[place] // 2
-        return self.costs(pool).step_time_s(0, 0, 1, context)
+    def _alone_tpot_s(self, pool: Pool, context: int) -> float:
+        return self.costs(pool).step_time_s(0, 0, 1, context) if context else 0.0
 
     # --- at most ----------------------------------------------------------------------------------------------------
 
@@ -195,10 +211,11 @@ class Outlook:
 
     # --- about ------------------------------------------------------------------------------------------------------
 
-    def goodput(self, what: Candidate | Pool, seed: int, near: float = 0.0) -> float:
-        """Estimated, requests a second; of a pool: of its phase alone. `near`: a rate near which it is expected."""
+    def estimate(self, what: Candidate | Pool, seed: int, near: float = 0.0) -> Estimate:
+        """Of a candidate, or a phase alone. `near`: a rate near which its goodput is expected."""
         bound = self.capacity(what) if isinstance(what, Pool) else self.bound(what)
-        return min(bound, self.shape(what, seed, near).where(self.setting.target))  # a run that is short flatters
+        shape = self.shape(what, seed, near)
+        return Estimate(min(bound, shape.where(self.setting.target)), shape)  # a run that is short flatters
 
     def shape(self, what: Candidate | Pool, seed: int, near: float = 0.0) -> Shape:
         """Estimated score over rate, near the goodput."""
@@ -219,18 +236,19 @@ class Outlook:
             precision=_PRECISION_NEAR if near else _PRECISION,
         )
         if rate and not isinstance(what, Pool):
-            for factor in _AROUND:
-                guess(rate * factor)
+            for around in (rate * factor for factor in _AROUND):
+                if all(abs(one.rate - around) > _BESIDE * around for one in guesses):
+                    guess(around)
         if not rate:
             return Shape([(0.0, target), (guesses[-1].rate, min(guesses[-1].score, 0.0))])
         return Shape((one.rate, one.score) for one in guesses)
 
-    def challenge(self, candidate: Candidate, seed: int, rate: float) -> float:
-        """Estimated goodput where `rate` is kept, which is what others reach; else about how much less it is."""
+    def challenge(self, candidate: Candidate, seed: int, rate: float) -> Estimate:
+        """In full where `rate` is kept, which is what others reach; else about how much less it is."""
         off = self.score(candidate, rate, seed, self.setting.run_requests(rate / candidate.cells)) - self.setting.target
         if off >= -_NOISE and rate <= self.bound(candidate):
-            return self.goodput(candidate, seed, rate)
-        return min(self.bound(candidate), rate * max(_LEAST_SHARE, 1.0 + min(off, 0.0) / _ANY_SLOPE))
+            return self.estimate(candidate, seed, rate)
+        return Estimate(min(self.bound(candidate), rate * max(_LEAST_SHARE, 1.0 + min(off, 0.0) / _ANY_SLOPE)))
 
     def score(self, what: Candidate | Pool, rate: float, seed: int, requests: int) -> float:
         """As `Trial.score`, estimated."""

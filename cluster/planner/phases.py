@@ -30,7 +30,7 @@ class Ask:
 
     def do(self, means: Means) -> float:
         """Goodput, requests a second."""
-        return means.outlook.goodput(self.pool, self.seed)
+        return means.outlook.estimate(self.pool, self.seed).goodput
 
 
 class Phases:

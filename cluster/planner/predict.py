@@ -18,21 +18,10 @@ from .crew import Means
 from .outlook import Outlook
 from .result import Candidate, Evaluation, Prediction, Quantiles
 from .setting import Setting
-from .trial import cluster_of
+from .trial import Saw, cluster_of, saw_of
 
 SEEDS = 2
 """The first ones: quantiles move less between seeds than goodput does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Saw:
-    """What one request saw."""
-
-    slo_class: str
-    kept: bool
-    """Its promises."""
-    ttft_s: float | None
-    tpot_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +45,7 @@ class Watch:
             return late
 
         outcomes = SimCluster(spec).run(workload, decided=look, decided_period_s=max(workload[-1].arrival_s / 32, 1e-3))
-        return None if late else [_saw(setting, outcome) for outcome in outcomes]
-
-
-def watches(setting: Setting, one: Evaluation, target_rate: float | None) -> list[Watch]:
-    """What to run for a prediction of it."""
-    rate = rate_of(one, target_rate)
-    return [Watch(one.candidate, rate, seed) for seed in setting.seeds[:SEEDS]]
+        return None if late else [saw_of(setting, outcome) for outcome in outcomes]
 
 
 def rate_of(one: Evaluation, target_rate: float | None) -> float:
@@ -94,11 +77,6 @@ def prediction_of(setting: Setting, saw: Sequence[Saw], rate: float) -> Predicti
         ttft=ttft,
         tpot=_quantiles([one.tpot_s for one in saw]),
     )
-
-
-def _saw(setting: Setting, outcome: Outcome) -> Saw:
-    name = outcome.asked.slo_class
-    return Saw(name, outcome.attains(setting.promises[name].slo), outcome.ttft_s, outcome.tpot_s)
 
 
 def _quantiles(values: Sequence[float | None]) -> Quantiles | None:

@@ -11,7 +11,7 @@ from .algorithms import algorithm_1, algorithm_2, colocated
 from .crew import Means
 from .evaluate import worth
 from .neighbors import neighbors
-from .outlook import Outlook
+from .outlook import Estimate, Outlook
 from .phases import Phases
 from .place import all_splits, why_not
 from .result import Candidate, Evaluation, Fate
@@ -32,17 +32,17 @@ class Challenge:
     rate: float = 0.0
     near: float = 0.0
 
-    def do(self, means: Means) -> float:
-        """Goodput, requests a second."""
+    def do(self, means: Means) -> Estimate:
+        """See `Outlook`."""
         if self.rate:
             return means.outlook.challenge(self.candidate, self.seed, self.rate)
-        return means.outlook.goodput(self.candidate, self.seed, self.near)
+        return means.outlook.estimate(self.candidate, self.seed, self.near)
 
 
 class Do(Protocol):
     """Does estimates, and tells the progress: `what`, and the share of the whole at their begin and end."""
 
-    def __call__(self, tasks: Sequence[Challenge], what: str, begin: float, end: float, /) -> list[float | None]:
+    def __call__(self, tasks: Sequence[Challenge], what: str, begin: float, end: float, /) -> list[Estimate | None]:
         """In their order; None where time ran out."""
 
 
@@ -55,6 +55,8 @@ class Proposals:
         self._phases = phases
         self._do = do
         self.explored: dict[Candidate, Evaluation] = {}
+        self.estimates: dict[tuple[Candidate, int], Estimate] = {}
+        """By candidate and seed."""
 
     def estimate(self, candidate: Candidate) -> float:
         """Requests a second; 0 where it was not estimated."""
@@ -87,11 +89,19 @@ class Proposals:
         new = [one for one in candidates if one not in self.explored]
         seed = self._setting.seeds[0]
         asks = [Challenge(one, seed, at_least * one.gpus) for one in new]
-        for one, estimate in zip(new, self._do(asks, what, begin, end), strict=True):
-            bound = self._outlook.bound(one)
-            why = self._outlook.why_nothing(one) if estimate == 0.0 else ""
-            seen = Evaluation(candidate=one, fate=Fate.ESTIMATED, why=why, bound=bound, estimate=estimate or 0.0)
-            self.explored[one] = replace(seen, decided=estimate is not None)
+        self.ask(asks, what, begin, end)
+        for one in new:
+            found, bound = self.estimates.get((one, seed)), self._outlook.bound(one)
+            goodput = found.goodput if found is not None else 0.0
+            why = self._outlook.why_nothing(one) if found is not None and goodput == 0.0 else ""
+            seen = Evaluation(candidate=one, fate=Fate.ESTIMATED, why=why, bound=bound, estimate=goodput)
+            self.explored[one] = replace(seen, decided=found is not None)
+
+    def ask(self, asks: Sequence[Challenge], what: str, begin: float, end: float) -> None:
+        """Estimates, and keeps what there was time for."""
+        for ask, found in zip(asks, self._do(asks, what, begin, end), strict=True):
+            if found is not None:
+                self.estimates[ask.candidate, ask.seed] = found
 
     def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         able = [one for one in candidates if self.estimate(one) > 0.0]

@@ -18,7 +18,6 @@ from ..sim.deploy import worker_spec
 from ..sim.prompts import asked
 from ..sim.request import Asked, Outcome
 from ..sim.router import RouterSpec
-from ..workload.spec import Row
 from .place import replicas_of
 from .result import Candidate
 from .setting import Setting
@@ -38,6 +37,17 @@ def never() -> bool:
     return False
 
 
+@dataclass(frozen=True, slots=True)
+class Saw:
+    """What one request saw."""
+
+    slo_class: str
+    kept: bool
+    """Its promises."""
+    ttft_s: float | None
+    tpot_s: float | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """What one run said."""
@@ -54,6 +64,8 @@ class Trial:
     decided_early: bool = False
     """Attainments are then of the requests that were decided."""
     cpu_s: float = 0.0
+    saw: tuple[Saw, ...] = ()
+    """Of every request, where that was wanted and the run was not decided early."""
 
     @property
     def score(self) -> float:
@@ -68,13 +80,32 @@ def run_candidate(
     seed: int,
     requests: int,
     late: Callable[[], bool] = never,
+    *,
+    telling: bool = False,
 ) -> Trial:
     """The whole candidate, links and router included. Of several cells one is simulated, with its share of the load:
-    `requests` are its own. ValueError where it cannot run (`place.why_not`); OutOfTime when it gets `late`.
+    `requests` are its own. `telling`: what each request saw is told too, and the run is longer by those that have
+    broken a promise and go on. ValueError where it cannot run (`place.why_not`); OutOfTime when it gets `late`.
     """
+    begun_s = time.process_time()
     spec, workload = cluster_of(setting, candidate, rate, seed, requests)
-    trial = _run(setting, spec, workload, setting.promises, rate / candidate.cells, seed, late)
-    return replace(trial, rate=rate)
+    judge = Judge(workload, setting.promises, setting.target, late, to_the_end=telling)
+    outcomes = judged(spec, workload, judge)
+    trial = judge.verdict(rate, seed)
+    saw = tuple(saw_of(setting, outcome) for outcome in outcomes) if telling and not trial.decided_early else ()
+    return replace(trial, cpu_s=time.process_time() - begun_s, saw=saw)
+
+
+def judged(spec: ClusterSpec, workload: Sequence[Asked], judge: Judge) -> Sequence[Outcome]:
+    """The run that `judge` follows and may end."""
+    period_s = max(workload[-1].arrival_s / LOOKS, 1e-3)
+    return SimCluster(spec).run(workload, decided=judge.look, decided_period_s=period_s)
+
+
+def saw_of(setting: Setting, outcome: Outcome) -> Saw:
+    """Of a request that was answered."""
+    name = outcome.asked.slo_class
+    return Saw(name, outcome.attains(setting.promises[name].slo), outcome.ttft_s, outcome.tpot_s)
 
 
 def cluster_of(
@@ -87,40 +118,28 @@ def cluster_of(
         worker_spec(f"{replica.role.value}-{number}", replica, setting.device)
         for number, replica in enumerate(replicas_of(setting, candidate))
     )
-    rows = _rows(setting, rate / candidate.cells, seed, requests)
+    rows = setting.workload.draw(rate=rate / candidate.cells, seconds=None, num_requests=requests, seed=seed)
     router = RouterSpec(promises=setting.promises, refuses=False, own_s=setting.own_s, rpc_s=setting.rpc_s)
     spec = ClusterSpec(workers=workers, router=router, inside=setting.inside, between=setting.between)
     return spec, asked(rows, sharing=setting.device.prefix_cache)
 
 
-def _rows(setting: Setting, rate: float, seed: int, requests: int) -> list[Row]:
-    return setting.workload.draw(rate=rate, seconds=None, num_requests=requests, seed=seed)
-
-
-def _run(
-    setting: Setting,
-    spec: ClusterSpec,
-    workload: Sequence[Asked],
-    promises: dict[str, Promise],
-    rate: float,
-    seed: int,
-    late: Callable[[], bool] = never,
-) -> Trial:
-    begun_s = time.process_time()
-    judge = _Judge(workload, promises, setting.target, late)
-    period_s = max(workload[-1].arrival_s / LOOKS, 1e-3)
-    SimCluster(spec).run(workload, decided=judge.look, decided_period_s=period_s)
-    return judge.verdict(rate, seed, time.process_time() - begun_s)
-
-
-class _Judge:
+class Judge:
     """Follows the outcomes of one run."""
 
     def __init__(
-        self, workload: Sequence[Asked], promises: dict[str, Promise], target: float, late: Callable[[], bool]
+        self,
+        workload: Sequence[Asked],
+        promises: dict[str, Promise],
+        target: float,
+        late: Callable[[], bool] = never,
+        *,
+        to_the_end: bool = False,
     ) -> None:
+        """`to_the_end`: not ended where nothing is open, only where nothing can save it."""
         self._promises = promises
         self._late = late
+        self._to_the_end = to_the_end
         self._total = Counter(one.slo_class for one in workload)
         self._half = len(workload) // 2
         self._late_total = len(workload) - self._half
@@ -152,7 +171,7 @@ class _Judge:
         self._lost = self._late_missed > self._forgiven * self._late_total or any(
             missed > self._forgiven * self._total[name] for name, missed in self._missed.items()
         )
-        return self._lost or not still
+        return self._lost or not (still or self._to_the_end)
 
     def _broken(self, outcome: Outcome, now_s: float) -> tuple[str, ...] | None:
         """The promises that it has broken for sure; none: it has kept them; None: that is open."""
@@ -177,7 +196,7 @@ class _Judge:
         for promise in broken:
             self._misses[promise, name] += 1
 
-    def verdict(self, rate: float, seed: int, cpu_s: float) -> Trial:
+    def verdict(self, rate: float, seed: int) -> Trial:
         """After the run."""
         if not self._lost:
             self.look(float("inf"), self._outcomes)
@@ -189,5 +208,4 @@ class _Judge:
             late_attainment=1.0 - self._late_missed / self._late_decided if self._late_decided else 0.0,
             misses=dict(self._misses),
             decided_early=self._lost,
-            cpu_s=cpu_s,
         )

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plan_cases import evaluated, mixed, opt, split
 from tandem.cluster.planner import setting as setting_module
+from tandem.cluster.planner.crew import Crew
+from tandem.cluster.planner.evidence import Evidence
+from tandem.cluster.planner.finals import Finals
 from tandem.cluster.planner.goodput import interval
 from tandem.cluster.planner.result import Candidate, Fate, PlanResult
-from tandem.cluster.planner.search import _Run, plan
+from tandem.cluster.planner.search import plan
 from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.planner.verdict import Answer, answer_of, verdict
 from tandem.cluster.types import Role
 
 NOISE = 0.2
-"""Of the goodput of runs as short as these."""
+"""Of the goodput of runs as short as these, of which one seed says twice what another does; 0.1 was seen of all cases
+below, 0.03 of a hundred with runs as long as a plan's.
+"""
 
 PLANNED: dict[str, PlanResult] = {}
 """By problem: several tests ask the same."""
@@ -213,36 +219,37 @@ def test_a_signal_ends_it_with_the_best_so_far(number: signal.Signals, processes
     assert signal.getsignal(number) is before
 
 
-@settings(max_examples=1, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    ttft_s=st.sampled_from([0.1, 0.2]), change=st.sampled_from([{"ttft_s": 0.8}, {"tpot_s": 0.2}, {"gpus_per_node": 3}])
+    promise=st.fixed_dictionaries(
+        {"ttft_s": st.sampled_from([0.1, 0.2, 0.4]), "tpot_s": st.sampled_from([0.025, 0.05])}
+    ),
+    prompt=st.sampled_from([128, 512]),
+    better=st.sampled_from([{"ttft_s": 0.8}, {"tpot_s": 0.2}, {"inter_node": "400Gbps"}, {"nodes": 3}]),
 )
-def test_a_looser_promise_or_more_gpus_never_lower_goodput(ttft_s: float, change: dict[str, Any]) -> None:
-    before = planned(ttft_s=ttft_s)
-    after = planned(**{"ttft_s": ttft_s} | change)
-    assert best_of(after) >= (1.0 - NOISE) * best_of(before)
-
-
-def test_faster_links_never_lower_goodput() -> None:
-    slow, fast = (planned(nodes=2, gpus_per_node=1, inter_node=link, answer=32) for link in ("10Gbps", "400Gbps"))
-    assert slow.disaggregated is None or fast.disaggregated is not None
-    assert best_of(fast) >= (1.0 - NOISE) * best_of(slow)
+def test_a_looser_promise_faster_links_or_more_gpus_never_lower_goodput(
+    promise: dict[str, float], prompt: int, better: dict[str, Any]
+) -> None:
+    before: dict[str, Any] = {**APART, "inter_node": "10Gbps", "answer": 32, "prompt": prompt, **promise}
+    assert best_of(planned(**before | better)) >= (1.0 - NOISE) * best_of(planned(**before))
 
 
 def test_who_was_clearly_better_under_the_first_seed_is_simulated_under_all() -> None:
     """Estimates chose who is; the runner-up of a plan must not stand above it for want of a look."""
-    run = _Run(setting_of(opt()), cast(Any, None), cast(Any, None), 0.0, lambda what, share: None)
+    setting = setting_of(opt())
+    evidence = Evidence(setting, Crew(setting, 1, math.inf), lambda what, share: None)
+    finals, explored = Finals(evidence), evidence.explored
     best = evaluated(mixed(), 6.0)
 
     def seen(chunk: int, first: float) -> Candidate:
         one = replace(best, candidate=mixed(chunk=chunk), fate=Fate.SCREENED, seeds=(first,))
-        run._explored[one.candidate] = replace(one, goodput=interval(one.seeds))
+        explored[one.candidate] = replace(one, goodput=interval(one.seeds))
         return one.candidate
 
-    assert run._challenger(best) is None
+    assert finals._challenger(best) is None
     seen(1024, 6.2)
-    assert run._challenger(best) is None, "within what one seed says"
-    better, run._explored[split()] = seen(2048, 6.6), replace(evaluated(split(), 9.0), fate=Fate.SCREENED)
-    assert run._challenger(best) == better, "of the same kind"
+    assert finals._challenger(best) is None, "within what one seed says"
+    better, explored[split()] = seen(2048, 6.6), replace(evaluated(split(), 9.0), fate=Fate.SCREENED)
+    assert finals._challenger(best) == better, "of the same kind"
     lucky = replace(best, seeds=(6.5, 5.8, 5.7))
-    assert run._challenger(lucky) is None, "the first seed was kind to both"
+    assert finals._challenger(lucky) is None, "the first seed was kind to both"
