@@ -94,9 +94,9 @@ def run_validation(given: Mapping[str, Any]) -> None:
     display = Display()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
     with tempfile.TemporaryDirectory(prefix="tandem-validate-") as folder, ExitStack() as stack:
-        subjects, quick = _subjects(display, given, Path(folder))
-        look = _look(display, quick, given, stack) if given["device"] == "cpu" else None
-        overheads = _overheads(display, quick, given, look)
+        subjects = _subjects(display, given, Path(folder))
+        look = _look(display, subjects[0], given, stack) if given["device"] == "cpu" else None
+        overheads = _overheads(display, _quick(Path(folder)), given, None if look is None else subjects[0])
         trials = [_trial(display, subject, given) for subject in subjects]
         run_trials(display, trials, overheads, given, end_s, look)
 
@@ -169,35 +169,25 @@ def _check(given: Mapping[str, Any]) -> None:
         raise ValueError(f"max_minutes: {given['max_minutes']} is not allowed; allowed: above 0, at most 600")
 
 
-def _subjects(display: Display, given: Mapping[str, Any], folder: Path) -> tuple[list[Subject], Subject]:
-    """The clusters, and the one whose overheads are looked at."""
-    from .bench.validate_subjects import QUICK_PROFILE, cpu_subject, paced_subject
+def _subjects(display: Display, given: Mapping[str, Any], folder: Path) -> list[Subject]:
+    """The clusters."""
+    from .bench.validate_subjects import cpu_subject, paced_subject
 
     if given["config"]:
-        return _configured(display, given, folder)
+        return _configured(given, folder)
     names = (given["plans"] or (PACED_PLANS if given["device"] == "paced" else CPU_PLANS)).split(",")
     if given["device"] == "cpu":
-        made = [
-            cpu_subject(
-                text,
-                given["model"],
-                given["profile"],
-                kv_cache_bytes=CPU_KV_BYTES,
-                max_model_len=CPU_MAX_INPUT + CPU_MAX_OUTPUT,
-            )
-            for text in ("1P+1D", *names)
-        ]
-        return made[1:], made[0]
+        sizes = {"kv_cache_bytes": CPU_KV_BYTES, "max_model_len": CPU_MAX_INPUT + CPU_MAX_OUTPUT}
+        return [cpu_subject(text, given["model"], given["profile"], **sizes) for text in names]
     display.line("paced: nothing is computed, steps take the time that a profile says")
-    steps, quick = folder / "steps.json", folder / "quick.json"
+    steps = folder / "steps.json"
     _profile(display, given, steps)
-    QUICK_PROFILE.save(quick)
-    return [paced_subject(text, steps) for text in names], paced_subject("1P+1D", quick)
+    return [paced_subject(text, steps) for text in names]
 
 
-def _configured(display: Display, given: Mapping[str, Any], folder: Path) -> tuple[list[Subject], Subject]:
-    """The clusters of files, all of one device; of engines that compute, the first tells the overheads."""
-    from .bench.validate_subjects import QUICK_PROFILE, config_subject, paced_subject
+def _configured(given: Mapping[str, Any], folder: Path) -> list[Subject]:
+    """The clusters of files, all of one device."""
+    from .bench.validate_subjects import config_subject
     from .config_file import load_config
 
     scale = given["time_scale"] if given["device"] == "paced" else 1.0
@@ -207,10 +197,15 @@ def _configured(display: Display, given: Mapping[str, Any], folder: Path) -> tup
         if config.engine.device != given["device"]:
             raise ValueError(f"config: {path} is for device {config.engine.device}; --device {given['device']} is not")
         found.append(config_subject(config, label, time_scale=scale, folder=folder, profile=given["profile"]))
-    if given["device"] == "cpu":
-        return found, found[0]
+    return found
+
+
+def _quick(folder: Path) -> Subject:
+    """The cluster that is asked for what processes add to it."""
+    from .bench.validate_subjects import QUICK_PROFILE, paced_subject
+
     QUICK_PROFILE.save(folder / "quick.json")
-    return found, paced_subject("1P+1D", folder / "quick.json")
+    return paced_subject("1P+1D", folder / "quick.json")
 
 
 def _profile(display: Display, given: Mapping[str, Any], path: Path) -> None:
@@ -247,7 +242,7 @@ def _look(display: Display, subject: Subject, given: Mapping[str, Any], stack: E
     return stack.enter_context(IdleEngine(engine, profile, lambda config: build_device(config, files, None))).look
 
 
-def _overheads(display: Display, quick: Subject, given: Mapping[str, Any], look: Look | None) -> Overheads:
+def _overheads(display: Display, quick: Subject, given: Mapping[str, Any], computes: Subject | None) -> Overheads:
     """The machine's constants: those with which kept runs were predicted, or measured now. ValueError."""
     import uvloop
 
@@ -260,7 +255,7 @@ def _overheads(display: Display, quick: Subject, given: Mapping[str, Any], look:
     if found is not None:
         display.line(f"{show_overheads(found)} (kept in {path})")
         return found
-    found = uvloop.run(measure_overheads(quick, look))
+    found = uvloop.run(measure_overheads(quick, computes))
     display.line(show_overheads(found))
     if path is not None:
         keep_overheads(path, given["device"], found)

@@ -19,7 +19,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from ..workload.sweep import RateSearch, SweepPoint
 from .claims_cluster import RunningSystem, System
@@ -27,11 +27,11 @@ from .claims_disaggregation import ATTEMPTS, WARMUPS, Kept, StairResult, climb, 
 from .claims_load import Staircase
 from .claims_machine import strain, take_sample
 from .options import BenchOptions
-from .run import connect, warm_up
+from .run import Served, connect, warm_up
 from .server import ServerUnusable
-from .validate_calibrate import BESIDE_TOKENS, PROMPT_TOKENS, Modelled, calibrate
+from .validate_calibrate import BESIDE_TOKENS, calibrate, share_beside
 from .validate_pace import MAX_CHANGE, Pace
-from .validate_predict import Overheads, PredictedStair, Subject, kv_bytes, predict, router_for
+from .validate_predict import Overheads, PredictedStair, Subject, predict, router_for
 
 SATURATED = 0.9
 MAX_POINTS = 3.0
@@ -42,6 +42,7 @@ MAX_OWN_SHARE = 0.5
 """Of the machine's processors, that router, workers and client may use together where the device is paced."""
 MAX_OTHERS_SHARE = 0.25
 """Of them, that others may use meanwhile."""
+T = TypeVar("T")
 QUANTILES = ("ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90")
 VARIANT = "validate"
 _SEARCH_POINTS, _SEARCH_S = 14, 120.0
@@ -170,30 +171,35 @@ Look = Callable[[], Awaitable[Pace]]
 """See `validate_pace.IdleEngine.look`."""
 
 
-async def measure_overheads(subject: Subject, look: Look | None = None) -> Overheads:
-    """Starts the subject and looks at answers that nothing disturbs, at the machine's pace of now, if anybody looks at
-    it. RuntimeError, ServerUnusable, ValueError.
+async def measure_overheads(quick: Subject, computes: Subject | None = None) -> Overheads:
+    """Looks at answers that nothing disturbs: of `quick`, whose workers are paced; and of a prefill and a decode worker
+    of the cluster that `computes`, if one does: what two engines take of each other; its profile says what KV takes on
+    its way. RuntimeError, ServerUnusable, ValueError.
     """
-    system = subject.system
-    at_pace = subject if look is None else replace(subject, pace=await look())
-    byte_s = subject.handoff_byte_s()
-    computes, most = system.engine.device != "paced", system.engine.max_model_len or BESIDE_TOKENS
-    modelled = Modelled(
-        prefill=at_pace.profile_of(system.prefill_engine or system.engine),
-        decode=at_pace.profile_of(system.engine),
-        computes=computes,
-        handoff_byte_s=byte_s,
-        kv_bytes=kv_bytes(system.engine, PROMPT_TOKENS) if byte_s else 0,
-        beside_tokens=min(BESIDE_TOKENS, most - 1) if computes and system.prefill else 0,
-    )
+    system = quick.system
+    prefill, decode = quick.profile_of(system.prefill_engine or system.engine), quick.profile_of(system.engine)
+    found, others = await _asked(system, lambda served: calibrate(served, prefill, decode))
+    found = replace(found, others_busy=others)
+    if computes is None:
+        return found
+    if (link := computes.link()) is not None:
+        found = replace(found, handoff_s=link.latency_s, handoff_byte_s=1.0 / link.bytes_per_s)
+    engine = computes.system.engine
+    tokens = min(BESIDE_TOKENS, (engine.max_model_len or BESIDE_TOKENS + 1) - 1)
+    both = System(label="1 prefill + 1 decode", engine=engine, prefill=1, decode=1)
+    share, others = await _asked(both, lambda served: share_beside(served, tokens))
+    return replace(found, beside_share=share, others_busy=max(found.others_busy, others))
+
+
+async def _asked(system: System, ask: Callable[[Served], Awaitable[T]]) -> tuple[T, float]:
+    """What `ask` learns of the system, which is started for it; and the share of the machine that others used."""
     with RunningSystem(system) as running:
         options = BenchOptions(base_url=running.url, dataset_name="random", temperature=0.0, timeout_s=3600)
         processes = running.processes | {"the client": os.getpid()}
         before = take_sample(processes)
         async with connect(options) as served:
-            found = await calibrate(served, modelled)
-        meanwhile = strain(before, take_sample(processes))
-    return replace(found, others_busy=meanwhile.others)
+            found = await ask(served)
+        return found, strain(before, take_sample(processes)).others
 
 
 async def validate(

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 MAX_CHANGE = 0.15
 """Between the looks before and after a run, beyond which nothing can be said of what lay between them."""
-ROUNDS = 4
-POINTS = 4
-"""Of each kind: the cheapest of more than LEAST_TOKENS that the profile has."""
+ROUNDS = {"prefill": 4, "decode": 20}
+"""How often a look visits each point …"""
+POINTS = {"prefill": 2, "decode": 4}
+"""… of these: the cheapest that the profile has, of LEAST_TOKENS and more."""
 LEAST_TOKENS = 64
 """Of a prompt: shorter ones are mostly a step's fixed cost."""
 
@@ -82,16 +83,19 @@ def watched_steps(steps: Mapping[str, MeasuredStep]) -> tuple[MeasuredStep, ...]
         long = [step for step in own if step.decode_rows or step.prefill_tokens >= LEAST_TOKENS] or own
         if not long:
             raise ValueError(f"profile: it has no {kind} steps; allowed: a file of `tandem profile`")
-        found += sorted(long, key=lambda step: (step.median_s, step.sizes))[:POINTS]
+        found += sorted(long, key=lambda step: (step.median_s, step.sizes))[: POINTS[kind]]
     return tuple(found)
 
 
 def pace_of(steps: Sequence[MeasuredStep], times_s: Sequence[Sequence[float]]) -> Pace:
-    """Of the times that these steps took now, several each: medians of medians."""
-    ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for step, taken_s in zip(steps, times_s, strict=True):
-        ratios[step.kind].append(statistics.median(taken_s) / step.median_s)
-    return Pace(prefill=statistics.median(ratios["prefill"]), decode=statistics.median(ratios["decode"]))
+    """Of the times that these steps took now, several each: their sum over that of the profile's. A mean and no median,
+    because a request's TPOT is one, too: what interrupts one step in twenty is part of the pace.
+    """
+    taken, foretold = {"prefill": 0.0, "decode": 0.0}, {"prefill": 0.0, "decode": 0.0}
+    for step, own_s in zip(steps, times_s, strict=True):
+        taken[step.kind] += sum(own_s)
+        foretold[step.kind] += len(own_s) * step.median_s
+    return Pace(**{kind: taken[kind] / foretold[kind] for kind in taken})
 
 
 class IdleEngine:
@@ -144,7 +148,9 @@ class IdleEngine:
     def _look(self) -> Pace:
         assert self._run is not None, "entered first"
         times_s: list[list[float]] = [[] for _ in self._points]
-        for _ in range(ROUNDS):
-            for taken_s, point in zip(times_s, self._points, strict=True):
-                taken_s.append(self._run(point))
+        most = max(ROUNDS.values())
+        for turn in range(most):
+            for step, taken_s, point in zip(self._steps, times_s, self._points, strict=True):
+                if turn % (most // ROUNDS[step.kind]) == 0:
+                    taken_s.append(self._run(point))
         return pace_of(self._steps, times_s)

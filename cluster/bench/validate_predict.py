@@ -12,7 +12,7 @@ from ...router.slo_classes import INTERACTIVE_SHARE, Promise
 from ..config import EngineConfig, RouterConfig
 from ..latency.links import Link
 from ..latency.measured import read_measured
-from ..latency.model_facts import ModelFacts, model_facts
+from ..latency.model_facts import model_facts
 from ..latency.profile import MEASURED, StepProfile, read_json, read_profile
 from ..sim.cluster import ClusterSpec, SimCluster
 from ..sim.request import Asked, Outcome
@@ -116,18 +116,17 @@ class Subject:
             raise ValueError("profile: is missing; allowed: the file of a step profile (tandem profile)")
         return self.pace.on(read_profile(Path(file)))
 
-    def handoff_byte_s(self) -> float:
-        """For each byte of KV between two workers of this machine, by the profile's transfers; 0: it has none, or the
+    def link(self) -> Link | None:
+        """What KV crosses between two workers of this machine, by the profile's transfers; None: it has none, or the
         workers' KV is next to nothing, as paced ones' is. ValueError.
         """
         if self.profile is None or MEASURED not in read_json(self.profile):
-            return 0.0
+            return None
         links = read_measured(self.profile).links
-        link = links.get("mapped") or links.get("grpc")
-        return 0.0 if link is None else 1.0 / link.bytes_per_s
+        return links.get("mapped") or links.get("grpc")
 
     def _worker(self, worker_id: str, role: Role, engine: EngineConfig, overheads: Overheads) -> WorkerSpec:
-        facts = _facts(engine)
+        facts = model_facts(engine.model.removeprefix("dummy:"), dtype=engine.dtype)
         block_bytes = facts.kv_bytes_per_token() * engine.block_size
         return WorkerSpec(
             worker_id=worker_id,
@@ -143,16 +142,6 @@ class Subject:
             batching=engine.batching,
             prefix_cache=False,
         )
-
-
-def kv_bytes(engine: EngineConfig, tokens: int) -> int:
-    """Of so many tokens, in whole blocks. ValueError for a model that nobody knows."""
-    blocks = -(-tokens // engine.block_size)
-    return blocks * engine.block_size * _facts(engine).kv_bytes_per_token()
-
-
-def _facts(engine: EngineConfig) -> ModelFacts:
-    return model_facts(engine.model.removeprefix("dummy:"), dtype=engine.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from tandem.cluster.bench.claims_disaggregation import Kept, StairResult, climb,
 from tandem.cluster.bench.claims_load import Promise, Staircase
 from tandem.cluster.bench.run import connect
 from tandem.cluster.bench.validate import VARIANT, Trial, validate
-from tandem.cluster.bench.validate_calibrate import Modelled, calibrate
+from tandem.cluster.bench.validate_calibrate import calibrate
 from tandem.cluster.bench.validate_predict import Overheads, router_for
 from tandem.cluster.bench.validate_show import show
 from tandem.cluster.bench.validate_subjects import QUICK_PROFILE, paced_subject
@@ -56,7 +56,7 @@ def test_what_is_predicted_is_what_is_asked_and_the_router_counts_as_its_client(
 
     async def scene(running: RunningSystem) -> tuple[Overheads, dict[str, float], list[StairResult], dict[str, float]]:
         async with connect(options_for(running, load)) as served:
-            overheads = await calibrate(served, Modelled(prefill=QUICK_PROFILE, decode=QUICK_PROFILE))
+            overheads = await calibrate(served, QUICK_PROFILE, QUICK_PROFILE)
             before = own_count(running.url)
             stairs = await climb(subject.system, running, served, load)
             return overheads, before, stairs, own_count(running.url)

@@ -22,10 +22,10 @@ from tandem.cluster.bench.validate_calibrate import (
     LONG_TOKENS,
     OUTPUT_TOKENS,
     PROMPT_TOKENS,
-    Modelled,
     keep_overheads,
     kept_overheads,
     overheads_of,
+    share_of,
 )
 from tandem.cluster.bench.validate_pace import Pace
 from tandem.cluster.bench.validate_predict import (
@@ -33,7 +33,6 @@ from tandem.cluster.bench.validate_predict import (
     Overheads,
     PredictedStair,
     Subject,
-    kv_bytes,
     predict,
     router_for,
     simulate,
@@ -47,7 +46,6 @@ from tandem.cluster.models.reference import resolve_model
 from tandem.cluster.workload.report import RequestRecord
 from tandem.cluster.workload.sweep import SweepRun
 
-QUICK = Modelled(prefill=QUICK_PROFILE, decode=QUICK_PROFILE)
 CALM = Strain(cpu={"router": 0.2}, waited={"router": 0.01}, busy=0.3, stolen=0.0, others=0.1)
 TERMS = DecodeTerms(step_s=0.01, row_s=1e-4, context_token_s=0.0)
 PROFILE = StepProfile(prefill_step_s=0.01, prefill_token_s=1e-4, decode=TERMS, large_decode=TERMS, large_batch_rows=64)
@@ -95,16 +93,16 @@ def test_the_machines_constants_come_out_of_answers_that_took_longer_than_modell
         return RequestRecord(due_s=0, sent_s=0, first_token_s=times[0], last_token_s=times[-1], chunk_times_s=(*times,))
 
     alone = [answer(1.0)] * 6 + [answer(3.0)] * 4
-    found = overheads_of(alone, [answer(1.0, row_s=0.0007)] * 8, QUICK)
+    found = overheads_of(alone, [answer(1.0, row_s=0.0007)] * 8, QUICK_PROFILE, QUICK_PROFILE)
     assert found.first_token_s == pytest.approx(0.003)
     assert found.step_s == pytest.approx(0.0005)
     assert found.row_s == pytest.approx(0.0001)
     assert found.handoff_s + found.rpc_s == pytest.approx(0.002)
     assert found.own_s + 4 * found.rpc_s == pytest.approx(0.003)
     quick = [replace(one, first_token_s=0.001) for one in alone]
-    assert overheads_of(quick, [], QUICK).first_token_s == 0.0
+    assert overheads_of(quick, [], QUICK_PROFILE, QUICK_PROFILE).first_token_s == 0.0
     longer = [replace(one, first_token_s=one.first_token_s + 0.003) for one in alone]
-    found = overheads_of(alone, [], QUICK, longer)
+    found = overheads_of(alone, [], QUICK_PROFILE, QUICK_PROFILE, longer)
     assert found.prompt_token_s == pytest.approx(0.003 / (LONG_TOKENS - PROMPT_TOKENS))
 
 
@@ -185,29 +183,31 @@ def test_kv_of_engines_that_compute_takes_what_the_profile_measured(trace: str, 
     )
     MeasuredProfile(steps=PROFILE, measured=measured).save(tmp_path / "profile.json")
     subject = cpu_subject("1P+1D", "smollm2-135m", tmp_path / "profile.json", kv_cache_bytes=2**28, max_model_len=640)
-    byte_s = subject.handoff_byte_s()
-    assert byte_s == pytest.approx(1e-8)
-    assert kv_bytes(subject.system.engine, 65) == 80 * 23040
+    link = subject.link()
+    assert link is not None
+    byte_s = 1.0 / link.bytes_per_s
+    assert (link.latency_s, byte_s) == (pytest.approx(0.009), pytest.approx(1e-8))
     load = load_of(trace, 0.5)
     free, moved = (simulate(subject, load, Overheads(handoff_byte_s=each), 0) for each in (0.0, byte_s))
     for before, after in zip(free, moved, strict=True):
         if before.output_tokens > 1:
-            more_s = kv_bytes(subject.system.engine, len(before.asked.prompt_token_ids)) * byte_s
+            blocks = -(-len(before.asked.prompt_token_ids) // 16)
+            more_s = blocks * 16 * 23040 * byte_s
             assert after.last_token_s - before.last_token_s == pytest.approx(more_s, abs=1e-3)
-    assert paced_subject("1P+1D", tmp_path / "profile.json").handoff_byte_s() == 0.0
-    modelled = Modelled(
-        prefill=QUICK_PROFILE, decode=QUICK_PROFILE, computes=True, handoff_byte_s=byte_s, kv_bytes=100_000
-    )
-    times = [0.02, 0.02 + 0.008 + 0.0015, *(0.0295 + 0.008 * place for place in range(1, OUTPUT_TOKENS - 1))]
-    seen = RequestRecord(due_s=0, sent_s=0, first_token_s=0.02, last_token_s=times[-1], chunk_times_s=(*times,))
-    found = overheads_of([seen] * 5, [], modelled)
-    assert found.handoff_s == pytest.approx(0.0005), "1.5 ms, less 1 ms for its bytes"
-    assert found.handoff_byte_s == byte_s
-    assert found.beside_share == 0.0
-    slow = replace(seen, chunk_times_s=tuple(0.02 + 1.25 * (at_s - 0.02) for at_s in times))
-    beside = overheads_of([seen] * 5, [], modelled, disturbed=[seen, slow, slow])
-    assert beside.beside_share == pytest.approx(0.25)
-    assert "25 % to what is beside another engine" in show_overheads(beside)
+    assert paced_subject("1P+1D", tmp_path / "profile.json").link() is None
+    assert "10.00 ms to each MB of it" in show_overheads(Overheads(handoff_byte_s=byte_s))
+
+
+def test_what_a_second_engine_takes_is_told_by_pairs_and_pays_where_both_compute(trace: str, steps: Path) -> None:
+    def seen(slower: float) -> RequestRecord:
+        times = [0.02 + 0.01 * slower * place for place in range(OUTPUT_TOKENS)]
+        return RequestRecord(due_s=0, sent_s=0, first_token_s=0.02, last_token_s=times[-1], chunk_times_s=(*times,))
+
+    drifting = [(seen(pace), seen(pace * share)) for pace, share in ((1.0, 1.1), (1.4, 1.25), (2.0, 1.3))]
+    assert share_of(drifting) == pytest.approx(0.25)
+    assert share_of([(seen(1.0), seen(0.9))]) == 0.0
+    assert "25 % to what is beside another engine" in show_overheads(Overheads(beside_share=0.25))
+    subject = cpu_subject("1P+1D", "smollm2-135m", steps, kv_cache_bytes=2**28, max_model_len=640)
     alone, shared = (simulate(subject, load_of(trace, 4.0), Overheads(beside_share=each), 0) for each in (0.0, 0.25))
     later_s = [
         after.last_token_s - before.last_token_s
@@ -216,7 +216,6 @@ def test_kv_of_engines_that_compute_takes_what_the_profile_measured(trace: str, 
     ]
     assert min(later_s) >= 0.0
     assert sum(later_s) > 0.1
-    assert "10.00 ms to each MB of it" in show_overheads(found)
 
 
 def run_of(attained: int, requests: int = 100, seed: int = 0) -> SweepRun:
