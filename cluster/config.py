@@ -7,12 +7,12 @@ A config that exists is valid: construction checks every type and range (`cluste
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 from .config_schema import HIDDEN, Bytes, ConfigError, Hidden, OneOf, Text, Within, check, parse, plain
+from .config_sections import Line, Percentiles, PlanConfig, Seconds, SecurityConfig, SLOClass, check_class_names
 from .types import SLO, Role
 
 __all__ = [
@@ -33,14 +33,7 @@ __all__ = [
 T = TypeVar("T")
 
 Port = Annotated[int, Within(0, 65535)]
-Line = Annotated[str, Text()]
-Seconds = Annotated[float, Within(0, 86400, above=True)]
 StepSeconds = Annotated[float, Within(0, 60)]
-Share = Annotated[float | None, Within(0, 1)]
-Milliseconds = Annotated[float | None, Within(0, 86_400_000)]
-
-MAX_SLO_CLASSES = 32
-_CLASS_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 
 _SLO_MARKS = {
     "ttft_s": (Within(0, 86400, above=True),),
@@ -123,43 +116,6 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SecurityConfig:
-    """What the members of one cluster show each other (`cluster.auth`): on the workers' ports, the registry and KV."""
-
-    secret: Annotated[str | None, Text(), Hidden()] = field(default=None, repr=False)
-    """Shared by all members. None: `secret_file`, else the environment's TANDEM_CLUSTER_SECRET, else none."""
-    secret_file: Annotated[str | None, Text()] = None
-    tls_cert: Annotated[str | None, Text()] = None
-    """PEM files of a member; with them every connection between members is mutual TLS."""
-    tls_key: Annotated[str | None, Text()] = None
-    tls_ca: Annotated[str | None, Text()] = None
-    """Who must have signed the other member's certificate."""
-    tls_server_name: Annotated[str | None, Text()] = None
-    """A name that every member's certificate holds; None: each holds the host or address under which it is called."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        given = [name for name in ("tls_cert", "tls_key", "tls_ca") if getattr(self, name) is not None]
-        for name in ("tls_cert", "tls_key", "tls_ca"):
-            if getattr(self, name) is None and (given or self.tls_server_name is not None):
-                raise ConfigError(name, None, f"a PEM file, as {given[0] if given else 'tls_server_name'} is given")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SLOClass:
-    """A class of requests under one promise."""
-
-    ttft_s: Annotated[float | None, Within(0, 86400, above=True)] = None
-    """None: no promise; the class takes what is left of the service, by its share."""
-    tpot_s: Annotated[float | None, Within(0, 86400, above=True)] = None
-    share: Annotated[float, Within(0.001, 1000)] = 1.0
-    """Weight of the class while requests of other classes wait as well (`cluster.fair_queue`)."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """One worker process."""
 
@@ -197,50 +153,6 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Percentiles:
-    """What was predicted of a latency, milliseconds; None: nothing."""
-
-    p50: Milliseconds = None
-    p90: Milliseconds = None
-    p99: Milliseconds = None
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConfig:
-    """What a plan predicted of the cluster that it describes: kept beside what the cluster then sees
-    (`router.attainment`). Decides nothing.
-    """
-
-    predicted_attainment: Share = None
-    """Of all requests under a promise, at `rate`."""
-    predicted_by_class: dict[str, Annotated[float, Within(0, 1)]] = field(default_factory=dict)
-    """The same by SLO class."""
-    rate: Annotated[float | None, Within(0, 1e9, above=True)] = None
-    """Requests/s to the whole cluster, for which the rest was predicted."""
-    ttft_ms: Percentiles = field(default_factory=Percentiles)
-    tpot_ms: Percentiles = field(default_factory=Percentiles)
-    goodput_per_gpu: Annotated[float | None, Within(0, 1e9)] = None
-    """Requests/s."""
-    placement: Annotated[str | None, Text()] = None
-    """What was predicted, in words: workers, roles, splits."""
-    model: Annotated[str | None, Text()] = None
-    workload: Annotated[str | None, Text()] = None
-    """What was expected to come, in words."""
-    made_with: Annotated[str | None, Text()] = None
-    """Where the prediction came from: a version, a profile, seeds."""
-    problem: dict[str, object] = field(default_factory=dict)
-    """What it answers, with the keys of a problem's file (`planner.problem`): devices, links, load. `tandem simulate
-    --cluster` takes from it what a cluster's configuration does not say."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        _check_class_names(self.predicted_by_class, "predicted_by_class")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,7 +217,7 @@ class RouterConfig:
             check(self.slo, _SLO_MARKS)
         except ConfigError as error:
             raise error.under("slo") from None
-        _check_class_names(self.slo_classes)
+        check_class_names(self.slo_classes)
         _distinct_ports(self, ("http_port", "grpc_port", "registry_port"))
         self._check_processes()
         for key in self.api_keys:
@@ -412,14 +324,6 @@ class ClusterConfig:
             )
             for position, (role, index) in enumerate(members)
         )
-
-
-def _check_class_names(classes: Mapping[str, object], field_name: str = "slo_classes") -> None:
-    if len(classes) > MAX_SLO_CLASSES:
-        raise ConfigError(field_name, f"{len(classes)} classes", f"at most {MAX_SLO_CLASSES}")
-    for name in classes:
-        if not _CLASS_NAME.fullmatch(name):
-            raise ConfigError(field_name, name, "names of 1 to 64 characters of a-z, 0-9, '-' and '_'")
 
 
 def _distinct_ports(config: RouterConfig, names: tuple[str, ...]) -> None:
