@@ -21,7 +21,7 @@ PLAIN, INT8, FP8_BITS, FP8 = 0, 1, 2, 3
 by the hardware (from sm_89 on). Stored = value / scale, a scale per side and head."""
 LOG2_E = 1.4426950408889634
 _UNFOLDED = tl.constexpr(256.0)
-"""What `widened` leaves out of numbers in FP8_BITS: the difference of the exponents' biases, 15 - 7, as a power of two."""
+"""What `widened` leaves out of numbers in FP8_BITS: the exponents' biases differ by 15 - 7, which is 2^8."""
 
 
 @triton.jit
@@ -51,8 +51,8 @@ def scale_of(scales, side, head, kv_heads, FORM: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b (+ acc) in float32. PRECISION `wide`: operands are widened first, because Triton's interpreter takes bfloat16
-    for integers.
+    """a @ b (+ acc) in float32. PRECISION `wide`: operands are widened first; Triton's interpreter takes bfloat16 for
+    integers.
     """
     if PRECISION == "wide":
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -86,10 +86,10 @@ def attend(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds keys `key` … `key + N - 1` to `acc` [M, DP], `top` and `total` [M] (maximum and sum of powers) of `q` [M, DP].
+    """Adds keys `key` … `key + N - 1` to `acc` [M, DP], `top` and `total` [M] (maximum, sum of powers) of `q` [M, DP].
 
-    `memory`: the address of a head's keys; the values lie `layer_side` behind. MASKED: keys outside `oldest` … `limit - 1`
-    are not read, and a row sees only keys up to its `position` [M] (and its window); otherwise every row sees all of them.
+    `memory`: the address of a head's keys; the values lie `layer_side` behind. MASKED: keys outside `oldest` … `limit -
+    1` are not read, and a row sees only keys up to its `position` [M] (and its window); otherwise every row sees all.
     """
     keys = key + tl.arange(0, N)
     channel = tl.arange(0, DP)
@@ -168,7 +168,7 @@ def check_shapes(
     scales: torch.Tensor | None,
     form: int,
 ) -> None:
-    """ValueError naming what the kernels cannot address: q, out [T, H, D], layer [N, 2, K, S, D], tables [R, blocks]."""
+    """ValueError naming what the kernels cannot address: q, out [T, H, D], layer [N, 2, K, S, D], tables [R, B]."""
     if q.dim() != 3 or out.shape != q.shape:
         raise ValueError(
             f"q, out: shapes {tuple(q.shape)} and {tuple(out.shape)} are not both [tokens, heads, head dim]"
@@ -189,10 +189,10 @@ def check_shapes(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """PRECISION of products of `dtype`."""
+    """PRECISION of products of `dtype`: float32 as three products of tf32, which lose about a bit of it."""
     if triton.knobs.runtime.interpret:
         return "wide"
-    return "ieee" if dtype == torch.float32 else "tf32"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def architecture(device: torch.device) -> int:

@@ -6,10 +6,10 @@ all query heads of a KV head (each key is read once), and a second launch merges
 sequence among short ones is cut, and a large batch of equal ones is not; sequences in one piece skip the merge. The
 work is data, so a captured CUDA graph replays with another batch's plan: `capacity` pads it.
 
-Reference: `kernels.paged_attention.paged_attention_reference` over rows of length 1. Shapes: B sequences, H query heads,
-K kv heads, D head dim, N blocks, S slots, W pieces.
+Reference: `kernels.paged_attention.paged_attention_reference` over rows of length 1. Shapes: B sequences, H query
+heads, K kv heads, D head dim, N blocks, S slots, W pieces.
 """
-# ruff: noqa: N803
+# ruff: noqa: N803, N815
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def decode_attention_kernel(
 def merge_kernel(
     out, parts, sums, spans, out_token, out_head, heads, D: tl.constexpr, DP: tl.constexpr, PIECES: tl.constexpr
 ):
-    """One sequence and query head: its pieces' results, weighed by their sums. `spans` [B, 2]: first piece, how many."""
+    """One sequence and query head: its pieces' results, weighed by their sums. `spans` [B, 2]: first piece, count."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     first = tl.load(spans + row * 2)
@@ -359,7 +359,6 @@ SHIPPED = (
             _build(64, torch.bfloat16, arch),
             _build(80, torch.float16, arch, group=1),
             _build(128, torch.bfloat16, arch),
-            _build(128, torch.bfloat16, arch, block_size=128),
             _build(128, torch.bfloat16, arch, INT8),
             _build(128, torch.bfloat16, arch, FP8 if arch >= 89 else FP8_BITS),
             _build(256, torch.bfloat16, arch, group=16),

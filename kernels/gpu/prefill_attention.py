@@ -10,7 +10,7 @@ begin first.
 Reference: `kernels.paged_attention.paged_attention_reference`, over the same rows. Shapes: T tokens of the step, R rows
 (stretches), H query heads, K kv heads, D head dim, N blocks, S slots.
 """
-# ruff: noqa: N803
+# ruff: noqa: N803, N815
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def prefill_attention_kernel(
     FORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of queries of one KV head. `rows` [R, 3]: offset, start, length; `tiles` [., 2]: row, its first query."""
+    """A tile of queries of a KV head. `rows` [R, 3]: offset, start, length; `tiles` [., 2]: row, its first query."""
     program = tl.program_id(0)
     head = program % kv_heads
     row = tl.load(tiles + (program // kv_heads) * 2)
@@ -85,14 +85,15 @@ def prefill_attention_kernel(
     inner = tl.arange(0, M)
     query = first + inner // GROUP
     used = (inner < count * GROUP) & (query < length)
-    position = start + tl.minimum(query, length - 1)  # unused rows compute what another row does, and are not stored
+    last = tl.minimum(first + count, length) - 1
+    position = start + tl.minimum(query, last)  # unused rows compute what another row does, and are not stored
     channel = tl.arange(0, DP)
     token = (offset + query).to(tl.int64)[:, None]
     query_head = (head * GROUP + inner % GROUP)[:, None]
     stored = used[:, None] & (channel < D)[None, :]
     q_tile = tl.load(q + token * q_token + query_head * q_head + channel[None, :], mask=stored, other=0.0)
 
-    limit = start + tl.minimum(first + count, length)
+    limit = start + last + 1
     oldest = 0
     begin = 0
     full_begin = 0
@@ -128,10 +129,10 @@ def prefill_attention_kernel(
 
 def tiling(head_dim: int, dtype: torch.dtype, form: int, arch: int) -> Tiling:
     """What is launched. Registers bound it (a row's float32 results and scores), and shared memory: tiles of keys and
-    values under way, and the tile of queries. Two stages of the pipeline are one tile under way (`decode_attention.tiling`).
+    values under way, and the tile of queries. Two stages of the pipeline are one tile under way, as in decode.
     """
     if dtype == torch.float32:
-        return Tiling(32, 32, 4, 2)  # no matrix units in full precision: small enough not to spill
+        return Tiling(32, 32, 4, 5) if head_dim <= 128 else Tiling(32, 16, 4, 3)
     if head_dim > 128:
         return Tiling(128, 64, 8, 3) if arch >= 90 else Tiling(64, 32, 8, 3)
     if arch < 90 and form != PLAIN:
@@ -186,7 +187,7 @@ def _keys_seen(table_R3: np.ndarray, tiles_I2: np.ndarray, shape: AttentionShape
 
 def moved_bytes(plan: PrefillPlan, shape: AttentionShape, element_bytes: int, kv_bytes: int | None = None) -> int:
     """Bytes that one layer's attention reads and writes: queries and results once, keys and values once per tile of
-    queries that sees them (FlashAttention, theorem 2: N^2 d^2 / M for on-chip memory M). The last-level cache serves part.
+    queries that sees them (FlashAttention, theorem 2: N^2 d^2 / M for on-chip memory M); caches serve part of these.
     """
     table, tiles = plan.rows_R3.cpu().numpy(), plan.tiles_I2.cpu().numpy()
     keys = int(_keys_seen(table, tiles, shape, _queries(shape, plan.tiling)).sum())
@@ -195,8 +196,8 @@ def moved_bytes(plan: PrefillPlan, shape: AttentionShape, element_bytes: int, kv
 
 
 def standard_bytes(plan: PrefillPlan, shape: AttentionShape, element_bytes: int) -> int:
-    """Bytes of standard attention over the same rows (FlashAttention, algorithm 0): the matrix of scores is written, read
-    for the softmax, and its result written and read again; every query head reads its keys and values.
+    """Bytes of standard attention over the same rows (FlashAttention, algorithm 0): the matrix of scores is written,
+    read for the softmax, and its result written and read again; every query head reads its keys and values.
     """
     table = plan.rows_R3.cpu().numpy().astype(np.int64)
     contexts = table[:, 1] + table[:, 2]
@@ -291,7 +292,6 @@ SHIPPED = tuple(
     for arch in (80, 90)
     for build in (
         _build(64, torch.bfloat16, arch),
-        _build(96, torch.float16, arch),
         _build(128, torch.bfloat16, arch),
         _build(128, torch.bfloat16, arch, window=4096, block_size=128),
         _build(128, torch.bfloat16, arch, INT8),

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # modules that these tests share
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
