@@ -230,14 +230,17 @@ def _profile(display: Display, given: Mapping[str, Any], path: Path) -> None:
 
 
 def _look(display: Display, subject: Subject, given: Mapping[str, Any], stack: ExitStack) -> Look:
-    """How an engine alone is timed between runs; it ends with `stack`. ValueError where the profile holds no times."""
-    from .bench.validate_pace import IdleEngine
+    """How an engine alone is timed between runs; it ends with `stack`. ValueError where the
+    profile holds no times, or is of another engine.
+    """
+    from .bench.validate_pace import IdleEngine, check_same
     from .latency.measured import read_measured
     from .launch.compose import build_device
     from .models.reference import resolve_model
 
     engine = subject.system.engine
     files, profile = resolve_model(engine.model), read_measured(given["profile"])
+    check_same(profile.measured, engine, files.config)
     display.line("an engine of this process is timed before and after each run: how fast is the machine now?")
     return stack.enter_context(IdleEngine(engine, profile, lambda config: build_device(config, files, None))).look
 

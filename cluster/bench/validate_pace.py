@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from ..config import EngineConfig
-from ..latency.measured import MeasuredProfile, MeasuredStep
+from ..latency.measured import MeasuredProfile, MeasuredStep, Measurement
 from ..latency.profile import DecodeTerms, StepProfile
+from ..models.config import ModelConfig
 
 if TYPE_CHECKING:
     from ..engine.devices.base import Device
@@ -73,6 +74,20 @@ def _slower(terms: DecodeTerms, factor: float) -> DecodeTerms:
     return DecodeTerms(
         step_s=terms.step_s * factor, row_s=terms.row_s * factor, context_token_s=terms.context_token_s * factor
     )
+
+
+def check_same(measured: Measurement, engine: EngineConfig, model: ModelConfig) -> None:
+    """ValueError naming what a profile was measured of, where that is not this engine: its pace would hide it."""
+    pairs = {
+        "model": (measured.model_config, model),
+        "dtype": (measured.dtype, engine.dtype),
+        "quantization": (measured.quantization, engine.quantization),
+        "threads": (measured.threads, engine.threads),
+    }
+    for name, (was, asked) in pairs.items():
+        if was != asked:
+            shown = (measured.model, engine.model) if name == "model" else (was, asked)
+            raise ValueError(f"profile: it is of {name} {shown[0]}; allowed: one of {name} {shown[1]}")
 
 
 def watched_steps(steps: Mapping[str, MeasuredStep]) -> tuple[MeasuredStep, ...]:

@@ -36,7 +36,7 @@ from ..freed_memory import keep_freed_memory
 from ..grpc_transport import GrpcKVServer, GrpcKVTransport
 from ..layout import KVLayout
 from ..mapped.segment import MappedSegment, take
-from ..mapped.transport import MappedKVTransport, frames_of
+from ..mapped.transport import UNBROKEN_BYTES, MappedKVTransport, frames_of
 from ..ticket import HandoffRefused, Hello, RefusalReason, Ticket
 from ..transport import (
     MESSAGE_BYTES,
@@ -210,7 +210,7 @@ class _Writer:
     async def run(self, transport: KVTransport) -> None:
         """Writes until the end came. `HandoffRefused`: why it did not."""
         pull = self._pull
-        self._memory.populate(pull.block_ids)  # while prefill computes, not when its KV is here
+        await self._make_room()
         async with aclosing(transport.pull(pull.peer, pull.request, timeout_s=pull.timeout_s)) as frames:
             async for came in frames:
                 assert not isinstance(came, WrittenBlocks), "the mover's own transports leave the writing to it"
@@ -219,6 +219,14 @@ class _Writer:
                     return
                 self._write(came)
                 self.news.set()
+
+    async def _make_room(self) -> None:
+        """Finds the pages of all blocks while prefill computes, not when its KV is here; others have their turns."""
+        block_ids = self._pull.block_ids
+        most = max(1, UNBROKEN_BYTES // self._memory.block_bytes)
+        for start in range(0, len(block_ids), most):
+            self._memory.populate(block_ids[start : start + most])
+            await asyncio.sleep(0)
 
     def _write(self, frames: Sequence[BlockFrame]) -> None:
         """Checks blocks that came together and writes them; `HandoffRefused` if they are not those that were due."""

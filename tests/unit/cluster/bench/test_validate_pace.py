@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tandem.cluster.bench.validate_pace import IdleEngine, Pace, pace_of, watched_steps
+from tandem.cluster.bench.validate_pace import IdleEngine, Pace, check_same, pace_of, watched_steps
 from tandem.cluster.config import EngineConfig
 from tandem.cluster.engine.devices.base import Device
 from tandem.cluster.engine.devices.paced import PacedDevice
@@ -64,6 +64,26 @@ def test_the_pace_is_the_mean_and_interruptions_are_part_of_it() -> None:
     assert Pace.between(Pace(prefill=1.0, decode=1.2), Pace(prefill=1.1, decode=1.0)) == Pace(
         prefill=pytest.approx(1.05), decode=pytest.approx(1.1)
     )
+
+
+def test_a_profile_of_another_engine_is_no_slow_machine() -> None:
+    files, other = resolve_model("smollm2-135m"), resolve_model("dummy:tiny-llama")
+    measured = Measurement(
+        model="smollm2-135m",
+        model_config=files.config,
+        device="cpu",
+        dtype="bfloat16",
+        block_size=16,
+        kv_token_bytes=23040,
+        steps={"p": prompt(64, 0.02)},
+    )
+    check_same(measured, EngineConfig(), files.config)
+    with pytest.raises(ValueError, match="it is of model smollm2-135m; allowed: one of model dummy:tiny-llama"):
+        check_same(measured, EngineConfig(model="dummy:tiny-llama"), other.config)
+    with pytest.raises(ValueError, match="it is of quantization None; allowed: one of quantization w8a8"):
+        check_same(measured, EngineConfig(quantization="w8a8"), files.config)
+    with pytest.raises(ValueError, match="it is of threads 1; allowed: one of threads 2"):
+        check_same(measured, EngineConfig(threads=2), files.config)
 
 
 def test_an_idle_engine_computes_the_profiles_own_points() -> None:
