@@ -1,5 +1,5 @@
 """What one block of KV looks like in bytes, whole (`KVLayout`) and on each rank of a worker (`KVSplit`). Layouts are
-exchanged when workers first meet; a pair whose layouts differ is refused then.
+exchanged when workers first meet; a pair that differs in more than the block size is refused then.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 
 MAX_EXTENT = 2**16
+MAX_BLOCK_SIZE = 1024
 MAX_BLOCK_BYTES = 2**40
 MAX_SPLIT = 1024
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3": 1, "uint64": 8}
@@ -49,8 +50,8 @@ class KVLayout:
     groups: tuple[KVGroup, ...]
 
     def __post_init__(self) -> None:
-        if not 1 <= self.block_size <= 1024:
-            raise ValueError(f"block_size: {self.block_size} is not in 1…1024")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size: {self.block_size} is not in 1…{MAX_BLOCK_SIZE}")
         if not self.groups:
             raise ValueError("groups: a KV layout needs at least one group of layers")
         for group in self.groups:
@@ -102,9 +103,25 @@ class KVLayout:
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
             raise ValueError(f"kv_layout: not a KV layout: {error}") from error
 
+    def identity(self) -> bytes:
+        """Of what two workers must have in common to hand KV off: everything but the block size (`kvtransfer.reblock`)
+        and the ranks (`kvtransfer.reshape`).
+        """
+        return replace(self, block_size=1).to_bytes()
+
     def digest(self) -> str:
         """Short hex name of this layout, for logs and comparison."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
+
+
+def same_kv(mine: bytes, theirs: bytes) -> bool:
+    """Whether two layouts, as `KVLayout.to_bytes` has them, differ in nothing but the block size."""
+    if mine == theirs:
+        return True
+    try:
+        return KVLayout.from_bytes(mine).identity() == KVLayout.from_bytes(theirs).identity()
+    except ValueError:
+        return False
 
 
 def stage_layers(num_layers: int, pipeline_stages: int, stage: int) -> range:

@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass, field
 
 from ..cluster.types import Side, seq_id
+from .layout import same_kv
 
 PROTOCOL_VERSION = 3
 """Of the messages in `kvtransfer.wire` and of the state machines in `kvtransfer.protocol`; compared when workers
@@ -172,8 +173,8 @@ def check_hello(mine: Hello, theirs: Hello) -> None:
             RefusalReason.FINGERPRINT_MISMATCH,
             f"{theirs.worker_id} has KV {theirs.fingerprint!r}, {mine.worker_id} has {mine.fingerprint!r}",
         )
-    if theirs.layout != mine.layout:
+    if not same_kv(mine.layout, theirs.layout):
         raise HandoffRefused(
             RefusalReason.LAYOUT_MISMATCH,
-            f"the KV layouts of {theirs.worker_id} and {mine.worker_id} differ (block size, layers, heads or dtype)",
+            f"the KV layouts of {theirs.worker_id} and {mine.worker_id} differ (layers, heads or dtype)",
         )

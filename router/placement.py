@@ -77,7 +77,7 @@ def pair(
 def missing(prefill: Sequence[WorkerView], decode: Sequence[WorkerView]) -> str:
     """What is not there, in words, where these make no pair."""
     if prefill and decode:
-        alike = "the same KV fingerprint and layout (block size, layers, heads, dtype)"
+        alike = "the same KV fingerprint and layout (layers, heads, dtype)"
         return f"pair of a prefill and a decode worker with {alike}"
     return "decode worker" if prefill else "prefill worker" if decode else "worker"
 

@@ -19,6 +19,7 @@ from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...kvtransfer.mapped.fd_passing import SegmentServer, share
 from ...kvtransfer.mapped.transport import MappedKVTransport
 from ...kvtransfer.mover.worker import KVMover, attach_mover, spawn_mover
+from ...kvtransfer.reblock import ReblockingTransport, largest_block_bytes
 from ...kvtransfer.ticket import SegmentOffer
 from ...kvtransfer.transport import KVTransport
 from ...prefill_worker.service import PrefillService
@@ -126,7 +127,8 @@ class WorkerRuntime:
         files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
         check_engine(config.engine, files.config)
         say("device", None)
-        self._mover = await spawn_mover(config.kv_mover, computes=config.engine.device != "paced")
+        in_one_process = config.engine.device != "paced" and config.engine.num_ranks == 1
+        self._mover = await spawn_mover(config.kv_mover, computes=in_one_process)
         device = await asyncio.to_thread(build_device, config.engine, files, progress)
         say("services", None)
         self._device = device
@@ -140,7 +142,8 @@ class WorkerRuntime:
         if config.transport != "grpc":
             self._segments = await share(device.kv.segment)
         offer = None if self._segments is None else self._segments.offer
-        transport = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
+        usual = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
+        transport = _of_any_block_size(usual, config, device, credentials)
         fit = await asyncio.to_thread(_known_steps, config, files, device)
         shell, prefill, decode = _assemble(config, files, device, credentials, offer, transport, fit)
         device.watch(shell.failure_from_engine)
@@ -228,6 +231,16 @@ def _kv_transport(config: WorkerConfig, device: Device, credentials: MemberCrede
     return MappedKVTransport(control, layout, required=config.transport == "mapped")
 
 
+def _of_any_block_size(
+    usual: KVTransport, config: WorkerConfig, device: Device, credentials: MemberCredentials
+) -> KVTransport:
+    """`usual`, and a way to peers whose blocks have another size, unless mapped memory is demanded."""
+    layout, plain = device.kv.layout, None
+    if config.transport != "mapped":
+        plain = GrpcKVTransport(block_bytes=largest_block_bytes(layout), credentials=credentials)
+    return ReblockingTransport(usual, layout, plain=plain)
+
+
 def _longest(config: EngineConfig, files: ModelFiles, device: Device) -> int:
     """Context that is promised to clients: one longer than the whole KV memory could never run."""
     return min(config.max_model_len or files.config.max_model_len, device.kv.num_blocks * config.block_size)
@@ -274,7 +287,7 @@ def _assemble(
         epoch=new_epoch(),
         model=files.name,
         fingerprint=device.fingerprint,
-        kv_layout=device.kv.layout.to_bytes(),
+        kv_layout=device.kv.layout.identity(),
         block_size=engine_config.block_size,
         max_model_len=longest,
         vocab_size=device.vocab_size,

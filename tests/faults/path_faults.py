@@ -103,7 +103,7 @@ for _side, _what in (("holder", What.HELLO_REPLY), ("puller", What.HELLO)):
         tampers.of_hello(lambda h: replace(h, fingerprint="other weights")),
         "failed:fingerprint_mismatch",
     )
-    on_path(f"layout_mismatch_of_{_side}", _what, tampers.of_hello(tampers.other_block_size), "failed:layout_mismatch")
+    on_path(f"layout_mismatch_of_{_side}", _what, tampers.of_hello(tampers.other_head_dim), "failed:layout_mismatch")
 on_path(
     "hello_of_another_life",
     What.HELLO_REPLY,

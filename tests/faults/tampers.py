@@ -202,6 +202,7 @@ def of_hello(change: Callable[[Hello], Hello]) -> How:
     return lambda data: [wire.encode_hello(change(wire.decode_hello(data)))]
 
 
-def other_block_size(hello: Hello) -> Hello:
+def other_head_dim(hello: Hello) -> Hello:
     layout = KVLayout.from_bytes(hello.layout)
-    return replace(hello, layout=replace(layout, block_size=layout.block_size // 2).to_bytes())
+    groups = tuple(replace(group, head_dim=2 * group.head_dim) for group in layout.groups)
+    return replace(hello, layout=replace(layout, groups=groups).to_bytes())

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from tandem.cluster.config import EngineConfig, RouterConfig, WorkerConfig
+from tandem.cluster.engine.devices.paced import PacedDevice
 from tandem.cluster.engine.devices.paced_language import expected_tokens
 from tandem.cluster.models.reference import resolve_model
 from tandem.cluster.types import Role, SamplingParams
@@ -240,12 +241,39 @@ def test_no_worker_is_an_error_not_a_wait_for_ever(start_cluster: Start, paced: 
     assert answer.status_code == 503
 
 
-def test_workers_whose_kv_differs_are_never_paired(start_cluster: Start, paced: Paced) -> None:
+def test_workers_whose_kv_differs_are_never_paired(
+    start_cluster: Start, paced: Paced, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster = start_cluster(paced(), router=RouterConfig(unready_wait_s=0.2))
-    cluster.add(Role.PREFILL, block_size=16)
-    cluster.add(Role.DECODE, block_size=32)
+    cluster.add(Role.PREFILL)
+    make = PacedDevice.for_model
+
+    def other_weights(*args: object, **fields: object) -> PacedDevice:
+        device = make(*args, **fields)  # type: ignore[arg-type]
+        device.fingerprint = "of other weights"
+        return device
+
+    monkeypatch.setattr(PacedDevice, "for_model", other_weights)
+    cluster.add(Role.DECODE)
     answer = cluster.http.get("/ready")
     assert answer.status_code == 503
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(16, 32), (64, 16), (48, 32)])
+def test_block_sizes_may_differ(start_cluster: Start, paced: Paced, prefill: int, decode: int) -> None:
+    """Whole blocks, blocks in part, a prefix that the decode worker has, prompts of less than a block."""
+    cluster = start_cluster(paced(max_batched_tokens=100))
+    cluster.add(Role.PREFILL, block_size=prefill)
+    cluster.add(Role.DECODE, block_size=decode)
+    cluster.wait_ready()
+    for length in (1, 15, 32, 97, 160, 230):
+        prompt = list(range(50, 50 + length))
+        answer = cluster.grpc.generate(token_ids=prompt, max_tokens=20, temperature=0).collect()
+        assert answer.token_ids == expected(prompt, 20)
+        assert answer.timings is not None
+        assert answer.timings.path == "split"
+        assert answer.timings.transport == "grpc"
+    cluster.wait_clean()
 
 
 def test_kv_that_waits_in_the_prefill_worker_is_pulled_when_blocks_come_free(
