@@ -83,13 +83,12 @@ class FairQueue(Generic[K]):
         """Adds a waiter; its class takes the share that came last. `cost` above 0."""
         assert key not in self._waiters, f"{key!r} waits already"
         mine = self._class_of(urgency)
-        due_s = min(urgency.deadline_s, now_s + PATIENCE_S)
-        waiter = _Waiter(key, (due_s, self._next_order), max(cost, 1e-9), urgency.slo_class)
-        if mine.line and mine.line[-1].due > waiter.due:
-            insort(mine.line, waiter, key=_DUE)
+        due, line = (min(urgency.deadline_s, now_s + PATIENCE_S), self._next_order), mine.line
+        waiter = self._waiters[key] = _Waiter(key, due, max(cost, 1e-9), urgency.slo_class)
+        if line and line[-1].due > due:
+            insort(line, waiter, key=_DUE)
         else:
-            mine.line.append(waiter)
-        self._waiters[key] = waiter
+            line.append(waiter)
         self._next_order += 1
 
     def peek(self) -> K | None:
@@ -119,11 +118,12 @@ class FairQueue(Generic[K]):
         mine = self._classes[waiter.slo_class]
         start = max(self._now, mine.finish)
         mine.finish = start + cost / mine.share
-        # Where another class should have been first, time does not pass it by: it would lose what it is owed.
-        now = self._now
-        for other in self._classes.values():
-            if other is not mine and other.line:
-                start = min(start, max(now, other.finish))
+        if len(self._classes) > 1:
+            # Where another class should have been first, time does not pass it by: it would lose what it is owed.
+            now = self._now
+            for other in self._classes.values():
+                if other is not mine and other.line:
+                    start = min(start, max(now, other.finish))
         self._now = start
         waiter.cost = max(left, 1e-9)
 

@@ -134,7 +134,7 @@ class Admission:
         _forget(self._lateness_s, now_s)
         if not self._waiting or len(self._lateness_s) < LATENESS_SAMPLES:
             return 0.0
-        return max(0.0, statistics.median(late_s for _, late_s in self._lateness_s))
+        return max(0.0, statistics.median([late_s for _, late_s in self._lateness_s]))
 
     def _check_places(self, promised: bool, now_s: float) -> None:
         mine = self._promised if promised else len(self._waiting) - self._promised

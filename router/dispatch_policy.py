@@ -107,6 +107,11 @@ class DispatchPolicy(Generic[K]):
         self._entries[key] = _Entry(urgency, cost)
         self._queue.push(key, urgency, cost=cost, now_s=now_s)
 
+    def pass_by(self, urgency: Urgency, *, cost: float) -> None:
+        """Who comes while nobody waits, asks and is served at once: as `enter`, `ready`, `ask` and `granted`."""
+        self._absent = False
+        self._queue.pass_by(urgency, cost=cost)
+
     def ready(self, key: K) -> None:
         """It could ask now."""
         self._entries[key].ready = True

@@ -4,6 +4,7 @@ own prompt. Pure; from the workers' views, their step-time models and what the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,11 +58,6 @@ def _beside(view: WorkerView) -> tuple[int, int, int]:
     return view.max_batched_tokens - rows, rows, view.context_tokens
 
 
-def prefill_s(view: WorkerView, tokens: float) -> float:
-    """Seconds that this worker computes for so many prompt tokens, in full steps; beside its decodes if it has any."""
-    return step_time_model(view.step_time).predict_prefill_s(tokens, *_beside(view))
-
-
 def tokens_per_s(view: WorkerView) -> float:
     """Prompt tokens that this worker computes in a second of full steps."""
     room, rows, context_tokens = _beside(view)
@@ -94,15 +90,18 @@ def forecast(
     views = learned(views)
     if not views:
         return None
-    queue_s = {view.worker_id: prefill_s(view, view.tokens_before(urgency)) for view in views}
-    own_s = {view.worker_id: prefill_s(view, max(1, uncached_tokens[view.worker_id])) for view in views}
-    level_s = max(_level_s(views, queue_s, ahead_tokens), decode_wait_s)
-    idle_s = min(own_s.values())
+    queue_s: dict[str, float] = {}
+    own_s: dict[str, float] = {}
+    idle_s = math.inf
     for view in views:
+        model, beside = step_time_model(view.step_time), _beside(view)
+        queue_s[view.worker_id] = model.predict_prefill_s(view.tokens_before(urgency), *beside)
+        alone_s = model.predict_prefill_s(max(1, uncached_tokens[view.worker_id]), *beside)
         # A prompt is done when its step is. Where more waits than a step has room for, its step is full of others too.
-        room = _beside(view)[0]
-        beside = min(room, max(0.0, view.queued_prefill_tokens + ahead_tokens - room))
-        own_s[view.worker_id] = max(own_s[view.worker_id], prefill_s(view, beside))
+        others = min(beside[0], max(0.0, view.queued_prefill_tokens + ahead_tokens - beside[0]))
+        own_s[view.worker_id] = max(alone_s, model.predict_prefill_s(others, *beside))
+        idle_s = min(idle_s, alone_s)
+    level_s = max(_level_s(views, queue_s, ahead_tokens), decode_wait_s)
     best = min(views, key=lambda view: (max(queue_s[view.worker_id], level_s) + own_s[view.worker_id], view.worker_id))
     return Forecast(
         wait_s=max(queue_s[best.worker_id], level_s),

@@ -80,6 +80,19 @@ class Turns(Generic[S]):
         told = forecast(views, uncached_tokens, urgency=urgency, ahead_tokens=ahead, decode_wait_s=decode_wait_s)
         return Outlook(cost_tokens=own, forecast=told)
 
+    def open_to(self, urgency: Urgency, views: Views, *, needs_room: bool) -> bool:
+        """Whether somebody who came now would ask at once, and alone: nobody waits, and there is room. Who is then
+        placed may `pass_by`.
+        """
+        if len(self._policy) or self._unready_s is not None:
+            return False
+        there = views() if needs_room else ()
+        return not there or self._room_tokens(there, urgency) > 0.0
+
+    def pass_by(self, urgency: Urgency, cost_tokens: int) -> None:
+        """It was placed without a place in the queue: as `expect`, `ready`, `due` and `placed`."""
+        self._policy.pass_by(urgency, cost=float(cost_tokens))
+
     def expect(self, spot: S, cost_tokens: int, now_s: float) -> None:
         """It takes its place; it counts for those behind, but does not ask before it is `ready`."""
         self._policy.enter(spot, spot.urgency, cost=float(cost_tokens), now_s=now_s)

@@ -78,8 +78,12 @@ class StepOutput:
 
     def check_answers(self, plan: StepPlan) -> None:
         """Raises AssertionError if this is not the output of `plan`, row by row."""
-        got = [(row.seq_id, row.error or len(row.tokens)) for row in self.rows]
-        pairs = zip(plan.rows, self.rows, strict=True)
-        want = [(row.seq_id, result.error or int(row.sample is not None)) for row, result in pairs]
         assert self.plan_id == plan.plan_id, f"output of plan {self.plan_id}, but {plan.plan_id} is the oldest"
-        assert got == want, f"plan {plan.plan_id} wants (sequence, tokens) {want}, its output has {got}"
+        for row, result in zip(plan.rows, self.rows, strict=True):
+            fits = result.error or len(result.tokens) == (row.sample is not None)
+            if not fits or row.seq_id != result.seq_id:
+                wants, has = int(row.sample is not None), len(result.tokens)
+                raise AssertionError(
+                    f"plan {plan.plan_id} wants {wants} tokens of {row.seq_id!r}, its output has {has} of "
+                    f"{result.seq_id!r}"
+                )

@@ -146,7 +146,8 @@ class Lockstep:
         tables, size = pool.tables, pool.block_size
         growing: list[list[int]] = []
         """A table as often as it lacks a block."""
-        for at in [at for at in full if at < until]:
+        due = [at for at in full if at < until] if steps > 1 else [self._taken] if self._taken in full else []
+        for at in due:
             rows = full.pop(at)
             each = 1 + (until - 1 - at) // size
             mine = [tables[seq.seq_id] for seq in rows] if len(rows) > 1 else [tables[rows[0].seq_id]]

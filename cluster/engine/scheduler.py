@@ -192,7 +192,8 @@ class Scheduler:
         """
         if len(self._outstanding) >= self._max_outstanding_plans or not self.has_work:
             return None
-        self._lockstep.dissolve()
+        if self._lockstep.rows:
+            self._lockstep.dissolve()
         if self._policy.pulls_alone and self._pull_first():
             return None
         by_age = sorted(self._running.values(), key=attrgetter("order"))
@@ -203,7 +204,7 @@ class Scheduler:
             prompts = self._serve(shares.prefill_tokens, may_admit=True)
         work = [(seq, count) for seq, count in prompts if count]
         preemptions = self._preemptions
-        if not work:
+        if decoding and not work:
             work = [(seq, 1) for seq in self._with_slots(decoding[: shares.decode_rows], by_age)]
         if not self._policy.prompts_alone:
             # What a preemption has just freed is for those that run.

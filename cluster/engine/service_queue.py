@@ -101,14 +101,9 @@ class ServiceQueue:
             raise IntegrityError("scheduler: the queue miscounts its sequences or tokens")
 
     def _counts_of(self, seq: Sequence) -> _Counted:
-        waits = seq.state is State.WAITING
-        patient = math.isinf(seq.spec.urgency.deadline_s) and seq in self._fair
-        return _Counted(
-            prefill_tokens=seq.remaining_prefill,
-            patient_tokens=seq.remaining_prefill if patient else 0,
-            waits=waits,
-            pulls=waits and (seq.needs_pull or seq.swapped),
-        )
+        waits, left = seq.state is State.WAITING, seq.remaining_prefill
+        patient = left > 0 and seq.spec.urgency.deadline_s == math.inf and seq in self._fair
+        return _Counted(left, left if patient else 0, waits, waits and (seq.needs_pull or seq.swapped))
 
     def _count(self, seq: Sequence) -> None:
         counted = self._counted[seq] = self._counts_of(seq)

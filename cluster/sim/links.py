@@ -50,11 +50,14 @@ class Flow:
         self._rate = math.inf
         self._since_s = timeline.time_s
         self._done: Event | None = None
+        alone = True
         for link in self._links:
+            alone = alone and not link.flows
             link.flows[self] = None
-        self._share_out()
-        if self._done is None:
-            self._plan(math.inf)
+        if alone:
+            self._plan(min([link.bytes_per_s for link in self._links], default=math.inf))
+        else:
+            self._share_out()
 
     def cancel(self) -> None:
         """It goes no further; idempotent."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 from ...router.admission import Admission
 from ...router.errors import ContextLengthExceeded, InvalidRequest, Overloaded
@@ -54,6 +55,14 @@ class RouterSpec:
     max_attempts: int = 3
     timeout_s: float = math.inf
     """Of a request, after which it is given up; inf: never."""
+
+
+class _Granted(NamedTuple):
+    """Where a try runs, and the credit that it has there."""
+
+    place: Place
+    decode: SimMember | None
+    credit_id: int
 
 
 class SimRouter:
@@ -154,7 +163,10 @@ class SimRouter:
 
     def _outlook(self, choice: SimChoice, deadline_s: float) -> Outlook:
         promise = choice.promise
-        choice.urgency = Urgency(slo_class=promise.slo_class, share=promise.share, deadline_s=deadline_s)
+        if deadline_s == math.inf:
+            choice.urgency = _patient(promise.slo_class, promise.share)
+        else:
+            choice.urgency = Urgency(slo_class=promise.slo_class, share=promise.share, deadline_s=deadline_s)
         return self._look(choice)
 
     def _look(self, choice: SimChoice) -> Outlook:
@@ -175,6 +187,12 @@ class SimRouter:
 
     def _enter(self, choice: SimChoice, cost_tokens: int) -> None:
         now_s = self._timeline.time_s
+        if self._turns.open_to(choice.urgency, self._prompt_workers, needs_room=choice.half is None):
+            tried = self._try(choice)
+            if isinstance(tried, _Granted):
+                self._turns.pass_by(choice.urgency, cost_tokens)
+                self._send(choice, tried)
+                return
         spot = choice.spot = ChoiceSpot(choice, now_s, choice.urgency, needs_room=choice.half is None)
         spot.waits_until_s = choice.tries.waits_until_s
         self._turns.expect(spot, cost_tokens, now_s)
@@ -221,33 +239,34 @@ class SimRouter:
     # --- places -----------------------------------------------------------------------------------------------------
 
     def _ask(self, spot: ChoiceSpot, now_s: float) -> None:
-        """As `Dispatcher._ask` and `Placer.try_place`."""
+        """As `Dispatcher._ask`."""
         choice = spot.choice
+        tried = self._try(choice)
+        if isinstance(tried, NoWorkers):
+            if self._turns.absent(spot, now_s):
+                told = choice.tries.nobody_came(tried)
+                choice.give_up(told.code or told.type)
+        elif tried is None:
+            self._turns.refused(spot, now_s)
+        else:
+            self._turns.placed(spot, now_s)
+            choice.spot = None
+            self._send(choice, tried)
+
+    def _try(self, choice: SimChoice) -> _Granted | NoWorkers | None:
+        """As `Placer.try_place`. None: no worker grants a credit now. Asked twice at one moment, they say the same."""
         try:
             place = find_place(
-                choice.needs,
-                self.pools(),
-                lambda views: self._cached_tokens(choice, views),
-                self._spec.local_threshold_tokens,
+                choice.needs, self.pools(), partial(self._cached_tokens, choice), self._spec.local_threshold_tokens
             )
         except NoWorkers as none:
-            if self._turns.absent(spot, now_s):
-                told = choice.tries.nobody_came(none)
-                choice.give_up(told.code or told.type)
-            return
-        decode, credit_id = None, 0
-        if place.path is not Path.PREFILL_ONLY:
-            decode, credit_id = self._reserve(choice, place)
-            if decode is None:
-                self._turns.refused(spot, now_s)
-                return
-        self._turns.placed(spot, now_s)
-        choice.spot = None
-        self.withdraw(choice)
-        self._placed(choice, place, decode, credit_id)
+            return none
+        if place.path is Path.PREFILL_ONLY:
+            return _Granted(place, None, 0)
+        return self._reserve(choice, place)
 
-    def _reserve(self, choice: SimChoice, place: Place) -> tuple[SimMember | None, int]:
-        """The first worker, best first, that grants a credit, and its id."""
+    def _reserve(self, choice: SimChoice, place: Place) -> _Granted | None:
+        """The first worker, best first, that grants a credit."""
         name, number, context = choice.asked.request_id, choice.tries.number, choice.context_tokens
         for view in place.decode:
             member = self._members[view.worker_id]
@@ -255,12 +274,15 @@ class SimRouter:
             if credit_id is not None:
                 if member in choice.wants:
                     choice.wants.remove(member)
-                return member, credit_id
+                return _Granted(place, member, credit_id)
             if member not in choice.wants:
                 choice.wants.append(member)
-        return None, 0
+        return None
 
-    def _placed(self, choice: SimChoice, place: Place, decode: SimMember | None, credit_id: int) -> None:
+    def _send(self, choice: SimChoice, granted: _Granted) -> None:
+        """Its try begins there; elsewhere it wants no credit any more."""
+        self.withdraw(choice)
+        place, decode, credit_id = granted
         prefill = None if place.prefill is None else self._members[place.prefill.worker_id]
         uncached_tokens = 0
         if choice.half is None:
@@ -360,3 +382,9 @@ class SimRouter:
         self._members[member.worker.spec.worker_id] = member
         self._shown = -1
         self.changed()
+
+
+@lru_cache(maxsize=256)
+def _patient(slo_class: str, share: float) -> Urgency:
+    """Of all that are due at no time."""
+    return Urgency(slo_class=slo_class, share=share)

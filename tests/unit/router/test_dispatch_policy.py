@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from tandem.cluster.types import Urgency
+from tandem.cluster.types import Role, Urgency
 from tandem.router.dispatch_policy import DRAIN_LEARNED_S, RETRY_CHANGED_S, RETRY_S, DispatchPolicy
+from tandem.router.placement import WorkerView
+from tandem.router.turns import Spot, Turns
+from views import view
 
 
 def due(deadline_s: float) -> Urgency:
@@ -208,3 +211,38 @@ def test_the_time_in_which_nobody_was_there_says_nothing_of_how_fast_workers_are
     assert day.asks() == ["b"]
     day.refused("b")
     assert day.policy.decode_wait_s(100.0, day.now_s) == pytest.approx(1.0)
+
+
+def idle() -> tuple[WorkerView, ...]:
+    return (view("p", role=Role.PREFILL),)
+
+
+def full() -> tuple[WorkerView, ...]:
+    return (view("p", role=Role.PREFILL, queued_prefill_tokens=10**9),)
+
+
+def test_who_passes_by_while_nobody_waits_has_paid_as_if_it_had_stood_in_the_queue() -> None:
+    orders = []
+    for passes in (True, False):
+        turns: Turns[Spot] = Turns(unready_wait_s=1.0)
+        a, b = Urgency(slo_class="a"), Urgency(slo_class="b", share=3.0)
+        assert turns.open_to(a, idle, needs_room=True)
+        assert not turns.open_to(a, full, needs_room=True)
+        assert turns.open_to(a, full, needs_room=False)
+        for urgency, cost in ((a, 1000), (b, 50), (a, 10)):
+            if passes:
+                turns.pass_by(urgency, cost)
+                continue
+            spot = Spot(0.0, urgency, needs_room=True)
+            turns.expect(spot, cost, 0.0)
+            turns.ready(spot)
+            for turn in turns.due(0.0, idle):
+                turns.placed(turn, 0.0)
+        waiting = {Spot(1.0, urgency, needs_room=True): number for number, urgency in enumerate((a, b, b, a, b))}
+        for spot in waiting:
+            turns.expect(spot, 100, 1.0)
+            turns.ready(spot)
+        assert not turns.open_to(a, idle, needs_room=True), "others wait"
+        orders.append([waiting[spot] for spot in turns.due(1.0, idle) if turns.placed(spot, 1.0) is None])
+    assert orders[0] == orders[1]
+    assert orders[0] != sorted(orders[0]), "the class that has paid more waits"
