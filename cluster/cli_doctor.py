@@ -122,6 +122,7 @@ def gather_machine(model: str, url: str) -> Machine:
     nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
     error, here = _look_at(model)
     kernels, reason = _kernels()
+    gpu, gpu_hint = _gpu()
     return Machine(
         python=platform.python_version(),
         python_allowed=_python_allowed(),
@@ -137,6 +138,8 @@ def gather_machine(model: str, url: str) -> Machine:
         ports=_ports(url),
         kernels=kernels,
         kernels_reason=reason,
+        gpu=gpu,
+        gpu_hint=gpu_hint,
         model=model,
         model_error=error,
         model_here=here,
@@ -154,6 +157,21 @@ def _kernels() -> tuple[str, str]:
     except ValueError as error:  # a TANDEM_CPU_ISA that does not exist
         return "torch", f"compiled kernels cannot be had: {error}"
     return picked.kernels, picked.reason
+
+
+def _gpu() -> tuple[str, str]:
+    """What Triton kernels could run on, and what to do where a GPU is here that they cannot."""
+    from ..kernels.dispatch import GPU_OPERATIONS, gpu_facts, gpu_problem, pick_gpu
+
+    facts = gpu_facts()
+    there = f"{len(GPU_OPERATIONS)} operations in Triton"
+    problem = gpu_problem(facts)
+    if problem is not None:
+        hint = "make the environment with a torch that is built for this GPU" if facts.driver else ""
+        return f"{problem}; {there} wait for one", hint
+    picked = pick_gpu("auto", facts)
+    hint = "" if picked.kernels == "triton" else "pip install 'tandem-serve[gpu]'"
+    return f"{picked.kernels}: {picked.reason}; {there}; no engine on GPUs yet, models run on processors", hint
 
 
 def _python_allowed() -> str:

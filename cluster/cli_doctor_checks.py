@@ -75,6 +75,10 @@ class Machine:
     kernels: str
     """Who would compute a model on this processor (`kernels.dispatch`); empty: nobody, torch and numba are missing."""
     kernels_reason: str
+    gpu: str
+    """Who would compute on a GPU, and why; or what the GPU that is here lacks, or that none is here."""
+    gpu_hint: str
+    """What to do about it; empty: nothing."""
     model: str
     model_error: str | None
     model_here: bool
@@ -88,6 +92,7 @@ def check_machine(machine: Machine) -> list[Finding]:
         *_ray(machine),
         _cpu(machine),
         _kernels(machine),
+        _gpu(machine),
         _limits(machine),
         _cache(machine),
         _model(machine),
@@ -147,6 +152,10 @@ def _kernels(machine: Machine) -> Finding:
     if machine.kernels == "compiled":
         return Finding(Level.OK, "kernels", text)
     return Finding(Level.WARN, "kernels", text, "several times slower than compiled ones")
+
+
+def _gpu(machine: Machine) -> Finding:
+    return Finding(Level.WARN if machine.gpu_hint else Level.OK, "gpu", machine.gpu, machine.gpu_hint)
 
 
 def _limits(machine: Machine) -> Finding:

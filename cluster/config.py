@@ -60,9 +60,9 @@ class EngineConfig:
     """`bfloat16` or `float32`; of weights and KV."""
     quantization: Annotated[str | None, OneOf(("w8a8",))] = None
     """`w8a8`: int8 weights by output channel, int8 activations by token, scales drawn from the data; None: none."""
-    kernels: Annotated[str, OneOf(("auto", "compiled", "torch", "reference"))] = "auto"
-    """Who computes on `cpu`: kernels compiled for this processor, torch's own operations, or the plain formulas;
-    `auto`: the first of them that this machine has (`kernels.dispatch`)."""
+    kernels: Annotated[str, OneOf(("auto", "compiled", "triton", "torch", "reference"))] = "auto"
+    """Who computes: kernels compiled for this processor (`compiled`, on `cpu`) or for a GPU (`triton`), torch's own
+    operations, or the plain formulas; `auto`: the first of them that the device has (`kernels.dispatch`)."""
     batching: Annotated[str, OneOf(("iteration", "request", "prompts_alone"))] = "iteration"
     """`iteration`: sequences join and leave between any two steps (Orca §3.1). For comparison: `request`: a batch runs
     until its last sequence has ended, as systems before Orca did; `prompts_alone`: no step mixes prompts and decode
@@ -100,6 +100,8 @@ class EngineConfig:
         check(self)
         if len(set(self.cpus)) != len(self.cpus):
             raise ConfigError("cpus", list(self.cpus), "each processor once")
+        if self.kernels == "triton" and self.device == "cpu":
+            raise ConfigError("kernels", self.kernels, "auto, compiled, torch or reference on cpu: triton wants a GPU")
         if self.pipeline_stages > 1 and self.device == "paced":
             allowed = "1 on paced: workers of several pipeline stages cannot be served yet on that device"
             raise ConfigError("pipeline_stages", self.pipeline_stages, allowed)

@@ -1,15 +1,19 @@
 """The single place that picks the implementation of each operation. Importing it loads no torch.
 
 `pick` decides who computes a model on a CPU: the kernels of `kernels.compiled`, torch's operations, or the plain
-formulas that tests hold both against. `operations` and `make_linear` are what the latter two are made of.
+formulas that tests hold both against. `operations` and `make_linear` are what the latter two are made of. `pick_gpu`
+decides the same for a GPU, whose kernels are `kernels.gpu`'s, from facts (`gpu_facts`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +21,28 @@ if TYPE_CHECKING:
 
     from .linear import Linear
 
-KERNELS = ("auto", "compiled", "torch", "reference")
+KERNELS = ("auto", "compiled", "triton", "torch", "reference")
+ON_CPU = ("auto", "compiled", "torch", "reference")
+ON_GPU = ("auto", "triton", "torch", "reference")
+OLDEST_CAPABILITY = (8, 0)
+"""Of GPUs that the Triton kernels are compiled and tested for: A100 and newer."""
+OLDEST_TRITON = (3, 4)
+GPU_OPERATIONS = (
+    "activation",
+    "decode_attention",
+    "draws",
+    "kv_blocks",
+    "kv_write",
+    "logprobs",
+    "norm",
+    "prefill_attention",
+    "rotary",
+    "sampling",
+    "speculative",
+    "w4a16",
+    "w8a8",
+)
+"""Modules of `kernels.gpu` that ship kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +50,7 @@ class Picked:
     """Who computes, and why."""
 
     kernels: str
-    """`compiled`, `torch` or `reference`."""
+    """`compiled`, `triton`, `torch` or `reference`."""
     reason: str
     """One line for people."""
 
@@ -49,13 +74,14 @@ def numba_problem() -> str | None:
 
 
 def pick(kernels: str, quantization: str | None = None, unsupported: str | None = None) -> Picked:
-    """The implementation for a CPU. `kernels`: one of KERNELS; `unsupported`: why the compiled kernels cannot run the
+    """The implementation for a CPU. `kernels`: one of ON_CPU; `unsupported`: why the compiled kernels cannot run the
     model, None: they can.
 
     Raises ValueError naming the field where what is asked for cannot be had.
     """
-    if kernels not in KERNELS:
-        raise ValueError(f"kernels: {kernels!r} is not allowed; allowed: one of {', '.join(KERNELS)}")
+    if kernels not in ON_CPU:
+        where = " on processors" if kernels in KERNELS else ""
+        raise ValueError(f"kernels: {kernels!r} is not allowed{where}; allowed: one of {', '.join(ON_CPU)}")
     obstacle = (numba_problem() or unsupported) if kernels in ("auto", "compiled") else unsupported
     if kernels in ("auto", "compiled") and obstacle is None:
         from .compiled import check
@@ -73,6 +99,104 @@ def pick(kernels: str, quantization: str | None = None, unsupported: str | None 
     if kernels == "reference":
         return Picked("reference", "asked for")
     return Picked("torch", "asked for" if kernels == "torch" else f"compiled kernels cannot run here: {obstacle}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    """What there is to compute on a GPU with. Empty strings: not there."""
+
+    driver: bool
+    """Whether the system has a device of NVIDIA's driver."""
+    torch: str = ""
+    """Version."""
+    cuda: str = ""
+    """That torch is built for."""
+    name: str = ""
+    """Of the first device that torch sees."""
+    capability: tuple[int, int] = (0, 0)
+    triton: str = ""
+    """Version."""
+
+
+def gpu_facts() -> GpuFacts:
+    """Of this machine. Loads torch only where there is a driver to ask; initializes CUDA there."""
+    versions = {name: _version(name) for name in ("torch", "triton")}
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return GpuFacts(driver=False, **versions)
+    if not versions["torch"]:
+        return GpuFacts(driver=True, **versions)
+    import torch
+
+    facts = GpuFacts(driver=True, **versions, cuda=torch.version.cuda or "")
+    if not torch.cuda.is_available():
+        return facts
+    return dataclasses.replace(
+        facts, name=torch.cuda.get_device_name(0), capability=torch.cuda.get_device_capability(0)
+    )
+
+
+def gpu_problem(facts: GpuFacts) -> str | None:
+    """Why nothing can compute on a GPU here, or None."""
+    if not facts.driver:
+        return "no GPU: the system has no device of NVIDIA's driver"
+    if not facts.torch:
+        return "torch is not installed (pip install 'tandem-serve[engine,gpu]')"
+    if not facts.cuda:
+        return f"torch {facts.torch} is built without CUDA"
+    if not facts.name:
+        return f"no GPU: torch {facts.torch} (CUDA {facts.cuda}) sees no device"
+    return None
+
+
+def triton_problem(facts: GpuFacts) -> str | None:
+    """Why the Triton kernels cannot run on the GPU that is here, or None."""
+    if not facts.triton:
+        return "triton is not installed (pip install 'tandem-serve[gpu]')"
+    if _release(facts.triton) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {facts.triton} is older than {oldest} (pip install 'tandem-serve[gpu]')"
+    if facts.capability < OLDEST_CAPABILITY:
+        major, minor = facts.capability
+        return f"{facts.name} is sm_{major}{minor}, older than sm_{OLDEST_CAPABILITY[0]}{OLDEST_CAPABILITY[1]}"
+    return None
+
+
+def pick_gpu(kernels: str, facts: GpuFacts, unsupported: str | None = None) -> Picked:
+    """The implementation for a GPU. `kernels`: one of ON_GPU; `unsupported`: why the Triton kernels cannot run the
+    model, None: they can.
+
+    Raises ValueError naming the field where what is asked for cannot be had.
+    """
+    if kernels not in ON_GPU:
+        where = " on a GPU" if kernels in KERNELS else ""
+        raise ValueError(f"kernels: {kernels!r} is not allowed{where}; allowed: one of {', '.join(ON_GPU)}")
+    absent = gpu_problem(facts)
+    if absent is not None:
+        raise ValueError(f"device: 'cuda' is not allowed: {absent}; allowed: cpu, paced")
+    if kernels == "reference":
+        return Picked("reference", "asked for")
+    if kernels == "torch":
+        return Picked("torch", "asked for")
+    obstacle = triton_problem(facts) or unsupported
+    if obstacle is None:
+        major, minor = facts.capability
+        return Picked("triton", f"{facts.name}, sm_{major}{minor}, triton {facts.triton}, CUDA {facts.cuda}")
+    if kernels == "triton":
+        raise ValueError(f"kernels: 'triton' is not allowed: {obstacle}; allowed: auto, torch, reference")
+    return Picked("torch", f"Triton kernels cannot run here: {obstacle}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor; what is no number counts as 0."""
+    numbers = [int(part) if part.isdigit() else 0 for part in version.split("+")[0].split(".")[:2]]
+    return (numbers[0], numbers[1] if len(numbers) > 1 else 0)
 
 
 @dataclass(frozen=True, slots=True)

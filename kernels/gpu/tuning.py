@@ -64,11 +64,11 @@ class Tuner:
         key = kernel, shape
         if key not in self._known:
             path = self._folder / f"{_slug(kernel)}-{_slug(shape)}.json"
-            kept = _read(path)
-            if kept not in candidates:
-                kept = self._measured(candidates, run)
-                _write(path, kept)
-            self._known[key] = kept
+            best = _read(path)
+            if best is None or best not in candidates:
+                best = self._measured(candidates, run)
+                _write(path, best)
+            self._known[key] = best
         return self._known[key]
 
     def _measured(self, candidates: Sequence[Cut], run: Callable[[Cut], None]) -> Cut:

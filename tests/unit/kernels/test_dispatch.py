@@ -1,13 +1,18 @@
-"""What computes where numba is there and yet cannot be used: torch, with a reason, and no worker dies of it."""
+"""Who computes, and why: without numba, without a GPU, with one that lacks something. No worker dies of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
+from tandem.cluster.config import EngineConfig
+from tandem.cluster.config_schema import ConfigError, OneOf
 from tandem.kernels import dispatch
 
 _BROKEN = """
@@ -53,3 +58,84 @@ def test_numba_that_cannot_be_imported_leaves_the_work_to_torch(tmp_path: Path) 
 def test_numba_that_is_not_installed_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'tandem-serve[engine]'" in str(dispatch.numba_problem.__wrapped__())
+
+
+H100 = dispatch.GpuFacts(
+    driver=True, torch="2.11.0", cuda="13.0", name="NVIDIA H100", capability=(9, 0), triton="3.6.0"
+)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "problem"),
+    [
+        ({"driver": False}, "no GPU: the system has no device of NVIDIA's driver"),
+        ({"torch": ""}, "torch is not installed (pip install 'tandem-serve[engine,gpu]')"),
+        ({"torch": "2.13.0+cpu", "cuda": ""}, "torch 2.13.0+cpu is built without CUDA"),
+        ({"name": ""}, "no GPU: torch 2.11.0 (CUDA 13.0) sees no device"),
+    ],
+)
+def test_without_a_gpu_nothing_is_picked_for_one(lacks: dict[str, Any], problem: str) -> None:
+    facts = dataclasses.replace(H100, **lacks)
+    assert dispatch.gpu_problem(facts) == problem
+    for kernels in dispatch.ON_GPU:
+        with pytest.raises(ValueError, match="device: 'cuda' is not allowed: ") as refused:
+            dispatch.pick_gpu(kernels, facts)
+        assert str(refused.value).endswith(f"{problem}; allowed: cpu, paced")
+
+
+def test_a_gpu_is_computed_on_by_triton() -> None:
+    assert dispatch.gpu_problem(H100) is None
+    picked = dispatch.pick_gpu("auto", H100)
+    assert picked == dispatch.pick_gpu("triton", H100)
+    assert picked == dispatch.Picked("triton", "NVIDIA H100, sm_90, triton 3.6.0, CUDA 13.0")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "unsupported", "problem"),
+    [
+        ({"triton": ""}, None, "triton is not installed (pip install 'tandem-serve[gpu]')"),
+        ({"triton": "3.3.1"}, None, "triton 3.3.1 is older than 3.4 (pip install 'tandem-serve[gpu]')"),
+        ({"triton": "odd"}, None, "triton odd is older than 3.4 (pip install 'tandem-serve[gpu]')"),
+        ({"name": "Tesla T4", "capability": (7, 5)}, None, "Tesla T4 is sm_75, older than sm_80"),
+        ({}, "head_dim 512 is not in 16…256", "head_dim 512 is not in 16…256"),
+    ],
+)
+def test_where_triton_cannot_run_torch_does(lacks: dict[str, Any], unsupported: str | None, problem: str) -> None:
+    facts = dataclasses.replace(H100, **lacks)
+    picked = dispatch.pick_gpu("auto", facts, unsupported)
+    assert picked == dispatch.Picked("torch", f"Triton kernels cannot run here: {problem}")
+    with pytest.raises(ValueError, match="kernels: 'triton' is not allowed: ") as refused:
+        dispatch.pick_gpu("triton", facts, unsupported)
+    assert str(refused.value).endswith(f"{problem}; allowed: auto, torch, reference")
+
+
+def test_what_is_asked_for_is_picked_on_a_gpu() -> None:
+    assert dispatch.pick_gpu("torch", H100) == dispatch.Picked("torch", "asked for")
+    assert dispatch.pick_gpu("reference", H100) == dispatch.Picked("reference", "asked for")
+
+
+def test_kernels_of_another_device_are_named_so() -> None:
+    with pytest.raises(ValueError, match="kernels: 'compiled' is not allowed on a GPU; allowed: one of auto, triton"):
+        dispatch.pick_gpu("compiled", H100)
+    with pytest.raises(ValueError, match="kernels: 'triton' is not allowed on processors; allowed: one of auto, compi"):
+        dispatch.pick("triton")
+    for pick in (dispatch.pick, lambda kernels: dispatch.pick_gpu(kernels, H100)):
+        with pytest.raises(ValueError, match="kernels: 'tritn' is not allowed; allowed: one of auto"):
+            pick("tritn")
+    assert set(dispatch.KERNELS) == set(dispatch.ON_CPU) | set(dispatch.ON_GPU)
+    with pytest.raises(ConfigError, match="kernels: 'triton' is not allowed; allowed: auto, compiled, torch or ref"):
+        EngineConfig(kernels="triton")
+    assert get_args(get_type_hints(EngineConfig, include_extras=True)["kernels"])[1] == OneOf(dispatch.KERNELS)
+
+
+def test_facts_of_this_machine_are_told_without_a_gpu() -> None:
+    facts = dispatch.gpu_facts()
+    assert facts.torch == torch.__version__
+    if not torch.cuda.is_available():
+        assert dispatch.gpu_problem(facts) is not None
+
+
+def test_operations_are_the_modules_that_ship_kernels() -> None:
+    folder = Path(dispatch.__file__).parent / "gpu"
+    ship = {path.stem for path in folder.glob("*.py") if "\nSHIPPED = " in path.read_text()}
+    assert set(dispatch.GPU_OPERATIONS) == ship
