@@ -82,7 +82,7 @@ def difference(one: Evaluation, other: Evaluation) -> Interval:
 
 
 def marginal(more: Candidate, found: Found, base: Evaluation, without: float) -> Marginal:
-    """`more` is `base`'s candidate with a worker more; `without`: goodput of `base` under the same seed."""
+    """`more` is `base`'s candidate with a worker more; `without`: goodput of `base`."""
     grown = next(
         pool for pool, before in zip(more.pools, base.candidate.pools, strict=True) if pool.count > before.count
     )

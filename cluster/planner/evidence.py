@@ -17,9 +17,10 @@ Progress = Callable[[str, float], None]
 """Told what is being done and which share of the whole is done, 0 to 1; from the process that searches."""
 Answer = TypeVar("Answer")
 
-PRECISION = Precision(width=1.1, nearness=0.1, noise=0.02, most=6, step=1.12)
-"""Nearness: from as far an estimate's shape leads to goodput within 3 % (root mean square, as at half of it), where
-seeds differ by 10 %. Noise: a little more than a standard deviation of the attainment of 500 requests at 90 %."""
+PRECISION = Precision(width=1.15, nearness=0.1, noise=0.02, most=6, step=1.12)
+"""Width: where a straight line between two rates says as much as a third run. Nearness: from as far an estimate's shape
+leads to goodput within 3 to 5 % (root mean square), as from half as far: a run is no surer, and seeds differ by 10 %.
+Noise: a little more than a standard deviation of the attainment of 500 requests at 90 %."""
 TRUSTED = 1.15
 """An estimate that was wrong by less under one seed is taken as it is under another."""
 

@@ -144,12 +144,14 @@ class Finals:
     # --- beside -----------------------------------------------------------------------------------------------------
 
     def _grow(self, best: Evaluation) -> list[Search]:
-        """One worker more of each role of the best plan, under the first seed."""
+        """One worker more of each role of the best plan, under the seed that is expected to be most like the mean."""
+        usual = self._usual.get(best.candidate)
+        seed = usual.seeds[0] if usual is not None and usual.seeds else self._setting.seeds[0]
         grown = [one for role in Role if (one := one_more(best.candidate, role)) is not None]
         return [
             Search(
                 what=one,
-                seed=self._setting.seeds[0],
+                seed=seed,
                 near=best.estimate,
                 scale=scale_of(best),
                 precision=PRECISION,
@@ -173,10 +175,10 @@ class Finals:
             saws[watch] = tuple(saw or ())
             self._evidence.requests += len(saws[watch])
         more = [self._grown.get(grown) for role in Role if (grown := one_more(best.candidate, role)) is not None]
+        usual = self._usual.get(best.candidate)
+        without = best.goodput.mean if usual is not None and usual.seeds else best.seeds[0]
         told = tuple(
-            marginal(found.search.what, found, best, best.seeds[0])
-            for found in more
-            if found is not None and found.complete
+            marginal(found.search.what, found, best, without) for found in more if found is not None and found.complete
         )
         for one in able:
             self._predict(one, saws)

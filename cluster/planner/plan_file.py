@@ -28,7 +28,7 @@ from ..types import Role
 from ..workload.spec import WorkloadSpec
 from .nodes import nodes_of
 from .place import replicas_of
-from .problem import Problem
+from .problem import Problem, SearchLimits
 from .result import Candidate, Evaluation, PlanResult, Pool, Quantiles
 from .setting import Setting
 from .verdict import verdict
@@ -252,8 +252,13 @@ def _prediction(problem: Problem, setting: Setting, result: PlanResult, chosen: 
 
 
 def _asked(problem: Problem) -> dict[str, Any]:
-    """The problem but for how it was searched and what is as always; files by their whole path."""
+    """The problem but for how it was searched and what is as always; files by their whole path. Of the search: which
+    splits it may not look at, for these make another problem.
+    """
     asked = {name: value for name, value in _told(problem).items() if name != "search"}
+    limits = {name: value for name, value in _told(problem.search).items() if name.startswith("max_")}
+    if limits:
+        asked["search"] = limits
     workload = asked["workload"] = _told(problem.workload)
     for section, names in ((asked, ("model", "hardware", "profile")), (workload, ("lengths",))):
         for name in names:
@@ -262,7 +267,7 @@ def _asked(problem: Problem) -> dict[str, Any]:
     return asked
 
 
-def _told(spec: Problem | WorkloadSpec) -> dict[str, Any]:
+def _told(spec: Problem | SearchLimits | WorkloadSpec) -> dict[str, Any]:
     """What is not as its field has it by default."""
     told = {}
     for one in fields(spec):

@@ -86,9 +86,22 @@ class Problem(DeviceSpec):
 
 
 def load_problem(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Problem:
-    """From a YAML file of Problem's fields, and values by dotted path that win over it (`{"workload.lengths": …}`).
+    """From a YAML file of Problem's fields, and values by dotted path that win over it (`{"workload.lengths": …}`). A
+    plan's file is one too: the problem that it answers is asked again.
 
     Links may be names, `25Gbps`, `300GB/s` or sections. Files that the YAML names are looked for beside it first.
     Raises ConfigError naming field, value and what is allowed.
     """
-    return parse(Problem, read_tree(path, "problem", overrides))
+    return parse(Problem, read_tree(path, "problem", overrides, inside=_asked))
+
+
+def _asked(data: object) -> object:
+    """The problem in a file: all of it, or what a plan's file says that it answers."""
+    if not isinstance(data, Mapping) or not {"plan", "router", "engine"} & data.keys():
+        return data
+    plan = data.get("plan")
+    problem = plan.get("problem") if isinstance(plan, Mapping) else None
+    if not problem:
+        allowed = "a problem's file, or a plan's: this is a cluster's, which does not say what it was planned for"
+        raise ConfigError("plan.problem", None, allowed)
+    return problem

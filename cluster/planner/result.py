@@ -245,7 +245,8 @@ class Marginal:
     goodput: float
     """With it."""
     gain: float
-    """Requests a second more than without, under the same seeds."""
+    """Requests a second more than without: under a seed that is expected to be like the mean, than that; else under the
+    first one, than there."""
 
     @property
     def gain_per_gpu(self) -> float:

@@ -156,12 +156,13 @@ class Judge:
         if self._late():
             raise OutOfTime
         self._outcomes = outcomes
-        still = []
-        for place in range(len(outcomes)) if self._open is None else self._open:
+        still: list[int] = []
+        places = list(range(len(outcomes))) if self._open is None else self._open
+        for index, place in enumerate(places):
             outcome = outcomes[place]
-            if outcome.asked.arrival_s > now_s:
-                still.append(place)
-                continue
+            if outcome.asked.arrival_s > now_s:  # and those behind it
+                still += places[index:]
+                break
             broken = self._broken(outcome, now_s)
             if broken is None:
                 still.append(place)

@@ -6,7 +6,7 @@ Plain data, checked when it is made; what it names (a model, a hardware file, a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,15 +159,20 @@ class DeviceSpec:
 
 
 def read_tree(
-    path: str | Path | None, what: str, overrides: Mapping[str, Any] | None = None, pools: Iterable[str] = ()
+    path: str | Path | None,
+    what: str,
+    overrides: Mapping[str, Any] | None = None,
+    pools: Iterable[str] = (),
+    *,
+    inside: Callable[[object], object] = lambda data: data,
 ) -> dict[str, Any]:
     """A YAML file of a DeviceSpec's fields and others, and values by dotted path that win over it, ready to be parsed.
 
     Sections of `pools` may be counts: `prefill: 2` for `prefill: {workers: 2}`. Links may be names, `25Gbps`,
-    `300GB/s` or sections. Files that the YAML names are looked for beside it first.
-    ConfigError names what is wrong with it; `what` is the file's name in it.
+    `300GB/s` or sections. Files that the YAML names are looked for beside it first. `inside`: from all that stands in
+    the file to the fields. ConfigError names what is wrong with it; `what` is the file's name in it.
     """
-    data = {} if path is None else read_yaml(path, what)
+    data = {} if path is None else inside(read_yaml(path, what))
     data = {} if data is None else data
     if not isinstance(data, Mapping):
         raise ConfigError(what, data, "a section of keys and values")

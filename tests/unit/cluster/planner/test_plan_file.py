@@ -109,6 +109,22 @@ def test_what_was_asked_is_simulated_again_without_a_word_more(tmp_path: Path) -
     assert [(role.value, pool.tensor_parallel) for role, pool in scenario.pools] == [("prefill", 2), ("decode", 1)]
 
 
+def test_a_plans_file_is_planned_again(tmp_path: Path) -> None:
+    """`tandem plan --config plan.yaml`: the same question, flags over it; a cluster's file says what is missing."""
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("arrival_s,input_tokens,output_tokens\n,100,10\n,300,40\n")
+    lengths_alone = {"workload__input_tokens": None, "workload__output_tokens": None, "workload__lengths": str(lengths)}
+    problem = opt(**lengths_alone, inter_node="25Gbps", search__max_pipeline_stages=1, search__seeds=9)
+    path = tmp_path / "plan.yaml"
+    written(problem, evaluated(split(), 6.0)).save(path)
+    assert load_problem(path, {"search.seeds": 9}) == problem
+    assert load_problem(path, {"rate": 3.0}).rate == 3.0
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("model: smollm2-135m\nrouter: {http_port: 0}\n")
+    with pytest.raises(ValueError, match=r"plan\.problem: .* a cluster's, which does not say what it was planned for"):
+        load_problem(cluster)
+
+
 def test_a_plan_of_a_profile_is_simulated_with_it(tmp_path: Path) -> None:
     problem = profiled(tmp_path)
     config = loaded(tmp_path, written(problem, evaluated(split(prefill_tp=1), 3.0)))
