@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from ..workload.sweep import RateSearch, SweepPoint
 from .claims_cluster import RunningSystem, System
-from .claims_disaggregation import ATTEMPTS, WARMUPS, Kept, StairResult, climb, compare, options_for
+from .claims_disaggregation import ATTEMPTS, WARMUPS, Kept, StairResult, climb, compare, options_for, run_key
 from .claims_load import Staircase
 from .claims_machine import strain, take_sample
 from .options import BenchOptions
@@ -220,50 +220,27 @@ async def validate(
     rows: dict[int, Sequence[Row]] = {}
     predictions = [_Predictions(trial, overheads) for trial in trials]
     for tries in range(1, ATTEMPTS + 1):
+        tell = say if tries == 1 else lambda text: None
         for seed in range(seeds):
             for number, trial in enumerate(trials):
-                tell = say if tries == 1 else lambda text: None
+                system, load = trial.subject.system, trial.load
+                measure = partial(compare, [system], replace(load, seed=load.seed + seed), seeds=1, attempts=tries)
+                run = partial(run_behind_promises, trial.subject, look)
                 try:
-                    await _measure(
-                        trial, trial.load.seed + seed, tries=tries, kept=kept, look=look, end_s=end_s, say=tell
-                    )
+                    await measure(kept=kept, end_s=end_s, say=tell, run=run, variant=VARIANT)
                 except (RuntimeError, ServerUnusable) as error:
-                    say(f"{trial.subject.label}: {error}")
-                attempts = [
-                    stairs
-                    for other in range(seeds)
-                    for stairs in await _measure(trial, trial.load.seed + other, tries=tries, kept=kept)
-                ]
-                own = predictions[number].rows(attempts, seeds)
+                    say(f"{system.label}: {error}")
+                own = predictions[number].rows(_kept_of(trial, kept, seeds), seeds)
                 if own != rows.get(number):
                     rows[number] = own
                     on_rows(number, own)
     return Validation(overheads=overheads, rows=tuple(row for own in rows.values() for row in own))
 
 
-async def _measure(
-    trial: Trial,
-    seed: int,
-    *,
-    tries: int,
-    kept: Kept,
-    look: Look | None = None,
-    end_s: float = -math.inf,
-    say: Callable[[str], None] = lambda text: None,
-) -> list[list[StairResult]]:
-    """Runs of one trial under one seed: those that are kept, and as far as the time allows those that are not."""
-    [attempts] = await compare(
-        [trial.subject.system],
-        replace(trial.load, seed=seed),
-        seeds=1,
-        kept=kept,
-        end_s=end_s,
-        say=say,
-        run=partial(run_behind_promises, trial.subject, look),
-        variant=VARIANT,
-        attempts=tries,
-    )
-    return attempts
+def _kept_of(trial: Trial, kept: Kept, seeds: int) -> list[list[StairResult]]:
+    """All runs of a trial, each with its stairs, seed by seed."""
+    key, first = run_key(trial.subject.system, trial.load, VARIANT), trial.load.seed
+    return [stairs for seed in range(first, first + seeds) for stairs in kept.runs.get((key, seed), [])]
 
 
 class _Predictions:

@@ -317,6 +317,33 @@ def test_a_cluster_that_fails_leaves_the_others_alone(trace: str, steps: Path, m
     assert set(told) == {0, 1}
 
 
+def test_clusters_run_in_turns_seed_by_seed_and_what_is_kept_does_not(
+    trace: str, steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    async def run(subject: Subject, look: object, system: System, load: Staircase, say: object) -> list[StairResult]:
+        asked.append((system.label, load.seed))
+        return [stair(97, seed=load.seed)]
+
+    monkeypatch.setattr(validate_module, "run_behind_promises", run)
+    load = replace(load_of(trace, 1.0), stair_s=2.0)
+    trials = [Trial(subject=paced_subject(text, steps), load=load) for text in ("1P+1D", "1M")]
+    for _ in range(2):
+        work = validate_module.validate(
+            trials,
+            NONE,
+            seeds=2,
+            kept=Kept(path=tmp_path / "runs.jsonl"),
+            end_s=math.inf,
+            say=lambda text: None,
+        )
+        found = asyncio.run(work)
+        assert [row.measured and row.measured.requests for row in found.rows] == [200, 200]
+    split, mixed = (trial.subject.label for trial in trials)
+    assert asked == [(split, 0), (mixed, 0), (split, 1), (mixed, 1)]
+
+
 def test_a_run_is_foretold_at_the_pace_that_the_machine_had_around_it(
     trace: str, steps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
