@@ -24,6 +24,7 @@ def main() -> int:
         "only", nargs="*", help="files to run: attention for bench_attention.py; all of them by default"
     )
     parser.add_argument("--minutes", type=float, default=8, help="begin nothing new after this long")
+    parser.add_argument("--tune", action="store_true", help="time other tilings instead, where a file has them")
     options = parser.parse_args()
     import torch
 
@@ -42,8 +43,15 @@ def main() -> int:
     )
     names = options.only or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     for name in names:
+        module = importlib.import_module(f"bench_{name}")
+        if options.tune:
+            for line in getattr(module, "tune", lambda device: iter(()))(torch.device("cuda")):
+                print(line, flush=True)
+                if time.monotonic() > until:
+                    break
+            continue
         lines: list[tuple[str, ...]] = []
-        for cases in importlib.import_module(f"bench_{name}").cases(torch.device("cuda")):
+        for cases in module.cases(torch.device("cuda")):
             if time.monotonic() > until:
                 print(f"{name}: out of time, the rest is left out (--minutes {options.minutes:g})")
                 break

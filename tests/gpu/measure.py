@@ -1,7 +1,8 @@
 """Times what runs on a GPU, and measures what it could reach at most: copy bandwidth and matrix products.
 
-Needs torch and triton only. Times are medians over repetitions, between device events, after a warm-up; a buffer larger
-than the last-level cache is written between two repetitions, so that inputs come from memory, as they do in a model.
+Needs torch and triton only. Times are medians over repetitions, between device events, after a warm-up, of a captured
+graph where the call can be captured (else of the call, which then includes what launching costs the host); a buffer
+larger than the last-level cache is written between two repetitions, so that inputs come from memory, as in a model.
 """
 
 from __future__ import annotations
@@ -44,10 +45,24 @@ class Bounds:
     """Floating-point operations of a large bf16 matrix product, a second."""
 
 
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    """`run` as a graph's replay, or itself where it waits for the device or cannot be captured for another reason."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return run
+    return graph.replay
+
+
 def time_s(run: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -> float:
     """Median seconds of one call on the device."""
     for _ in range(warm_up):
         run()
+    run = _captured(run)
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
     taken = []
     for _ in range(repetitions):
@@ -63,13 +78,17 @@ def time_s(run: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -
 
 def measure_bounds() -> Bounds:
     """A copy of 2 GiB and a product of 8192 x 8192 matrices of random numbers (zeros would run faster)."""
-    copied = torch.randn(2, 2**29, device="cuda")
-    copy_s = time_s(lambda: copied[1].copy_(copied[0]))
-    moved = copied.nbytes
-    copied = copied[:0].clone()
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product_s = time_s(lambda: a @ b)
-    return Bounds(copy_bytes_per_s=moved / copy_s, products_per_s=2 * 8192**3 / product_s)
+    return Bounds(copy_bytes_per_s=_copied_per_s(), products_per_s=_computed_per_s())
+
+
+def _copied_per_s() -> float:
+    source, target = torch.randn(2, 2**29, device="cuda")
+    return 2 * source.nbytes / time_s(lambda: target.copy_(source))
+
+
+def _computed_per_s() -> float:
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / time_s(lambda: a @ b)
 
 
 def machine() -> str:
