@@ -120,14 +120,13 @@ class GpuFacts:
 
 def gpu_facts() -> GpuFacts:
     """Of this machine. Loads torch only where there is a driver to ask; initializes CUDA there."""
-    versions = {name: _version(name) for name in ("torch", "triton")}
-    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
-        return GpuFacts(driver=False, **versions)
-    if not versions["torch"]:
-        return GpuFacts(driver=True, **versions)
+    driver = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    facts = GpuFacts(driver=driver, torch=_version("torch"), triton=_version("triton"))
+    if not driver or not facts.torch:
+        return facts
     import torch
 
-    facts = GpuFacts(driver=True, **versions, cuda=torch.version.cuda or "")
+    facts = dataclasses.replace(facts, cuda=torch.version.cuda or "")
     if not torch.cuda.is_available():
         return facts
     return dataclasses.replace(
