@@ -54,7 +54,8 @@ class StageRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Computes a checked plan. The leader (rank 0) gets the logits [R, V] of the rows that sample, in plan order;
-        what other ranks get means nothing. Raises RankLost.
+        what other ranks get means nothing. When the leader's call returns, the KV of the step is there on every rank:
+        others may read it then. Raises RankLost.
         """
         shard, ranks = self._shard, self._ranks
         width = shard.config.vocab_size
@@ -71,7 +72,21 @@ class StageRunner:
                 logits.append(y)
             elif y.shape[0] and shard.place == 0:
                 ranks.send(y, 0)
+        counts = [sum(row.sample is not None for row in part.rows) for part in parts]
         if shard.rank == 0 and not shard.is_last:
-            counts = [sum(row.sample is not None for row in part.rows) for part in parts]
             logits = [ranks.recv(torch.empty(count, width), self._last_stage) for count in counts if count]
+        if not counts[-1]:
+            self._end_together()
         return torch.cat(logits) if logits else torch.empty(0, width)
+
+    def _end_together(self) -> None:
+        """Tells the leader that every rank has computed the last micro-batch. Its logits would say so: they follow the
+        hidden states through all stages, and all ranks of the last one take part in them.
+        """
+        shard, ranks = self._shard, self._ranks
+        if shard.is_last:
+            done = ranks.all_reduce(torch.zeros(1))
+            if shard.place == 0 and not shard.is_first:
+                ranks.send(done, 0)
+        elif shard.rank == 0:
+            ranks.recv(torch.empty(1), self._last_stage)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +53,39 @@ def logits_of(config: ModelConfig, tensor: int, stages: int, folder: Path) -> li
 def test_logits_are_those_of_one_rank(model: str, tensor: int, stages: int, tmp_path: Path) -> None:
     config = MODELS[model]
     assert_close(logits_of(config, tensor, stages, tmp_path), of_one_rank(config))
+
+
+@pytest.mark.parametrize(("tensor", "stages"), [(2, 1), (1, 2), (2, 2)])
+def test_a_step_is_over_when_its_kv_is_there_on_every_rank(tensor: int, stages: int, tmp_path: Path) -> None:
+    """Also one that samples nothing, where nobody waits for logits; followers are slow here."""
+    kv = ranked_kv(LLAMA, tensor, stages)
+    num_ranks = tensor * stages
+    done = threading.Barrier(num_ranks)
+    after: list[bytes] = []
+
+    def slowly(write: Callable[..., None]) -> Callable[..., None]:
+        def late(*args: torch.Tensor) -> None:
+            time.sleep(0.05)
+            write(*args)
+
+        return late
+
+    def rank(number: int) -> None:
+        shard = Shard(config=LLAMA, tensor_parallel=tensor, pipeline_stages=stages, rank=number)
+        store = meeting_point(str(tmp_path / "ranks"), num_ranks)
+        ranks = TorchRanks(store, rank=number, tensor_parallel=tensor, pipeline_stages=stages, timeout_s=WAIT_S)
+        model = load_part(dummy(LLAMA), shard, ranks, "float32", kernels="torch")
+        if number:
+            model.ops = replace(model.ops, kv_write=slowly(model.ops.kv_write))
+        runner = StageRunner(model, rank_kv(kv.segments[number].blocks, shard, "float32", BLOCK_SIZE), shard, ranks)
+        runner.run(steps()[0])
+        if number == 0:
+            after.append(b"".join(bytes(segment.blocks) for segment in kv.segments))
+        done.wait(WAIT_S)
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        list(pool.map(rank, range(num_ranks)))
+    assert after == [b"".join(bytes(segment.blocks) for segment in kv.segments)]
 
 
 def test_stages_that_do_not_divide_the_layers(tmp_path: Path) -> None:
