@@ -1,0 +1,93 @@
+"""Quantized products against torch's: bf16, and its own int8 product (cuBLAS, without the scales). Llama-3.1-8B's
+layers. Few rows are bound by the bytes of the weights, many by arithmetic; `of peak` is of the measured bf16 peak,
+which int8 may exceed. Cuts are tuned first, and kept where tuning keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from measure import Case
+from tandem.kernels.gpu.tuning import Tuner
+from tandem.kernels.gpu.w4a16 import w4a16_linear
+from tandem.kernels.gpu.w8a8 import w8a8_linear
+from tandem.kernels.int4 import quantize_int4, unpack_int4
+from tandem.kernels.int8 import quantize_rows_reference, w8a8_linear_reference
+
+SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+"""[outputs, inputs] of q k v, o, gate and up, down."""
+ROWS = (1, 16, 128, 2048)
+GROUP = 128
+
+
+def cases(device: torch.device) -> Iterator[list[Case]]:
+    """One list a shape."""
+    tuner = Tuner.of_device(device)
+    for n, k in SHAPES:
+        dense = torch.randn(n, k, device=device, dtype=torch.bfloat16)
+        for m in ROWS:
+            yield _products(m, dense, tuner)
+
+
+def _products(m: int, dense: torch.Tensor, tuner: Tuner | None) -> list[Case]:
+    n, k = dense.shape
+    x = torch.randn(m, k, device=dense.device, dtype=torch.bfloat16)
+    moved = x.nbytes + m * n * 2
+    what, operations = f"{m} x {k} -> {n}", 2 * m * n * k
+    return [
+        *_of_int8(what, x, dense, tuner, operations, moved),
+        *_of_int4(what, x, dense, tuner, operations, moved),
+    ]
+
+
+def _of_int8(
+    what: str, x: torch.Tensor, dense: torch.Tensor, tuner: Tuner | None, operations: int, moved: int
+) -> list[Case]:
+    weight, weight_scales = quantize_rows_reference(dense)
+    quantized, scales = quantize_rows_reference(x)
+    run = lambda: w8a8_linear(quantized, scales, weight, weight_scales, tuner=tuner)  # noqa: E731
+    few = slice(0, 4)
+    expected = w8a8_linear_reference(quantized[few], scales[few], weight, weight_scales)
+    torch.testing.assert_close(run()[few].float(), expected, rtol=0.01, atol=0.01)
+    moved_bytes = moved - x.nbytes // 2 + weight.nbytes
+    found = [Case(what=f"{what}, W8A8", who="tandem", run=run, moved_bytes=moved_bytes, operations=operations)]
+    if x.shape[0] > 16:  # fewer rows it refuses
+        theirs = lambda: torch._int_mm(quantized, weight.t())  # noqa: E731
+        found.append(
+            Case(
+                what=f"{what}, W8A8",
+                who="torch int8",
+                run=theirs,
+                moved_bytes=moved_bytes,
+                operations=operations,
+                note="int32 sums only",
+            )
+        )
+    bf16 = lambda: x @ dense.t()  # noqa: E731
+    found.append(
+        Case(what=f"{what}, W8A8", who="torch bf16", run=bf16, moved_bytes=moved + dense.nbytes, operations=operations)
+    )
+    return found
+
+
+def _of_int4(
+    what: str, x: torch.Tensor, dense: torch.Tensor, tuner: Tuner | None, operations: int, moved: int
+) -> list[Case]:
+    packed, scales = quantize_int4(dense, GROUP)
+    run = lambda: w4a16_linear(x, packed, scales, tuner=tuner)  # noqa: E731
+    wide = (unpack_int4(packed, GROUP).float() * scales.repeat_interleave(GROUP, 1)).to(x.dtype)
+    torch.testing.assert_close(run().float(), (x @ wide.t()).float(), rtol=0.05, atol=1.0)
+    bf16 = lambda: x @ dense.t()  # noqa: E731
+    return [
+        Case(
+            what=f"{what}, W4A16",
+            who="tandem",
+            run=run,
+            moved_bytes=moved + packed.nbytes + scales.nbytes,
+            operations=operations,
+        ),
+        Case(
+            what=f"{what}, W4A16", who="torch bf16", run=bf16, moved_bytes=moved + dense.nbytes, operations=operations
+        ),
+    ]

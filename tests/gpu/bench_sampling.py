@@ -1,0 +1,116 @@
+"""Tokens from logits and the verification of drafts, against torch with a sort and FlashInfer. Vocabulary of 128,256;
+rows of logits are drawn as a language model's are: a few hundred likely tokens. Each row needs one pass at least.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from measure import Case
+from tandem.kernels.gpu.logprobs import normalizers
+from tandem.kernels.gpu.sampling import Wants, probabilities, sample
+from tandem.kernels.gpu.speculative import verify
+
+SIZE = 128_256
+ROWS = (1, 32, 128)
+DRAFTED = 4
+
+
+def cases(device: torch.device) -> Iterator[list[Case]]:
+    """One list a batch and way of sampling."""
+    for rows in ROWS:
+        logits = torch.randn(rows, SIZE, device=device)
+        logits += 12 * torch.rand(rows, SIZE, device=device) ** 400
+        for name, cuts in (
+            ("greedy", {"temperature": 0.0}),
+            ("temperature", {"temperature": 1.0}),
+            ("top-p 0.95", {"temperature": 1.0, "top_p": 0.95}),
+            ("top-k 50, top-p 0.95", {"temperature": 1.0, "top_k": 50, "top_p": 0.95}),
+        ):
+            yield _sampled(logits, name, cuts)
+        yield [
+            Case(
+                what=f"normalizers, {rows} rows",
+                who="tandem",
+                run=lambda logits=logits: normalizers(logits),  # type: ignore[misc]
+                moved_bytes=logits.nbytes,
+            ),
+            Case(
+                what=f"normalizers, {rows} rows",
+                who="torch",
+                run=lambda logits=logits: torch.logsumexp(logits, 1),  # type: ignore[misc]
+                moved_bytes=logits.nbytes,
+            ),
+        ]
+    yield _verified(device)
+
+
+def _wants(rows: int, cuts: dict[str, float], device: torch.device) -> Wants:
+    return Wants.of(
+        temperature=[cuts["temperature"]] * rows,
+        top_k=[int(cuts.get("top_k", 0))] * rows,
+        top_p=[cuts.get("top_p", 1.0)] * rows,
+        seed=range(rows),
+        index=[7] * rows,
+        device=device,
+    )
+
+
+def _sorted_in_torch(logits: torch.Tensor, cuts: dict[str, float]) -> torch.Tensor:
+    """The usual way: sort, cut, draw."""
+    if cuts["temperature"] == 0:
+        return logits.argmax(1)
+    if len(cuts) == 1:
+        return torch.multinomial(logits.softmax(1), 1)
+    ordered, ids = logits.sort(1, descending=True)
+    if "top_k" in cuts:
+        ordered[:, int(cuts["top_k"]) :] = float("-inf")
+    weights = ordered.softmax(1)
+    weights[weights.cumsum(1) - weights >= cuts["top_p"]] = 0
+    return ids.gather(1, torch.multinomial(weights, 1))
+
+
+def _sampled(logits: torch.Tensor, name: str, cuts: dict[str, float]) -> list[Case]:
+    rows = logits.shape[0]
+    wants = _wants(rows, cuts, logits.device)
+    _check(logits, wants, cuts)
+    what = f"sample, {rows} rows, {name}"
+    found = [
+        Case(what=what, who="tandem", run=lambda: sample(logits, wants), moved_bytes=logits.nbytes),
+        Case(what=what, who="torch", run=lambda: _sorted_in_torch(logits, cuts), moved_bytes=logits.nbytes),
+    ]
+    if "top_p" in cuts and importlib.util.find_spec("flashinfer"):
+        import flashinfer
+
+        def theirs() -> torch.Tensor:
+            top_k, drawn = int(cuts.get("top_k", SIZE)), logits.softmax(1)
+            return flashinfer.sampling.top_k_top_p_sampling_from_probs(drawn, top_k, cuts["top_p"])
+
+        found.append(Case(what=what, who="FlashInfer", run=theirs, moved_bytes=logits.nbytes, note="and softmax"))
+    return found
+
+
+def _check(logits: torch.Tensor, wants: Wants, cuts: dict[str, float]) -> None:
+    """What is drawn is among what the sort keeps, and weighs as much."""
+    kept = probabilities(logits, wants)
+    tokens = sample(logits, wants).long()
+    assert bool((kept.gather(1, tokens[:, None]) > 0).all())
+    torch.testing.assert_close(kept.sum(1), torch.ones_like(kept[:, 0]), rtol=1e-4, atol=1e-4)
+    if "top_k" in cuts:
+        assert bool(((kept > 0).sum(1) <= cuts["top_k"]).all())
+
+
+def _verified(device: torch.device) -> list[Case]:
+    rows = 32
+    target = torch.rand(rows, DRAFTED + 1, SIZE, device=device) ** 40
+    target /= target.sum(-1, keepdim=True)
+    draft = target[:, :-1].contiguous()
+    drafted = torch.multinomial(draft.flatten(0, 1), 1).view(rows, DRAFTED).int()
+    wants = _wants(rows, {"temperature": 1.0}, device)
+    lengths = torch.full((rows,), DRAFTED, dtype=torch.int32, device=device)
+    run = lambda: verify(target, draft, drafted, lengths, wants.seed, wants.choice, wants.index)  # noqa: E731
+    assert run()[1].tolist() == [DRAFTED + 1] * rows
+    what = f"verification, {rows} rows, {DRAFTED} drafted"
+    return [Case(what=what, who="tandem", run=run, moved_bytes=rows * SIZE * 4, note="one row of each is read")]
