@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .cli_options import BlockSize, Cpus, Dtype, Kernels, Model, Quantization, Threads, engine_of, numbers
+from .cli_typed import as_typed
 
 if TYPE_CHECKING:
     from .bench.engine import EngineBenchOptions
@@ -39,18 +40,19 @@ def engine(
     """Measure one engine without network: step times over grids, with the share of the machine's bounds they reach."""
     from .bench.engine import EngineBenchOptions
 
-    options = EngineBenchOptions(
-        batch_sizes=numbers("batch_sizes", batch_sizes),
-        contexts=numbers("context", context),
-        prompt_lens=numbers("prompt_lens", prompt_lens),
-        chunk_sizes=numbers("chunk_sizes", chunk_sizes),
-        mixed=mixed,
-        warmups=warmups,
-        repeats=repeats,
-        row_seconds=row_seconds,
-        seed=seed,
-    )
-    _run(engine_of(command.params), options, save_result, save_trace)
+    with as_typed(command, {"context": "contexts"}):
+        options = EngineBenchOptions(
+            batch_sizes=numbers("batch_sizes", batch_sizes),
+            contexts=numbers("context", context),
+            prompt_lens=numbers("prompt_lens", prompt_lens),
+            chunk_sizes=numbers("chunk_sizes", chunk_sizes),
+            mixed=mixed,
+            warmups=warmups,
+            repeats=repeats,
+            row_seconds=row_seconds,
+            seed=seed,
+        )
+        _run(engine_of(command.params), options, save_result, save_trace)
 
 
 def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | None, save_trace: str | None) -> None:
