@@ -27,7 +27,7 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 64, 34
 LONG_TOKENS = 1600
 """Of the prompts that show what each token of a prompt costs beside its computing."""
 ALONE, AT_ONCE, LONG = 10, 8, 8
-BESIDE, BESIDE_TOKENS = 10, 512
+BESIDE, BESIDE_TOKENS = 16, 256
 """Answers beside a prompt of so many tokens, which another worker computes meanwhile."""
 ROUNDS = 3
 """Of answers at once, of which the quickest counts: whatever else the machine does only adds to them."""
