@@ -41,11 +41,6 @@ class PeerVenv:
         """Its interpreter."""
         return self.folder / "bin" / "python"
 
-    def site_packages(self) -> Path:
-        """Where its packages lie."""
-        (found,) = (self.folder / "lib").glob("python*/site-packages")
-        return found
-
 
 def requirements_of(metadata: str, left_out: frozenset[str] = LEFT_OUT) -> list[str]:
     """The requirements of a package's METADATA without extras and without those named in `left_out`."""
