@@ -76,6 +76,8 @@ class Search:
     precision: Precision
     spare_nodes: int = 0
     """Beside those that there are: for what one worker more would bring."""
+    lasts: bool = False
+    """Whether its runs are long enough to be reported, not only to be compared."""
 
     def do(self, means: Means) -> Found:
         """Searches, until it is late."""
@@ -84,7 +86,8 @@ class Search:
             setting = replace(setting, nodes=setting.nodes + self.spare_nodes)
         shape, target = self.shape or outlook.shape(what, self.seed, self.near), setting.target
         start = self.start or self.scale * min(shape.where(target), outlook.bound(what)) or outlook.bound(what) / 2
-        requests = setting.run_requests(start / what.cells)
+        count = setting.lasting_requests if self.lasts else setting.run_requests
+        requests = count(start / what.cells)
         trials: list[Trial] = []
 
         def run(rate: float) -> Trial:

@@ -75,7 +75,7 @@ def with_curves(
 
 def point_at(setting: Setting, load: Load) -> RatePoint:
     """One run, to its end. ValueError where the candidate cannot run."""
-    requests = setting.run_requests(load.rate / load.candidate.cells)
+    requests = setting.lasting_requests(load.rate / load.candidate.cells)
     spec, workload = cluster_of(setting, load.candidate, load.rate, load.seed, requests)
     asked, kept = Counter[str](), Counter[str]()
     late: list[bool] = []

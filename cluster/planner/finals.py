@@ -111,8 +111,9 @@ class Finals:
         """Simulates them under the seeds that are left; beside them, before the last seed, so that none of these long
         ones is left over at the end, `grown`.
         """
-        *seeds, last = self._setting.seeds[1:]
-        searches = [self._under(one, seed) for seed in seeds for one in candidates]
+        first, *seeds, last = self._setting.seeds
+        searches = [self._under(one, first) for one in candidates if self._flattered(one)]
+        searches += [self._under(one, seed) for seed in seeds for one in candidates]
         searches += [*grown, *(self._under(one, last) for one in candidates)]
         founds = self._evidence.simulate(searches, "all seeds", begin, end)
         self._grown |= {found.search.what: found for found in founds if found.search in grown}
@@ -127,7 +128,13 @@ class Finals:
 
     def _under(self, candidate: Candidate, seed: int) -> Search:
         usual = self._usual.get(candidate) if self._setting.target_rate is None else None
-        return self._evidence.search(candidate, seed, usual.rate if usual is not None and seed in usual.seeds else 0.0)
+        start = usual.rate if usual is not None and seed in usual.seeds else 0.0
+        return replace(self._evidence.search(candidate, seed, start), lasts=True)
+
+    def _flattered(self, candidate: Candidate) -> bool:
+        """Whether the runs under the first seed were too short to be reported."""
+        rate = self._explored[candidate].goodput.mean / candidate.cells
+        return self._setting.lasting_requests(rate) > self._setting.run_requests(rate)
 
     def _challenger(self, best: Evaluation) -> Candidate | None:
         """The best of those on that side that were clearly better under the first seed, and there than the best under
@@ -156,6 +163,7 @@ class Finals:
                 scale=scale_of(best),
                 precision=PRECISION,
                 spare_nodes=1,
+                lasts=True,
             )
             for one in grown
             if one not in self._grown and not why_not(self._setting, one, spare_nodes=1)

@@ -111,7 +111,7 @@ def plan_file(
     document["router"] = _router(problem)
     document["plan"] = _prediction(problem, setting, result, chosen)
     ending = [f"made with   {shlex.join(command)}"] if command else []
-    ending.append(f"start with  tandem serve --config {name}.yaml")
+    ending += _uses(chosen, kind, f"{name}.yaml")
     head = _head(problem, setting, result, chosen, kind, ending)
     body = yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=_WIDTH, allow_unicode=True)
     return PlanFile(text=f"{head}\n{body}", profiles=profiles)
@@ -125,7 +125,7 @@ def _head(
         f"Made by tandem plan {__version__}: {chosen.candidate.label}.",
         verdict(result),
         "",
-        f"model     {model_text(setting)}",
+        f"model     {model_text(setting)}{_dtype_text(setting)}",
         f"devices   {devices_text(setting)}; {source_text(problem, setting)}",
         f"workload  {workload_text(problem)}{loss_text(setting)}",
         f"promises  {promises_text(problem)}",
@@ -138,6 +138,15 @@ def _head(
         piece for line in [*lines, *ending] for piece in (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") or [""])
     ]
     return "\n".join(f"# {line}".rstrip() for line in wrapped)
+
+
+def _uses(chosen: Evaluation, kind: str, file: str) -> list[str]:
+    """How it is started, where it can be, and how its prediction is seen again."""
+    seen = "as predicted: nobody is refused; without --no-refuse as its router, which refuses what is lost anyway"
+    uses = [f"simulate    tandem simulate --cluster {file} --no-refuse  ({seen})"]
+    if kind == "paced" and any(pool.pipeline_stages > 1 for pool in chosen.candidate.pools):
+        return [*uses, "not served  the paced device has no pipelines; tandem plan --max-pp 1 plans without them"]
+    return [*uses, f"start with  tandem serve --config {file}"]
 
 
 def _model(problem: Problem, setting: Setting, kind: str) -> str:
@@ -173,6 +182,15 @@ def _shared_engine(problem: Problem, setting: Setting, kind: str) -> dict[str, A
 def _dtype(setting: Setting) -> str:
     """Of weights and KV as an engine's configuration has it; 8 bits are a quantization there."""
     return "float32" if setting.device.facts.kv_dtype == "float32" else "bfloat16"
+
+
+def _dtype_text(setting: Setting) -> str:
+    """What the file's workers hold numbers in, where it is another type than was planned for."""
+    facts, held = setting.device.facts, _dtype(setting)
+    if facts.dtype == held or facts.dtype not in DTYPE_BYTES:
+        return ""
+    same = DTYPE_BYTES[facts.dtype] == DTYPE_BYTES[held]
+    return f", in workers {held}, {'which takes as much memory and time' if same else 'as no other is served'}"
 
 
 def _pool_engine(setting: Setting, candidate: Candidate, pool: Pool) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Watch:
     def do(self, means: Means) -> list[Saw] | None:
         """None: it got too late."""
         setting = means.setting
-        requests = setting.run_requests(self.rate / self.candidate.cells)
+        requests = setting.lasting_requests(self.rate / self.candidate.cells)
         spec, workload = cluster_of(setting, self.candidate, self.rate, self.seed, requests)
         late = False
 

@@ -39,7 +39,7 @@ class SearchLimits:
     max_tensor_parallel: Annotated[int | None, Within(1, MAX_GPUS)] = None
     """Of a worker; None: as many devices as a node has."""
     max_pipeline_stages: Annotated[int | None, Within(1, MAX_GPUS)] = None
-    """Of a worker; None: as many as make sense. 1: what can be served today."""
+    """Of a worker; None: as many as make sense. 1: what the paced device can serve."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -19,6 +19,10 @@ OWN_S = 0.001
 """The router's own work on a request."""
 MIN_RUN_S, RUN_LIVES = 40.0, 2.0
 MIN_REQUESTS, MAX_REQUESTS = 300, 700
+LASTING_REQUESTS = 5000
+"""Of the longest run that looks whether a rate lasts."""
+UNSEEN = 0.03
+"""Of a load: how much of it may be left over in a run that lasts, and nobody's promise tells."""
 SAMPLE_REQUESTS = 400
 """Looked at where a mean or a share over the workload is wanted."""
 
@@ -54,18 +58,44 @@ class Setting:
         return self.nodes * self.gpus_per_node
 
     @property
+    def _life_s(self) -> float:
+        """How long a request takes that just keeps its promises."""
+        promised = self.promises.values()
+        return max((one.ttft_s or 0.0) + (one.tpot_s or 0.0) * self.mean_output for one in promised)
+
+    @property
+    def _patience_s(self) -> float:
+        """The longest promise of a first token."""
+        return max(promise.ttft_s or 0.0 for promise in self.promises.values())
+
+    @property
     def run_s(self) -> float:
-        """How long requests come in a run: several times as long as one takes that just keeps its promises, so that a
-        queue that grows shows (short runs flatter).
+        """How long requests come in a run that compares: several times as long as one takes that just keeps its
+        promises, so that batches have grown.
         """
-        longest_s = 0.0
-        for promise in self.promises.values():
-            longest_s = max(longest_s, (promise.ttft_s or 0.0) + (promise.tpot_s or 0.0) * self.mean_output)
-        return max(MIN_RUN_S, RUN_LIVES * longest_s)
+        return max(MIN_RUN_S, RUN_LIVES * self._life_s)
+
+    @property
+    def lasting_s(self) -> float:
+        """How long requests come in a run that is reported. Where a share e of the load is left over, waits grow by
+        e seconds a second, and only after patience / e is a promise broken: a run that is shorter shows the start of
+        an overload and calls it kept.
+        """
+        growing_s = self._patience_s / UNSEEN
+        return self.run_s if growing_s <= MIN_RUN_S else RUN_LIVES * self._life_s + growing_s
 
     def run_requests(self, rate: float) -> int:
-        """Requests of a run near that rate."""
+        """Requests of a run near that rate, which is compared with others as short."""
         return int(min(MAX_REQUESTS, max(MIN_REQUESTS, rate * self.run_s)))
+
+    def lasting_requests(self, rate: float) -> int:
+        """The same of one that is reported, at least as many."""
+        return int(min(LASTING_REQUESTS, max(self.run_requests(rate), rate * self.lasting_s)))
+
+    def unseen(self, rate: float) -> float:
+        """What share of the load may be left over in `lasting_requests` at that rate without a promise broken."""
+        growing_s = self.lasting_requests(rate) / rate - RUN_LIVES * self._life_s
+        return min(1.0, self._patience_s / growing_s) if growing_s > 0.0 else 1.0
 
 
 def setting_of(problem: Problem) -> Setting:

@@ -18,7 +18,7 @@ from .nodes import nodes_of
 from .problem import Problem
 from .result import Evaluation, Fate, PlanResult, Pool, Quantiles
 from .setting import Setting
-from .verdict import binding_of, cost_of, for_rate, interval, marginal_of, verdict
+from .verdict import binding_of, cost_of, for_rate, interval, marginal_of, verdict, without_interval
 from .words import devices_text, loss_text, model_text, number, promises_text, source_text, workload_text
 
 LOG_WIDTH = 132
@@ -54,6 +54,7 @@ def remarks(problem: Problem, result: PlanResult, *, timed: bool = True) -> list
     if result.marginal:
         lines += [f"{marginal_of(one)}." for one in result.marginal]
     lines += list(result.notes) if result.best is not None else []
+    lines += [text for text in (without_interval(result),) if text]
     refused = sum(one.fate is Fate.REFUSED for one in result.explored)
     refused += sum(one.fate is Fate.REFUSED for one in result.phases)
     if refused:
@@ -161,7 +162,7 @@ def column_of(one: Evaluation, result: PlanResult) -> str:
 
 def _goodput(one: Evaluation, scale: float) -> str:
     if one.decided:
-        return interval(one.goodput, scale)
+        return interval(one.goodput, scale) + (", its capacity" if one.at_bound else "")
     return f"at least {number(one.goodput.mean * scale)}" if one.goodput.mean else "-"
 
 

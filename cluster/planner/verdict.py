@@ -79,9 +79,22 @@ def verdict(result: PlanResult) -> str:
     by = f"{abs(difference.mean) / base * 100:.0f} % {'more' if difference.mean > 0 else 'less'} goodput per GPU"
     shares = sorted(abs(edge) / base * 100 for edge in (difference.low, difference.high))
     head = "Disaggregate" if answer is Answer.DISAGGREGATE else "Do not disaggregate"
-    return (
-        f"{head}: disaggregated has {by} than colocated (95 % interval {shares[0]:.0f} to {shares[1]:.0f} %): {sides}."
-    )
+    span = f"95 % interval {shares[0]:.0f} to {shares[1]:.0f} %"
+    if split.at_bound and mixed.at_bound:
+        span = "both are what these compute at most, so without an interval"
+    return f"{head}: disaggregated has {by} than colocated ({span}): {sides}."
+
+
+def without_interval(result: PlanResult) -> str:
+    """Which goodput has no interval, and what that makes of the difference's; empty: all have."""
+    held = [one for one in (result.disaggregated, result.colocated) if one is not None and one.at_bound]
+    if not held:
+        return ""
+    names = " and ".join("disaggregated" if one.candidate.disaggregated else "colocated" for one in held)
+    text = f"Goodput of {names} is what it computes at most, under every seed: it has no interval"
+    if result.difference is None:
+        return f"{text}."
+    return f"{text}, and the difference {'none either' if len(held) > 1 else 'that of the other kind alone'}."
 
 
 def for_rate(result: PlanResult) -> str:

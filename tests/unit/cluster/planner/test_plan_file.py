@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from plan_cases import evaluated, mixed, opt, result, split
-from tandem.cluster.config import ClusterConfig, ConfigError
+from tandem.cluster.config import ClusterConfig, ConfigError, check_served
 from tandem.cluster.config_file import load_config
 from tandem.cluster.latency.links import LinkTerms
 from tandem.cluster.latency.measured import MeasuredProfile, MeasuredStep, Measurement
@@ -18,6 +18,7 @@ from tandem.cluster.planner.plan_file import PlanFile, device_of, plan_file
 from tandem.cluster.planner.problem import Problem, load_problem
 from tandem.cluster.planner.result import Evaluation
 from tandem.cluster.planner.setting import setting_of
+from tandem.cluster.sim.compose import cluster_spec
 from tandem.cluster.sim.from_cluster import cluster_values
 from tandem.cluster.sim.scenario import read_scenario
 from tandem.cluster.types import Role
@@ -165,11 +166,18 @@ def test_a_profiled_engine_is_served_as_it_was_measured(tmp_path: Path) -> None:
     assert read_profile(path) == STEPS, "without the engine's overhead: real workers have their own"
 
 
-def test_what_cannot_be_served_yet_is_refused_by_its_field(tmp_path: Path) -> None:
+def test_a_plan_with_a_pipeline_is_simulated_and_not_served(tmp_path: Path) -> None:
     deep = split()
     deep = replace(deep, pools=(deep.pools[0], replace(deep.pools[1], pipeline_stages=2)))
-    with pytest.raises(ConfigError, match=r"decode\.engine\.pipeline_stages: 2 .*cannot be served yet"):
-        loaded(tmp_path, written(opt(), evaluated(deep, 6.0)))
+    file = written(opt(), evaluated(deep, 6.0))
+    config = loaded(tmp_path, file)
+    with pytest.raises(ConfigError, match=r"decode\.engine\.pipeline_stages: 2 .*cannot serve pipelines.*--max-pp 1"):
+        check_served(config)
+    scenario = read_scenario(None, cluster_values(config))
+    assert scenario.decode.pipeline_stages == 2
+    assert [one.costs.pipeline_stages for one in cluster_spec(scenario).workers] == [1, 2]
+    assert "start with" not in file.text
+    assert "\n# simulate    tandem simulate --cluster plan.yaml" in file.text
 
 
 def test_the_head_says_how_it_was_made() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from plan_cases import evaluated, mixed, opt, refused, result, split
+from rich.console import Console
 from tandem.cluster.planner.result import Evaluation, Fate, Interval, Marginal, PlanResult
 from tandem.cluster.planner.setting import setting_of
+from tandem.cluster.planner.show import show
 from tandem.cluster.planner.verdict import (
     Answer,
     answer_of,
@@ -19,6 +22,7 @@ from tandem.cluster.planner.verdict import (
     interval,
     marginal_of,
     verdict,
+    without_interval,
 )
 from tandem.cluster.planner.words import loss_text, number, promises_text, signed, workload_text
 from tandem.cluster.types import Role
@@ -221,3 +225,28 @@ def test_what_a_file_lost_to_the_context_is_said(tmp_path: Path) -> None:
     capped = replace(problem, workload=replace(problem.workload, max_input_tokens=500))
     assert loss_text(setting_of(capped)) == "; 2 are shortened to the caps"
     assert loss_text(setting_of(opt())) == ""
+
+
+def test_a_goodput_that_capacity_holds_down_has_no_interval_and_says_so() -> None:
+    colocated = evaluated(mixed(), 4.5, spread=0.0, bound=4.5)
+    one = result(colocated=colocated)
+    assert without_interval(result()) == ""
+    assert without_interval(one) == (
+        "Goodput of colocated is what it computes at most, under every seed: it has no interval, and the difference "
+        "that of the other kind alone."
+    )
+    assert "(95 % interval 27 to 39 %)" in verdict(one)
+    both = result(
+        disaggregated=evaluated(split(), 6.0, spread=0.0, bound=6.0),
+        colocated=colocated,
+        difference=Interval(mean=0.5, low=0.5, high=0.5),
+    )
+    assert "33 % more goodput per GPU than colocated (both are what these compute at most, so without an interval)" in (
+        verdict(both)
+    )
+    assert without_interval(both).startswith("Goodput of disaggregated and colocated is what it computes at most")
+    console = Console(record=True, width=160, file=StringIO())
+    show(console, opt(), setting_of(opt()), one)
+    text = console.export_text()
+    assert "4.50, its capacity" in text
+    assert "it has no interval" in text
