@@ -107,12 +107,13 @@ def corrected(said: WorkerView, then: Snapshot, now: Snapshot) -> WorkerView:
     """The worker as `said` by its heartbeat, when this router had `then` under way there, corrected by what it has now:
     the worker's own count is as old as its heartbeat, and what was ours of it is replaced by what is ours now.
     """
-    others_tokens = max(0, said.queued_prefill_tokens - then.queued_prefill_tokens)
-    others_patient = max(0, said.patient_prefill_tokens - then.patient_prefill_tokens)
-    others_rows = max(0, said.running + said.waiting - then.decode_rows)
+    queued_tokens, patient_tokens, waiting = said.queued_prefill_tokens, said.patient_prefill_tokens, said.waiting
+    others_tokens = max(0, queued_tokens - then.queued_prefill_tokens)
+    others_patient = max(0, patient_tokens - then.patient_prefill_tokens) if patient_tokens else 0
+    others_rows = max(0, said.running + waiting - then.decode_rows)
     return said._replace(
         queued_prefill_tokens=now.queued_prefill_tokens + others_tokens,
         patient_prefill_tokens=now.patient_prefill_tokens + min(others_patient, others_tokens),
-        running=max(now.decode_rows + others_rows - said.waiting, 0),
+        running=max(now.decode_rows + others_rows - waiting, 0),
         tightest_tpot_s=now.tightest_tpot_s,
     )

@@ -95,7 +95,7 @@ class BlockPool:
 
     def can_allocate(self, count: int) -> bool:
         """Whether `allocate(count, …)` would succeed."""
-        return count <= self.num_available
+        return count <= len(self._free) + len(self._cached)
 
     def allocate(self, count: int, holder: str, *, also: str | None = None) -> tuple[BlockRef, ...]:
         """Hands out `count` blocks, appended to the holder's table; free ones first, then the least recently used

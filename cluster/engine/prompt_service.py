@@ -82,8 +82,9 @@ class PromptService:
         """Whether `serve` might let somebody in now. The first in line stops all behind it, so it is the one to ask
         about; while nobody ends, what it lacks only grows.
         """
-        resident = self._running or self._pulling
-        if not self._queue.waiting or self._places <= 0 or (policy.whole_batches and resident):
+        if not self._queue.waiting or self._places <= 0:
+            return False
+        if policy.whole_batches and (self._running or self._pulling):
             return False
         first = next(iter(self._queue))
         return first.state is not State.WAITING or self._kv.has_room(first, policy.headroom_blocks(self._growing()))

@@ -446,10 +446,13 @@ class Scheduler:
         self._queue.remove(seq)
         if seq.joined is not None:
             self._lockstep.leave(seq)
-        if self._running.pop(seq.seq_id, None) is not None:
+        if seq.state is State.RUNNING:
+            del self._running[seq.seq_id]
             self._prompts.running_out -= seq.spec.handoff is Handoff.OUT
-        self._pulling.pop(seq.seq_id, None)
-        self._held.pop(seq.seq_id, None)
+        elif seq.state is State.PULLING:
+            del self._pulling[seq.seq_id]
+        elif seq.state is State.HELD:
+            del self._held[seq.seq_id]
         seq.state = State.ENDED
         self._forget_if_idle(seq)
 

@@ -110,7 +110,7 @@ class SequenceKV:
 
     def has_writer(self, seq_id: str) -> bool:
         """Whether a transport may still write into blocks granted to `seq_id`."""
-        return bool(self.pool.table(WRITER + seq_id))
+        return WRITER + seq_id in self.pool.tables
 
     def check_integrity(self, residents: Iterable[Sequence]) -> None:
         """Proves that only residents and writers hold blocks, and residents enough of them. Raises IntegrityError."""

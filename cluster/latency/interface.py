@@ -67,8 +67,8 @@ class StepRun(Sequence[float]):
     def __getitem__(self, place: int | slice) -> float | list[float]:
         if isinstance(place, slice):
             return [self[one] for one in range(*place.indices(self._steps))]
-        if place < 0:
-            place += self._steps
         if not 0 <= place < self._steps:
-            raise IndexError(f"step {place} of {self._steps}")
+            if not -self._steps <= place < 0:
+                raise IndexError(f"step {place} of {self._steps}")
+            place += self._steps
         return (place + 1.0) * (self._first_s + self._half_growth_s * place)
