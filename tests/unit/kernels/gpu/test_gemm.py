@@ -29,7 +29,7 @@ def test_w8a8(
 def test_w8a8_sums_are_exact_at_the_largest(device: torch.device) -> None:
     x = torch.full((2, 4096), -127, dtype=torch.int8, device=device)
     ones = torch.ones(16, device=device)
-    y = w8a8_linear(x, ones[:2], x[:1].expand(16, -1), ones, dtype=torch.float32, cut=Cut(16, 16, 2048, 2, 4, 2))
+    y = w8a8_linear(x, ones[:2], x[:1].expand(16, -1), ones, dtype=torch.float32, cut=Cut(16, 16, 1024, 2, 4, 2))
     assert y.unique().tolist() == [127 * 127 * 4096]
 
 
@@ -79,6 +79,13 @@ def test_groups_that_no_kernel_takes_are_named(device: torch.device) -> None:
         w4a16_linear(x, packed.to(device), scales.to(device))
     with pytest.raises(ValueError, match="group: 20 is not an even divisor of the 48 inputs"):
         quantize_int4(torch.zeros(4, 48), 20)
+
+
+def test_nibbles_are_the_low_bits_of_128_and_1024() -> None:
+    """What the kernel rests on where the interpreter cannot follow it."""
+    nibbles = torch.arange(16, dtype=torch.int16)
+    assert ((nibbles | 0x4300).view(torch.bfloat16) - 136).tolist() == list(range(-8, 8))
+    assert ((nibbles | 0x6400).view(torch.float16) - 1032).tolist() == list(range(-8, 8))
 
 
 def test_four_bits_keep_what_fits_in_them() -> None:

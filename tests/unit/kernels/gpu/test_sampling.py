@@ -104,7 +104,7 @@ def test_distributions_are_the_cpus(device: torch.device) -> None:
     distributions = probabilities(torch.from_numpy(z).to(device), wants, TILE).cpu().numpy()
     for row, found, (temperature, cut), u in zip(z, distributions, picked, draws, strict=True):
         expected = on_cpu(row, temperature, cut, u)[1]
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7, err_msg=str(cut))
+        np.testing.assert_allclose(found, expected, rtol=3e-5, atol=1e-6, err_msg=str(cut))
 
 
 def test_many_draws_of_one_row_go_where_the_cpus_go(device: torch.device) -> None:
