@@ -30,6 +30,7 @@ MAY_LOAD_HEAVY = (
     "cluster.engine.parallel.follower",
     "cluster.engine.parallel.layers",
     "cluster.engine.parallel.leader",
+    "cluster.engine.parallel.rank",
     "cluster.engine.parallel.ranks",
     "cluster.engine.parallel.stage",
     "cluster.engine.parallel.weights",

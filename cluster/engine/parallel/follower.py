@@ -17,16 +17,8 @@ import socket
 import sys
 import threading
 
-import torch
-
-from ....kvtransfer.layout import KVSplit
-from ....kvtransfer.mapped.segment import take
-from ..devices.kv_memory import kv_layout
 from ..plan_wire import decode_plan
-from .messages import Kind, Setup, decode_setup, receive, send
-from .ranks import TorchRanks, meeting_point
-from .shard import Shard
-from .stage import StageRunner, load_part, rank_kv
+from .messages import Kind, decode_setup, receive, send
 
 MAX_PLANS = 16
 """Told and not yet computed."""
@@ -55,58 +47,31 @@ def _expect(said: queue.Queue[tuple[Kind, bytes]], wanted: Kind) -> bytes:
     return payload
 
 
-def _runner(setup: Setup, kv_fd: int, link: socket.socket, answers: threading.Lock) -> StageRunner:
-    shard = Shard(
-        config=setup.files.config,
-        tensor_parallel=setup.tensor_parallel,
-        pipeline_stages=setup.pipeline_stages,
-        rank=setup.rank,
-    )
-    if setup.cpus:
-        os.sched_setaffinity(0, setup.cpus)
-    torch.set_num_threads(setup.threads)
-    whole = KVSplit(
-        layout=kv_layout(setup.files.config, setup.dtype, setup.block_size),
-        tensor_parallel=setup.tensor_parallel,
-        pipeline_stages=setup.pipeline_stages,
-    )
-    segment = take(kv_fd, nonce=setup.nonce, epoch=0, layout=whole.rank_layout(setup.rank), writable=True)
-    ranks = TorchRanks(
-        meeting_point(setup.store, shard.num_ranks),
-        rank=setup.rank,
-        tensor_parallel=setup.tensor_parallel,
-        pipeline_stages=setup.pipeline_stages,
-        timeout_s=setup.timeout_s,
-    )
-
-    def progress(share: float) -> None:
-        with answers:
-            send(link, Kind.PROGRESS, str(share).encode())
-
-    model = load_part(setup.files, shard, ranks, setup.dtype, progress, kernels=setup.kernels)
-    return StageRunner(model, rank_kv(segment.blocks, shard, setup.dtype, setup.block_size), shard, ranks)
-
-
 def main(link_fd: int, kv_fd: int) -> None:
     """Runs until the leader ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader's to answer
     link = socket.socket(fileno=link_fd)
     said: queue.Queue[tuple[Kind, bytes]] = queue.Queue(MAX_PLANS)
     answers = threading.Lock()
-    send(link, Kind.HERE)
+
+    def answer(kind: Kind, payload: bytes = b"") -> None:
+        with answers:
+            send(link, kind, payload)
+
     threading.Thread(target=_hear, args=(link, said, answers), daemon=True).start()
+    from .rank import build_rank  # heard first: the leader may end while libraries load
+
+    answer(Kind.HERE)
     try:
         setup = decode_setup(_expect(said, Kind.SETUP))
         _expect(said, Kind.CONNECT)
-        runner = _runner(setup, kv_fd, link, answers)
-        with answers:
-            send(link, Kind.READY)
+        runner = build_rank(setup, kv_fd, lambda share: answer(Kind.PROGRESS, str(share).encode()))
+        answer(Kind.READY)
         while True:
             runner.run(decode_plan(_expect(said, Kind.PLAN)))
     except Exception as error:
         logger.exception("a rank cannot go on")
-        with answers:
-            send(link, Kind.FAILED, f"{type(error).__name__}: {error}".encode()[:4096])
+        answer(Kind.FAILED, f"{type(error).__name__}: {error}".encode()[:4096])
         os._exit(EXIT_FAILED)
 
 

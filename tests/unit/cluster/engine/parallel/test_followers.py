@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -116,3 +118,28 @@ def test_what_a_follower_cannot_do_is_told(tmp_path: Path) -> None:
     finally:
         started.close()
     wait_gone(started.pids)
+
+
+def test_followers_end_with_a_leader_that_is_killed(tmp_path: Path) -> None:
+    program = """
+import os, sys, time
+from tandem.cluster.engine.parallel.followers import Followers
+from tandem.cluster.engine.parallel.messages import Setup
+from tandem.cluster.models.reference import resolve_model
+setup = Setup(
+    files=resolve_model("dummy:tiny-llama"), tensor_parallel=2, pipeline_stages=1, rank=1, dtype="float32",
+    kernels="torch", block_size=16, num_blocks=24, nonce=b"", threads=1, cpus=(), store=sys.argv[1], timeout_s=60,
+)
+followers = Followers([setup], [os.memfd_create("kv")])
+print(*followers.pids, flush=True)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "ranks")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as leader:
+        try:
+            assert leader.stdout is not None
+            pid = int(leader.stdout.readline())
+            assert Path(f"/proc/{pid}").exists()
+        finally:
+            leader.kill()
+    wait_gone((pid,))
