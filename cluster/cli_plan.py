@@ -275,6 +275,7 @@ def _write_plan(
     """Writes the file and says what to do with it, or why `serve` will refuse it."""
     from .config import ConfigError
     from .config_file import load_config
+    from .launch.checks import check_engines
     from .planner.plan_file import plan_file
 
     path, chosen = given["output"], _chosen(result, given["choose"])
@@ -286,9 +287,10 @@ def _write_plan(
     file.save(path)
     display.line(f"written     {path}" + "".join(f", {name}" for name in file.profiles))
     try:
-        load_config(path)
+        check_engines(load_config(path), setting.device.facts.config)
     except ConfigError as error:
-        display.line(f"            tandem serve cannot start it yet: {error}")
+        display.line(f"            tandem serve cannot start it: {error}")
+        display.line(f"simulate it tandem simulate --cluster {path}")
         return
     display.line(f"start it    tandem serve --config {path}")
 

@@ -57,7 +57,7 @@ Seed = Annotated[int | None, typer.Option(help="Of the first of them. Default: 0
 Processes = Annotated[int | None, typer.Option(help="That simulate. Default: one a processor.")]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds, then the best so far is the answer. Default: 120.")]
 MaxTp = Annotated[int | None, typer.Option("--max-tp", help="Widest split of a layer. Default: a whole node.")]
-MaxPp = Annotated[int | None, typer.Option("--max-pp", help="Most pipeline stages; 1: what can be served today.")]
+MaxPp = Annotated[int | None, typer.Option("--max-pp", help="Most pipeline stages; 1: what can be served paced.")]
 OutputFile = Annotated[str | None, typer.Option("--output", metavar="FILE", help="plan.yaml for `tandem serve`.")]
 Choose = Annotated[str, typer.Option(help="Which plan is written: best, disaggregated or colocated.")]
 Device = Annotated[

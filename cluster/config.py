@@ -25,6 +25,7 @@ __all__ = [
     "SLOClass",
     "SecurityConfig",
     "WorkerConfig",
+    "check_served",
     "from_dict",
     "is_loopback",
     "to_dict",
@@ -83,7 +84,8 @@ class EngineConfig:
     """Devices that share each layer. `cpu`: processes, as many as divide the model's heads. `paced`: any, as its step
     times say what a split step takes."""
     pipeline_stages: Annotated[int, Within(1, 1024)] = 1
-    """Groups of devices that share the layers out among themselves. `paced`: 1."""
+    """Groups of devices that share the layers out among themselves. `paced`: 1 where it is served (`check_served`), any
+    in virtual time."""
     threads: Annotated[int, Within(1, 1024)] = 1
     """Compute threads of the device; of several ranks, each rank's."""
     cpus: Annotated[tuple[int, ...], Within(0, 65535)] = ()
@@ -102,9 +104,6 @@ class EngineConfig:
             raise ConfigError("cpus", list(self.cpus), "each processor once")
         if self.kernels == "triton" and self.device == "cpu":
             raise ConfigError("kernels", self.kernels, "auto, compiled, torch or reference on cpu: triton wants a GPU")
-        if self.pipeline_stages > 1 and self.device == "paced":
-            allowed = "1 on paced: workers of several pipeline stages cannot be served yet on that device"
-            raise ConfigError("pipeline_stages", self.pipeline_stages, allowed)
         if self.num_ranks > 1 and self.device == "cpu":
             for name, allowed_values in (("kernels", "auto, torch, reference"), ("quantization", "none")):
                 if getattr(self, name) in ("compiled", "w8a8"):
@@ -115,6 +114,15 @@ class EngineConfig:
     def num_ranks(self) -> int:
         """Devices, or processes, of one worker."""
         return self.tensor_parallel * self.pipeline_stages
+
+    def check_served(self) -> None:
+        """ConfigError for what can be simulated and no worker can be."""
+        if self.pipeline_stages > 1 and self.device == "paced":
+            allowed = (
+                "1 on paced, which cannot serve pipelines: `tandem plan --max-pp 1` plans without them, `tandem "
+                "simulate --cluster` takes them as they are"
+            )
+            raise ConfigError("pipeline_stages", self.pipeline_stages, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,6 +334,17 @@ class ClusterConfig:
             )
             for position, (role, index) in enumerate(members)
         )
+
+
+def check_served(config: ClusterConfig) -> None:
+    """`EngineConfig.check_served` for every pool that has workers."""
+    for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.MIXED, config.mixed)):
+        if count:
+            engine = config.engine_of(role)
+            try:
+                engine.check_served()
+            except ConfigError as error:
+                raise error.under("engine" if engine is config.engine else f"{role.value}.engine") from None
 
 
 def _distinct_ports(config: RouterConfig, names: tuple[str, ...]) -> None:

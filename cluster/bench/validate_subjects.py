@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import ClusterConfig, EngineConfig
+from ..config import ClusterConfig, EngineConfig, check_served
 from ..latency.profile import DecodeTerms, StepProfile, read_profile
 from ..types import Role, StepTimeCoefficients
 from .claims_cluster import System
@@ -60,6 +60,7 @@ def config_subject(
     """The cluster of a file that `tandem plan` wrote. Profiles of paced workers are written into `folder`, so many
     times as slow; engines that compute have the `profile` given. ValueError.
     """
+    check_served(config)
     engines = {
         role: _scaled(config.engine_of(role), time_scale, folder / f"{label}.{role.value}.json")
         for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.MIXED, config.mixed))

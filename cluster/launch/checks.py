@@ -106,13 +106,17 @@ def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
     for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.MIXED, config.mixed)):
         if count:
             engine = config.engine_of(role)
-            check_engine(engine, model, under="engine" if engine is config.engine else f"{role.value}_engine")
+            check_engine(engine, model, under="engine" if engine is config.engine else f"{role.value}.engine")
 
 
 def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engine") -> None:
     """Raises ConfigError for a context that the model does not have, for KV memory that holds no block, for ranks that
-    the model cannot be split over, and for a step profile that cannot be read.
+    the device cannot serve or the model cannot be split over, and for a step profile that cannot be read.
     """
+    try:
+        engine.check_served()
+    except ConfigError as error:
+        raise error.under(under) from None
     if engine.max_model_len is not None and engine.max_model_len > model.max_model_len:
         allowed = f"at most the model's own, {model.max_model_len}"
         raise ConfigError("max_model_len", engine.max_model_len, allowed).under(under)

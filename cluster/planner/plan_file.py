@@ -125,7 +125,7 @@ def _head(
         f"Made by tandem plan {__version__}: {chosen.candidate.label}.",
         verdict(result),
         "",
-        f"model     {model_text(setting)}{_dtype_text(setting)}",
+        f"model     {model_text(setting)}{_dtype_text(problem, setting)}",
         f"devices   {devices_text(setting)}; {source_text(problem, setting)}",
         f"workload  {workload_text(problem)}{loss_text(setting)}",
         f"promises  {promises_text(problem)}",
@@ -184,13 +184,12 @@ def _dtype(setting: Setting) -> str:
     return "float32" if setting.device.facts.kv_dtype == "float32" else "bfloat16"
 
 
-def _dtype_text(setting: Setting) -> str:
-    """What the file's workers hold numbers in, where it is another type than was planned for."""
-    facts, held = setting.device.facts, _dtype(setting)
-    if facts.dtype == held or facts.dtype not in DTYPE_BYTES:
+def _dtype_text(problem: Problem, setting: Setting) -> str:
+    """What the file's workers have instead of the precision that was planned for; empty: they have it."""
+    planned, held, measured = setting.device.facts.dtype, _dtype(setting), problem.measured()
+    if planned == held or (measured is not None and measured.measured.quantization is not None):
         return ""
-    same = DTYPE_BYTES[facts.dtype] == DTYPE_BYTES[held]
-    return f", in workers {held}, {'which takes as much memory and time' if same else 'as no other is served'}"
+    return f" (served as {held}{', of the same size' if DTYPE_BYTES[planned] == DTYPE_BYTES[held] else ''})"
 
 
 def _pool_engine(setting: Setting, candidate: Candidate, pool: Pool) -> dict[str, Any]:

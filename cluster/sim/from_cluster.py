@@ -15,6 +15,7 @@ from ...router.slo_classes import INTERACTIVE
 from ..config import ClusterConfig, EngineConfig, RouterConfig, SLOClass
 from ..config_schema import ConfigError
 from ..latency.measured import QUANTIZED_DTYPES
+from ..latency.model_facts import DTYPE_BYTES
 from ..types import SLO, Role
 
 _CPU_HARDWARE = "cpu-avx2"
@@ -38,9 +39,8 @@ def cluster_values(config: ClusterConfig) -> dict[str, Any]:
     counts = {Role.PREFILL: config.prefill, Role.DECODE: config.decode, Role.MIXED: config.mixed}
     engine = next(engines[role] for role in Role if counts[role])
     values: dict[str, Any] = {name: getattr(engine, name) for name in _SHARED}
-    values |= {"model": engine.model, "dtype": QUANTIZED_DTYPES.get(engine.quantization or "", engine.dtype)}
-    values |= {"kv_dtype": engine.dtype}
     asked = {} if config.router.plan is None else config.router.plan.problem
+    values |= {"model": engine.model, **_dtypes(engine, asked)}
     values |= {name: asked[name] for name in _OF_THE_PROBLEM if name in asked}
     if "profile" in asked and ("hardware" not in asked or engine.device == "cpu"):
         values["profile"] = asked["profile"]
@@ -52,6 +52,18 @@ def cluster_values(config: ClusterConfig) -> dict[str, Any]:
             values |= {f"{role.value}.{name}": value for name, value in _pool(role, engines[role]).items()}
     values |= {f"router.{name}": getattr(config.router, name) for name in _OF_THE_ROUTER}
     return values | _load(config.router, asked.get("workload"))
+
+
+def _dtypes(engine: EngineConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Of weights and of KV: the engine's; where it computes nothing those that it was planned for, whose times it
+    takes. A block of KV stays as large as in the file.
+    """
+    dtype, kv_dtype = QUANTIZED_DTYPES.get(engine.quantization or "", engine.dtype), engine.dtype
+    if engine.device == "paced":
+        dtype = asked.get("dtype", dtype)
+        planned = str(asked.get("kv_dtype", dtype))
+        kv_dtype = planned if DTYPE_BYTES.get(planned) == DTYPE_BYTES[engine.dtype] else engine.dtype
+    return {"dtype": dtype, "kv_dtype": kv_dtype}
 
 
 def _pool(role: Role, engine: EngineConfig) -> dict[str, Any]:

@@ -252,7 +252,10 @@ def test_what_serve_cannot_start_yet_is_said(
     found(replace(FOUND, disaggregated=replace(CHOSEN, candidate=deep)))
     options = ["--gpus-per-node", "4", "--output", str(tmp_path / "plan.yaml")]
     assert run([*MODEL, *options]) == 0
-    assert "tandem serve cannot start it yet: decode.engine.pipeline_stages: 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tandem serve cannot start it: decode.engine.pipeline_stages: 2" in said
+    assert "--max-pp 1" in said
+    assert f"tandem simulate --cluster {tmp_path / 'plan.yaml'}" in said
 
 
 def test_both_plans_are_validated_as_they_were_planned(

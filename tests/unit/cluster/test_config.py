@@ -13,6 +13,7 @@ from tandem.cluster.config import (
     RouterConfig,
     SecurityConfig,
     WorkerConfig,
+    check_served,
     from_dict,
     to_dict,
 )
@@ -296,8 +297,9 @@ def test_what_cannot_be_served_yet_is_refused_where_it_stands(tmp_path: Path) ->
         load_config(write(tmp_path, "prefill: {engine: {tensor_parallel: 3, kernels: compiled}}\n"))
     with pytest.raises(ConfigError, match=r"prefill\.engine\.quantization: 'w8a8' .*none for a worker of 2 ranks"):
         load_config(write(tmp_path, "prefill: {engine: {pipeline_stages: 2, quantization: w8a8}}\n"))
-    with pytest.raises(ConfigError, match=r"decode\.engine\.pipeline_stages: 2 .*cannot be served yet"):
-        load_config(write(tmp_path, "engine: {device: paced}\ndecode: {engine: {pipeline_stages: 2}}\n"))
+    deep = load_config(write(tmp_path, "engine: {device: paced}\ndecode: {engine: {pipeline_stages: 2}}\n"))
+    with pytest.raises(ConfigError, match=r"decode\.engine\.pipeline_stages: 2 .*cannot serve pipelines"):
+        check_served(deep)
 
 
 def test_a_step_profile_is_looked_for_beside_the_file(tmp_path: Path) -> None:

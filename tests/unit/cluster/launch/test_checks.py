@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tandem.cluster.bench.validate_subjects import config_subject
 from tandem.cluster.config import ClusterConfig, ConfigError, EngineConfig, WorkerConfig
 from tandem.cluster.config_file import build_config
 from tandem.cluster.latency.profile import StepProfile
@@ -39,9 +40,20 @@ def test_kv_memory_holds_at_least_one_block() -> None:
 def test_a_pool_with_its_own_engine_is_named() -> None:
     shared = config()
     small = replace(shared, decode_engine=replace(shared.engine, kv_cache_bytes=5))
-    with pytest.raises(ConfigError, match=r"^decode_engine\.kv_cache_bytes: 5 "):
+    with pytest.raises(ConfigError, match=r"^decode\.engine\.kv_cache_bytes: 5 "):
         check_engines(small, MODEL)
     check_engines(replace(small, prefill=0, decode=0, mixed=1), MODEL)
+
+
+def test_a_paced_pipeline_is_read_and_not_served(tmp_path: Path) -> None:
+    """Its file can be simulated; who would start it is told what to do."""
+    shared = config(device="paced")
+    deep = replace(shared, mixed=1, mixed_engine=replace(shared.engine, pipeline_stages=2))
+    with pytest.raises(ConfigError, match=r"^mixed\.engine\.pipeline_stages: 2 .*--max-pp 1.*simulate --cluster"):
+        check_engines(deep, MODEL)
+    check_engines(replace(deep, mixed=0), MODEL)
+    with pytest.raises(ConfigError, match=r"^mixed\.engine\.pipeline_stages: 2 "):
+        config_subject(replace(deep, prefill=0, decode=0), "deep", time_scale=1.0, folder=tmp_path)
 
 
 def test_kv_memory_for_less_than_the_asked_context_is_said() -> None:

@@ -189,6 +189,7 @@ def test_the_head_says_how_it_was_made() -> None:
     assert "node-0    prefill-0, decode-0" in joined
     assert "computes nothing" in joined
     assert head[-1] == "# start with  tandem serve --config plan.yaml"
+    assert "simulate    tandem simulate --cluster plan.yaml --no-refuse  (as predicted: nobody is refused" in joined
     assert "TTFT 250 ms and TPOT 100 ms" in joined
     assert max(map(len, text.splitlines())) <= 120
 
@@ -201,6 +202,19 @@ def test_two_plans_differ_where_they_differ() -> None:
     assert one == same
     keys = [line.split(":")[0] for line in one if not line.startswith("#")]
     assert keys == [line.split(":")[0] for line in other if not line.startswith("#")], "the same keys in the same order"
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("float16", " (served as bfloat16, of the same size)"), ("bfloat16", "")])
+def test_the_precision_that_was_planned_is_the_one_that_is_simulated(tmp_path: Path, dtype: str, said: str) -> None:
+    """Engines have no float16: the file says what they have instead."""
+    file = written(opt(dtype=dtype), evaluated(split(), 6.0))
+    config = loaded(tmp_path, file)
+    assert f"B parameters, {dtype}{said}\n" in file.text
+    assert config.engine.dtype == "bfloat16"
+    scenario = read_scenario(None, cluster_values(config))
+    assert (scenario.dtype, scenario.kv_dtype) == (dtype, dtype)
+    held = cluster_spec(scenario).workers[0]
+    assert held.num_blocks * held.block_bytes == config.engine_of(Role.PREFILL).kv_cache_bytes
 
 
 def test_several_classes_each_have_their_promise(tmp_path: Path) -> None:
