@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from attention_cases import far_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tandem.kernels.gpu.kv_blocks import (
@@ -188,3 +189,32 @@ def test_two_sources_fill_a_target_of_other_shape(device: torch.device) -> None:
         part = Part(num_layers=2, num_heads=1, target_layer=layer, target_head=head, num_tokens=24)
         repack(held, arrived, torch.arange(6, device=device), torch.arange(3, device=device), part)
     assert torch.equal(arrived, whole)
+
+
+def test_offsets_are_64_bit(device: torch.device, seeded: torch.Generator) -> None:
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2**35:
+        pytest.skip("needs 32 GiB of free GPU memory")
+    q, k, v, *_ = projected(seeded, device, 2, 1, 8)
+    scales = torch.full((2, 1), 0.1, device=device)
+    blocks, slots = torch.tensor([0, 2, 2, 1, 2], device=device), torch.arange(5, device=device)
+    near = torch.zeros(3, 2, 1, 8, 8, dtype=torch.int8, device=device)
+    apart = far_apart(near, 2**30 + 16)  # the third block lies beyond 2^31
+    for layer in (near, apart):
+        kv_write(q, k, v, None, layer, blocks, slots, scales)
+    assert near[2].any()
+    assert torch.equal(apart, near)
+
+    ids = torch.tensor([2, 0], device=device)
+    assert torch.equal(gather_blocks(apart, ids), near[ids])
+    scatter_blocks(near[ids].flip(0), apart, ids)
+    assert torch.equal(apart[ids], near[ids].flip(0))
+
+    packed, moved = near[:, None].clone(), torch.zeros_like(near)[:, None]
+    far = far_apart(near, 2**30 + 16)[:, None]
+    part = Part(num_layers=1, num_heads=1, num_tokens=24)
+    everything = torch.arange(3, device=device)
+    repack(far, moved, everything, everything, part)
+    assert torch.equal(moved, packed)
+    far.zero_()
+    repack(packed, far, everything, everything, part)
+    assert torch.equal(far, packed)
