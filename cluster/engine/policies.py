@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from ..types import Role
 
+MAX_SHARES = 4096
+"""Answers of a policy that are remembered."""
+
 
 class StepView(NamedTuple):
     """What a policy may look at before a step. Token counts; a decode row is one token."""
@@ -54,6 +57,25 @@ class BatchPolicy(ABC):
     @abstractmethod
     def headroom_blocks(self, growing: int) -> int:
         """Blocks that must stay available after an admission, given `growing` sequences that will yet need blocks."""
+
+
+class Shares:
+    """What a policy says of a step, asked once for each kind of step: it keeps no state."""
+
+    def __init__(self, policy: BatchPolicy, budget_tokens: int) -> None:
+        self._policy = policy
+        self._budget_tokens = budget_tokens
+        self._known: dict[tuple[int, int], StepShares] = {}
+
+    def of(self, decode_rows: int, prefill_tokens: int) -> StepShares:
+        """See `BatchPolicy.shares`."""
+        asked = (decode_rows, prefill_tokens)
+        shares = self._known.get(asked)
+        if shares is None:
+            if len(self._known) >= MAX_SHARES:
+                self._known.clear()
+            shares = self._known[asked] = self._policy.shares(StepView(self._budget_tokens, *asked))
+        return shares
 
 
 class PrefillPolicy(BatchPolicy):

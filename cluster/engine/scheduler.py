@@ -27,7 +27,7 @@ from ..types import EngineLoad, Handoff, SampledToken, SequenceSpec
 from .block_pool import BlockPool, IntegrityError
 from .integrity import check_sequences
 from .plan import StepOutput, StepPlan, StepRow
-from .policies import BatchPolicy, StepShares, StepView
+from .policies import BatchPolicy, Shares
 from .prefix_cache import PrefixCache
 from .prompt_service import PromptService
 from .quiet_run import Lockstep, QuietRun
@@ -36,9 +36,6 @@ from .sequence import Sequence, State, check_spec
 from .sequence_kv import WRITER, SequenceKV
 from .service_queue import ServiceQueue
 from .slots import with_slots
-
-MAX_SHARES = 4096
-"""Of what a policy has said that is remembered."""
 
 
 class QueueFull(RuntimeError):
@@ -80,8 +77,7 @@ class Scheduler:
             raise ValueError(f"{names}; a step must be able to hold one token of every running sequence")
         self._kv = SequenceKV(block_pool, prefix_cache)
         self._policy = policy
-        self._shares: dict[tuple[int, int], StepShares] = {}
-        """What the policy has said, by (decode rows, prompt tokens): it keeps no state."""
+        self._shares = Shares(policy, max_batched_tokens)
         self._clock = clock
         self._max_batched_tokens = max_batched_tokens
         self._max_waiting = max_waiting
@@ -174,7 +170,7 @@ class Scheduler:
     def set_policy(self, policy: BatchPolicy) -> None:
         """Changes role. Everything in flight goes on under the new policy."""
         self._policy = policy
-        self._shares.clear()
+        self._shares = Shares(policy, self._max_batched_tokens)
 
     # ---------------------------------------------------------------- a step
 
@@ -198,7 +194,7 @@ class Scheduler:
             return None
         by_age = sorted(self._running.values(), key=attrgetter("order"))
         decoding = [seq for seq in by_age if seq.can_decode]
-        shares = self._shares_of(len(decoding))
+        shares = self._shares.of(len(decoding), self._queue.prefill_tokens)
         prompts: list[tuple[Sequence, int]] = []
         if self._policy.prompts_alone:
             prompts = self._serve(shares.prefill_tokens, may_admit=True)
@@ -253,7 +249,7 @@ class Scheduler:
         if policy.pulls_alone and (self._pulling or may_admit):
             return None
         rows = len(lockstep.rows)
-        shares = self._shares_of(rows)
+        shares = self._shares.of(rows, self._queue.prefill_tokens)
         if shares.decode_rows < rows:
             return None
         under_way = len(self._running) > rows
@@ -353,17 +349,6 @@ class Scheduler:
         self._kv.check_integrity([seq for seq in self._sequences.values() if seq.state is not State.WAITING])
 
     # ---------------------------------------------------------------- how
-
-    def _shares_of(self, decode_rows: int) -> StepShares:
-        """How the policy shares the next step out."""
-        asked = (decode_rows, self._queue.prefill_tokens)
-        shares = self._shares.get(asked)
-        if shares is None:
-            if len(self._shares) >= MAX_SHARES:
-                self._shares.clear()
-            view = StepView(budget_tokens=self._max_batched_tokens, decode_rows=decode_rows, prefill_tokens=asked[1])
-            shares = self._shares[asked] = self._policy.shares(view)
-        return shares
 
     def _with_slots(self, decoding: list[Sequence], by_age: list[Sequence]) -> list[Sequence]:
         return with_slots(decoding, by_age, self._kv, self._preempt)

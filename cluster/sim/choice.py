@@ -18,9 +18,10 @@ from ...kvtransfer.ticket import Ticket
 from ...router.errors import ServiceError
 from ...router.placing import Needs, Path
 from ...router.slo_classes import Promise
-from ...router.tries import FINISHED, REFUSED_WAIT_S, AttemptLost, PrefillKeep, Tries
+from ...router.tries import FINISHED, REFUSED_WAIT_S, AttemptLost, Tries
 from ...router.turns import Spot
 from ..types import Handoff, SamplingParams, SequenceSpec, Side, Urgency, seq_id
+from .attempt import Half, SentPrompt, Try
 from .engine import TOKEN
 from .member import SimMember
 from .request import Asked, Outcome
@@ -36,55 +37,6 @@ class ChoiceSpot(Spot):
     def __init__(self, choice: SimChoice, entered_s: float, urgency: Urgency, *, needs_room: bool) -> None:
         super().__init__(entered_s, urgency, needs_room=needs_room)
         self.choice = choice
-
-
-class _Prompt:
-    """A prompt that a worker was sent and has no token of yet: the router's own account of it."""
-
-    __slots__ = ("_member", "_patient_tokens", "_tokens", "waiting")
-
-    def __init__(self, member: SimMember, tokens: int, urgency: Urgency) -> None:
-        self._member, self._tokens = member, tokens
-        self._patient_tokens = 0 if math.isfinite(urgency.deadline_s) else tokens
-        self.waiting = True
-        member.sent.prompt_sent(tokens, self._patient_tokens)
-
-    def done(self) -> bool:
-        """Its first token is here, or nobody waits for it. False: that was said before."""
-        if not self.waiting:
-            return False
-        self.waiting = False
-        self._member.sent.prompt_done(self._tokens, self._patient_tokens)
-        return True
-
-
-class _Half:
-    """A prefill and the KV that comes of it, on one life of one worker."""
-
-    __slots__ = ("keep", "member", "number", "output_tokens", "prompt")
-
-    def __init__(self, member: SimMember, number: int, output_tokens: int, prompt: _Prompt) -> None:
-        self.member = member
-        self.number = number
-        self.output_tokens = output_tokens
-        """Of the context: what had been sent when it was begun."""
-        self.prompt = prompt
-        self.keep = PrefillKeep()
-
-
-@dataclass(slots=True)
-class _Try:
-    """One try, placed."""
-
-    number: int
-    path: Path
-    half: _Half | None
-    decode: SimMember | None
-    credit_id: int
-    output_tokens: int
-    prompt: _Prompt
-    decode_open: bool
-    """The decode worker may have something of it: from its credit on, until it has ended there."""
 
 
 class Desk(Protocol):
@@ -128,8 +80,8 @@ class SimChoice:
     keys: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     spot: ChoiceSpot | None = None
     deadline: Event | None = None
-    now: _Try | None = None
-    half: _Half | None = None
+    now: Try | None = None
+    half: Half | None = None
     """Between two tries: the prefill that the next one goes on with."""
     wants: list[SimMember] = field(default_factory=list)
     """Workers that were asked for a credit and gave none."""
@@ -173,13 +125,13 @@ class SimChoice:
         if half is None:
             first = prefill or decode
             assert first is not None
-            prompt = _Prompt(first, uncached_tokens, self.urgency)
+            prompt = SentPrompt(first, uncached_tokens, self.urgency)
             if prefill is not None:
-                half = _Half(prefill, number, outputs, prompt)
+                half = Half(prefill, number, outputs, prompt)
                 outcome.prefill_worker = prefill.worker.spec.worker_id
         else:
             prompt, prefill = half.prompt, None
-        tried = self.now = _Try(number, path, half, decode, credit_id, outputs, prompt, decode is not None)
+        tried = self.now = Try(number, path, half, decode, credit_id, outputs, prompt, decode is not None)
         outcome.tries += 1
         outcome.path = path.value
         if outcome.dispatched_s is None:
@@ -192,7 +144,7 @@ class SimChoice:
             if not (prefill and self.desk.decode_after_prefill):
                 self.timeline.do_after((5 if prefill else 3) * rpc_s, partial(self._send_decode, tried))
 
-    def _send_prefill(self, tried: _Try) -> None:
+    def _send_prefill(self, tried: Try) -> None:
         half = tried.half
         if self.now is not tried or half is None:
             return
@@ -202,7 +154,7 @@ class SimChoice:
         spec = self._spec(seq_id(self.asked.request_id, 0, Side.PREFILL, half.number), tried, handoff, half.member)
         half.member.worker.prefill(self.asked.request_id, half.number, spec)
 
-    def _send_decode(self, tried: _Try) -> None:
+    def _send_decode(self, tried: Try) -> None:
         decode, half, name = tried.decode, tried.half, self.asked.request_id
         if self.now is not tried or decode is None:
             return
@@ -224,7 +176,7 @@ class SimChoice:
         deadline_s = self.asked.arrival_s + self.timeout_s
         decode.worker.decode(name, tried.number, spec, tried.credit_id, ticket, deadline_s)
 
-    def _spec(self, name: str, tried: _Try, handoff: Handoff, member: SimMember) -> SequenceSpec:
+    def _spec(self, name: str, tried: Try, handoff: Handoff, member: SimMember) -> SequenceSpec:
         asked, worker = self.asked, member.worker.spec
         return SequenceSpec(
             seq_id=name,
