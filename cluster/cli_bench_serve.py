@@ -144,25 +144,29 @@ def serve(
     ca: Ca = None,
 ) -> None:
     """Send an open-loop load to an OpenAI-style server or Tandem's gRPC; report TTFT, TPOT, attainment and goodput."""
+    with as_typed(context):
+        raise typer.Exit(_measured(context, context.params))
+
+
+def _measured(context: typer.Context, given: dict[str, Any]) -> int:
+    """Returns the exit code. `given`: the values of all options."""
     from .cli_bench_output import Output
 
-    with as_typed(context):
-        output = Output(
-            save_result=save_result,
-            detailed=save_detailed,
-            result_dir=result_dir,
-            result_filename=result_filename,
-            plot=save_plot,
-            trace=save_trace,
-            server_events=server_events,
-            sweep=sweep,
-        )
-        _allow_many_connections()
-        given = context.params
-        plan = _plan(given) if sweep else None
-        options = _options(given)
-        _check_effects(context)
-        raise typer.Exit(_run_sweep(options, plan, output) if plan is not None else _run(options, output))
+    output = Output(
+        save_result=given["save_result"],
+        detailed=given["save_detailed"],
+        result_dir=given["result_dir"],
+        result_filename=given["result_filename"],
+        plot=given["save_plot"],
+        trace=given["save_trace"],
+        server_events=given["server_events"],
+        sweep=given["sweep"],
+    )
+    _allow_many_connections()
+    plan = _plan(given) if given["sweep"] else None
+    options = _options(given)
+    _check_effects(context)
+    return _run_sweep(options, plan, output) if plan is not None else _run(options, output)
 
 
 def _check_effects(context: typer.Context) -> None:
