@@ -130,8 +130,7 @@ class Followers:
     def _await(self, member: _Follower, wanted: Kind, silence_s: float, progress: Callable[[float], None]) -> None:
         """The next message but PROGRESS, which must be `wanted`."""
         while True:
-            readable, _, _ = select.select([member.link], [], [], silence_s)
-            if not readable:
+            if not _readable([member.link], silence_s):
                 raise self._lost(member, f"no word for {silence_s:g} s")
             try:
                 kind, payload = receive(member.link)
@@ -145,13 +144,12 @@ class Followers:
 
     def _watch(self) -> None:
         """Until they end."""
-        members = {member.link.fileno(): member for member in self._members}
+        links = {member.link: member for member in self._members}
         asked_s = time.monotonic()
         while not self._closing and self._failure is None:
             try:
-                readable, _, _ = select.select(list(members), [], [], PING_S / 4)
-                for number in readable:
-                    self._heard(members[number])
+                for link in _readable(list(links), PING_S / 4):
+                    self._heard(links[link])
                 now_s = time.monotonic()
                 if now_s - asked_s >= PING_S:
                     asked_s = now_s
@@ -201,6 +199,15 @@ class Followers:
             member.process.kill()
         if on_lost is not None:
             on_lost(lost)
+
+
+def _readable(links: Sequence[socket.socket], timeout_s: float) -> list[socket.socket]:
+    """Those with something to read, or whose other end has ended; waits for the first."""
+    by_number = {link.fileno(): link for link in links}
+    poll = select.poll()
+    for number in by_number:
+        poll.register(number, select.POLLIN)
+    return [by_number[number] for number, _ in poll.poll(timeout_s * 1000)]
 
 
 def _spawn(setup: Setup, kv_fd: int) -> _Follower:

@@ -28,7 +28,7 @@ from .ranks import TorchRanks, meeting_point
 from .shard import Shard, own_processors
 from .stage import StageRunner, load_part, rank_kv
 
-OPERATION_S = 60.0
+OPERATION_S = 120.0
 """How long a rank waits for the others in one operation: for as long as the slowest may compute between two. A rank
 that has ended is noticed at once; this bounds what nothing else does."""
 
