@@ -18,6 +18,7 @@ from .cli_options import API_KEY_VARIABLE, Ca, Key, Url
 from .cli_plan import plan
 from .cli_profile import profile
 from .cli_simulate import simulate
+from .cli_typed import refused_text
 from .launch.local_ray import end_process
 from .launch.state import LaunchError
 
@@ -53,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     except typer.Abort:
         return _fail("interrupted", 130)
     except _USAGE_ERROR as error:
-        return _fail(f"{_format(error)} (see --help)", 2)
+        return _fail(f"{refused_text(error) or _format(error)} (see --help)", 2)
     except ValueError as error:  # ConfigError and ModelError included: they name field, value and what is allowed
         return _fail(str(error), 2)
     except (LaunchError, OSError) as error:

@@ -10,6 +10,8 @@ import typer
 
 from .config_schema import ConfigError
 
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
 
 @contextmanager
 def as_typed(
@@ -37,6 +39,23 @@ def flag_of(context: typer.Context, name: str) -> str:
     options = next((list(one.opts) for one in context.command.params if one.name == name), [])
     typed = {word.partition("=")[0] for word in sys.argv[1:]}
     return next((option for option in options if option in typed), options[0] if options else name)
+
+
+def refused_text(error: Exception) -> str:
+    """An option's value that is no number, or out of its range, refused in the words of all other values; empty: the
+    error is another. The options are read by typer, which has the value from pydantic.
+    """
+    parameter, context = getattr(error, "param", None), getattr(error, "ctx", None)
+    errors = getattr(error.__cause__, "errors", None)
+    if parameter is None or context is None or errors is None:
+        return ""
+    first, bounds = errors()[0], errors()[0].get("ctx", {})
+    kinds = {"int": "an integer", "float": "a number"}
+    allowed = [text for kind, text in kinds.items() if first["type"].startswith(kind)]
+    allowed += [f"{words} {bounds[key]}" for key, words in _BOUNDS.items() if key in bounds]
+    if not allowed:
+        return ""
+    return f"{flag_of(context, parameter.name)}: {first['input']!r} is not allowed; allowed: {', '.join(allowed)}"
 
 
 def check_sweep_options(context: typer.Context) -> None:

@@ -42,7 +42,8 @@ def read_yaml(path: str | Path, what: str = "config") -> Any:
             raise ConfigError(what, str(path), f"a file of at most {MAX_FILE_BYTES} bytes")
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(what, str(path), f"a readable YAML file ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(what, str(path), f"a readable YAML file ({why})") from None
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except ConfigError:

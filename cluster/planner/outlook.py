@@ -22,7 +22,7 @@ from .shape import Shape
 
 _PRECISION = Precision(width=1.15, nearness=0.02, most=12)
 _PRECISION_NEAR = Precision(width=1.15, nearness=0.02, most=12, step=1.1)
-_AROUND = (0.88, 0.94, 1.06, 1.12)
+_AROUND = (0.9, 1.1)
 """Of a rough goodput: where a shape wants scores beside those of the way there, if none is as near as `_BESIDE`."""
 _BESIDE = 0.02
 _ANY_SLOPE, _LEAST_SHARE, _NOISE = 0.5, 0.2, 0.01
@@ -115,9 +115,9 @@ class Outlook:
                 excess = needed_s / limit_s
                 if excess > 1.0 and (worst is None or excess > worst.excess):
                     text = (
-                        f"even one unloaded request takes {needed_s:.3g} s {what} with TP {pool.tensor_parallel}, PP "
-                        f"{pool.pipeline_stages} ({100 * self.setting.target:g} % of class {slo_class} take at most "
-                        f"that); promised are {limit_s:g} s"
+                        f"even one unloaded request takes {needed_s * 1e3:.3g} ms {what} with TP "
+                        f"{pool.tensor_parallel}, PP {pool.pipeline_stages} ({100 * self.setting.target:g} % "
+                        f"of class {slo_class} take at most that); promised are {limit_s * 1e3:g} ms"
                     )
                     worst = Hopeless(pool.role, excess, text)
         return worst

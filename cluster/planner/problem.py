@@ -21,7 +21,6 @@ from typing import Annotated, Any
 from ..config_schema import ConfigError, Within, check, parse
 from ..sim.device_spec import MAX_GPUS, DeviceSpec, read_tree
 from ..workload.spec import Workload, WorkloadSpec
-from ..workload.spec import load as load_workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +65,8 @@ class Problem(DeviceSpec):
     def __post_init__(self) -> None:
         DeviceSpec.__post_init__(self)
         if not any(kind.ttft_s or kind.tpot_s for kind in self.workload.classes.values()):
+            self.facts()  # a name that nobody knows is the first thing to mend
+            self.device_hardware()
             allowed = "a class with a promise on TTFT, TPOT or both (ttft_s, tpot_s): without one any plan does"
             raise ConfigError("workload.slo_classes", ", ".join(self.workload.slo_classes) or None, allowed)
         if self.gpus_per_node is not None and self.gpus > MAX_GPUS:
@@ -78,11 +79,7 @@ class Problem(DeviceSpec):
 
     def requests(self) -> Workload:
         """The workload with its file read, held to the longest context."""
-        context = self.facts().config.max_model_len
-        try:
-            return load_workload(self.workload, max_model_len=min(self.max_model_len or context, context))
-        except ConfigError as error:
-            raise error.under("workload") from None
+        return self.fitted(self.workload, self.context_tokens(self.facts()))
 
 
 def load_problem(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Problem:

@@ -19,7 +19,7 @@ from ..latency.measured import read_measured
 from ..latency.memory import DoesNotFit
 from ..latency.profile import MEASURED, StepProfile, read_json, read_profile
 from ..types import Role
-from ..workload.spec import Arrivals, Row, Workload, WorkloadSpec, load
+from ..workload.spec import Arrivals, Row, Workload, WorkloadSpec
 from .cluster import ClusterSpec, Failure
 from .deploy import DeviceModel, Replica, worker_spec
 from .router import RouterSpec
@@ -146,10 +146,7 @@ def promises(workload: WorkloadSpec) -> dict[str, Promise]:
 
 def read_workload(scenario: Scenario, device: DeviceModel) -> Workload:
     """The workload, held to the model's longest context."""
-    try:
-        return load(scenario.workload, max_model_len=device.context_tokens)
-    except ConfigError as error:
-        raise error.under("workload") from None
+    return scenario.fitted(scenario.workload, device.context_tokens)
 
 
 def draw_rows(scenario: Scenario, workload: Workload) -> list[Row]:

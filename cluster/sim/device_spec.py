@@ -20,6 +20,7 @@ from ..latency.memory import DEFAULT_UTILIZATION
 from ..latency.model_facts import DTYPE_BYTES, ModelFacts, model_facts
 from ..latency.profile import MEASURED, read_json, read_profile
 from ..models.reference import DUMMY_PREFIX
+from ..workload.spec import Workload, WorkloadSpec, load
 from .deploy import CostSource, DeviceModel, DistServeCosts, MeasuredCosts, RooflineCosts
 
 MAX_GPUS = 1024
@@ -103,9 +104,28 @@ class DeviceSpec:
             source=self._source(facts, hardware),
             utilization=self.utilization,
             block_size=self._block_size(),
-            max_model_len=min(self.max_model_len or facts.config.max_model_len, facts.config.max_model_len),
+            max_model_len=self.context_tokens(facts),
             prefix_cache=self.prefix_cache,
         )
+
+    def context_tokens(self, facts: ModelFacts) -> int:
+        """The longest prompt and answer together. ConfigError where the model has no such context."""
+        own = facts.config.max_model_len
+        if self.max_model_len is not None and self.max_model_len > own:
+            raise ConfigError("max_model_len", self.max_model_len, f"at most the model's own, {own}")
+        return self.max_model_len or own
+
+    def fitted(self, workload: WorkloadSpec, context_tokens: int) -> Workload:
+        """The workload with its file read, held to that context. ValueError; where a context was asked for that is
+        shorter than the model's own, that one is too short for the lengths.
+        """
+        try:
+            return load(workload, max_model_len=context_tokens)
+        except ConfigError as error:
+            if error.field == "input_tokens" and context_tokens < self.facts().config.max_model_len:
+                allowed = f"at least the workload's {error.value}"
+                raise ConfigError("max_model_len", self.max_model_len, allowed) from None
+            raise error.under("workload") from None
 
     def device_hardware(self) -> Hardware:
         """The hardware's file with this cluster's nodes, links and memory in it."""

@@ -147,7 +147,7 @@ def parse_goodput(pairs: Iterable[str]) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not 0 < value < math.inf:
-            raise ValueError(f"goodput: {pair!r} is not allowed; allowed: milliseconds above 0")
+            raise ValueError(f"goodput: {pair!r} is not allowed; allowed: {name}:MS, with milliseconds above 0")
         if name in promises:
             raise ValueError(f"goodput: {name} is given twice")
         promises[name] = value

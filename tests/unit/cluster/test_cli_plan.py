@@ -99,9 +99,13 @@ def test_a_workload_of_its_own_file(tmp_path: Path) -> None:
     ("options", "error"),
     [
         (["--goodput", "ttfb:9"], "--goodput: 'ttfb:9' is not allowed; allowed: ttft:MS, tpot:MS or both"),
-        (["--goodput", "tpot:fast"], "--goodput: 'tpot:fast' is not allowed; allowed: milliseconds"),
-        (["--goodput", "tpot"], "--goodput: 'tpot' is not allowed; allowed: milliseconds"),
-        (["--goodput", "tpot:0"], "--goodput: 'tpot:0' is not allowed; allowed: milliseconds above 0"),
+        (["--goodput", "tpot:fast"], "--goodput: 'tpot:fast' is not allowed; allowed: tpot:MS, with milliseconds"),
+        (["--goodput", "tpot"], "--goodput: 'tpot' is not allowed; allowed: tpot:MS, with milliseconds above 0"),
+        (["--goodput", "tpot:0"], "--goodput: 'tpot:0' is not allowed; allowed: tpot:MS, with milliseconds above 0"),
+        (["--gpus-per-node", "3.5"], "--gpus-per-node: '3.5' is not allowed; allowed: an integer"),
+        (["--price", "dear"], "--price: 'dear' is not allowed; allowed: a number"),
+        (["--max-model-len", "2049"], "--max-model-len: 2049 is not allowed; allowed: at most the model's own, 2048"),
+        (["--max-model-len", "600"], "--max-model-len: 600 is not allowed; allowed: at least the workload's 640"),
         (["--slo-class", "chat:1:ttft:9"], "--slo-class: 'chat:1:ttft:9' is not allowed; allowed: without goodput"),
         (["--choose", "fastest"], "--choose: 'fastest' is not allowed; allowed: best, disaggregated, colocated"),
         (["--choose", "colocated"], "--choose: has no effect without --output"),
@@ -126,7 +130,7 @@ def test_a_workload_of_its_own_file(tmp_path: Path) -> None:
         (["--attainment-target", "90"], "--attainment-target: 90.0 is not allowed; allowed: above 0, at most 1"),
         (
             ["--config", "/no/problem.yaml"],
-            "--config: '/no/problem.yaml' is not allowed; allowed: a readable YAML file",
+            "--config: '/no/problem.yaml' is not allowed; allowed: a readable YAML file (No such file or directory)",
         ),
     ],
 )
@@ -137,6 +141,21 @@ def test_what_is_wrong_is_refused_before_the_search(
     assert run([*MODEL, *options]) == 2
     assert error in capsys.readouterr().err
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--model", "opt-14b", "--hardware", "a100-80g"], "model 'opt-14b' is not known"),
+        (["--model", "opt-13b", "--hardware", "a100-81g"], "--hardware: 'a100-81g' is not allowed"),
+        (["--model", "opt-13b", "--hardware", "a100-80g"], "is missing; allowed: a class with a promise"),
+    ],
+)
+def test_a_name_that_nobody_knows_is_told_before_a_promise_that_is_missing(
+    options: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["plan", *options]) == 2
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

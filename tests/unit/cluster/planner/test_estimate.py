@@ -144,7 +144,7 @@ def test_a_promise_that_nobody_keeps_alone_is_hopeless() -> None:
     hopeless = Outlook(setting).hopeless(pool)
     assert hopeless is not None
     assert "even one unloaded request takes" in hopeless.text
-    assert "promised are 0.01 s" in hopeless.text
+    assert "promised are 10 ms" in hopeless.text
     assert Outlook(setting).hopeless(default_pool(Role.DECODE, 1, 1, 1, 2048)) is None
 
 
