@@ -8,8 +8,11 @@ from ..types import Role
 from .outlook import Hopeless
 from .phases import Phases
 from .result import Affinity, Evaluation, Fate
+from .setting import LASTING_REQUESTS, UNSEEN
 
 _ORDER = (Fate.SIMULATED, Fate.SCREENED, Fate.ESTIMATED, Fate.BOUNDED, Fate.HOPELESS, Fate.REFUSED)
+NOTED = 1.1
+"""Above so many times what is meant to stay unseen, a reader is told."""
 
 
 def in_order(explored: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
@@ -56,11 +59,16 @@ def _nearest_miss(phases: Phases) -> Hopeless:
     return min(kinds or phases.hopeless, key=lambda one: one.excess)
 
 
-def notes(explored: Iterable[Evaluation], gpus: int) -> tuple[str, ...]:
-    """What a reader should know beside the figures."""
+def notes(explored: Iterable[Evaluation], gpus: int, unseen: float) -> tuple[str, ...]:
+    """What a reader should know beside the figures. `unseen`: `Setting.unseen` at the best plan's goodput."""
     found = []
     if gpus == 1:
         found.append("one GPU holds no two workers: only colocated is possible")
     if any(one.candidate.affinity is Affinity.LOW and one.candidate.cells > 1 for one in explored):
         found.append("cells hand off inside themselves only: each has its own router, and an even share of the load")
+    if unseen > NOTED * UNSEEN:
+        found.append(
+            f"a load of which up to {unseen:.0%} is left over breaks no promise this loose in runs of "
+            f"{LASTING_REQUESTS} requests: goodput may be as much too high"
+        )
     return tuple(found)

@@ -134,6 +134,10 @@ class _Run:
         ]
         return OPTIMISM * min([1.0, *(one.goodput.mean / one.estimate for one in alike if one.estimate)])
 
+    def _unseen(self, *sides: Side) -> float:
+        rates = [one.goodput.mean / one.candidate.cells for one in sides if one is not None]
+        return max([self._setting.unseen(rate) for rate in rates if rate > 0.0], default=0.0)
+
     def _answer(self, split: Side, mixed: Side, more: tuple[Marginal, ...]) -> PlanResult:
         seen, sample, gpus = self._explored.values(), self._evidence.outlook.sample, self._setting.gpus
         sides = [
@@ -161,5 +165,5 @@ class _Run:
             interrupted=self._stop.asked(),
             disaggregated_decided=sides[0],
             colocated_decided=sides[1],
-            notes=notes(seen, gpus),
+            notes=notes(seen, gpus, self._unseen(split, mixed)),
         )

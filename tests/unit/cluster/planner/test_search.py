@@ -37,6 +37,7 @@ PLANNED: dict[str, PlanResult] = {}
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setting_module, "MIN_REQUESTS", 30)
     monkeypatch.setattr(setting_module, "MAX_REQUESTS", 50)
+    monkeypatch.setattr(setting_module, "LASTING_REQUESTS", 50)
 
 
 def planned(
