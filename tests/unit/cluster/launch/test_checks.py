@@ -56,6 +56,18 @@ def test_a_paced_pipeline_is_read_and_not_served(tmp_path: Path) -> None:
         config_subject(replace(deep, prefill=0, decode=0), "deep", time_scale=1.0, folder=tmp_path)
 
 
+def test_ranks_that_the_model_cannot_be_split_over_are_refused() -> None:
+    shared = config()
+    check_engines(replace(shared, prefill_engine=replace(shared.engine, tensor_parallel=2, pipeline_stages=2)), MODEL)
+    for field, wrong, allowed in (
+        ("tensor_parallel", 3, "one of 1, 2, 4 for"),
+        ("pipeline_stages", 3, "1 to .* 2 layers"),
+    ):
+        split = replace(shared, prefill_engine=replace(shared.engine, **{field: wrong}))
+        with pytest.raises(ConfigError, match=rf"^prefill\.engine\.{field}: 3 .*; allowed: {allowed}"):
+            check_engines(split, MODEL)
+
+
 def test_kv_memory_for_less_than_the_asked_context_is_said() -> None:
     engine = EngineConfig(model="dummy:tiny-llama", device="paced", kv_cache_bytes=2 * BLOCK_BYTES, max_model_len=40)
     said = {}
