@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.stats import chisquare
 from tandem.kernels.gpu.sampling import Wants
 from tandem.kernels.gpu.speculative import verify
 from tandem.kernels.philox import Purpose, uniform
 from tandem.kernels.speculative import verify_reference
 
 Table = NDArray[np.float32]
+CHI_SQUARE = 20.5
+"""Exceeded by one in a thousand of samples of six kinds (five degrees of freedom) from the distribution itself."""
+
+
+def chi_square(counts: NDArray[np.float64], distribution: NDArray[np.float64]) -> float:
+    """Pearson's statistic."""
+    expected = distribution * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def distributions(rng: np.random.Generator, *shape: int) -> Table:
@@ -81,7 +88,7 @@ def test_emitted_tokens_are_distributed_as_the_targets(certain: bool) -> None:
     target, draft = ((x + 0.02) / (x + 0.02).sum(-1, keepdims=True) for x in (target, draft))
     p, q = target.astype(np.float32), draft.astype(np.float32)
     first, second = np.zeros(6), np.zeros(6)
-    for seed in range(1500):
+    for seed in range(1000):
         cumulative = np.cumsum(q[0], dtype=np.float64), np.cumsum(q[1], dtype=np.float64)
         drafted = [
             int(np.searchsorted(edges, uniform(seed, 0, g, Purpose.SAMPLE)[0] * edges[-1], side="right"))
@@ -93,7 +100,7 @@ def test_emitted_tokens_are_distributed_as_the_targets(certain: bool) -> None:
         first[emitted[0]] += 1
         if len(emitted) > 1:
             second[emitted[1]] += 1
-    assert chisquare(first, target[0] * first.sum()).pvalue > 1e-3
-    assert chisquare(second, target[1] * second.sum()).pvalue > 1e-3
-    assert second.sum() > 300
-    assert chisquare(first, draft[0] * first.sum()).pvalue < 1e-6
+    assert chi_square(first, target[0]) < CHI_SQUARE
+    assert chi_square(second, target[1]) < CHI_SQUARE
+    assert second.sum() > 150
+    assert chi_square(first, draft[0]) > 3 * CHI_SQUARE  # it would show
