@@ -46,7 +46,7 @@ _LEAST_KEYS = 256
 """A piece is not smaller: what it reads should outweigh its launch and its part of the merge."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])  # a table of another width must not cost a compilation
 def decode_attention_kernel(
     q,
     layer,
@@ -275,10 +275,9 @@ def decode_attention(
         return out
     layer = layer_N2KSD.view(torch.uint8) if form == FP8_BITS else layer_N2KSD
     cut, heads = plan.tiling, shape.num_heads
-    parts = sums = out  # never written where nothing is merged
-    if plan.merges:
-        parts = torch.empty(len(plan.work_W4), heads, shape.head_dim, dtype=torch.float32, device=out.device)
-        sums = torch.empty(len(plan.work_W4), heads, dtype=torch.float32, device=out.device)
+    pieces = len(plan.work_W4) if plan.merges else 0
+    parts = torch.empty(pieces, heads, shape.head_dim, dtype=torch.float32, device=out.device)
+    sums = torch.empty(pieces, heads, dtype=torch.float32, device=out.device)
     decode_attention_kernel[(len(plan.work_W4) * shape.num_kv_heads,)](
         q_BHD, layer, out, tables_BB, plan.lengths_B, plan.work_W4, parts, sums, scales_2K,
         q_BHD.stride(0), q_BHD.stride(1), out.stride(0), out.stride(1),

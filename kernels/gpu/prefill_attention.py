@@ -42,7 +42,7 @@ from .attend import (
 from .cubin import Build
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])  # a table of another width must not cost a compilation
 def prefill_attention_kernel(
     q,
     layer,
