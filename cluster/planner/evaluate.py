@@ -28,6 +28,7 @@ def evaluation(
     whole = [found for found in founds if found.complete]
     values = [min(found.goodput, bound) for found in whole or founds]  # a run that is short flatters
     goodput = interval(values)
+    above = [_nearest_above(found, target) for found in founds if found.trials]
     return Evaluation(
         candidate=candidate,
         fate=Fate.SIMULATED if len(whole) >= seeds else Fate.SCREENED,
@@ -38,7 +39,8 @@ def evaluation(
         goodput=Interval(mean=goodput.mean, low=max(0.0, goodput.low), high=goodput.high),
         seeds=tuple(values),
         points=tuple(_point(trial) for found in founds for trial in sorted(found.trials, key=lambda one: one.rate)),
-        binding=binding([_nearest_above(found, target) for found in founds if found.trials]),
+        binding=binding(above),
+        piles_up=2 * sum(trial.piles_up for trial in above) > len(above),
         keeps_target_rate=None if target_rate is None else goodput.mean >= target_rate,
         simulated_requests=sum(found.requests for found in founds),
         simulated_s=sum(found.cpu_s for found in founds),

@@ -33,7 +33,7 @@ class Scored(Protocol):
         """Held against the target."""
 
     @property
-    def decided_early(self) -> bool:
+    def one_sided(self) -> bool:
         """The score says on which side of the target it is, not how far."""
 
 
@@ -86,7 +86,7 @@ def find_goodput(
             failed = found
         off = lead(rate, found.score) / rate - 1.0
         near = abs(off) <= precision.nearness or abs(found.score - target) <= precision.noise
-        if near and not found.decided_early:
+        if near and not found.one_sided:
             return rate * (1.0 + off), runs
         if kept is not None and failed is not None:
             if failed.rate <= kept.rate * precision.width:
@@ -112,7 +112,7 @@ def straight(slope: float, target: float) -> Callable[[float, float], float]:
 
 def _share(kept: Scored, failed: Scored, target: float) -> float:
     """Of the way from one to the other: where a straight line meets the target, or the middle where there is none."""
-    if failed.decided_early:
+    if failed.one_sided:
         return 0.5
     return min(1.0, (kept.score - target) / (kept.score - failed.score))
 

@@ -36,7 +36,7 @@ class Guess:
 
     rate: float
     score: float
-    decided_early: bool = False
+    one_sided: bool = False
 
 
 @dataclass(frozen=True, slots=True)

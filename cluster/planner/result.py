@@ -209,6 +209,8 @@ class Evaluation:
     points: tuple[RatePoint, ...] = ()
     """Attainment against rate, by rate and seed."""
     binding: Binding | None = None
+    piles_up: bool = False
+    """Above goodput load is left over before a promise tells: what it computes binds, none of them."""
     keeps_target_rate: bool | None = None
     """None: no rate was asked for."""
     simulated_requests: int = 0

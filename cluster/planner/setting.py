@@ -94,8 +94,9 @@ class Setting:
 
     def unseen(self, rate: float) -> float:
         """What share of the load may be left over in `lasting_requests` at that rate without a promise broken."""
-        growing_s = self.lasting_requests(rate) / rate - RUN_LIVES * self._life_s
-        return min(1.0, self._patience_s / growing_s) if growing_s > 0.0 else 1.0
+        lasts_s = self.lasting_requests(rate) / rate
+        growing_s = max(lasts_s - RUN_LIVES * self._life_s, lasts_s / 2)
+        return min(1.0, self._patience_s / growing_s)
 
 
 def setting_of(problem: Problem) -> Setting:

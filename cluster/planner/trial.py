@@ -7,6 +7,7 @@ for (`Promise.slo`), never stretched.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,10 +21,13 @@ from ..sim.request import Asked, Outcome
 from ..sim.router import RouterSpec
 from .place import replicas_of
 from .result import Candidate
-from .setting import Setting
+from .setting import UNSEEN, Setting
 
 FORGIVEN = 0.1
 """Of the requests: how far below the target a run must be for sure before it is ended."""
+SIGMAS = 2.5
+"""By how many standard deviations of two counts more must be under way at the end of a run than at its middle, so that
+it is no chance."""
 LOOKS = 32
 """How often a run is asked whether it is decided."""
 
@@ -63,14 +67,21 @@ class Trial:
     """Broken promises by (`ttft` or `tpot`, SLO class)."""
     decided_early: bool = False
     """Attainments are then of the requests that were decided."""
+    piles_up: bool = False
+    """More and more was under way to the end: no promise tells yet, but this rate does not last."""
     cpu_s: float = 0.0
     saw: tuple[Saw, ...] = ()
-    """Of every request, where that was wanted and the run was not decided early."""
+    """Of every request, where that was wanted and the run is not `one_sided`."""
 
     @property
     def score(self) -> float:
         """What is held against the target."""
-        return min(self.attainment, self.late_attainment)
+        return 0.0 if self.piles_up else min(self.attainment, self.late_attainment)
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether the score says on which side of the target it is, not how far."""
+        return self.decided_early or self.piles_up
 
 
 def run_candidate(
@@ -89,10 +100,11 @@ def run_candidate(
     """
     begun_s = time.process_time()
     spec, workload = cluster_of(setting, candidate, rate, seed, requests)
-    judge = Judge(workload, setting.promises, setting.target, late, to_the_end=telling)
+    loose = setting.lasting_s > setting.run_s
+    judge = Judge(workload, setting.promises, setting.target, late, to_the_end=telling, loose=loose)
     outcomes = judged(spec, workload, judge)
     trial = judge.verdict(rate, seed)
-    saw = tuple(saw_of(setting, outcome) for outcome in outcomes) if telling and not trial.decided_early else ()
+    saw = tuple(saw_of(setting, outcome) for outcome in outcomes) if telling and not trial.one_sided else ()
     return replace(trial, cpu_s=time.process_time() - begun_s, saw=saw)
 
 
@@ -135,8 +147,12 @@ class Judge:
         late: Callable[[], bool] = never,
         *,
         to_the_end: bool = False,
+        loose: bool = False,
     ) -> None:
-        """`to_the_end`: not ended where nothing is open, only where nothing can save it."""
+        """`to_the_end`: not ended where nothing is open, only where nothing can save it. `loose`: a queue may grow for
+        longer than the run without a promise broken.
+        """
+        self._loose = loose
         self._promises = promises
         self._late = late
         self._to_the_end = to_the_end
@@ -209,4 +225,21 @@ class Judge:
             late_attainment=1.0 - self._late_missed / self._late_decided if self._late_decided else 0.0,
             misses=dict(self._misses),
             decided_early=self._lost,
+            piles_up=self._loose and not self._lost and piles_up(self._outcomes),
         )
+
+
+def piles_up(outcomes: Sequence[Outcome]) -> bool:
+    """Whether more was under way when the last request came than when the middle one did: by more than UNSEEN of what
+    came between, and than chance (counts of a queue that is steady are about as far apart as Poisson's).
+    """
+    middle = len(outcomes) // 2
+    before, after = (_under_way(outcomes, outcomes[place].asked.arrival_s) for place in (middle, -1))
+    more = after - before
+    return more > UNSEEN * (len(outcomes) - middle) and more > SIGMAS * math.sqrt(before + after)
+
+
+def _under_way(outcomes: Sequence[Outcome], at_s: float) -> int:
+    """Requests that had come and were not answered."""
+    came = [one for one in outcomes if one.asked.arrival_s <= at_s]
+    return sum(not one.done or one.last_token_s is None or one.last_token_s > at_s for one in came)

@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from enum import StrEnum
 
-from .result import Evaluation, Fate, Interval, Marginal, PlanResult
+from .result import Evaluation, Fate, Interval, Marginal, PlanResult, RatePoint
 from .words import gpus, number, signed
 
 MIN_PAIRS = 2
 """Seeds under which both were simulated, for an interval."""
+NOISE = 0.02
+"""Of attainment: what no reason is given for."""
+NEAR = 0.02
+"""How far from goodput a rate is, as a share of it, and still taken for it."""
+MOST_DIGITS = 3
 _UNITS = "requests/s per GPU"
 
 
@@ -79,7 +84,7 @@ def verdict(result: PlanResult) -> str:
     by = f"{abs(difference.mean) / base * 100:.0f} % {'more' if difference.mean > 0 else 'less'} goodput per GPU"
     shares = sorted(abs(edge) / base * 100 for edge in (difference.low, difference.high))
     head = "Disaggregate" if answer is Answer.DISAGGREGATE else "Do not disaggregate"
-    span = f"95 % interval {shares[0]:.0f} to {shares[1]:.0f} %"
+    span = f"95 % interval {_range(*shares)} %"
     if split.at_bound and mixed.at_bound:
         span = "both are what these compute at most, so without an interval"
     return f"{head}: disaggregated has {by} than colocated ({span}): {sides}."
@@ -95,6 +100,47 @@ def without_interval(result: PlanResult) -> str:
     if result.difference is None:
         return f"{text}."
     return f"{text}, and the difference {'none either' if len(held) > 1 else 'that of the other kind alone'}."
+
+
+def why_above(one: Evaluation, target: float) -> str:
+    """Why more than the target keep their promises near goodput, which is the highest rate at which so many do; empty:
+    no more do, but for noise, or it is told elsewhere.
+    """
+    seen, goodput = one.prediction, one.goodput.mean
+    if seen is None or one.at_bound or min(seen.by_class.values(), default=0.0) <= target + NOISE:
+        return ""
+    near = [point for point in one.points if abs(point.rate / goodput - 1.0) <= NEAR and not point.decided_early]
+    above = [point for point in one.points if point.rate > goodput and min(_halves(point)) < target]
+    if seen.rate < (1.0 - NEAR) * goodput:
+        why = f"they are seen at {number(seen.rate)} requests/s"
+    elif held := _held(one):
+        why = f"it computes no more under {held} of {len(one.seeds)} seeds"
+    elif near and sum(late - whole for whole, late in map(_halves, near)) < -NOISE * len(near):
+        why = "in the second half of a run fewer do, and goodput is what lasts"
+    elif above:
+        point = min(above, key=lambda one: one.rate)
+        most = "at most " if point.decided_early else ""
+        why = f"the next rate that was tried, {number(point.rate)}, is kept by {most}{min(_halves(point)) * 100:.1f} %"
+    else:
+        return ""
+    name = "disaggregated" if one.candidate.disaggregated else "colocated"
+    return f"More than {target * 100:g} % keep the promises near the goodput of {name}: {why}."
+
+
+def _halves(point: RatePoint) -> tuple[float, float]:
+    """Attainment of the whole run and of its second half."""
+    return point.attainment, point.late_attainment
+
+
+def _held(one: Evaluation) -> int:
+    """Under how many seeds what it computes at most holds it down."""
+    return sum(goodput >= one.bound > 0.0 for goodput in one.seeds)
+
+
+def _range(low: float, high: float) -> str:
+    """`19 to 37`, with as many digits as tell them apart."""
+    digits = next((digits for digits in range(MOST_DIGITS) if f"{low:.{digits}f}" != f"{high:.{digits}f}"), MOST_DIGITS)
+    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def for_rate(result: PlanResult) -> str:
@@ -125,11 +171,14 @@ def _cheaper(result: PlanResult) -> Evaluation | None:
 
 
 def binding_of(one: Evaluation) -> str:
-    """`TTFT of chat, in 83 % of what misses`, or that it computes no more; empty: it is not known."""
+    """`TTFT of chat, in 83 % of what misses`, or that it computes no more (at most, or as simulated); empty: not known."""
     if one.at_bound:
         return "what it computes at most, under every seed"
+    if one.piles_up:
+        return "what it computes: above, more and more is left over"
     if one.binding is None:
-        return ""
+        held = _held(one)
+        return f"what it computes at most, under {held} of {len(one.seeds)} seeds" if held else ""
     return (
         f"{one.binding.promise.upper()} of {one.binding.slo_class}, in {one.binding.share * 100:.0f} % of what misses"
     )
@@ -156,8 +205,8 @@ def cost_of(one: Evaluation, result: PlanResult, price_per_gpu_hour: float) -> f
 
 
 def interval(found: Interval, scale: float = 1.0) -> str:
-    """`1.60 (1.52 to 1.68)`; of one seed the mean alone."""
-    if found.low == found.mean == found.high:
+    """`1.60 (1.52 to 1.68)`; of one seed, and where it is narrower than the digits, the mean alone."""
+    if number(found.low * scale) == number(found.high * scale):
         return number(found.mean * scale)
     return f"{number(found.mean * scale)} ({number(found.low * scale)} to {number(found.high * scale)})"
 

@@ -18,7 +18,7 @@ FINE = Precision(width=1.05, most=60)
 class Seen:
     rate: float
     score: float
-    decided_early: bool = False
+    one_sided: bool = False
 
 
 def knee(at: float, slope: float = 1.0) -> Callable[[float], Seen]:
@@ -61,7 +61,7 @@ def test_a_search_that_runs_out_answers_with_what_was_kept() -> None:
 
 def test_a_run_that_was_given_up_only_says_on_which_side_it_is() -> None:
     def given_up(rate: float) -> Seen:
-        return Seen(rate, 1.0) if rate <= 5.0 else Seen(rate, 0.0, decided_early=True)
+        return Seen(rate, 1.0) if rate <= 5.0 else Seen(rate, 0.0, one_sided=True)
 
     found, _ = find_goodput(given_up, start=4.0, target=0.9, lead=straight(1.0, 0.9), precision=FINE)
     assert found == pytest.approx(5.0, rel=0.05)

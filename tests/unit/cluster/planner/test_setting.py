@@ -1,4 +1,4 @@
-"""How long a plan's runs are: an overload must show in what is reported, and a loose promise hides it longest."""
+"""An overload must show in what a plan reports, and a loose promise hides it longest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from plan_cases import opt
 from tandem.cluster.planner import setting as setting_module
 from tandem.cluster.planner.search import plan
 from tandem.cluster.planner.setting import LASTING_REQUESTS, UNSEEN, Setting, setting_of
+from tandem.cluster.planner.trial import Trial, piles_up
+from tandem.cluster.sim.request import Asked, Outcome
 
 
 def promised(ttft_s: float | None, tpot_s: float | None) -> Setting:
@@ -65,3 +67,34 @@ def test_what_is_reported_was_simulated_for_long_and_says_what_that_cannot_show(
         assert max(point.requests for point in best.points if not point.decided_early) == 120
     assert max(point.requests for one in result.explored for point in one.points) == 120
     assert any("is left over" in note for note in result.notes)
+
+
+def served(rate: float, capacity: float, count: int, takes_s: float) -> list[Outcome]:
+    """Evenly arriving requests at a server that ends one every 1 / capacity seconds."""
+    outcomes, free_s = [], 0.0
+    for number in range(count):
+        at_s = number / rate
+        free_s = max(free_s, at_s) + 1 / capacity
+        asked = Asked(request_id=str(number), arrival_s=at_s, prompt_token_ids=(1,), output_tokens=2)
+        ended_s = free_s + takes_s
+        outcomes.append(Outcome(asked=asked, first_token_s=free_s, last_token_s=ended_s, output_tokens=2))
+    return outcomes
+
+
+@pytest.mark.parametrize("takes_s", [0.0, 5.0])
+def test_more_and_more_under_way_is_seen_before_a_promise_tells(takes_s: float) -> None:
+    assert piles_up(served(11.0, 10.0, 2000, takes_s))
+    assert not piles_up(served(9.0, 10.0, 2000, takes_s))
+
+
+def test_few_more_are_chance() -> None:
+    assert not piles_up(served(10.2, 10.0, 1000, 10.0))
+
+
+def test_a_rate_at_which_load_piles_up_is_not_kept() -> None:
+    kept = Trial(rate=1.0, seed=0, requests=9, attainment=1.0, late_attainment=1.0)
+    piling = Trial(rate=1.0, seed=0, requests=9, attainment=1.0, late_attainment=1.0, piles_up=True)
+    assert kept.score == 1.0
+    assert not kept.one_sided
+    assert piling.score == 0.0
+    assert piling.one_sided
