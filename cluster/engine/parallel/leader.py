@@ -53,6 +53,8 @@ class ParallelForward(Forward):
         """
         tensor_parallel, pipeline_stages = kv.split.tensor_parallel, kv.split.pipeline_stages
         shard = Shard(config=files.config, tensor_parallel=tensor_parallel, pipeline_stages=pipeline_stages)
+        if not all(segment.shareable for segment in kv.segments):
+            raise ValueError("tensor_parallel, pipeline_stages: ranks need memory that they share (Linux's memfd)")
         self._threads, self._bound_thread = threads, 0
         self._block_size = kv.layout.block_size
         self._folder = Path(tempfile.mkdtemp(prefix="tandem-ranks-"))  # nobody else may look in
@@ -76,7 +78,11 @@ class ParallelForward(Forward):
             )
             for rank in range(1, shard.num_ranks)
         ]
-        self._followers = Followers(setups, [segment.lend() for segment in kv.segments[1:]])
+        try:
+            self._followers = Followers(setups, [segment.lend() for segment in kv.segments[1:]])
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         try:
             self._followers.gather()
             self._followers.connect()
