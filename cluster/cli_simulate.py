@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -171,8 +172,8 @@ def _simulated(context: typer.Context, given: Mapping[str, Any]) -> int:
         )
         output.check()
         check_sweep_options(context)
-        simulation = Simulation(read_scenario(config, of_cluster(config, cluster) | overrides(given)))
-        percentiles = numbers("metric_percentiles", given["metric_percentiles"], "50,99")
+        simulation = Simulation(read_scenario(config, of_cluster(given) | overrides(given)))
+        percentiles = numbers("metric_percentiles", given["metric_percentiles"], "50,99", most=100.0)
         if given["sweep"]:
             return _sweep(simulation, output, given, display)
     return _run(simulation, output, percentiles, display)
@@ -211,6 +212,8 @@ def _run(simulation: Simulation, output: Any, percentiles: tuple[float, ...], di
     display.line(table(result.summary, percentiles, METRICS, client=False, refused=result.refused))
     for line in result.lines():
         display.line(line)
+    if result.refused:
+        display.line("            with --no-refuse they wait all the same, as in what a plan predicts")
     for line in output.write_run(result):
         display.line(line)
     return watch.exit_code or (0 if result.summary.completed else 1)
@@ -299,12 +302,13 @@ def watched_run(display: Display, what: str) -> Iterator[RunWatch]:
             restore()
 
 
-def numbers(name: str, text: str, example: str) -> tuple[float, ...]:
-    """Comma-separated numbers. ValueError shows an example."""
+def numbers(name: str, text: str, example: str, *, most: float = sys.float_info.max) -> tuple[float, ...]:
+    """Comma-separated numbers from 0 to `most`. ValueError shows an example."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = (math.nan,)
-    if not all(0.0 <= value < math.inf for value in found):
-        raise ValueError(f"{name}: {text!r} is not allowed; allowed: e.g. {example}")
+    if not all(0.0 <= value <= most for value in found):
+        bounds = f"0 to {most:g}, " if most < sys.float_info.max else ""
+        raise ValueError(f"{name}: {text!r} is not allowed; allowed: {bounds}e.g. {example}")
     return found

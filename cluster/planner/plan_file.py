@@ -251,7 +251,7 @@ def _prediction(problem: Problem, setting: Setting, result: PlanResult, chosen: 
         section |= {
             "predicted_attainment": round(found.attainment, 4),
             "predicted_by_class": {name: round(share, 4) for name, share in found.by_class.items()},
-            "rate": _rounded(found.rate),
+            "rate": _told_rate(found.rate),
             "ttft_ms": _quantiles(found.ttft),
         }
         if found.tpot is not None:
@@ -259,7 +259,7 @@ def _prediction(problem: Problem, setting: Setting, result: PlanResult, chosen: 
     seeds = f"seeds {result.seeds[0]} to {result.seeds[-1]}" if result.seeds else "one seed"
     return {
         **section,
-        "goodput_per_gpu": _rounded(chosen.goodput_per_gpu),
+        "goodput_per_gpu": _told_rate(chosen.goodput_per_gpu),
         "placement": chosen.candidate.label,
         "model": model_text(setting),
         "workload": f"{workload_text(problem)}; {promises_text(problem)}",
@@ -304,6 +304,11 @@ def _said(value: Any) -> Any:
 
 def _quantiles(found: Quantiles) -> dict[str, float]:
     return {name: _rounded(seconds * 1e3) for name, seconds in asdict(found).items()}
+
+
+def _told_rate(value: float) -> float:
+    """Three digits, as everywhere a rate is told (`words.number`)."""
+    return float(f"{value:.3g}")
 
 
 def _rounded(value: float) -> float:

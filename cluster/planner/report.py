@@ -69,7 +69,7 @@ def of_the_best(problem: Problem, result: PlanResult) -> list[str]:
         parts = [f"bound by {bound}"] if (bound := binding_of(one)) else []
         if problem.price_per_gpu_hour is not None:
             cost = number(cost_of(one, result, problem.price_per_gpu_hour))
-            parts.append(f"{cost} for 1M tokens at {number(problem.price_per_gpu_hour)} per GPU-hour")
+            parts.append(f"{cost} for 1M tokens, in and out, at {number(problem.price_per_gpu_hour)} per GPU-hour")
         if parts:
             lines.append(f"{column_of(one, result)}: {'; '.join(parts)}")
     return lines

@@ -18,9 +18,13 @@ from .nodes import nodes_of
 from .problem import Problem
 from .result import Evaluation, Fate, PlanResult, Pool, Quantiles
 from .setting import Setting
-from .verdict import binding_of, cost_of, for_rate, interval, marginal_of, verdict, without_interval
+from .verdict import binding_of, cost_of, for_rate, interval, marginal_of, verdict, why_above, without_interval
 from .words import devices_text, loss_text, model_text, number, promises_text, source_text, workload_text
 
+SEEN = (
+    "Attainment and latencies are those of whole runs near that rate in which nobody is refused, as `tandem simulate "
+    "--cluster plan.yaml --no-refuse` has them; a router refuses what is lost anyway, and the others are faster for it."
+)
 LOG_WIDTH = 132
 """Columns where no terminal says how many it has."""
 MAX_RUNNERS_UP = 6
@@ -55,6 +59,10 @@ def remarks(problem: Problem, result: PlanResult, *, timed: bool = True) -> list
         lines += [f"{marginal_of(one)}." for one in result.marginal]
     lines += list(result.notes) if result.best is not None else []
     lines += [text for text in (without_interval(result),) if text]
+    best = [one for one in (result.disaggregated, result.colocated) if one is not None and not result.infeasible]
+    lines += [text for one in best if (text := why_above(one, problem.attainment))]
+    if any(one.prediction is not None for one in best):
+        lines.append(SEEN)
     refused = sum(one.fate is Fate.REFUSED for one in result.explored)
     refused += sum(one.fate is Fate.REFUSED for one in result.phases)
     if refused:
@@ -66,8 +74,6 @@ def remarks(problem: Problem, result: PlanResult, *, timed: bool = True) -> list
         f"Placements looked at: {len(result.explored)}; requests simulated: {result.simulated_requests:,} under "
         f"{len(result.seeds)} seeds{took}{end}."
     )
-    if problem.price_per_gpu_hour is None and result.best is not None:
-        lines.append("No price was given (--price), so none is told.")
     return lines
 
 
@@ -122,12 +128,12 @@ def plan_rows(problem: Problem, setting: Setting, result: PlanResult, best: Sequ
         Row("placement", _placement),
         Row("nodes", lambda one: _nodes(setting, one)),
         Row("GPUs", lambda one: f"{one.candidate.gpus} of {setting.gpus}"),
-        Row("goodput, requests/s", lambda one: _goodput(one, 1.0)),
+        Row(f"goodput, requests/s at {problem.attainment * 100:g} %", lambda one: _goodput(one, 1.0)),
         Row("  per GPU (95 %)", lambda one: _goodput(one, 1 / one.candidate.gpus)),
     ]
     if any(one.prediction is not None for one in best):
         rows += [
-            Row("predicted at, requests/s", lambda one: "-" if one.prediction is None else number(one.prediction.rate)),
+            Row("seen at, requests/s", lambda one: "-" if one.prediction is None else number(one.prediction.rate)),
             Row("  attainment", _attainment),
             Row("  TTFT p50/p90/p99, ms", lambda one: quantiles(one.prediction.ttft if one.prediction else None)),
             Row("  TPOT p50/p90/p99, ms", lambda one: quantiles(one.prediction.tpot if one.prediction else None)),
@@ -138,7 +144,7 @@ def plan_rows(problem: Problem, setting: Setting, result: PlanResult, best: Sequ
         rows.append(Row(wanted, lambda one: "yes" if one.keeps_target_rate else "no"))
     price = problem.price_per_gpu_hour
     if price is not None:
-        rows.append(Row("cost of 1M tokens, as --price", lambda one: number(cost_of(one, result, price))))
+        rows.append(Row("cost of 1M tokens, in and out", lambda one: number(cost_of(one, result, price))))
     return rows
 
 
@@ -222,16 +228,20 @@ def _runner_up(one: Evaluation, scale: float) -> str:
 
 
 def _beside_the_plan(result: PlanResult, one: Evaluation) -> str:
-    """In percent of the best plan of its kind, under the seeds that both saw."""
+    """In percent of the best plan of its kind, under the seeds that both saw; where these are not all, with both means,
+    which are not those that are told of all.
+    """
     best = result.disaggregated if one.candidate.disaggregated else result.colocated
     pairs = [] if best is None else list(zip(one.seeds, best.seeds, strict=False))
     theirs = sum(pair[1] for pair in pairs)
     if best is None or not theirs:
         return "-"
-    share = sum(pair[0] for pair in pairs) / one.candidate.gpus / (theirs / best.candidate.gpus)
-    return f"{share * 100:.0f} %" + (
-        "" if len(pairs) == len(best.seeds) else f" ({len(pairs)} of {len(best.seeds)} seeds)"
-    )
+    own, other = sum(pair[0] for pair in pairs) / one.candidate.gpus, theirs / best.candidate.gpus
+    share = f"{own / other * 100:.0f} %"
+    if len(pairs) == len(best.seeds):
+        return share
+    both = f"{number(own / len(pairs))} against {number(other / len(pairs))}"
+    return f"{share}: {both} under {len(pairs)} of {len(best.seeds)} seeds"
 
 
 def _refused(result: PlanResult) -> Table:

@@ -113,6 +113,8 @@ def why_above(one: Evaluation, target: float) -> str:
     above = [point for point in one.points if point.rate > goodput and min(_halves(point)) < target]
     if seen.rate < (1.0 - NEAR) * goodput:
         why = f"they are seen at {number(seen.rate)} requests/s"
+    elif one.piles_up:
+        why = "above, more and more is left over, and no promise tells yet"
     elif held := _held(one):
         why = f"it computes no more under {held} of {len(one.seeds)} seeds"
     elif near and sum(late - whole for whole, late in map(_halves, near)) < -NOISE * len(near):
@@ -171,7 +173,7 @@ def _cheaper(result: PlanResult) -> Evaluation | None:
 
 
 def binding_of(one: Evaluation) -> str:
-    """`TTFT of chat, in 83 % of what misses`, or that it computes no more (at most, or as simulated); empty: not known."""
+    """`TTFT of chat, in 83 % of what misses`, or that it computes no more (at most, or as seen); empty: unknown."""
     if one.at_bound:
         return "what it computes at most, under every seed"
     if one.piles_up:

@@ -40,7 +40,9 @@ def test_the_table_has_both_plans() -> None:
     assert "1 x decode TP 1, 256 rows" in text
     assert "3 x mixed TP 1, 512 tokens a step, 256 rows" in text
     assert line_of(text, "nodes")[1] == "node-0: prefill-0, decode-0"
+    assert line_of(text, "goodput, requests/s at 90 %")[1:] == ["6.00 (5.70 to 6.30)", "4.50 (4.27 to 4.73)"]
     assert line_of(text, "per GPU (95 %)")[1:] == ["2.00 (1.90 to 2.10)", "1.50 (1.42 to 1.58)"]
+    assert "in which nobody is refused, as `tandem simulate --cluster plan.yaml --no-refuse`" in " ".join(text.split())
     assert line_of(text, "attainment")[1:] == ["91.2 %", "91.2 %"]
     assert line_of(text, "TTFT p50/p90/p99, ms")[1] == "81.2 / 212 / 400"
     assert line_of(text, "bound by")[1] == "TTFT of chat, in 83 % of what misses"
@@ -56,7 +58,8 @@ def test_without_a_prediction_or_a_price_nothing_is_made_up() -> None:
     text = shown(opt(), result(disaggregated=bare, colocated=None, explored=(bare,), difference=None))
     assert "TTFT p50" not in text
     assert "cost of" not in text
-    assert "No price was given" in text
+    assert "price" not in text
+    assert "--no-refuse" not in text, "there is nothing to see again"
     assert line_of(text, "bound by") == ["bound by", "-"]
 
 
@@ -77,12 +80,12 @@ def test_what_nobody_can_keep_is_one_sentence() -> None:
     text = shown(opt(), nobody)
     assert "possible" not in text, "nothing is"
     assert "infeasible: even one unloaded request takes 300 ms" in text
-    assert "goodput, requests/s" not in text
+    assert "goodput, requests/s at" not in text
 
 
 def test_an_ended_search_says_so() -> None:
-    assert "the time limit ended the search" in remarks(opt(), result(complete=False))[-2]
-    assert "3.2 s" in remarks(opt(), result())[-2]
+    assert "the time limit ended the search" in remarks(opt(), result(complete=False))[-1]
+    assert "3.2 s" in remarks(opt(), result())[-1]
     assert not any("3.2 s" in line for line in remarks(opt(), result(), timed=False))
 
 
@@ -92,7 +95,7 @@ def test_what_is_known_so_far_is_told_as_that() -> None:
     text = shown(opt(), found)
     assert line_of(text, "disaggregated") == ["disaggregated, so far", "colocated"]
     assert line_of(text, "per GPU (95 %)")[1:] == ["at least 2.00", "1.50 (1.42 to 1.58)"]
-    assert "an interruption ended the search" in remarks(opt(), replace(found, interrupted=True))[-2]
+    assert "an interruption ended the search" in remarks(opt(), replace(found, interrupted=True))[-1]
     assert "cut short" in legend(found)
     assert "cut short" not in legend(result())
     nothing = replace(cut, goodput=Interval(mean=0.0, low=0.0, high=0.0), estimate=6.0)
@@ -104,7 +107,7 @@ def test_a_picture_says_what_binds_and_what_it_costs() -> None:
     lines = of_the_best(opt(price_per_gpu_hour=2.0), result())
     assert [line.split(":")[0] for line in lines] == ["disaggregated", "colocated"]
     assert "bound by TTFT of chat, in 83 % of what misses" in lines[0]
-    assert lines[0].endswith("for 1M tokens at 2.00 per GPU-hour")
+    assert lines[0].endswith("for 1M tokens, in and out, at 2.00 per GPU-hour")
 
 
 def test_cells_and_stages_have_their_nodes() -> None:
@@ -127,7 +130,7 @@ def test_runners_up_are_held_against_the_plan_under_the_seeds_that_both_saw() ->
     best = plan.colocated
     assert best is not None
     first = replace(best, candidate=mixed(chunk=1024), fate=Fate.SCREENED, seeds=(best.seeds[0] * 1.1,))
-    assert _beside_the_plan(plan, first) == "110 % (1 of 3 seeds)"
+    assert _beside_the_plan(plan, first) == "110 %: 1.61 against 1.46 under 1 of 3 seeds"
     assert _beside_the_plan(plan, replace(best, seeds=tuple(0.5 * one for one in best.seeds))) == "50 %"
     assert _beside_the_plan(replace(plan, colocated=None), first) == "-"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from plan_cases import evaluated, mixed, opt, refused, result, split
 from rich.console import Console
-from tandem.cluster.planner.result import Evaluation, Fate, Interval, Marginal, PlanResult
+from tandem.cluster.planner.result import Evaluation, Fate, Interval, Marginal, PlanResult, RatePoint
 from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.planner.show import show
 from tandem.cluster.planner.verdict import (
@@ -22,6 +22,7 @@ from tandem.cluster.planner.verdict import (
     interval,
     marginal_of,
     verdict,
+    why_above,
     without_interval,
 )
 from tandem.cluster.planner.words import loss_text, number, promises_text, signed, workload_text
@@ -225,6 +226,39 @@ def test_what_a_file_lost_to_the_context_is_said(tmp_path: Path) -> None:
     capped = replace(problem, workload=replace(problem.workload, max_input_tokens=500))
     assert loss_text(setting_of(capped)) == "; 2 are shortened to the caps"
     assert loss_text(setting_of(opt())) == ""
+
+
+def test_more_than_must_keep_their_promises_at_goodput_for_a_reason() -> None:
+    """Goodput is the highest rate at the target: whoever sees more of them kept is told why."""
+    plain = evaluated(split(), 6.0)
+    assert plain.prediction is not None
+    assert why_above(plain, 0.9) == "", "91.2 % are 90"
+    many = replace(plain, prediction=replace(plain.prediction, attainment=0.978, by_class={"chat": 0.978}))
+    head = "More than 90 % keep the promises near the goodput of disaggregated: "
+    steep = RatePoint(rate=6.4, seed=0, attainment=0.5, late_attainment=0.4, requests=500)
+    kept = RatePoint(rate=6.0, seed=0, attainment=0.978, late_attainment=0.97, requests=500)
+    assert why_above(replace(many, points=(kept, steep)), 0.9) == (
+        f"{head}the next rate that was tried, 6.40, is kept by 40.0 %."
+    )
+    cut = replace(steep, decided_early=True)
+    assert why_above(replace(many, points=(kept, cut)), 0.9).endswith("6.40, is kept by at most 40.0 %.")
+    late = replace(kept, late_attainment=0.9)
+    assert why_above(replace(many, points=(late, steep)), 0.9).endswith(
+        "in the second half of a run fewer do, and goodput is what lasts."
+    )
+    held = replace(many, bound=6.0)
+    assert why_above(held, 0.9) == f"{head}it computes no more under 2 of 3 seeds."
+    assert binding_of(replace(held, binding=None)) == "what it computes at most, under 2 of 3 seeds"
+    assert why_above(replace(many, bound=5.0), 0.9) == "", "told as a goodput without an interval"
+    assert why_above(replace(held, piles_up=True), 0.9).endswith("is left over, and no promise tells yet.")
+    slower = replace(many, prediction=replace(many.prediction, rate=5.8))
+    assert why_above(slower, 0.9) == f"{head}they are seen at 5.80 requests/s."
+
+
+def test_an_interval_never_looks_like_a_point() -> None:
+    near = Interval(mean=0.5, low=0.4995, high=0.5005)
+    assert "95 % interval 33.3 to 33.4 %" in verdict(result(difference=near))
+    assert interval(Interval(mean=1.6, low=1.5999, high=1.6001)) == "1.60"
 
 
 def test_a_goodput_that_capacity_holds_down_has_no_interval_and_says_so() -> None:
