@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import torch
 from measure import Case
 from tandem.kernels.gpu.logprobs import normalizers
-from tandem.kernels.gpu.sampling import Wants, probabilities, sample
+from tandem.kernels.gpu.sampling import probabilities, sample
 from tandem.kernels.gpu.speculative import verify
+from tandem.kernels.gpu.wants import Wants
 
 SIZE = 128_256
 ROWS = (1, 32, 128)

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from tandem.kernels.gpu.draws import uniforms
 from tandem.kernels.gpu.logprobs import most_likely, normalizers
-from tandem.kernels.gpu.sampling import Wants, probabilities, sample
+from tandem.kernels.gpu.sampling import probabilities, sample
+from tandem.kernels.gpu.wants import Wants
 from tandem.kernels.philox import Purpose, uniform_batch
 from tandem.kernels.sampling import draw, log_normalizer, truncate
 from tandem.kernels.sampling import most_likely as most_likely_reference

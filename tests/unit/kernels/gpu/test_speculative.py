@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tandem.kernels.gpu.sampling import Wants
 from tandem.kernels.gpu.speculative import verify
+from tandem.kernels.gpu.wants import Wants
 from tandem.kernels.philox import Purpose, uniform
 from tandem.kernels.speculative import verify_reference
 
