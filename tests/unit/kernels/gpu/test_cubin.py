@@ -79,5 +79,7 @@ def test_everything_shipped_compiles_within_its_limits(tmp_path: Path) -> None:
     told = json.loads(result.stdout)
     assert told["failures"] == []
     usages = [Usage(**usage) for usage in told["usages"]]
+    assert usages
     assert [f"{usage.kernel} {usage.label}: {usage.problem()}" for usage in usages if usage.problem()] == []
+    assert [usage for usage in usages if usage.spill_bytes > 128] == [], "a few registers at most"
     assert result.returncode == 0
