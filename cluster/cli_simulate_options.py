@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_promises import slo_classes
+from .config_schema import ConfigError
 
 Config = Annotated[str | None, typer.Option("--config", metavar="FILE", help="scenario.yaml; flags win over it.")]
 Cluster = Annotated[
@@ -64,7 +65,9 @@ Arrivals = Annotated[
     str | None, typer.Option(help="poisson, gamma, constant or trace. Default: gamma with --burstiness, else poisson.")
 ]
 Burstiness = Annotated[float | None, typer.Option(help="Shape of the gamma arrivals; 1: Poisson.")]
-RequestRate = Annotated[float | None, typer.Option(help="Requests per second. Default: as the trace has it.")]
+RequestRate = Annotated[
+    float | None, typer.Option(help="Requests per second. Default: --cluster's; with --arrivals trace the trace's own.")
+]
 RateScale = Annotated[float | None, typer.Option(help="Replay a trace this many times faster than recorded.")]
 Seed = Annotated[int | None, typer.Option(help="Of arrivals and lengths. Default: 0.", min=0)]
 Fail = Annotated[
@@ -123,13 +126,15 @@ PATHS = {
     "slo_class": "workload.slo_classes",
 }
 """Where in a scenario each option stands."""
+_ROLES = ("prefill", "decode", "mixed")
 _RANDOM = ("random_input_len", "random_output_len", "random_range_ratio")
 _MADE = ("config", "cluster", "no_refuse", "fail", "goodput", "slo_class")
 """Options whose values are made of what was given."""
 
 
-def of_cluster(config: str | None, cluster: str | None) -> dict[str, Any]:
-    """What the file of a cluster says."""
+def of_cluster(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file of a cluster says. ValueError for workers that would stand beside its own unasked."""
+    config, cluster = given["config"], given["cluster"]
     if cluster is None:
         return {}
     if config is not None:
@@ -137,7 +142,16 @@ def of_cluster(config: str | None, cluster: str | None) -> dict[str, Any]:
     from .config_file import load_config
     from .sim.from_cluster import cluster_values
 
-    return cluster_values(load_config(cluster))
+    values = cluster_values(load_config(cluster))
+    theirs = [role for role in _ROLES if values[f"{role}.workers"]]
+    for role in _ROLES:
+        if given[role] and role not in theirs and any(given[one] is None for one in theirs):
+            pools = " + ".join(f"{values[f'{one}.workers']} x {one}" for one in theirs)
+            instead = " ".join(f"--{one} 0" for one in theirs)
+            raise ConfigError(
+                f"{role}.workers", given[role], f"0, or with {instead} or another number, as {cluster} has {pools}"
+            )
+    return values
 
 
 def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +173,8 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
         found["workload.slo_classes"] = classes
     if given["sweep"]:
         found.setdefault("rate", 1.0)  # where the sweep starts
+    if given["arrivals"] == "trace":
+        found.setdefault("rate", None)  # the trace's own, in place of a file's
     return found
 
 

@@ -26,7 +26,7 @@ from ..sim.request import Asked, Outcome
 from ..sim.scenario import Scenario
 from ..types import SLO
 from ..workload.report import RequestRecord, Summary, result_json, summarize
-from ..workload.spec import Row
+from ..workload.spec import Arrivals, Row
 from .show import counted
 
 METRICS = ("ttft", "tpot", "e2el")
@@ -36,6 +36,8 @@ LOOKS = 200
 _MOST_PERIOD_S = 20.0
 """Between two times that it is asked whether to stop."""
 _SAMPLES = 400
+_FEW_LEFT_OUT = 0.01
+"""Of a file's requests: what a run may lack and still be of that file's load."""
 _CLIENT = ("lateness", "stall", "client_warning", "max_output_tokens_per_s")
 """Of the report, what only a real client has."""
 OnProgress = Callable[[float, int, int], bool]
@@ -59,6 +61,8 @@ class SimulatedRun:
     recorder: Recorder | None
     virtual_s: float
     stopped: bool
+    left_out: str = ""
+    """What of the load's file is not in this run, where that is so much that the run is of another load."""
 
     def as_json(self, *, detailed: bool) -> dict[str, Any]:
         """The result with the names of `tandem bench serve`."""
@@ -93,6 +97,8 @@ class SimulatedRun:
     def lines(self) -> list[str]:
         """What stands below the table: who was refused, and what each class of several got."""
         found = []
+        if self.left_out:
+            found.append(f"WARNING     {self.left_out}")
         for name, reasons in (
             ("refused", [outcome.refused for outcome in self.outcomes]),
             ("given up", [outcome.failed for outcome in self.outcomes]),
@@ -181,6 +187,7 @@ class Simulation:
             recorder=recorder,
             virtual_s=cluster.timeline.now_s(),
             stopped=stopped,
+            left_out=self._left_out(),
         )
 
     def _notes(self) -> tuple[str, ...]:
@@ -191,7 +198,20 @@ class Simulation:
             found.append(
                 f"left out, over the caps or the context: {counted(self.workload.dropped, 'request')} of the file"
             )
+        if self.workload.disordered and self.scenario.workload.arrivals is Arrivals.TRACE:
+            late = counted(self.workload.disordered, "request")
+            found.append(f"taken by arrival: {late} of the file came before the one above")
         return tuple(found)
+
+    def _left_out(self) -> str:
+        load = self.workload
+        if load.dropped_share <= _FEW_LEFT_OUT:
+            return ""
+        whole = load.dropped + len(load.pool)
+        return (
+            f"{load.dropped_share:.0%} of the file's requests are left out, {load.dropped} of {whole}: longer than the "
+            f"context of {self.device.context_tokens} tokens or the caps; all of the above is of the others alone"
+        )
 
     def facts(self, planned: int) -> dict[str, Any]:
         """What a saved result begins with."""

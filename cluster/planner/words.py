@@ -6,9 +6,15 @@ import math
 from pathlib import Path
 
 from ..latency.links import Link
+from ..latency.measured import MeasuredProfile
 from ..workload.spec import Arrivals
 from .problem import Problem
 from .setting import Setting
+
+BURSTY_CV = 2.0
+"""Of recorded gaps, from which on a plan for Poisson arrivals says that the file's are others."""
+POOR_STEPS, POOR_TRANSFERS = 0.25, 0.5
+"""Held-out errors (p90) of a profile, above which a plan says what it stands on."""
 
 
 def number(value: float) -> str:
@@ -46,10 +52,27 @@ def devices_text(setting: Setting) -> str:
 
 
 def source_text(problem: Problem, setting: Setting) -> str:
-    """Where step times come from."""
+    """Where step times come from; of a profile that misses what it has not seen, by how much."""
     if problem.profile is not None:
-        return f"profile {Path(problem.profile).name}"
+        measured = problem.measured()
+        return f"profile {Path(problem.profile).name}{poor_text(measured) if measured is not None else ''}"
     return f"roofline of {setting.device.hardware.name}"
+
+
+def poor_text(profile: MeasuredProfile) -> str:
+    """What a plan by that profile should be told of it; empty: its errors are small."""
+    held_out = profile.measured.held_out
+    poor = [
+        f"{kind} {errors.p90 * 100:.0f} %"
+        for kind, errors in held_out.items()
+        if errors.p90 > (POOR_TRANSFERS if kind.startswith("transfer") else POOR_STEPS)
+    ]
+    if not poor:
+        return ""
+    return (
+        f"; A POOR PROFILE: one point in ten that its fit had not seen was missed by more than: {', '.join(poor)}; "
+        "what is planned is no better; measure again (tandem profile) with nothing else running"
+    )
 
 
 def workload_text(problem: Problem) -> str:
@@ -74,8 +97,16 @@ def workload_text(problem: Problem) -> str:
 
 
 def loss_text(setting: Setting) -> str:
-    """What the file's requests lost to the caps and the context; empty: nothing."""
+    """What a plan does not have of the workload's file: requests over the caps and the context, and bursts; empty: it
+    has all of it.
+    """
     load, parts = setting.workload, []
+    cv, arrivals = load.recorded_cv, load.spec.arrivals
+    if cv is not None and cv > BURSTY_CV and arrivals in (Arrivals.POISSON, Arrivals.CONSTANT):
+        parts.append(
+            f"THE FILE IS BURSTIER: its gaps vary by {number(cv)} of their mean, Poisson's by 1, and only its lengths "
+            f"are planned for; --arrivals trace replays them, --burstiness {number(1 / cv**2)} draws such gaps (gamma)"
+        )
     if load.dropped:
         whole, most = load.dropped + len(load.pool), setting.device.context_tokens
         parts.append(f"{load.dropped:,} of {whole:,} requests are left out: over the caps or the context of {most:,}")

@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 
 from ..config_schema import ConfigError, Text, Within, check, plain
 from .arrivals import arrival_times
-from .traces import MAX_REQUESTS, MAX_TOKENS, TraceRequest, arrival_times_of, block_tokens_of, fit_trace, read_trace
+from .traces import (
+    MAX_REQUESTS,
+    MAX_TOKENS,
+    TraceFile,
+    TraceRequest,
+    arrival_times_of,
+    block_tokens_of,
+    fit_trace,
+    read_trace_file,
+)
 
 DEFAULT_CLASS = "interactive"
 DEFAULT_INPUT_TOKENS, DEFAULT_OUTPUT_TOKENS = 512, 128
@@ -31,6 +40,8 @@ _SHARES_OFF = 1e-3
 _ROUND = 2**64
 """Above any block id: what a trace that is gone through again shares nothing with."""
 
+MIN_GAPS = 30
+"""Between arrivals, from which on their variation means something."""
 MAX_PROMISE_S = 86_400.0
 OptionalSeconds = Annotated[float | None, Within(0.0, MAX_PROMISE_S, above=True)]
 
@@ -157,6 +168,24 @@ class Workload:
     dropped: int = 0
     """Requests of the file that were over the caps or the longest context."""
     hash_tokens: int = 0
+    disordered: int = 0
+    """Requests of the file that came before the one above them; all are taken by arrival."""
+
+    @property
+    def dropped_share(self) -> float:
+        """Of the file's requests, those that were left out."""
+        return self.dropped / max(1, self.dropped + len(self.pool))
+
+    @property
+    def recorded_cv(self) -> float | None:
+        """Coefficient of variation of the recorded gaps between two arrivals, 1 of a Poisson process; None: no times,
+        all at once, or fewer than MIN_GAPS.
+        """
+        times = arrival_times_of(self.pool)
+        if times is None or len(times) <= MIN_GAPS or not times[-1]:
+            return None
+        gaps = np.diff(times)
+        return float(gaps.std() / gaps.mean())
 
     @property
     def recorded_rate(self) -> float | None:
@@ -248,7 +277,8 @@ def load(spec: WorkloadSpec, *, max_model_len: int = MAX_TOKENS) -> Workload:
             raise ConfigError("input_tokens", f"{longest} tokens of prompt and answer", f"at most {max_model_len}")
         return Workload(spec=spec)
     file = Path(spec.lengths).expanduser()
-    trace = _read(str(file), *_stamp(file))
+    found = _read(str(file), *_stamp(file))
+    trace = found.rows
     fitted = fit_trace(
         trace,
         max_model_len=max_model_len,
@@ -264,6 +294,7 @@ def load(spec: WorkloadSpec, *, max_model_len: int = MAX_TOKENS) -> Workload:
         clipped=fitted.clipped,
         dropped=fitted.dropped,
         hash_tokens=block_tokens_of(trace),
+        disordered=found.disordered,
     )
 
 
@@ -275,8 +306,8 @@ def draw(
 
 
 @lru_cache(maxsize=4)
-def _read(path: str, changed_ns: int, size_bytes: int) -> tuple[TraceRequest, ...]:
-    return read_trace(path)
+def _read(path: str, changed_ns: int, size_bytes: int) -> TraceFile:
+    return read_trace_file(path)
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -296,7 +327,7 @@ def _check_draw(
         if value is not None and not 0.0 < value < math.inf:
             raise ConfigError(name, value, "a finite number above 0")
     if rate is None and not replay:
-        raise ConfigError("rate", None, "requests per second; only arrivals of a trace have a rate of their own")
+        raise ConfigError("rate", None, "requests per second; arrivals as a file has them (--arrivals trace) need none")
     if num_requests is not None and not 1 <= num_requests <= MAX_REQUESTS:
         raise ConfigError("num_requests", num_requests, f"1 to {MAX_REQUESTS}")
     if num_requests is None and seconds is None and not replay:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -47,8 +48,23 @@ class TraceRequest:
     """Equal leading ids: a shared prefix, as many tokens each as `block_tokens_of` says."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceFile:
+    """What a file holds."""
+
+    rows: tuple[TraceRequest, ...]
+    """By arrival, the first at 0."""
+    disordered: int = 0
+    """Requests that came before the one above them in the file."""
+
+
 def read_trace(path: str | Path, limit: int = MAX_REQUESTS) -> tuple[TraceRequest, ...]:
     """The first `limit` requests by arrival, the first at 0. Raises ValueError naming file, line and field."""
+    return read_trace_file(path).rows[:limit]
+
+
+def read_trace_file(path: str | Path) -> TraceFile:
+    """All of it. ValueError as `read_trace`."""
     lines = numbered_lines(path)
     first = next(lines, None)
     if first is None:
@@ -61,7 +77,9 @@ def read_trace(path: str | Path, limit: int = MAX_REQUESTS) -> tuple[TraceReques
         found.append(row)
     if not found:
         raise ValueError(f"dataset_path: {str(path)!r} has no requests")
-    return _from_zero(found, str(path))[:limit]
+    times = [row.arrival_s or 0.0 for row in found]
+    disordered = sum(after < before for before, after in pairwise(times))
+    return TraceFile(rows=_from_zero(found, str(path)), disordered=disordered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from tandem.cluster.bench.sweep_load import SweepPlan
 from tandem.cluster.bench.workload import Workload
 from tandem.cluster.cli_display import Display
 from tandem.cluster.cli_simulate import watched_run
+from tandem.cluster.cli_simulate_options import of_cluster
 from tandem.cluster.sim.request import Outcome
 from tandem.cluster.sim.scenario import read_scenario
 from tandem.cluster.workload.chrome_trace import TraceEvent
@@ -241,6 +242,7 @@ def test_a_sweep_without_a_promise_is_refused() -> None:
         (("--sweep", "--save-requests", "r.csv"), "--save-requests: is not allowed with sweep; allowed: one run"),
         (("--sweep",), "--goodput: is missing; allowed: with sweep"),
         (("--metric-percentiles", "x"), "--metric-percentiles: 'x' is not allowed"),
+        (("--metric-percentiles", "101"), "--metric-percentiles: '101' is not allowed; allowed: 0 to 100, e.g. 50,99"),
     ],
 )
 def test_wrong_options_are_one_line_and_named(
@@ -275,3 +277,65 @@ def test_who_was_refused_is_told() -> None:
     assert f"{len(refused)} refused, 0 failed" in table(
         result.summary, metrics=METRICS, client=False, refused=result.refused
     )
+
+
+def test_a_rate_that_is_missing_names_the_arrivals_that_need_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["simulate", *FLAGS[:-2], "--dataset-path", str(trace_file(tmp_path, 40))]) == 2
+    assert (
+        "--request-rate: is missing; allowed: requests per second; arrivals as a file has them (--arrivals trace)"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_a_replay_has_its_own_rate_whatever_a_file_says_of_another_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, scenario = trace_file(tmp_path, 40), tmp_path / "scenario.yaml"
+    scenario.write_text("{model: opt-13b, hardware: a100-80g, mixed: 1, rate: 13.7}")
+    argv = ["simulate", "--config", str(scenario), "--dataset-path", str(file), "--arrivals", "trace"]
+    assert cli.run(argv) == 0
+    assert "trace as recorded" in capsys.readouterr().out
+    assert cli.run([*argv, "--request-rate", "4"]) == 0
+    assert "trace at 4/s" in capsys.readouterr().out
+
+
+def test_a_run_that_lacks_much_of_its_file_warns_beside_the_numbers(tmp_path: Path) -> None:
+    file = trace_file(tmp_path, 40, longest=9000)
+    lacks = simulation(workload__lengths=str(file)).run()
+    assert lacks.lines()[0] == (
+        "WARNING     50% of the file's requests are left out, 20 of 40: longer than the context of 2048 tokens or the "
+        "caps; all of the above is of the others alone"
+    )
+    assert not simulation(workload__lengths=str(trace_file(tmp_path, 40))).run().lines()
+
+
+def test_a_file_whose_arrivals_go_backwards_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("arrival_s,input_tokens,output_tokens\n5,30,4\n1,30,4\n7,30,4\n")
+    replay = {"workload__lengths": str(file), "workload__arrivals": "trace", "num_requests": 3}
+    assert "taken by arrival: 1 request of the file came before the one above" in simulation(**replay).run().notes
+    assert not simulation(workload__lengths=str(file)).run().notes, "its times are not used"
+
+
+def test_workers_beside_a_clusters_own_are_refused(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(
+        "{router: {model: smollm2-135m}, mixed: 2, prefill: 0, decode: 0, engine: {device: cpu, model: smollm2-135m}}"
+    )
+    given = dict.fromkeys(("config", "prefill", "decode", "mixed")) | {"cluster": str(cluster)}
+    with pytest.raises(
+        ValueError, match=r"prefill.workers: 2 is not allowed; allowed: 0, or with --mixed 0 .* 2 x mixed"
+    ):
+        of_cluster({**given, "prefill": 2})
+    assert of_cluster({**given, "mixed": 3})["mixed.workers"] == 2
+    assert of_cluster({**given, "mixed": 0, "prefill": 1, "decode": 1})["prefill.workers"] == 0
+
+
+def trace_file(folder: Path, count: int, *, longest: int = 60) -> Path:
+    """Every second request is of 50 tokens, the others of `longest`."""
+    path = folder / f"{longest}.csv"
+    rows = "".join(f"{place * 0.5},{longest if place % 2 else 50},4\n" for place in range(count))
+    path.write_text(f"arrival_s,input_tokens,output_tokens\n{rows}")
+    return path

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from plan_cases import OPT, opt
 from tandem.cluster.latency.links import KNOWN_LINKS, link_of
+from tandem.cluster.latency.measured import MeasuredProfile, Measurement, PointErrors
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
+from tandem.cluster.models.registry import CONFIGS
 from tandem.cluster.planner.problem import Problem, load_problem
 from tandem.cluster.planner.setting import setting_of
+from tandem.cluster.planner.words import loss_text, poor_text
 from tandem.cluster.sim.deploy import DistServeCosts, MeasuredCosts, RooflineCosts
 
 FILE = """
@@ -183,3 +186,46 @@ def test_the_examples_are_problems(repository: Path, name: str, gpus: int) -> No
         setting_of(problem)
     else:
         assert problem.profile == "laptop.json", "measured first, on the machine that is planned for"
+
+
+def test_a_plan_for_poisson_arrivals_says_that_its_file_is_burstier(tmp_path: Path) -> None:
+    def told(gaps: list[float], **fields: Any) -> str:
+        file = tmp_path / "trace.csv"
+        times = [sum(gaps[:place]) for place in range(len(gaps) + 1)]
+        file.write_text("arrival_s,input_tokens,output_tokens\n" + "".join(f"{at_s},30,4\n" for at_s in times))
+        lengths = {"workload__lengths": str(file), "workload__input_tokens": None, "workload__output_tokens": None}
+        return loss_text(setting_of(opt(**(lengths | fields))))
+
+    bursts = ([0.01] * 15 + [20.0]) * 4
+    assert told(bursts).startswith("; THE FILE IS BURSTIER: its gaps vary by 3.84 of their mean, Poisson's by 1, and")
+    assert "--arrivals trace replays them, --burstiness 0.0677 draws such gaps (gamma)" in told(bursts)
+    assert (
+        told(bursts, workload__arrivals="trace") == told(bursts, workload__arrivals="gamma") == told([1.0] * 60) == ""
+    )
+    assert told([0.0] * 10 + [1.0]) == "", "too few to say"
+
+
+def test_a_plan_by_a_poor_profile_says_so() -> None:
+    terms = DecodeTerms(step_s=0.01, row_s=0.003, context_token_s=4e-6)
+    steps = StepProfile(
+        prefill_step_s=0.01, prefill_token_s=0.003, decode=terms, large_decode=terms, large_batch_rows=1
+    )
+
+    def told(steps_p90: float, transfers_p90: float) -> str:
+        kinds = {"all steps": steps_p90, "transfer grpc": transfers_p90}
+        held_out = {name: PointErrors(median=0.01, p90=p90, worst=2.0, points=9) for name, p90 in kinds.items()}
+        section = Measurement(
+            model="smollm2-135m",
+            model_config=CONFIGS["smollm2-135m"],
+            device="cpu",
+            dtype="bfloat16",
+            block_size=16,
+            kv_token_bytes=23040,
+            steps={},
+            held_out=held_out,
+        )
+        return poor_text(MeasuredProfile(steps=steps, measured=section))
+
+    assert told(0.2, 0.4) == ""
+    assert told(0.44, 0.4).startswith("; A POOR PROFILE: one point in ten that its fit had not seen was missed by more")
+    assert "all steps 44 %, transfer grpc 111 %" in told(0.44, 1.11)
