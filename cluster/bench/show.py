@@ -41,7 +41,7 @@ def table(
     if summary.attainment is not None and summary.request_goodput is not None:
         lines += [
             f"attainment  {summary.attainment:.1%} of requests kept {promised(summary.goodput_slo_ms)}",
-            f"goodput     {summary.request_goodput:.2f} requests/s kept them",
+            f"goodput     {summary.request_goodput:.2f} requests/s kept them, over all {summary.duration_s:.1f} s",
         ]
     if (wait := summary.exposed_wait) is not None:
         lines.append(

@@ -180,7 +180,8 @@ def binding_of(one: Evaluation) -> str:
         return "what it computes: above, more and more is left over"
     if one.binding is None:
         held = _held(one)
-        return f"what it computes at most, under {held} of {len(one.seeds)} seeds" if held else ""
+        seeds = f"{held} of {len(one.seeds)} seeds" if len(one.seeds) > 1 else "the one seed that was run"
+        return f"what it computes at most, under {seeds}" if held else ""
     return (
         f"{one.binding.promise.upper()} of {one.binding.slo_class}, in {one.binding.share * 100:.0f} % of what misses"
     )

@@ -249,6 +249,7 @@ def test_more_than_must_keep_their_promises_at_goodput_for_a_reason() -> None:
     held = replace(many, bound=6.0)
     assert why_above(held, 0.9) == f"{head}it computes no more under 2 of 3 seeds."
     assert binding_of(replace(held, binding=None)) == "what it computes at most, under 2 of 3 seeds"
+    assert binding_of(replace(held, binding=None, seeds=(6.0,))).endswith("under the one seed that was run")
     assert why_above(replace(many, bound=5.0), 0.9) == "", "told as a goodput without an interval"
     assert why_above(replace(held, piles_up=True), 0.9).endswith("is left over, and no promise tells yet.")
     slower = replace(many, prediction=replace(many.prediction, rate=5.8))

@@ -149,7 +149,7 @@ def test_table_reads() -> None:
     text = table(summarize(ALL, {"ttft": 250.0, "tpot": 160.0}))
     assert "3 completed, 1 failed in 2.0 s" in text
     assert "50.0% of requests kept TTFT <= 250 ms and TPOT <= 160 ms" in text
-    assert "goodput     1.00 requests/s" in text
+    assert "goodput     1.00 requests/s kept them, over all 2.0 s" in text
 
 
 def test_the_exposed_wait_is_a_share_of_the_ttft_of_what_was_handed_over() -> None:
