@@ -66,7 +66,7 @@ def test_what_is_reported_was_simulated_for_long_and_says_what_that_cannot_show(
         assert best is not None
         assert max(point.requests for point in best.points if not point.decided_early) == 120
     assert max(point.requests for one in result.explored for point in one.points) == 120
-    assert any("is left over" in note for note in result.notes)
+    assert any("show an overload only from" in note for note in result.notes)
 
 
 def served(rate: float, capacity: float, count: int, takes_s: float) -> list[Outcome]:
