@@ -68,7 +68,7 @@ def notes(explored: Iterable[Evaluation], gpus: int, unseen: float) -> tuple[str
         found.append("cells hand off inside themselves only: each has its own router, and an even share of the load")
     if unseen > NOTED * UNSEEN:
         found.append(
-            f"Promises this loose show an overload only from {unseen:.0%} on in runs of {LASTING_REQUESTS} requests: goodput "
-            "may be as much too high."
+            f"Promises this loose show an overload only from {unseen:.0%} on in runs of {LASTING_REQUESTS} requests: "
+            "goodput may be as much too high."
         )
     return tuple(found)
