@@ -22,7 +22,7 @@ from .shape import Shape
 
 _PRECISION = Precision(width=1.15, nearness=0.02, most=12)
 _PRECISION_NEAR = Precision(width=1.15, nearness=0.02, most=12, step=1.1)
-_AROUND = (0.9, 1.1)
+_AROUND = (0.88, 0.94, 1.06, 1.12)
 """Of a rough goodput: where a shape wants scores beside those of the way there, if none is as near as `_BESIDE`."""
 _BESIDE = 0.02
 _ANY_SLOPE, _LEAST_SHARE, _NOISE = 0.5, 0.2, 0.01

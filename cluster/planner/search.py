@@ -32,9 +32,8 @@ from .stop import Stop
 
 SCREEN_ROUNDS, SCREENED = 5, 2
 """How often candidates are simulated under one seed as long as others may be better, and how many of a side at once."""
-OPTIMISM, ALIKE = 1.04, 1.02
-"""How much better than its estimate a candidate may turn out, and where only limits differ from one that has been
-simulated: what an estimate gets wrong it gets wrong of both."""
+OPTIMISM = 1.04
+"""How much better than its estimate a candidate may turn out."""
 BEYOND_BOUND = 1.05
 """How far above its capacity bound a short run may still look good."""
 
@@ -133,10 +132,7 @@ class _Run:
         alike = [
             one for one in self._explored.values() if one.seeds and splits_of(one.candidate) == splits_of(candidate)
         ]
-        counts = [pool.count for pool in candidate.pools]
-        same = any([pool.count for pool in one.candidate.pools] == counts for one in alike)
-        shares = [one.goodput.mean / one.estimate for one in alike if one.estimate]
-        return (ALIKE if same else OPTIMISM) * min([1.0, *shares])
+        return OPTIMISM * min([1.0, *(one.goodput.mean / one.estimate for one in alike if one.estimate)])
 
     def _unseen(self, *sides: Side) -> float:
         rates = [one.goodput.mean / one.candidate.cells for one in sides if one is not None]
