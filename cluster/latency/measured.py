@@ -129,6 +129,8 @@ class Measurement:
     """By kind, on each point by a fit that has not seen it."""
     left_out: tuple[str, ...] = ()
     """Points for which there was no time."""
+    doubts: tuple[str, ...] = ()
+    """Why it was not saved under the name that was asked for; none: it was."""
 
     def __post_init__(self) -> None:
         check(self)

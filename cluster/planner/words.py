@@ -67,11 +67,14 @@ def poor_text(profile: MeasuredProfile) -> str:
         for kind, errors in held_out.items()
         if errors.p90 > (POOR_TRANSFERS if kind.startswith("transfer") else POOR_STEPS)
     ]
-    if not poor:
+    why = list(profile.measured.doubts)
+    if poor:
+        why.append(f"one point in ten that its fit had not seen was missed by more than: {', '.join(poor)}")
+    if not why:
         return ""
     return (
-        f"; A POOR PROFILE: one point in ten that its fit had not seen was missed by more than: {', '.join(poor)}; "
-        "what is planned is no better; measure again (tandem profile) with nothing else running"
+        f"; A POOR PROFILE: {'; '.join(why)}; what is planned is no better; measure again (tandem profile) with "
+        "nothing else running"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -68,11 +68,12 @@ def measure_steps(
     block_size: int,
     now_s: Callable[[], float] = time.perf_counter,
     on_progress: Callable[[str, float], None] = lambda what, share: None,
+    on_round: Callable[[Mapping[Point, Sequence[float]]], None] = lambda times_s: None,
 ) -> Timings:
     """Times of the points on the device; see `repeat`. Its KV memory holds all of them (`points.fitting`)."""
     places = Places(points, block_size, vocab_size=device.vocab_size, seed=options.seed)
     steps = LiveSteps(device, places, options.seed, now_s)
-    return measure_points(steps, points, options, now_s, on_progress)
+    return measure_points(steps, points, options, now_s, on_progress, on_round)
 
 
 def measured_steps(timings: Timings) -> dict[str, MeasuredStep]:

@@ -63,6 +63,10 @@ class Disagreement(RuntimeError):
     """Repeated measurements of some points lie too far apart to mean anything."""
 
 
+class TooSlow(RuntimeError):
+    """The machine is too slow for the budget: what can be measured in it is too little."""
+
+
 def spread(times_s: Sequence[float], least_s: float = 0.0) -> float:
     """Distance of the quartiles over the median, which counts as `least_s` at least; 0 of a single time."""
     if len(times_s) < 2:
@@ -90,8 +94,21 @@ def check_agreement(
     more = f" and {len(bad) - _SHOWN_NAMES} more" if len(bad) > _SHOWN_NAMES else ""
     told = f"{more}; {why}" if why else more
     raise Disagreement(
-        f"nothing saved: repeated times of {len(bad)} of {len(times_s)} points disagree by more than {max_spread:.0%}: "
+        f"repeated times of {len(bad)} of {len(times_s)} points disagree by more than {max_spread:.0%}: "
         f"{shown}{told}; measure on a quieter machine, or allow a larger --{option.replace('_', '-')}"
+    )
+
+
+def unsteady(times_s: Mapping[Point, Sequence[float]], max_spread: float) -> str:
+    """What to say, after a few rounds, of a machine on which most points disagree; empty: nothing yet."""
+    if min(map(len, times_s.values()), default=0) < MIN_ROUNDS:
+        return ""
+    bad = sum(spread(times) > max_spread for times in times_s.values())
+    if 2 * bad <= len(times_s):
+        return ""
+    return (
+        f"so far repeated times of {bad} of {len(times_s)} steps disagree by more than {max_spread:.0%}: something "
+        "else is running here; they are measured on, Ctrl-C ends it"
     )
 
 
@@ -101,9 +118,11 @@ def measure_points(
     options: RepeatOptions,
     now_s: Callable[[], float],
     on_progress: Callable[[str, float], None] = lambda what, share: None,
+    on_round: Callable[[Mapping[Point, Sequence[float]]], None] = lambda times_s: None,
 ) -> Timings:
     """Times of all points for which there is time; see the module. `run` runs one step and returns its seconds;
-    `on_progress` hears what is measured and the share of the expected time that is over.
+    `on_progress` hears what is measured and the share of the expected time that is over; `on_round` hears the times so
+    far, first none of those points that the budget has room for, then again after each round. What it raises ends it.
     """
     begin_s = now_s()
     deadline_s = begin_s + options.budget_s
@@ -114,6 +133,7 @@ def measure_points(
     end_s = begin_s + min(options.budget_s, expected_s)
     times: dict[Point, list[float]] = {point: [] for point in costs}
     draw = random.Random(options.seed)
+    on_round(times)
 
     def visit(point: Point) -> None:
         on_progress(point.name, min(1.0, (now_s() - begin_s) / max(end_s - begin_s, 1e-9)))
@@ -127,6 +147,7 @@ def measure_points(
         for point in draw.sample(list(times), len(times)):
             if there_is_time_for(point):
                 visit(point)
+        on_round(times)
     for _ in range(options.rounds):
         again = [point for point in times if spread(times[point]) > options.max_spread and there_is_time_for(point)]
         for point in again:

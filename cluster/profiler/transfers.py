@@ -24,6 +24,14 @@ MIN_TOKEN_BYTES = 4096
 """KV of a token of the models whose own is smaller: a prompt of millions of tokens is another matter than its KV."""
 
 
+class TransfersDisagree(Disagreement):
+    """Repeated times of transfers lie too far apart; `found` has them all the same."""
+
+    def __init__(self, why: str, found: Mapping[str, MeasuredTransfer]) -> None:
+        super().__init__(why)
+        self.found = dict(found)
+
+
 _SLACK = 1.5
 """A second round must have so many times the time that the first one took."""
 
@@ -38,7 +46,7 @@ async def agreeing_transfers(
 ) -> dict[str, MeasuredTransfer]:
     """As `measure_transfers`, and once more where times disagree and there is time for it; all times count.
 
-    Disagreement (`repeat.check_agreement`), TimeoutError.
+    TransfersDisagree (`repeat.check_agreement`), TimeoutError.
     """
     loop, times = asyncio.get_running_loop(), dict[str, MeasuredTransfer]()
     begin_s, deadline_s = loop.time(), loop.time() + timeout_s
@@ -55,9 +63,9 @@ async def agreeing_transfers(
                 least_s=LEAST_S,
                 option="max_transfer_spread",
             )
-        except Disagreement:
+        except Disagreement as error:
             if not first or (loop.time() - begin_s) * _SLACK > deadline_s - loop.time():
-                raise
+                raise TransfersDisagree(str(error), times) from None
         else:
             return times
 

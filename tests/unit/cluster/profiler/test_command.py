@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from tandem.cluster.bench.handoff_report import Cell, Handoff
 from tandem.cluster.cli import run
+from tandem.cluster.cli_display import Display
+from tandem.cluster.cli_profile import Wanted, _measure_transfers
+from tandem.cluster.config import EngineConfig
 from tandem.cluster.latency.links import LinkTerms
 from tandem.cluster.latency.measured import MeasuredProfile, MeasuredStep, MeasuredTransfer, Measurement
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
@@ -16,7 +19,7 @@ from tandem.cluster.models.registry import CONFIGS
 from tandem.cluster.profiler import live, transfers
 from tandem.cluster.profiler.fit import fitted_profile
 from tandem.cluster.profiler.points import Grid
-from tandem.cluster.profiler.repeat import Disagreement, check_agreement
+from tandem.cluster.profiler.repeat import Disagreement, RepeatOptions, check_agreement
 from tandem.cluster.profiler.show import others
 from tandem.cluster.profiler.transfers import measure_transfers
 
@@ -40,6 +43,15 @@ TRUE = StepProfile(
         (["--kv-cache", "much"], "--kv-cache: 'much' is not a size"),
         (["--device", "gpu"], "--device: 'gpu' is not allowed; allowed: one of cpu, paced"),
         (["--output", "nowhere/profile.json"], "--output: 'nowhere/profile.json' is not allowed; allowed: a file in a"),
+        (["--output", "."], "--output: '.' is not allowed; allowed: a file in a folder that exists"),
+        (
+            ["--output", "/proc/a.json"],
+            "--output: '/proc/a.json' is not allowed; allowed: a file in a folder that can be",
+        ),
+        (["--cpus", "0,65535"], "--cpus: [0, 65535] is not allowed; allowed: processors of this machine: "),
+        (["--threads", "1024"], "--threads: 1024 is not allowed; allowed: 1 to "),
+        (["--batch-sizes", ""], "--batch-sizes: [] is not allowed; allowed: at least one number"),
+        (["--prompt-lens", "100000"], "--prompt-lens: [100000] is not allowed; allowed: below 512 tokens, the model's"),
         (["--save-plot", "fit.txt"], "--save-plot: 'fit.txt' is not allowed"),
         (["--model", "dummy:none"], "model 'none' is not known"),
         (["--kv-cache", "10KiB"], "points: 1 with a prompt are too few; allowed: at least 6; the model's context or"),
@@ -190,3 +202,33 @@ def test_what_others_did_meanwhile_is_told(tmp_path: Path) -> None:
     assert others(0.43) == "others used 43% of the machine's processors meanwhile"
     with pytest.raises(Disagreement, match=r"a \(100%\); others used 43% .* meanwhile; measure on a quieter machine"):
         check_agreement({"a": (1.0, 1.0, 3.0, 3.0)}, 0.15, why=others(0.43))
+
+
+def test_transfers_are_judged_apart_and_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = Wanted(
+        config=EngineConfig(model="dummy:tiny-llama"),
+        grid=Grid(),
+        repeat=RepeatOptions(budget_s=200.0),
+        transfers=True,
+        max_transfer_spread=0.5,
+        output=Path("profile.json"),
+        plot=None,
+    )
+    unsteady = {"mapped 1 MiB": MeasuredTransfer(link="mapped", size_bytes=2**20, times_s=(0.1, 0.1, 0.3, 0.3))}
+
+    async def disagree(*_: Any, **__: Any) -> None:
+        raise transfers.TransfersDisagree("they disagree", unsteady)
+
+    async def late(*_: Any, **__: Any) -> None:
+        raise TimeoutError
+
+    doubts: list[str] = []
+    monkeypatch.setattr(transfers, "agreeing_transfers", disagree)
+    assert _measure_transfers(wanted, 23040, Display(), doubts) == unsteady
+    monkeypatch.setattr(transfers, "agreeing_transfers", late)
+    assert _measure_transfers(wanted, 23040, Display(), doubts) == {}
+    late_text = "transfers: they were not done after 80 s of --budget-s 200; allow more, or --no-transfers"
+    assert doubts == ["transfers: they disagree", late_text]
+    assert capsys.readouterr().out.splitlines() == doubts, "at once, before steps are measured"

@@ -12,6 +12,7 @@ from tandem.cluster.engine.devices.paced import PacedDevice
 from tandem.cluster.latency.measured import read_measured
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile
 from tandem.cluster.models.registry import CONFIGS
+from tandem.cluster.planner.words import poor_text
 from tandem.cluster.profiler.fit import fit_steps
 from tandem.cluster.profiler.live import LiveSteps, engine_overhead_s, measure_steps, measured_steps
 from tandem.cluster.profiler.points import Grid, Places, Point
@@ -110,7 +111,7 @@ def test_the_command_saves_what_others_read(tmp_path: Path, capsys: pytest.Captu
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "nothing half-written"
 
 
-def test_times_that_disagree_save_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_times_that_disagree_are_kept_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "profile.json"
     config = EngineConfig(model=MODEL, device="paced", kv_cache_bytes=2**22, paced_step_s=0.001)
     small = Grid(
@@ -133,5 +134,34 @@ def test_times_that_disagree_save_nothing(tmp_path: Path, capsys: pytest.Capture
         plot=None,
     )
     assert run_profile(wanted) == 1
-    assert "nothing saved: repeated times of 12 of 12 points disagree" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "steps: repeated times of 12 of 12 points disagree" in said
+    assert "so far repeated times of 12 of 12 steps disagree" in said, "told while there is time to end it"
+    assert f"saved       {tmp_path / 'profile.unsteady.json'}, not as {output}" in said
     assert not output.exists()
+    kept = read_measured(tmp_path / "profile.unsteady.json")
+    assert "12 of 12 points disagree" in kept.measured.doubts[0]
+    assert len(kept.measured.steps) == 12
+    assert "A POOR PROFILE: steps: repeated times of 12 of 12 points disagree" in poor_text(kept)
+
+
+def test_a_budget_that_is_too_short_says_what_to_raise_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EngineConfig(model=MODEL, device="paced", kv_cache_bytes=2**22, paced_step_s=0.05)
+    wanted = Wanted(
+        config=config,
+        grid=GRID,
+        repeat=RepeatOptions(rounds=4, visit_s=0.0, budget_s=0.4, max_spread=10.0),
+        transfers=False,
+        max_transfer_spread=10.0,
+        output=tmp_path / "profile.json",
+        plot=None,
+    )
+    assert run_profile(wanted) == 1
+    said = capsys.readouterr().out
+    assert (
+        "nothing saved: this machine is too slow or too busy: the 0 s of --budget-s that steps had are enough" in said
+    )
+    assert "allow a larger --budget-s, or shorter --prompt-lens" in said
+    assert list(tmp_path.iterdir()) == []
