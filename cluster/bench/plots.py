@@ -77,8 +77,10 @@ def plot_run(
     save_figure(figure, path)
 
 
-def draw_latencies(rows: Any, records: Sequence[RequestRecord], promises: Mapping[str, float]) -> None:
-    """The same into two rows of two axes each."""
+def draw_latencies(
+    rows: Any, records: Sequence[RequestRecord], promises: Mapping[str, float], *, lost: str = "failed"
+) -> None:
+    """The same into two rows of two axes each. `lost`: what became of those without an answer."""
     begin_s = min((record.due_s for record in records), default=0.0)
     kept_colors = [("C0", [record for record in records if not promises or attains(record, promises)])]
     if promises:
@@ -102,7 +104,7 @@ def draw_latencies(rows: Any, records: Sequence[RequestRecord], promises: Mappin
         over_time.set_ylim(bottom=0)
     for axes in rows[1]:
         for number, due_s in enumerate(record.due_s - begin_s for record in records if not record.ok):
-            axes.axvline(due_s, color="black", linewidth=0.5, alpha=0.4, label="" if number else "failed")
+            axes.axvline(due_s, color="black", linewidth=0.5, alpha=0.4, label="" if number else lost)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)
 

@@ -15,7 +15,7 @@ import orjson
 from ..sim.record import requests_csv
 from ..workload.chrome_trace import save_trace
 from .plots import check_plot, plot_sweeps
-from .simulated_plots import plot_simulated
+from .simulated_plots import plot_simulated, title_of
 from .simulated_trace import simulated_events
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class SimulatedOutput:
             yield f"listed      {self.requests}"
         if self.plot is not None:
             name = self.label or result.facts["model_id"]
-            title = f"{name}, virtual time: {result.summary.request_throughput:.2f} requests/s"
+            title = title_of(name, result.facts["request_rate"], result.summary.request_throughput)
             plot_simulated(result, self.plot, title=title)
             yield f"drawn       {self.plot}"
         if self.trace is not None:

@@ -16,10 +16,22 @@ def plot_simulated(result: SimulatedRun, path: str | Path, *, title: str) -> Non
     """Distributions of TTFT and TPOT, both over time, queue lengths and KV use. Raises OSError."""
     figure, rows = figure_of(3, 2, title)
     shown = promises_ms(result.promises) if len(result.promises) == 1 else {}
-    draw_latencies(rows[:2], result.records, shown)
+    draw_latencies(rows[:2], result.records, shown, lost=lost_text(result.refused, result.summary.failed))
     _draw_queues(rows[2][0], result)
     _draw_kv(rows[2][1], result)
     save_figure(figure, path)
+
+
+def lost_text(refused: int, failed: int) -> str:
+    """What became of the `failed` requests without an answer, of which `refused` at the door."""
+    parts = [f"{count} {what}" for count, what in ((refused, "refused"), (failed - refused, "failed")) if count]
+    return ", ".join(parts)
+
+
+def title_of(name: str, rate: float | str, served: float) -> str:
+    """What the picture is of: who, what came and what was served, requests/s."""
+    came = rate if isinstance(rate, str) else f"{rate:g} requests/s came"
+    return f"{name}, virtual time: {came}, {served:.2f} requests/s served"
 
 
 def _draw_queues(axes: Any, result: SimulatedRun) -> None:

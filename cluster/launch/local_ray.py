@@ -133,6 +133,23 @@ class LocalRay:
         return [pid for pid in children if not _is_pending(pid, signal.SIGTERM)]
 
 
+def remedy(error: str, *, load: float | None = None, processors: int | None = None) -> str:
+    """What to do about a Ray that did not come up in time, which Ray itself does not say; empty: the error is another.
+    `load`, `processors`: None: this machine's.
+    """
+    if "timed out" not in error.lower():
+        return ""
+    if load is None:
+        load = os.getloadavg()[0]
+    processors = processors or os.cpu_count() or 1
+    busy = f"the machine is busy (load {load:.0f} on {processors} processors): start again when less runs"
+    calm = (
+        f"the machine is not busy (load {load:.0f} on {processors} processors): look for room in {_BASE} and in memory"
+    )
+    own = "or have it join a Ray that runs (`ray start --head`, then --address)"
+    return f"; {busy if load > processors else calm}, {own}"
+
+
 def join_ray(address: str, *, verbose: bool = False) -> None:
     """Connects this process to the Ray cluster at `address`. Raises ConnectionError and RuntimeError as Ray does."""
     prepare_environment(local=False)

@@ -23,7 +23,7 @@ from typing import Any
 from ..config import ClusterConfig, ConfigError, is_loopback, to_dict
 from . import runtime_file
 from .checks import check_engines, check_events, check_ports, check_shared_ports, fetch_model, pin_config, wait_gone
-from .local_ray import LocalRay, join_ray
+from .local_ray import LocalRay, join_ray, remedy
 from .security import secured
 from .stages import Stages
 from .state import Endpoints, LaunchError, MemberView, Phase
@@ -213,7 +213,8 @@ class RayCluster:
                 join_ray(config.address, verbose=self._verbose)
         except Exception as error:  # Ray raises what it likes, plain Exception included
             where = "the local Ray" if config.address is None else f"Ray at {config.address}"
-            raise LaunchError(f"{where} could not be reached: {' '.join(str(error).split())}") from error
+            told = f"{where} could not be reached: {' '.join(str(error).split())}"
+            raise LaunchError(told + (remedy(told) if config.address is None else "")) from error
         self._progress("ray", "ready", None)
         self._give_up_if_interrupted()
 

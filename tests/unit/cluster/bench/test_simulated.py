@@ -19,6 +19,7 @@ from tandem.cluster.bench.options import BenchOptions
 from tandem.cluster.bench.run import _facts
 from tandem.cluster.bench.show import table
 from tandem.cluster.bench.simulated import METRICS, SimulatedRun, Simulation
+from tandem.cluster.bench.simulated_plots import lost_text, title_of
 from tandem.cluster.bench.simulated_sweep import sweep
 from tandem.cluster.bench.simulated_trace import simulated_events
 from tandem.cluster.bench.sweep_load import SweepPlan
@@ -339,3 +340,9 @@ def trace_file(folder: Path, count: int, *, longest: int = 60) -> Path:
     rows = "".join(f"{place * 0.5},{longest if place % 2 else 50},4\n" for place in range(count))
     path.write_text(f"arrival_s,input_tokens,output_tokens\n{rows}")
     return path
+
+
+def test_a_picture_tells_what_came_from_what_was_served_and_refused_from_failed() -> None:
+    assert title_of("opt", 13.7, 11.614) == "opt, virtual time: 13.7 requests/s came, 11.61 requests/s served"
+    assert title_of("opt", "as recorded", 2.0) == "opt, virtual time: as recorded, 2.00 requests/s served"
+    assert (lost_text(51, 51), lost_text(2, 5), lost_text(0, 3)) == ("51 refused", "2 refused, 3 failed", "3 failed")

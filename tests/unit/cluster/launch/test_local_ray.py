@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tandem.cluster.launch.local_ray import remedy
+
 SCRIPT = """
 import sys, types
 sys.modules["ray"] = types.ModuleType("ray")  # whoever embeds a cluster has imported it
@@ -27,3 +29,12 @@ def test_the_modules_that_speak_to_actors_do_not_import_ray_by_themselves() -> N
     script = "import sys, tandem.cluster.launch.manager, tandem.cluster.launch.ray_cluster; print('ray' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "False"
+
+
+def test_a_ray_that_did_not_come_up_in_time_has_a_remedy() -> None:
+    raised = "the local Ray could not be reached: The current node timed out during startup."
+    assert remedy(raised, load=12.0, processors=2).startswith(
+        "; the machine is busy (load 12 on 2 processors): start again when less runs, or have it join a Ray that runs"
+    )
+    assert "not busy (load 1 on 2 processors): look for room in" in remedy(raised, load=1.0, processors=2)
+    assert remedy("no such file", load=12.0, processors=2) == ""
