@@ -16,7 +16,7 @@ from .evaluate import marginal
 from .evidence import PRECISION, Evidence, scale_of
 from .neighbors import one_more
 from .place import why_not
-from .predict import SEEDS, Watch, prediction_of, rate_of
+from .predict import SEEDS, Watch, prediction_of, rate_of, settled
 from .proposals import Challenge
 from .result import Candidate, Evaluation, Fate, Marginal
 from .trial import Saw
@@ -208,6 +208,6 @@ class Finals:
         """Nothing where there was no time."""
         runs = {watch: saw for watch, saw in saws.items() if watch.candidate == one.candidate}
         if all(runs.values()):
-            saw = [request for run in runs.values() for request in run]
+            saw = [request for run in runs.values() for request in settled(run)]
             prediction = prediction_of(self._setting, saw, next(iter(runs)).rate)
             self._explored[one.candidate] = replace(one, prediction=prediction)

@@ -57,7 +57,12 @@ def predict(setting: Setting, candidate: Candidate, rate: float) -> Prediction:
     """Under the first seeds, all requests together, in this process. ValueError where the candidate cannot run."""
     means = Means(Outlook(setting), lambda: False)
     runs = [Watch(candidate, rate, seed).do(means) or [] for seed in setting.seeds[:SEEDS]]
-    return prediction_of(setting, [saw for run in runs for saw in run], rate)
+    return prediction_of(setting, [saw for run in runs for saw in settled(run)], rate)
+
+
+def settled(run: Sequence[Saw]) -> Sequence[Saw]:
+    """The second half of a run, which begins with empty workers: near goodput their batches grow for long."""
+    return run[len(run) // 2 :]
 
 
 def prediction_of(setting: Setting, saw: Sequence[Saw], rate: float) -> Prediction:

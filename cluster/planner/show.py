@@ -22,8 +22,9 @@ from .verdict import binding_of, cost_of, for_rate, interval, marginal_of, verdi
 from .words import devices_text, loss_text, model_text, number, promises_text, source_text, workload_text
 
 SEEN = (
-    "Attainment and latencies are those of whole runs near that rate in which nobody is refused, as `tandem simulate "
-    "--cluster plan.yaml --no-refuse` has them; a router refuses what is lost anyway, and the others are faster for it."
+    "Attainment and latencies are of the second half of runs near that rate in which nobody is refused, as a long "
+    "`tandem simulate --cluster plan.yaml --no-refuse` has them; a router refuses what is lost anyway, and the others "
+    "are faster for it."
 )
 LOG_WIDTH = 132
 """Columns where no terminal says how many it has."""

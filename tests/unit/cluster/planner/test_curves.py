@@ -8,7 +8,7 @@ import pytest
 from plan_cases import evaluated, opt, result, split
 from tandem.cluster.planner import curves
 from tandem.cluster.planner.curves import Load, point_at, with_curves
-from tandem.cluster.planner.predict import Saw, predict, prediction_of, rate_of
+from tandem.cluster.planner.predict import Saw, predict, prediction_of, rate_of, settled
 from tandem.cluster.planner.result import PlanResult
 from tandem.cluster.planner.setting import Setting, setting_of
 
@@ -33,6 +33,12 @@ def test_a_prediction_is_of_one_rate(setting: Setting) -> None:
     assert prediction.tpot.p50 < 0.1
     assert slow.attainment < 0.5
     assert slow.ttft.p50 > prediction.ttft.p99
+
+
+def test_workers_that_fill_up_are_not_what_clients_see_later() -> None:
+    run = [Saw("chat", True, 0.1, None)] * 3 + [Saw("chat", False, 0.3, None)] * 4
+    assert list(settled(run)) == [Saw("chat", False, 0.3, None)] * 4
+    assert settled(run[:1]) == run[:1]
 
 
 def test_the_rate_that_was_asked_for_counts_where_it_is_kept() -> None:
