@@ -72,10 +72,8 @@ def poor_text(profile: MeasuredProfile) -> str:
         why.append(f"one point in ten that its fit had not seen was missed by more than: {', '.join(poor)}")
     if not why:
         return ""
-    return (
-        f"; A POOR PROFILE: {'; '.join(why)}; what is planned is no better; measure again (tandem profile) with "
-        "nothing else running"
-    )
+    again = "" if profile.measured.doubts else "; measure again (tandem profile) with nothing else running"
+    return f"; A POOR PROFILE: {'; '.join(why)}; what is planned is no better{again}"
 
 
 def workload_text(problem: Problem) -> str:
