@@ -62,6 +62,8 @@ INFEASIBLE, RATE_NOT_KEPT, UNDECIDED, INTERRUPTED = 3, 4, 5, 130
 time limit ended the search before that was known; a signal did.
 """
 CHOICES = ("best", "disaggregated", "colocated")
+CROWDED_SCALE = 2.0
+"""A validation's time, where it has more processes than the machine has processors."""
 _PATHS = {
     "model": "model",
     "dtype": "dtype",
@@ -325,6 +327,7 @@ def _validate(problem: Problem, setting: Setting, result: PlanResult, device: st
     from .cli_bench_validate import run_validation
     from .cli_bench_validate import validate as validation
     from .planner.plan_file import device_of, plan_file
+    from .processors import processors
 
     [kind] = problem.workload.classes.values()
     assert kind.ttft_s is not None  # _check
@@ -347,8 +350,13 @@ def _validate(problem: Problem, setting: Setting, result: PlanResult, device: st
         }
         options |= {"profile": problem.profile if measured is not None else None}
         options |= {"promise": f"{kind.ttft_s * 1e3:g}:{kind.tpot_s * 1e3:g}", "seed": problem.search.seed}
-        options = {name: one.default for name, one in signature(validation).parameters.items()} | options
-        run_validation({name: value for name, value in options.items() if value is not Parameter.empty})
+        defaults = {name: one.default for name, one in signature(validation).parameters.items()}
+        if options["device"] == "paced":
+            best = [one.candidate for one in (result.disaggregated, result.colocated) if one is not None]
+            members = 2 + max(sum(pool.count for pool in one.pools) for one in best)  # a router and the load too
+            if members > processors():  # they would wait for each other
+                options |= {"time_scale": CROWDED_SCALE, "stair_s": CROWDED_SCALE * defaults["stair_s"]}
+        run_validation({name: value for name, value in (defaults | options).items() if value is not Parameter.empty})
 
 
 def command() -> list[str]:

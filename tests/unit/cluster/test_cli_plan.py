@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import pytest
 from tandem.cluster import cli_bench_validate, cli_plan
+from tandem.cluster import processors as processors_module
 from tandem.cluster.cli import run
 from tandem.cluster.config_file import load_config
 from tandem.cluster.planner import curves, search
@@ -277,9 +278,15 @@ def test_what_serve_cannot_start_yet_is_said(
     assert f"tandem simulate --cluster {tmp_path / 'plan.yaml'}" in said
 
 
+@pytest.mark.parametrize(("available", "scale"), [(4, 1.0), (3, 2.0)])
 def test_both_plans_are_validated_as_they_were_planned(
-    tmp_path: Path, found: Callable[[PlanResult], Told], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    found: Callable[[PlanResult], Told],
+    monkeypatch: pytest.MonkeyPatch,
+    available: int,
+    scale: float,
 ) -> None:
+    monkeypatch.setattr(processors_module, "processors", lambda: available)
     (tmp_path / "pool.csv").write_text("arrival_s,input_tokens,output_tokens\n,100,20\n")
     mixed = Candidate(pools=(Pool(role=Role.MIXED, count=2),), affinity=Affinity.COLOCATED)
     found(replace(FOUND, colocated=replace(CHOSEN, candidate=mixed)))
@@ -294,5 +301,6 @@ def test_both_plans_are_validated_as_they_were_planned(
     [(given, workers)] = asked
     assert workers == [2, 2]
     assert (given["device"], given["promise"], given["profile"]) == ("paced", "250:100", None)
+    assert (given["time_scale"], given["stair_s"]) == (scale, 16.0 * scale), "a router, a load and two workers"
     options = set(inspect.signature(cli_bench_validate.validate).parameters) - {"context"}
     assert set(given) == options, "every option of the other command"
