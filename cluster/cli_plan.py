@@ -355,7 +355,7 @@ def _validate(problem: Problem, setting: Setting, result: PlanResult, device: st
             best = [one.candidate for one in (result.disaggregated, result.colocated) if one is not None]
             members = 2 + max(sum(pool.count for pool in one.pools) for one in best)  # a router and the load too
             if members > processors():  # they would wait for each other
-                options |= {"time_scale": CROWDED_SCALE, "stair_s": CROWDED_SCALE * defaults["stair_s"]}
+                options |= {name: CROWDED_SCALE * defaults[name] for name in ("time_scale", "stair_s", "max_minutes")}
         run_validation({name: value for name, value in (defaults | options).items() if value is not Parameter.empty})
 
 
