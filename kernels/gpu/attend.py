@@ -10,11 +10,16 @@ float32; weights are rounded to the queries' dtype for the product with the valu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from ..paged_attention import AttentionShape
+from .cubin import Build
 
 PLAIN, INT8, FP8_BITS, FP8 = 0, 1, 2, 3
 """How the KV memory holds a number: as queries are; int8; float8 e4m3fn taken apart by us (sm_80 has no conversion); or
@@ -201,3 +206,61 @@ def architecture(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+def padded(head_dim: int) -> int:
+    """DP."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def constants_of(shape: AttentionShape, cut: Tiling, form: int, dtype: torch.dtype) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    return {
+        "GROUP": shape.num_heads // shape.num_kv_heads,
+        "M": cut.rows,
+        "N": cut.keys,
+        "S": shape.block_size,
+        "D": shape.head_dim,
+        "DP": padded(shape.head_dim),
+        "WINDOW": shape.window or 0,
+        "FORM": form,
+        "PRECISION": precision(dtype),
+    }
+
+
+_STRIDES = ("q_token", "q_head", "out_token", "out_head", "layer_block", "layer_side", "layer_head", "layer_slot")
+
+
+def build_of(
+    kernel: Any,
+    label: str,
+    work: Mapping[str, str],
+    shape: AttentionShape,
+    cut: Tiling,
+    form: int,
+    dtype: torch.dtype,
+    arch: int,
+) -> Build:
+    """A configuration of either kernel. `label`: what follows head dim, memory and block size; `work`: the types behind
+    the pointers that only this kernel has.
+    """
+    name = TYPES[dtype]
+    memory = STORED.get(form, name)
+    pointers = {"q": name, "layer": memory, "out": name, "tables": "i32", **work}
+    signature = {key: f"*{value}" for key, value in pointers.items()} | dict.fromkeys(_STRIDES, "i32")
+    signature |= {"layer_block": "i64", "table_row": "i32", "kv_heads": "i32", "softmax_scale": "fp32"}
+    constants = constants_of(shape, cut, form, dtype)
+    if form == PLAIN:
+        constants["scales"] = None
+    else:
+        signature["scales"] = "*fp32"
+    return Build(
+        label=f"D{shape.head_dim} {memory} S{shape.block_size}{label}",
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        divisible=_STRIDES,
+        architectures=(arch,),
+    )

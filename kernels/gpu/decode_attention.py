@@ -30,13 +30,13 @@ from .attend import (
     INT8,
     LOG2_E,
     PLAIN,
-    STORED,
-    TYPES,
     Tiling,
     attend,
+    build_of,
     check_shapes,
+    constants_of,
     form_of,
-    precision,
+    padded,
     scale_of,
 )
 from .cubin import Build
@@ -282,12 +282,12 @@ def decode_attention(
         q_BHD, layer, out, tables_BB, plan.lengths_B, plan.work_W4, parts, sums, scales_2K,
         q_BHD.stride(0), q_BHD.stride(1), out.stride(0), out.stride(1),
         *layer_N2KSD.stride()[:4], tables_BB.stride(0), shape.num_kv_heads, LOG2_E / math.sqrt(shape.head_dim),
-        **_constants(shape, cut, form, q_BHD.dtype), num_warps=cut.warps, num_stages=cut.stages,
+        **constants_of(shape, cut, form, q_BHD.dtype), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if plan.merges:
         merge_kernel[(len(q_BHD), heads)](
             out, parts, sums, plan.spans_B2, out.stride(0), out.stride(1), heads,
-            shape.head_dim, _padded(shape.head_dim), _MERGED, num_warps=4,
+            shape.head_dim, padded(shape.head_dim), _MERGED, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -296,31 +296,10 @@ _MERGED = 16
 """Pieces that the merge loads at a time."""
 
 
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; for the interpreter, an H100's."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def _constants(shape: AttentionShape, cut: Tiling, form: int, dtype: torch.dtype) -> dict[str, object]:
-    return {
-        "GROUP": shape.num_heads // shape.num_kv_heads,
-        "M": cut.rows,
-        "N": cut.keys,
-        "S": shape.block_size,
-        "D": shape.head_dim,
-        "DP": _padded(shape.head_dim),
-        "WINDOW": shape.window or 0,
-        "FORM": form,
-        "PRECISION": precision(dtype),
-    }
-
-
-_STRIDES = ("q_token", "q_head", "out_token", "out_head", "layer_block", "layer_side", "layer_head", "layer_slot")
 
 
 def _build(
@@ -328,26 +307,8 @@ def _build(
 ) -> Build:
     shape = AttentionShape(8 * group, 8, head_dim, block_size)
     cut = tiling(group, head_dim, dtype, form, arch)
-    name = TYPES[dtype]
-    pointers = {"q": name, "layer": STORED.get(form, name), "out": name, "parts": "fp32", "sums": "fp32"}
-    pointers |= dict.fromkeys(("tables", "lengths", "work"), "i32")
-    signature = {key: f"*{value}" for key, value in pointers.items()} | dict.fromkeys(_STRIDES, "i32")
-    signature |= {"layer_block": "i64", "table_row": "i32", "kv_heads": "i32", "softmax_scale": "fp32"}
-    constants = _constants(shape, cut, form, dtype)
-    if form == PLAIN:
-        constants["scales"] = None
-    else:
-        signature["scales"] = "*fp32"
-    return Build(
-        label=f"D{head_dim} {STORED.get(form, name)} S{block_size} group {group}",
-        kernel=decode_attention_kernel,
-        signature=signature,
-        constants=constants,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-        divisible=_STRIDES,
-        architectures=(arch,),
-    )
+    work = {"lengths": "i32", "work": "i32", "parts": "fp32", "sums": "fp32"}
+    return build_of(decode_attention_kernel, f" group {group}", work, shape, cut, form, dtype, arch)
 
 
 SHIPPED = (

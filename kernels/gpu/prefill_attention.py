@@ -30,13 +30,12 @@ from .attend import (
     INT8,
     LOG2_E,
     PLAIN,
-    STORED,
-    TYPES,
     Tiling,
     attend,
+    build_of,
     check_shapes,
+    constants_of,
     form_of,
-    precision,
     scale_of,
 )
 from .cubin import Build
@@ -234,26 +233,9 @@ def prefill_attention(
         q_THD, layer, out, tables_RB, plan.rows_R3, plan.tiles_I2, scales_2K,
         q_THD.stride(0), q_THD.stride(1), out.stride(0), out.stride(1),
         *layer_N2KSD.stride()[:4], tables_RB.stride(0), shape.num_kv_heads, LOG2_E / math.sqrt(shape.head_dim),
-        **_constants(shape, cut, form, q_THD.dtype), num_warps=cut.warps, num_stages=cut.stages,
+        **constants_of(shape, cut, form, q_THD.dtype), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
-
-
-def _constants(shape: AttentionShape, cut: Tiling, form: int, dtype: torch.dtype) -> dict[str, object]:
-    return {
-        "GROUP": shape.num_heads // shape.num_kv_heads,
-        "M": cut.rows,
-        "N": cut.keys,
-        "S": shape.block_size,
-        "D": shape.head_dim,
-        "DP": max(16, triton.next_power_of_2(shape.head_dim)),
-        "WINDOW": shape.window or 0,
-        "FORM": form,
-        "PRECISION": precision(dtype),
-    }
-
-
-_STRIDES = ("q_token", "q_head", "out_token", "out_head", "layer_block", "layer_side", "layer_head", "layer_slot")
 
 
 def _build(
@@ -266,25 +248,8 @@ def _build(
 ) -> Build:
     shape = AttentionShape(32, 8, head_dim, block_size, window)
     cut = tiling(head_dim, dtype, form, arch)
-    name = TYPES[dtype]
-    pointers = {"q": name, "layer": STORED.get(form, name), "out": name, "tables": "i32", "rows": "i32", "tiles": "i32"}
-    signature = {key: f"*{value}" for key, value in pointers.items()} | dict.fromkeys(_STRIDES, "i32")
-    signature |= {"layer_block": "i64", "table_row": "i32", "kv_heads": "i32", "softmax_scale": "fp32"}
-    constants = _constants(shape, cut, form, dtype)
-    if form == PLAIN:
-        constants["scales"] = None
-    else:
-        signature["scales"] = "*fp32"
-    return Build(
-        label=f"D{head_dim} {STORED.get(form, name)} S{block_size}" + (" window" if window else ""),
-        kernel=prefill_attention_kernel,
-        signature=signature,
-        constants=constants,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-        divisible=_STRIDES,
-        architectures=(arch,),
-    )
+    label, work = " window" if window else "", {"rows": "i32", "tiles": "i32"}
+    return build_of(prefill_attention_kernel, label, work, shape, cut, form, dtype, arch)
 
 
 SHIPPED = tuple(
