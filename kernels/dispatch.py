@@ -35,6 +35,7 @@ GPU_OPERATIONS = (
     "kv_write",
     "logprobs",
     "norm",
+    "penalties",
     "prefill_attention",
     "rotary",
     "sampling",
@@ -118,9 +119,14 @@ class GpuFacts:
     """Version."""
 
 
+def has_gpu_driver() -> bool:
+    """Whether the system has a device of NVIDIA's driver. Loads nothing, and takes nothing of a GPU."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
 def gpu_facts() -> GpuFacts:
     """Of this machine. Loads torch only where there is a driver to ask; initializes CUDA there."""
-    driver = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    driver = has_gpu_driver()
     facts = GpuFacts(driver=driver, torch=_version("torch"), triton=_version("triton"))
     if not driver or not facts.torch:
         return facts

@@ -113,12 +113,6 @@ def store_int64(b, address, value):
 
 
 @operation(types.int32, ADDRESS)
-def load_int32(b, address):
-    """One int32."""
-    return load_as(b, address, I32, 4)
-
-
-@operation(types.int32, ADDRESS)
 def load_int8_scalar(b, address):
     """One int8."""
     return b.sext(load_as(b, address, I8, 1), I32)
@@ -175,12 +169,6 @@ def store_bf16_float(b, address, value):
     """Write one bfloat16, rounded as `store_bf16`."""
     lane = b.extract_element(round_to_bf16(b, spread(b, value, W)), I32(0))
     store_as(b, address, b.trunc(b.lshr(lane, I32(16)), I16), 2)
-
-
-@operation(f32, ADDRESS)
-def broadcast_bf16(b, address):
-    """One bfloat16 in memory -> all lanes, as float32."""
-    return spread(b, b.bitcast(b.shl(b.zext(load_as(b, address, I16, 2), I32), I32(16)), FLOAT), W)
 
 
 @operation(i32, ADDRESS)

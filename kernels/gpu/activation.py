@@ -16,6 +16,8 @@ from .cubin import Build
 from .numerics import int8_factor, to_int8
 
 FUNCTIONS = {"silu": 0, "relu": 1, "gelu": 2}
+_NONE = 3
+"""What is quantized as it is."""
 BLOCK = 1024
 """Values of a row that are computed together."""
 INT8_BLOCK = 4096
@@ -31,6 +33,8 @@ def activated(x, row, column, inside, stride, features, FUNCTION: tl.constexpr, 
         y = value * tl.div_rn(tl.where(value < 0, shrunk, 1.0), 1.0 + shrunk)
     elif FUNCTION == 1:
         y = tl.where(value <= 0, 0.0, value)  # NaN stays
+    elif FUNCTION == 3:
+        y = value
     else:
         y = value * 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
     if GATED:
@@ -83,6 +87,19 @@ def activation(x: torch.Tensor, name: str, *, gated: bool) -> torch.Tensor:
 def activation_int8(x: torch.Tensor, name: str, *, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`activation`, its result as (int8 [T, F], float32 scales [T])."""
     tokens, features, function = _shape(x, name, gated)
+    return _to_int8(x, tokens, features, function, gated=gated)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, C] -> (int8 [T, C], float32 scales [T]), as `kernels.int8.quantize_rows_reference`."""
+    assert x.stride(1) == 1
+    tokens, features = x.shape
+    return _to_int8(x, tokens, features, _NONE, gated=False)
+
+
+def _to_int8(
+    x: torch.Tensor, tokens: int, features: int, function: int, *, gated: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(tokens, features, dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:

@@ -50,7 +50,7 @@ def copy_blocks_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "tokens"])  # else nine variants, each compiled while a pull waits
 def repack_kernel(
     source,
     target,

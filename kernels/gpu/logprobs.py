@@ -1,11 +1,15 @@
-"""What logprobs are made of: the normalizer of each row and its likeliest tokens, of the model's own distribution. The
-reference is `kernels.sampling` (`log_normalizer`, `most_likely`), with its ties.
+"""What logprobs are made of: of the rows that ask for them, the normalizer, the drawn token's logit and the likeliest
+tokens, all of the model's own distribution, in one launch. The reference is `kernels.sampling` (`log_normalizer`,
+`most_likely`), with its ties.
 
-Shapes: R rows, V vocabulary; logits [R, V] float32. The logprob of token t is logits[r, t] minus the row's normalizer.
+Shapes: R rows of logits [R, V] float32, V vocabulary; Q rows that ask. The logprob of token t of row r is logits[r, t]
+minus the row's normalizer.
 """
-# ruff: noqa: N803
+# ruff: noqa: N803, N815
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,89 +22,130 @@ _NONE = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def normalizer_kernel(logits, out, row_stride, size, TILE: tl.constexpr):
-    """One row: log(sum(exp(row))) as float64; NaN: the row is no distribution."""
-    row = tl.program_id(0).to(tl.int64)
-    z = logits + row * row_stride
+def normalizer_of(z, size, TILE: tl.constexpr):
+    """log(sum(exp(row))) as float64; NaN: the row is no distribution."""
     lane = tl.arange(0, TILE)
-    peak, _, sound = best_of(z, size, TILE)
-    shift = tl.where(sound, peak, 0.0)
+    peak, _, fault = best_of(z, size, TILE)
+    shift = tl.where(fault == 0, peak, 0.0)
     total = tl.zeros([1], tl.float64)
-    if sound:
+    if fault == 0:
         for first in range(0, size, TILE):
             x = tl.load(z + first + lane, mask=first + lane < size, other=float("-inf"))
             total += tl.sum(tl.exp(x - shift), 0).to(tl.float64)
     else:
         total += 1.0
     value = shift.to(tl.float64) + tl.sum(tl.log(total), 0)
-    tl.store(out + row, tl.where(sound, value, float("nan")))
+    return tl.where(fault == 0, value, float("nan"))
 
 
 @triton.jit
-def most_likely_kernel(logits, ids, values, row_stride, size, count, TILE: tl.constexpr):
-    """One row: its `count` likeliest tokens, one pass each; what is not finite is not among them."""
-    row = tl.program_id(0).to(tl.int64)
-    z = logits + row * row_stride
+def next_likely(z, size, last, last_id, TILE: tl.constexpr):
+    """The likeliest token behind one: larger ones come first, of equals the lower id. One pass."""
     lane = tl.arange(0, TILE)
-    last, last_id = tl.load(z) * 0.0 + float("inf"), size * 0 - 1
-    for n in range(0, count):
-        top = tl.full([TILE], float("-inf"), tl.float32)
-        place = tl.full([TILE], 0x7FFFFFFF, tl.int32)
-        for first in range(0, size, TILE):
-            i = first + lane
-            x = tl.load(z + i, mask=i < size, other=float("-inf"))
-            behind = (x < last) | ((x == last) & (i > last_id))  # the order: larger first, of equals the lower id
-            better = behind & (x > top)
-            place = tl.where(better, i, place)
-            top = tl.where(better, x, top)
-        last = tl.max(top, 0)
-        last_id = tl.min(tl.where(top == last, place, _NONE), 0)
-        found = last > float("-inf")
-        tl.store(ids + row * count + n, tl.where(found, last_id, -1))
-        tl.store(values + row * count + n, last)
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    place = tl.full([TILE], 0x7FFFFFFF, tl.int32)
+    for first in range(0, size, TILE):
+        i = first + lane
+        x = tl.load(z + i, mask=i < size, other=float("-inf"))
+        behind = (x < last) | ((x == last) & (i > last_id))
+        better = behind & (x > top)
+        place = tl.where(better, i, place)
+        top = tl.where(better, x, top)
+    value = tl.max(top, 0)
+    return value, tl.min(tl.where(top == value, place, _NONE), 0)
 
 
-def normalizers(logits: torch.Tensor, tile: int = TILE) -> torch.Tensor:
-    """[R, V] float32 -> float64 [R]; NaN: the row has NaN, +inf or nothing that is finite."""
-    rows, size = logits.shape
-    assert logits.dtype == torch.float32
-    assert logits.stride(1) == 1
-    out = torch.empty(rows, dtype=torch.float64, device=logits.device)
-    if rows:
-        normalizer_kernel[(rows,)](logits, out, logits.stride(0), size, TILE=tile, num_warps=WARPS)
-    return out
-
-
-def most_likely(logits: torch.Tensor, count: int, tile: int = TILE) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` likeliest tokens of each row of [R, V] float32, largest first, equal ones by lower id: ids int32 and
-    logits, [R, count]; -1 and -inf where fewer are finite. For the few that clients may ask for: a pass each.
+@triton.jit(do_not_specialize=["most"])  # another number of likely tokens must not cost a compilation
+def logprobs_kernel(
+    logits, tokens, rows, counts, normalizers, chosen, ids, values, row_stride, size, most, TILE: tl.constexpr
+):
+    """One row that asks: its normalizer, the logit of its token (if it has one), its `counts` likeliest tokens of
+    `most` places, a pass each; what is not finite is not among them.
     """
-    rows, size = logits.shape
+    program = tl.program_id(0)
+    row = tl.load(rows + program).to(tl.int64)
+    z = logits + row * row_stride
+    tl.store(normalizers + program, normalizer_of(z, size, TILE))
+    token = tl.load(tokens + row)
+    tl.store(chosen + program, tl.load(z + token, mask=token >= 0, other=float("nan")))
+    last, last_id = tl.max(tl.full([TILE], float("inf"), tl.float32), 0), size * 0 - 1
+    for n in range(0, tl.load(counts + program)):
+        last, last_id = next_likely(z, size, last, last_id, TILE)
+        tl.store(ids + program * most + n, tl.where(last > float("-inf"), last_id, -1))
+        tl.store(values + program * most + n, last)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of Q rows, on the device."""
+
+    normalizers_Q: torch.Tensor
+    """float64; NaN: the row has NaN, +inf or nothing that is finite."""
+    chosen_Q: torch.Tensor
+    """float32: the logit of the token that was drawn; NaN where none was."""
+    ids_QM: torch.Tensor
+    """int32: the likeliest tokens, largest first, equal ones by lower id; -1 where fewer are finite. Of row q, its
+    count's first ones; the rest is not written."""
+    values_QM: torch.Tensor
+    """float32: their logits."""
+
+
+def logprobs(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    most: int,
+    out: Logprobs | None = None,
+    tile: int = TILE,
+) -> Logprobs:
+    """Of some rows of [R, V] float32.
+
+    Args:
+        logits: [R, V] float32.
+        tokens: [R] int32, what was drawn; below 0: nothing.
+        rows: [Q] int32, which rows ask.
+        counts: [Q] int32, how many of the likeliest tokens each wants: the few that clients may ask for, a pass each.
+        most: the largest of them.
+        out: where to put it; None: new tensors.
+        tile: tokens that are looked at together.
+    """
+    size, asking = logits.shape[1], rows.shape[0]
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
-    ids = torch.empty(rows, count, dtype=torch.int32, device=logits.device)
-    values = torch.empty(rows, count, dtype=torch.float32, device=logits.device)
-    if rows and count:
-        most_likely_kernel[(rows,)](logits, ids, values, logits.stride(0), size, count, TILE=tile, num_warps=WARPS)
-    return ids, values
+    if out is None:
+        out = Logprobs(
+            *(torch.empty(asking, dtype=dtype, device=logits.device) for dtype in (torch.float64, torch.float32)),
+            *(torch.empty(asking, most, dtype=dtype, device=logits.device) for dtype in (torch.int32, torch.float32)),
+        )
+    if asking:
+        logprobs_kernel[(asking,)](
+            logits,
+            tokens,
+            rows,
+            counts,
+            out.normalizers_Q,
+            out.chosen_Q,
+            out.ids_QM,
+            out.values_QM,
+            logits.stride(0),
+            size,
+            most,
+            TILE=tile,
+            num_warps=WARPS,
+        )
+    return out
 
 
 SHIPPED = (
     Build(
         label="float32",
-        kernel=normalizer_kernel,
-        signature={"logits": "*fp32", "out": "*fp64", "row_stride": "i32", "size": "i32"},
-        constants={"TILE": TILE},
-        num_warps=WARPS,
-    ),
-    Build(
-        label="float32",
-        kernel=most_likely_kernel,
+        kernel=logprobs_kernel,
         signature={
-            "logits": "*fp32",
-            "ids": "*i32",
-            "values": "*fp32",
-            **dict.fromkeys(("row_stride", "size", "count"), "i32"),
+            **dict.fromkeys(("logits", "chosen", "values"), "*fp32"),
+            **dict.fromkeys(("tokens", "rows", "counts", "ids"), "*i32"),
+            "normalizers": "*fp64",
+            **dict.fromkeys(("row_stride", "size", "most"), "i32"),
         },
         constants={"TILE": TILE},
         num_warps=WARPS,

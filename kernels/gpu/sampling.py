@@ -37,24 +37,30 @@ _GREEDY = tl.constexpr(GREEDY_TEMPERATURE)
 _ALL = tl.constexpr(0x7F800000)
 """The key of -inf: at or before it is every token."""
 _NONE = tl.constexpr(0x7FFFFFFF)
+NOTHING, INFINITE, NOT_A_NUMBER = -1, -2, -3
+"""In place of the token of a row that is no distribution: every logit is -inf; one is +inf; one is NaN."""
+_NOTHING, _INFINITE, _NOT_A_NUMBER = (tl.constexpr(code) for code in (NOTHING, INFINITE, NOT_A_NUMBER))
 
 
 @triton.jit
 def best_of(z, size, TILE: tl.constexpr):
-    """The largest of a row, the lowest id that has it, and whether the row is a distribution (finite peak, no NaN)."""
+    """The largest of a row, the lowest id that has it, and what keeps the row from being a distribution: 0 (nothing) or
+    the negative code of it, the last of those above that is so.
+    """
     lane = tl.arange(0, TILE)
     top = tl.full([TILE], float("-inf"), tl.float32)
     place = tl.zeros([TILE], tl.int32)
-    strange = tl.zeros([TILE], tl.int32)
+    fault = tl.zeros([TILE], tl.int32)
     for first in range(0, size, TILE):
         x = tl.load(z + first + lane, mask=first + lane < size, other=float("-inf"))
-        strange |= tl.where(x < float("inf"), 0, 1)
+        fault = tl.minimum(fault, tl.where(x < float("inf"), 0, tl.where(x == x, _INFINITE, _NOT_A_NUMBER)))
         better = x > top
         place = tl.where(better, first + lane, place)
         top = tl.where(better, x, top)
     peak = tl.max(top, 0)
     best = tl.min(tl.where(top == peak, place, _NONE), 0)
-    return peak, best, (tl.max(strange, 0) == 0) & (peak > float("-inf"))
+    worst = tl.min(fault, 0)
+    return peak, best, tl.where((worst == 0) & (peak == float("-inf")), _NOTHING, worst)
 
 
 @triton.jit
@@ -233,13 +239,13 @@ def sample_kernel(
     size,
     TILE: tl.constexpr,
 ):
-    """One row -> its token; -1: the row is no distribution. `kept`, `ids`: scratch [R, V]."""
+    """One row -> its token, or what keeps the row from being a distribution. `kept`, `ids`: scratch [R, V]."""
     row = tl.program_id(0).to(tl.int64)
     z = logits + row * row_stride
     temperature = tl.load(temperatures + row)
     top_k, min_p_log, top_p = tl.load(top_ks + row), tl.load(min_p_logs + row), tl.load(top_ps + row)
-    peak, token, sound = best_of(z, size, TILE)
-    if sound & (temperature >= _GREEDY):
+    peak, token, fault = best_of(z, size, TILE)
+    if (fault == 0) & (temperature >= _GREEDY):
         u = uniform(tl.load(seeds + row), tl.load(choices + row), tl.load(indices + row), SAMPLE)
         is_cut = ((top_k > 0) & (top_k < size)) | (min_p_log > float("-inf")) | (top_p < 1.0)
         source, count, shift, divisor = z, size, peak, temperature
@@ -253,7 +259,7 @@ def sample_kernel(
         token = pick(source, count, shift, divisor, last, ties, u * total, TILE)
         if is_cut:
             token = tl.load(ids + row * size + token)
-    tl.store(drawn + row, tl.where(sound, token, -1))
+    tl.store(drawn + row, tl.where(fault == 0, token, fault))
 
 
 @triton.jit
@@ -267,7 +273,8 @@ def probabilities_kernel(
     z = logits + row * row_stride
     lane = tl.arange(0, TILE)
     temperature = tl.load(temperatures + row)
-    peak, best, sound = best_of(z, size, TILE)
+    peak, best, fault = best_of(z, size, TILE)
+    sound = fault == 0
     certain = tl.where(temperature < _GREEDY, best, -1)
     for first in range(0, size, TILE):
         value = tl.where(sound, (first + lane == certain).to(tl.float32), float("nan"))
@@ -289,14 +296,15 @@ def probabilities_kernel(
             seen += tied
 
 
-def sample(logits: torch.Tensor, wants: Wants, tile: int = TILE) -> torch.Tensor:
-    """[R, V] float32 -> tokens [R] int32; -1: the row has NaN, +inf or nothing that is finite. Logits are not
-    changed.
+def sample(logits: torch.Tensor, wants: Wants, tile: int = TILE, *, cuts: bool = True) -> torch.Tensor:
+    """[R, V] float32 -> tokens [R] int32; of a row that is no distribution NOTHING, INFINITE or NOT_A_NUMBER instead.
+    Logits are not changed. `wants` may have more rows. `cuts`: whether any row may ask for top-k, min-p or top-p; False
+    spares scratch memory of twice the logits.
     """
     rows, size = _shape(logits)
     drawn = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows:
-        kept, ids = _scratch(logits)
+        kept, ids = _scratch(logits) if cuts else (logits, drawn)
         sample_kernel[(rows,)](
             logits, *wants.tensors(), drawn, kept, ids, logits.stride(0), size, TILE=tile, num_warps=WARPS
         )
@@ -304,7 +312,9 @@ def sample(logits: torch.Tensor, wants: Wants, tile: int = TILE) -> torch.Tensor
 
 
 def probabilities(logits: torch.Tensor, wants: Wants, tile: int = TILE) -> torch.Tensor:
-    """[R, V] float32 -> [R, V] float32: what `sample` draws from, 0 where it is cut off; NaN rows for its -1."""
+    """[R, V] float32 -> [R, V] float32: what `sample` draws from, 0 where it is cut off; NaN rows where it draws
+    nothing.
+    """
     rows, size = _shape(logits)
     out = torch.empty(rows, size, dtype=torch.float32, device=logits.device)
     if rows:

@@ -46,7 +46,7 @@ def levels_of(nibbles, dtype: tl.constexpr):
     return levels.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # see `gemm.finish_kernel`
 def w4a16_kernel(
     x,
     packed,

@@ -23,7 +23,7 @@ MAX_INNER = 2**31 // (128 * 128)
 """Longer sums might leave int32."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # see `gemm.finish_kernel`
 def w8a8_kernel(
     x,
     weight,

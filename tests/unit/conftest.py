@@ -46,6 +46,8 @@ class GatedDevice:
         self.computing = threading.Event()
         self.error: Exception | None = None
         self.late_steps_total = 0
+        self.plans_ahead, self.looks_ahead = device.plans_ahead, device.looks_ahead
+        self.wait, self.done = device.wait, device.done
 
     def launch(self, plan: StepPlan) -> None:
         self.computing.set()

@@ -1,14 +1,11 @@
 """Runs the GPU kernels' tests: on a GPU where there is one, else in Triton's interpreter, on CPU tensors.
 
-Triton reads `TRITON_INTERPRET` when a kernel is defined, its own library's included: the variable is set here, while
-tests are collected, before any of them imports triton. Nothing else in the suite uses triton. This folder needs torch,
-triton, numpy, pytest and hypothesis, and `tandem.kernels` on the path: `make test-gpu` runs it alone, without the
-conftests above it.
+This folder needs torch, triton, numpy, pytest and hypothesis, and `tandem.kernels` on the path: `make test-gpu` runs it
+without the conftests above it.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,21 +13,17 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # modules that these tests share
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[3] / "common"))
 
-import triton
+import triton_here
 
-if not torch.cuda.is_available() and not isinstance(
-    triton.language.sum, triton.runtime.interpreter.InterpretedFunction
-):
-    raise RuntimeError("triton was imported before TRITON_INTERPRET was set: its kernels cannot be interpreted")
+WHERE = triton_here.choose()
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the tests' tensors lie: `cuda`, or `cpu` for the interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(WHERE)
 
 
 @pytest.fixture
@@ -41,6 +34,8 @@ def seeded(device: torch.device) -> torch.Generator:
 
 def pytest_report_header() -> str:
     """Which of the two it is."""
+    import triton
+
     if torch.cuda.is_available():
         return f"GPU kernels: {torch.cuda.get_device_name()}, triton {triton.__version__}, torch {torch.__version__}"
     return f"GPU kernels: no GPU here, triton {triton.__version__} interprets them; Python {sys.version.split()[0]}"

@@ -7,12 +7,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tandem.kernels.gpu.draws import uniforms
-from tandem.kernels.gpu.logprobs import most_likely, normalizers
-from tandem.kernels.gpu.sampling import probabilities, sample
+from tandem.kernels.gpu.logprobs import logprobs
+from tandem.kernels.gpu.sampling import INFINITE, NOT_A_NUMBER, NOTHING, probabilities, sample
 from tandem.kernels.gpu.wants import Wants
 from tandem.kernels.philox import Purpose, uniform_batch
-from tandem.kernels.sampling import draw, log_normalizer, truncate
-from tandem.kernels.sampling import most_likely as most_likely_reference
+from tandem.kernels.sampling import draw, log_normalizer, most_likely, truncate
 
 TILE = 64
 Row = NDArray[np.float32]
@@ -131,26 +130,29 @@ def strange(device: torch.device) -> torch.Tensor:
 def test_what_is_no_distribution_draws_nothing(device: torch.device, temperature: float) -> None:
     wants = Wants.of(temperature=[temperature] * 5, seed=[1] * 5, index=[0] * 5, top_k=[2] * 5, device=device)
     with np.errstate(invalid="ignore"):
-        assert sample(strange(device), wants, TILE).tolist() == [-1, -1, -1, 65, -1]
+        assert sample(strange(device), wants, TILE).tolist() == [NOT_A_NUMBER, INFINITE, NOTHING, 65, NOT_A_NUMBER]
         distributions = probabilities(strange(device), wants, TILE)
     assert distributions.isnan().all(1).tolist() == [True, True, True, False, True]
     assert distributions[3].nonzero().tolist() == [[65]]
 
 
-def test_normalizers(device: torch.device) -> None:
-    z = (np.random.default_rng(1).standard_normal((3, 150)) * 8).astype(np.float32)
-    z[1, 7:] = -np.inf
-    found = normalizers(torch.from_numpy(z).to(device), TILE).tolist()
-    assert found == pytest.approx([log_normalizer(row) for row in z], rel=1e-7)
+def test_logprobs(device: torch.device) -> None:
+    z = np.round(np.random.default_rng(2).standard_normal((4, 150)) * 2).astype(np.float32)
+    z[2, 3:], z[0, 0] = -np.inf, -np.inf
+    asking, counts, tokens = [3, 0, 2], [0, 5, 5], [7, 1, 2, -1]
+    asked = (torch.tensor(values, dtype=torch.int32, device=device) for values in (tokens, asking, counts))
+    found = logprobs(torch.from_numpy(z).to(device), *asked, 5, tile=TILE)
+    assert found.normalizers_Q.tolist() == pytest.approx([log_normalizer(z[r]) for r in asking], rel=1e-7)
+    assert found.chosen_Q.tolist()[1:] == [float(z[r, tokens[r]]) for r in asking[1:]]
+    assert found.chosen_Q.isnan().tolist() == [True, False, False]
+    for r, count, ids, values in zip(asking, counts, found.ids_QM.tolist(), found.values_QM.tolist(), strict=True):
+        expected = most_likely(z[r], count).tolist()
+        assert ids[:count] == expected + [-1] * (count - len(expected))
+        assert values[: len(expected)] == z[r, expected].tolist()
+
+
+def test_what_is_no_distribution_has_no_normalizer(device: torch.device) -> None:
+    rows = torch.arange(5, dtype=torch.int32, device=device)
     with np.errstate(invalid="ignore"):
-        assert normalizers(strange(device), TILE).isnan().tolist() == [True, True, True, False, True]
-
-
-def test_most_likely(device: torch.device) -> None:
-    z = np.round(np.random.default_rng(2).standard_normal((3, 150)) * 2).astype(np.float32)
-    z[2, 3:] = -np.inf
-    ids, values = most_likely(torch.from_numpy(z).to(device), 5, TILE)
-    for row, found, logits in zip(z, ids.tolist(), values.tolist(), strict=True):
-        expected = most_likely_reference(row, 5).tolist()
-        assert found == expected + [-1] * (5 - len(expected))
-        assert logits[: len(expected)] == row[expected].tolist()
+        found = logprobs(strange(device), torch.zeros_like(rows), rows, torch.zeros_like(rows), 0, tile=TILE)
+    assert found.normalizers_Q.isnan().tolist() == [True, True, True, False, True]

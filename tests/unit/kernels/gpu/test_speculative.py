@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tandem.kernels.gpu.sampling import probabilities, sample
 from tandem.kernels.gpu.speculative import verify
 from tandem.kernels.gpu.wants import Wants
 from tandem.kernels.philox import Purpose, uniform
@@ -78,6 +79,55 @@ def test_what_decides_must_be_a_distribution(device: torch.device) -> None:
         expected = [verify_reference(p, q, [0], 1, 0, 0) for p, q in pairs]
     assert counts.tolist() == [0, 0, 0]
     assert expected == [[], [], []]
+
+
+def test_where_nothing_is_left_the_target_is_drawn_from(device: torch.device) -> None:
+    """A draft that is nowhere less likely than the target, as rounding can make it: rejected half of the time."""
+    rng = np.random.default_rng(3)
+    rows, size = 8, 70
+    target = np.repeat(distributions(rng, 1, 2, size), rows, 0)
+    draft = target[:, :1] * 2
+    drafted = np.full((rows, 1), int(target[0, 0].argmax()), np.int32)
+    wants = Wants.of(temperature=[1.0] * rows, seed=range(rows), index=[4] * rows, device=device)
+    lengths = torch.ones(rows, dtype=torch.int32, device=device)
+    given = (torch.from_numpy(x).to(device) for x in (target, draft, drafted))
+    tokens, counts = verify(*given, lengths, wants.seed, wants.choice, wants.index, tile=32)
+    emitted = [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
+    assert emitted == [verify_reference(target[r], draft[r], [drafted[r, 0]], r, 0, 4) for r in range(rows)]
+    assert {len(row) for row in emitted} == {1, 2}
+    assert any(row[0] != drafted[0, 0] for row in emitted)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_with_cuts_and_without_drafts_tokens_are_those_of_sampling(device: torch.device, temperature: float) -> None:
+    """The distribution that is verified against is the one that is sampled from, and so is the draw behind the last
+    accepted token. A greedy row accepts the likeliest token only, and has it in a rejected one's place.
+    """
+    rows, size = 6, 60
+    rng = np.random.default_rng(8)
+    logits = torch.from_numpy((rng.standard_normal((rows, 2, size)) * 3).astype(np.float32)).to(device)
+    cuts = {"temperature": [temperature] * rows, "min_p": [0.02] * rows, "seed": range(rows)}
+    plain, behind = (Wants.of(**cuts, index=[index] * rows, device=device) for index in (5, 6))
+    targets = torch.stack([probabilities(logits[:, g].contiguous(), plain, 32) for g in range(2)], 1)
+    first = sample(logits[:, 0].contiguous(), plain, 32)
+    second = sample(logits[:, 1].contiguous(), behind, 32)
+    coordinates = (plain.seed, plain.choice, plain.index)
+
+    none = torch.zeros(rows, dtype=torch.int32, device=device)
+    tokens, counts = verify(targets, None, first[:, None].contiguous(), none, *coordinates, tile=32)
+    assert counts.tolist() == [1] * rows
+    assert torch.equal(tokens[:, 0], first)
+
+    likeliest = targets[:, 0].argmax(1).int()
+    drafted = torch.where(torch.arange(rows, device=device) % 2 == 0, likeliest, (likeliest + 1) % size).int()
+    tokens, counts = verify(targets, None, drafted[:, None].contiguous(), none + 1, *coordinates, tile=32)
+    for r, (row, count) in enumerate(zip(tokens.tolist(), counts.tolist(), strict=True)):
+        assert all(targets[r, g, token] > 0 for g, token in enumerate(row[:count]))  # what is cut off is never emitted
+        if count == 2:
+            assert row == [drafted[r], second[r]]
+        elif temperature == 0:
+            assert (row[0], r % 2) == (likeliest[r], 1)
+    assert {1, 2} == set(counts.tolist())
 
 
 @pytest.mark.parametrize("certain", [False, True])
