@@ -1,9 +1,9 @@
 """KV over gRPC, on its own port and channels: service `tandem.kv.v1.KV` with raw-byte messages of `kvtransfer.wire`.
 
-Hello, Confirm, Abort are unary; Pull streams from the holder. A refusal travels inside the stream as a REFUSED
-message, so that its reason survives; gRPC's own statuses mean that the connection, the deadline or the version
-failed. Flow control is HTTP/2's: a reader that is slow to write holds the sender, not memory. Every call has a
-deadline, also at the server.
+Hello, Confirm, Abort are unary; Pull streams from the holder; Session, both ways, is `kvtransfer.collective`'s. A
+refusal travels inside the stream as a REFUSED message, so that its reason survives; gRPC's own statuses mean that the
+connection, the deadline or the version failed. Flow control is HTTP/2's: a reader that is slow to write holds the
+sender, not memory. Every call but Session has a deadline, also at the server.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Protocol, cast
 
 import grpc
 import grpc.aio
@@ -52,6 +52,13 @@ def _options(block_bytes: int, message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
+class Sessions(Protocol):
+    """Whoever serves sessions between ranks."""
+
+    async def serve(self, said: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:
+        """One session, until it is over."""
+
+
 class GrpcKVServer:
     """Serves one `KVSource`. Create, start and stop on one event loop."""
 
@@ -65,8 +72,11 @@ class GrpcKVServer:
         message_bytes: int = MESSAGE_BYTES,
         max_pulls: int = 4096,
         credentials: MemberCredentials = OPEN,
+        sessions: Sessions | None = None,
     ) -> None:
+        """`sessions`: serves those in which ranks of two workers meet (`kvtransfer.collective`)."""
         self._credentials = credentials
+        self._sessions = sessions
         self._source = source
         self._host = host
         self._port = port
@@ -95,6 +105,8 @@ class GrpcKVServer:
             "Confirm": grpc.unary_unary_rpc_method_handler(self._confirm),
             "Abort": grpc.unary_unary_rpc_method_handler(self._abort),
         }
+        if self._sessions is not None:
+            handlers["Session"] = grpc.stream_stream_rpc_method_handler(self._session)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         port = self._credentials.listen(server, f"{self._host}:{self._port}")
         await server.start()
@@ -126,6 +138,10 @@ class GrpcKVServer:
             return wire.encode_ack()
 
         return await _answer(answer)
+
+    async def _session(self, said: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        assert self._sessions is not None
+        await self._sessions.serve(said, context.write)
 
     async def _pull(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
         """Writes messages until the end frame; a refusal is the last message. Cancelled when the reader goes away."""
@@ -241,6 +257,30 @@ class GrpcKVTransport(KVTransport):
                     yield message
             except grpc.aio.AioRpcError as error:
                 raise _refusal_of(error, peer) from error
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def session(self, peer: Peer) -> Iterator[tuple[AsyncIterator[bytes], Callable[[bytes], Awaitable[None]]]]:
+        """A stream both ways, for as long as both live: what the peer says, and how to say something to it. The former
+        raises `HandoffRefused`; the latter does nothing once the stream has ended.
+        """
+        with self._channel(peer) as channel:
+            call = channel.stream_stream(f"/{SERVICE}/Session")()
+
+            async def said() -> AsyncGenerator[bytes, None]:
+                try:
+                    async for message in call:
+                        yield message
+                except grpc.aio.AioRpcError as error:
+                    raise _refusal_of(error, peer) from error
+
+            async def say(message: bytes) -> None:
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    await call.write(message)
+
+            try:
+                yield said(), say
             finally:
                 call.cancel()
 

@@ -5,14 +5,15 @@ for begins with the holder's block in which the reader's first missing token lie
 the holder's blocks that it needs has come; slots that the holder does not have are 0.
 
 1. `hello` goes the usual way and tells the peer's block size. Peers with the reader's own are not touched here.
-2. `pull` from the others goes over gRPC, whatever joins the two: who copies blocks as they are (mapped memory, a
-   process that moves KV) cannot. Every block is checked as it comes, and gets a checksum of its own as it goes on.
+2. `pull` from the others goes over gRPC, whatever joins the two: who copies blocks as they are (mapped host memory, a
+   process that moves KV) cannot; a device that copies another's memory can, and is left to do it (`own`). Every block
+   is checked as it comes, and gets a checksum of its own as it goes on.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -78,12 +79,21 @@ class Reblocker:
 class ReblockingTransport(KVTransport):
     """See the module."""
 
-    def __init__(self, usual: KVTransport, layout: KVLayout, *, plain: KVTransport | None) -> None:
+    def __init__(
+        self,
+        usual: KVTransport,
+        layout: KVLayout,
+        *,
+        plain: KVTransport | None,
+        own: Callable[[Peer], bool] = lambda peer: False,
+    ) -> None:
         """`usual`: to peers with blocks like the reader's, `layout`. `plain`: yields others' blocks as they are, of up
-        to `largest_block_bytes`; None: such peers are refused.
+        to `largest_block_bytes`; None: such peers are refused. `own`: whether `usual`, which has met the peer, yields
+        blocks like the reader's whatever the peer's are.
         """
         self._usual = usual
         self._plain = plain
+        self._own = own
         self._layout = layout
         self._others: OrderedDict[Peer, KVLayout] = OrderedDict()
 
@@ -95,7 +105,7 @@ class ReblockingTransport(KVTransport):
             return theirs  # of another version, or nonsense: the caller refuses it
         self._others.pop(peer, None)
         if layout.identity() == self._layout.identity() and layout.block_size != self._layout.block_size:
-            if self._plain is None:
+            if self._plain is None and not self._own(peer):
                 ours, other = self._layout.block_size, layout.block_size
                 text = f"blocks of {peer.worker_id} have {other} slots, not {ours}: mapped memory needs equal ones"
                 raise HandoffRefused(RefusalReason.LAYOUT_MISMATCH, text)
@@ -106,7 +116,7 @@ class ReblockingTransport(KVTransport):
 
     async def pull(self, peer: Peer, request: PullRequest, *, timeout_s: float) -> AsyncGenerator[KVFrames, None]:
         theirs = self._others.get(peer)
-        if theirs is None or self._plain is None:
+        if theirs is None or self._plain is None or self._own(peer):
             frames = self._usual.pull(peer, request, timeout_s=timeout_s)
         else:
             frames = self._reblocked(self._plain, theirs, peer, request, timeout_s)

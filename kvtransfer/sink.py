@@ -299,8 +299,7 @@ class SinkDriver:
         indices = [frame.block_index for frame in frames]
         tickets = (frame.ticket for frame in frames)
         for block_ids in self._due(action, tickets, indices):
-            for block_id, frame in zip(block_ids, frames, strict=True):
-                self._store.write_block(block_id, frame.payload)
+            self._store.write_blocks(block_ids, [frame.payload for frame in frames])
         verify_copies(frames)
         self._count(action, sequence, indices, now_s, self._clock.now_s())
 

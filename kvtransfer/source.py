@@ -27,7 +27,7 @@ from ..cluster.types import BlockRef, SampledToken, Side, seq_id
 from .protocol.actions import AbortPrefill, HolderAction, Outcome, Refuse, ReleaseBlocks, Revoke, Serve, Wake
 from .protocol.holder import HandoffHolder
 from .protocol.holder_state import HolderCounts, ReaderView
-from .store import KVStore
+from .store import BlockRead, KVStore
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, RefusalReason, SegmentOffer, Ticket, check_hello
 from .transport import MESSAGE_BYTES, BlockFrame, BlockRun, EndFrame, KVSource, PullRequest
 from .wire import MAX_BLOCKS_PER_MESSAGE, block_checksum
@@ -43,6 +43,37 @@ class _Reader:
         self.key = key
         self.wake = asyncio.Event()
         self.revoked: RefusalReason | None = None
+        self._sending: BlockRead | None = None
+        """Whose bytes the last run has."""
+        self._ahead: BlockRead | None = None
+        self._ahead_refs: tuple[BlockRef, ...] = ()
+        """What is being read for the next run."""
+
+    def read_ahead(self, store: KVStore, refs: tuple[BlockRef, ...]) -> None:
+        """Has the device begin the next run's blocks, while this one is sent."""
+        if refs:
+            self._ahead, self._ahead_refs = store.begin_read([ref.block_id for ref in refs]), refs
+
+    def read(self, store: KVStore, refs: tuple[BlockRef, ...]) -> tuple[tuple[BlockRef, ...], list[memoryview]]:
+        """Those of the blocks, from the first on, that are read now, and their bytes: until the next `await`, or the
+        next call where they were read ahead.
+        """
+        begun, ahead_refs = self._ahead, self._ahead_refs
+        self._ahead = None
+        self.end_reads()
+        if begun is not None and refs[: len(ahead_refs)] == ahead_refs:
+            self._sending = begun
+            return ahead_refs, begun.views()
+        if begun is not None:
+            begun.end()
+        return refs, store.read_blocks([ref.block_id for ref in refs])
+
+    def end_reads(self) -> None:
+        """Nothing that was read is wanted any more."""
+        for read in (self._sending, self._ahead):
+            if read is not None:
+                read.end()
+        self._sending = self._ahead = None
 
 
 class SourceDriver(KVSource):
@@ -65,7 +96,9 @@ class SourceDriver(KVSource):
         max_tombstones: int = 4096,
         message_bytes: int = MESSAGE_BYTES,
         offer: SegmentOffer | None = None,
+        ranks: bytes = b"",
     ) -> None:
+        """`offer`, `ranks`: as in `Hello`."""
         self._store = store
         self._generation_of = generation_of
         self._release = release
@@ -81,6 +114,7 @@ class SourceDriver(KVSource):
             fingerprint=fingerprint,
             layout=store.layout.to_bytes(),
             offer=offer,
+            ranks=ranks,
         )
         self._holder = HandoffHolder(
             worker_id=worker_id,
@@ -151,7 +185,7 @@ class SourceDriver(KVSource):
         """
         if self._closed:
             raise HandoffRefused(RefusalReason.CLOSED, "the prefill worker is shutting down")
-        if request.mapped and self._hello.offer is None:
+        if request.mapped and self._hello.offer is None and not self._hello.ranks:
             raise HandoffRefused(RefusalReason.INVALID, "mapped: this worker's KV memory is not shared")
         most = MAX_BLOCKS_PER_MESSAGE if request.mapped else self._run_blocks
         if own_reader and not request.mapped:
@@ -168,10 +202,12 @@ class SourceDriver(KVSource):
                 if index < view.readable_blocks:
                     stop = min(view.readable_blocks, index + most)
                     run = self._run_of(request, reader, view, index, stop)
-                    if view.first_token is not None and stop == view.readable_blocks:
+                    index += len(run.frames)
+                    if view.first_token is not None and index == view.readable_blocks:
                         run = replace(run, last=True)
-                    sent_bytes += sum(len(frame.payload) for frame in run.frames)
-                    index = stop
+                    elif not request.mapped:
+                        reader.read_ahead(self._store, view.blocks[index : min(view.readable_blocks, index + most)])
+                    sent_bytes += len(run.frames) * self._store.layout.block_bytes
                     yield run
                     self._run(self._holder.pull_progress(reader_id, self._clock.now_s()))
                 elif view.first_token is not None:
@@ -180,8 +216,16 @@ class SourceDriver(KVSource):
                 else:
                     await reader.wake.wait()
         finally:
+            reader.end_reads()
             self._readers.pop(reader_id, None)
             self._run(self._holder.pull_ended(reader_id, self._clock.now_s()))
+
+    def check_read(self, ticket: Ticket, refs: tuple[BlockRef, ...]) -> None:
+        """Before and after blocks that a pull has named are copied out of the ranks' memories: `HandoffRefused` where
+        what is, or was, copied is not what the reader was offered. Renews the lease.
+        """
+        self._run(self._holder.read(ticket, self._clock.now_s()))
+        self._compare_generations(ticket.prefill_key, refs)
 
     async def confirm(self, ticket: Ticket) -> None:
         self._run(self._holder.confirm(ticket, self._clock.now_s()))
@@ -248,9 +292,12 @@ class SourceDriver(KVSource):
     def _run_of(self, request: PullRequest, reader: _Reader, view: ReaderView, start: int, stop: int) -> BlockRun:
         refs = view.blocks[start:stop]
         self._check_generations(reader, refs)
+        # Who has mapped the memory reads it there; a device's blocks that nobody sends need not come out of it.
+        payloads = [memoryview(b"")] * len(refs)
+        if not request.mapped:
+            refs, payloads = reader.read(self._store, refs)
         frames = []
-        for index, ref in enumerate(refs, start):
-            payload = self._store.read_block(ref.block_id)
+        for index, (ref, payload) in enumerate(zip(refs, payloads, strict=True), start):
             checksum = None
             if request.checksum and not request.mapped:
                 checksum = block_checksum(request.ticket, index, ref.generation, payload)
@@ -268,10 +315,13 @@ class SourceDriver(KVSource):
     def _check_generations(self, reader: _Reader, refs: tuple[BlockRef, ...]) -> None:
         if reader.revoked is not None:
             raise HandoffRefused(reader.revoked, f"pull of {reader.key} was stopped")
+        self._compare_generations(reader.key, refs)
+
+    def _compare_generations(self, key: str, refs: tuple[BlockRef, ...]) -> None:
         for ref in refs:
             if self._generation_of(ref.block_id) != ref.generation:
                 raise HandoffRefused(
-                    RefusalReason.WRONG_GENERATION, f"block {ref.block_id} of {reader.key} was handed out anew"
+                    RefusalReason.WRONG_GENERATION, f"block {ref.block_id} of {key} was handed out anew"
                 )
 
     def _end_frame(self, ticket: Ticket, view: ReaderView, sent_bytes: int) -> EndFrame:

@@ -1,11 +1,25 @@
-"""The memory seam of the handoff: how a transport reads and writes one block of KV, whatever device holds it."""
+"""The memory seam of the handoff: how a transport reads and writes blocks of KV, whatever device holds them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+from .cuda_ipc.memory import DeviceMemory
 from .layout import KVLayout
 from .mapped.segment import KVSegment
+
+
+class BlockRead(ABC):
+    """Blocks that are on their way out of a device's memory (`KVStore.begin_read`)."""
+
+    @abstractmethod
+    def views(self) -> list[memoryview]:
+        """The blocks' bytes in order, once they are here; may block for as long as a copy takes. Valid until `end`."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """The bytes are not wanted any more; at any time, idempotent."""
 
 
 class KVStore(ABC):
@@ -16,7 +30,10 @@ class KVStore(ABC):
     layout: KVLayout
     num_blocks: int
     segment: KVSegment | None = None
-    """The memory itself, where it is host memory laid out to be shared; None: it is not."""
+    """The memory itself, where it is host memory laid out to be shared, or what is in host memory of a device's
+    (`KVSegment.in_device`); None: neither."""
+    device_memory: DeviceMemory | None = None
+    """The memory itself, where it is a device's that other processes can map."""
 
     @abstractmethod
     def read_block(self, block_id: int) -> memoryview:
@@ -27,3 +44,20 @@ class KVStore(ABC):
     @abstractmethod
     def write_block(self, block_id: int, payload: memoryview | bytes) -> None:
         """Overwrites the block. ValueError if `payload` is not exactly `layout.block_bytes` long."""
+
+    def read_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
+        """As `read_block` of each, in one go where that is cheaper. The views are valid until the next `await` of the
+        one loop that calls this.
+        """
+        return [self.read_block(block_id) for block_id in block_ids]
+
+    def write_blocks(self, block_ids: Sequence[int], payloads: Sequence[memoryview | bytes]) -> None:
+        """As `write_block` of each, in one go where that is cheaper; what it wrote is there when it returns."""
+        for block_id, payload in zip(block_ids, payloads, strict=True):
+            self.write_block(block_id, payload)
+
+    def begin_read(self, block_ids: Sequence[int]) -> BlockRead | None:
+        """Begins to read blocks that will be wanted in a moment, so that their copy and what the caller does meanwhile
+        overlap. What is read is what they hold now. None: `read_blocks` will do as well, or there is no room.
+        """
+        return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..cluster.types import Side, seq_id
 from .layout import same_kv
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Of the messages in `kvtransfer.wire` and of the state machines in `kvtransfer.protocol`; compared when workers
 meet."""
 
@@ -158,6 +158,8 @@ class Hello:
     """`KVLayout.to_bytes()`."""
     offer: SegmentOffer | None = None
     """Where a reader on this host can have the speaker's KV memory; None: it is not shared."""
+    ranks: bytes = b""
+    """How ranks of others can meet the speaker's (`kvtransfer.collective.messages`); empty: they cannot."""
 
 
 def check_hello(mine: Hello, theirs: Hello) -> None:

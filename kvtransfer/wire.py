@@ -102,7 +102,7 @@ def encode_hello(hello: Hello) -> bytes:
     """HELLO carries the speaker's own protocol version where other messages carry this module's."""
     header = [Kind.HELLO, hello.protocol_version, hello.worker_id, hello.epoch, hello.fingerprint, hello.layout]
     offer = hello.offer
-    return _message([*header, None if offer is None else [offer.socket_name, offer.nonce]])
+    return _message([*header, None if offer is None else [offer.socket_name, offer.nonce], hello.ranks])
 
 
 def encode_pull(request: PullRequest) -> bytes:
@@ -152,7 +152,7 @@ def encode_end(frame: EndFrame) -> bytes:
 
 def decode_hello(data: bytes) -> Hello:
     """Inverse of `encode_hello`. Of a HELLO of another version only the version is sure to be right."""
-    header = _header(data, Kind.HELLO, 7, any_version=True)[0]
+    header = _header(data, Kind.HELLO, 8, any_version=True)[0]
     if header[1] != PROTOCOL_VERSION:
         return Hello(protocol_version=header[1], worker_id="peer", epoch=0, fingerprint="", layout=b"")
     return Hello(
@@ -162,6 +162,7 @@ def decode_hello(data: bytes) -> Hello:
         fingerprint=as_text(header[4], "fingerprint"),
         layout=as_bytes(header[5], "layout"),
         offer=_offer(header[6]),
+        ranks=as_bytes(header[7], "ranks"),
     )
 
 

@@ -3,6 +3,8 @@
 The socket is in the abstract namespace: no file is left behind. A worker elsewhere, in another network namespace or of
 another user cannot have the descriptor, whatever it knows. The connection stays open as long as the reader wants the
 mapping: when either end is gone, the other one knows.
+
+Where the blocks lie in a device's memory, a second descriptor names that memory.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ _PASSING = frozenset(
 class SegmentServer:
     """Owner's end. Create anywhere; `start` and `stop` on one event loop."""
 
-    def __init__(self, segment: KVSegment, *, max_readers: int = MAX_READERS) -> None:
+    def __init__(self, segment: KVSegment, *, device_fd: int | None = None, max_readers: int = MAX_READERS) -> None:
+        """`device_fd`: of the device memory that has the blocks of a segment without; stays the caller's."""
         self._segment = segment
+        self._device_fd = device_fd
         self._max_readers = max_readers
         self._readers: dict[int, socket.socket] = {}
         self._listener: socket.socket | None = None
@@ -91,7 +95,8 @@ class SegmentServer:
         _check_same_user(reader)
         if len(self._readers) >= self._max_readers:
             raise SegmentError(f"{self._max_readers} readers are connected")
-        socket.send_fds(reader, [GREETING], [self._segment.fileno()])
+        device = [] if self._device_fd is None else [self._device_fd]
+        socket.send_fds(reader, [GREETING], [self._segment.fileno(), *device])
         self._readers[reader.fileno()] = reader
         asyncio.get_running_loop().add_reader(reader.fileno(), self._drop, reader.fileno())
 
@@ -101,11 +106,11 @@ class SegmentServer:
         self._readers.pop(number).close()
 
 
-async def share(segment: KVSegment | None) -> SegmentServer | None:
+async def share(segment: KVSegment | None, device_fd: int | None = None) -> SegmentServer | None:
     """A running server for a segment; None where there is nothing to share or no Unix socket to share it over."""
-    if segment is None or not segment.shareable:
+    if segment is None or not segment.shareable or segment.in_device != (device_fd is not None):
         return None
-    server = SegmentServer(segment)
+    server = SegmentServer(segment, device_fd=device_fd)
     try:
         await server.start()
     except OSError as error:
@@ -114,8 +119,9 @@ async def share(segment: KVSegment | None) -> SegmentServer | None:
     return server
 
 
-async def fetch(offer: SegmentOffer, *, timeout_s: float) -> tuple[socket.socket, int]:
-    """Connects to an owner and takes the descriptor: (connection, descriptor), both the caller's to close.
+async def fetch(offer: SegmentOffer, *, timeout_s: float) -> tuple[socket.socket, int, int | None]:
+    """Connects to an owner and takes the descriptors: (connection, the segment's, that of the device memory or None),
+    all the caller's to close.
 
     `SegmentError` says why it cannot be had here; `SegmentBusy`, why not now.
     """
@@ -132,7 +138,7 @@ async def fetch(offer: SegmentOffer, *, timeout_s: float) -> tuple[socket.socket
             connection.getpeername()  # OSError where it is not connected after all
             _check_same_user(connection)
             await _readable(connection)
-        return connection, _receive(connection)
+        return connection, *_receive(connection)
     except TimeoutError as error:
         connection.close()
         raise SegmentBusy(f"no descriptor within {timeout_s:g} s") from error
@@ -164,18 +170,19 @@ async def _readable(connection: socket.socket) -> None:
         loop.remove_reader(connection.fileno())
 
 
-def _receive(connection: socket.socket) -> int:
-    """The one descriptor of the owner's one message."""
-    room = socket.CMSG_SPACE(array.array("i", [0]).itemsize)
+def _receive(connection: socket.socket) -> tuple[int, int | None]:
+    """The one descriptor, or the two, of the owner's one message."""
+    room = socket.CMSG_SPACE(2 * array.array("i", [0]).itemsize)
     data, control, flags, _ = connection.recvmsg(len(GREETING) + 1, room, socket.MSG_CMSG_CLOEXEC)
     with _closing_all(_descriptors(control)) as descriptors:
         if not data:
             raise SegmentBusy("the owner turned this reader away")
-        if data == GREETING and flags & socket.MSG_CTRUNC and not descriptors:
+        if data == GREETING and flags & socket.MSG_CTRUNC and len(descriptors) < 2:
             raise SegmentBusy("this process has no descriptor left for it")
-        if data != GREETING or len(descriptors) != 1 or flags & socket.MSG_CTRUNC:
+        if data != GREETING or len(descriptors) not in (1, 2) or flags & socket.MSG_CTRUNC:
             raise SegmentError("not a KV segment's socket")
-        return descriptors.pop()
+        device = descriptors.pop() if len(descriptors) == 2 else None
+        return descriptors.pop(), device
 
 
 def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:

@@ -2,6 +2,8 @@
 
     | header, one page | generations: u64 per block, whole pages | block 0 | block 1 | …
 
+Where the blocks lie in a device's memory, only header and generations are here; the rest is `kvtransfer.cuda_ipc`.
+
 The header names the memory: a random nonce (drawn when it is made), the worker's epoch, the layout. The memory is a
 memfd: it has no name, lives as long as anybody maps it (so a reader survives the owner's kill -9) and is sealed, so
 that its size never changes (a reader cannot meet SIGBUS) and, once its descriptor is passed to readers, no further
@@ -70,14 +72,14 @@ class _Shape:
     total_bytes: int
 
 
-def _shape_of(block_bytes: int, num_blocks: int) -> _Shape:
+def _shape_of(block_bytes: int, num_blocks: int, in_device: bool) -> _Shape:
     blocks_offset = PAGE_BYTES + _whole_pages(8 * num_blocks)
     return _Shape(
         num_blocks=num_blocks,
         block_bytes=block_bytes,
         generations_offset=PAGE_BYTES,
         blocks_offset=blocks_offset,
-        total_bytes=blocks_offset + _whole_pages(num_blocks * block_bytes),
+        total_bytes=blocks_offset + (0 if in_device else _whole_pages(num_blocks * block_bytes)),
     )
 
 
@@ -90,12 +92,14 @@ class KVSegment:
     else can have (`shareable` is False).
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+    def __init__(self, layout: KVLayout, num_blocks: int, *, in_device: bool = False) -> None:
+        """`in_device`: the blocks themselves lie in a device's memory, and none here."""
         if num_blocks < 1:
             raise ValueError(f"num_blocks: {num_blocks} is not >= 1")
+        self.in_device = in_device
         self.nonce = uuid.uuid4().bytes
         self._digest = layout.digest().encode()
-        self._shape = _shape_of(layout.block_bytes, num_blocks)
+        self._shape = _shape_of(layout.block_bytes, num_blocks, in_device)
         self._fd, memory = _memory(self._shape.total_bytes)
         self._close_fd = None if self._fd is None else weakref.finalize(self, os.close, self._fd)
         self._passed = False
@@ -200,15 +204,25 @@ def _forbid_writing(fd: int) -> None:
 class MappedSegment:
     """A segment of another process, mapped. The mapping lives as long as this object or a view of its blocks."""
 
-    def __init__(self, fd: int, *, nonce: bytes, epoch: int, layout: KVLayout, writable: bool = False) -> None:
+    def __init__(
+        self,
+        fd: int,
+        *,
+        nonce: bytes,
+        epoch: int,
+        layout: KVLayout,
+        writable: bool = False,
+        in_device: bool = False,
+    ) -> None:
         """Maps `fd` (which stays the caller's) and checks that it is the segment that was offered. `SegmentError` says
-        what is wrong with it. `writable`: of this process's own worker, which lent it.
+        what is wrong with it. `writable`: of this process's own worker, which lent it. `in_device`: the blocks lie
+        elsewhere.
         """
         if not _LINUX:
             raise SegmentError("only Linux has memfd")
         memory = _map(fd, writable)
         view = memoryview(memory)
-        shape = _check_header(view, nonce=nonce, epoch=epoch, layout=layout)
+        shape = _check_header(view, nonce=nonce, epoch=epoch, layout=layout, in_device=in_device)
         self.nonce = nonce
         self.num_blocks = shape.num_blocks
         self.block_bytes = shape.block_bytes
@@ -217,7 +231,7 @@ class MappedSegment:
         self._populated = bytearray(shape.num_blocks)
         self._populate_advice = _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ
         self._generations = view[shape.generations_offset :][: 8 * shape.num_blocks].cast("Q")
-        self._blocks = view[shape.blocks_offset :][: shape.num_blocks * shape.block_bytes]
+        self._blocks = view[shape.blocks_offset :][: shape.num_blocks * shape.block_bytes]  # none if `in_device`
         self._fence = threading.Lock()
 
     @property
@@ -264,10 +278,12 @@ def _stretches(block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = index
 
 
-def take(fd: int, *, nonce: bytes, epoch: int, layout: KVLayout, writable: bool = False) -> MappedSegment:
+def take(
+    fd: int, *, nonce: bytes, epoch: int, layout: KVLayout, writable: bool = False, in_device: bool = False
+) -> MappedSegment:
     """`MappedSegment` of a descriptor that was received, which is closed in any case."""
     try:
-        return MappedSegment(fd, nonce=nonce, epoch=epoch, layout=layout, writable=writable)
+        return MappedSegment(fd, nonce=nonce, epoch=epoch, layout=layout, writable=writable, in_device=in_device)
     finally:
         os.close(fd)
 
@@ -284,7 +300,7 @@ def _map(fd: int, writable: bool) -> mmap.mmap:
         raise SegmentError(f"cannot map the segment: {error}") from error
 
 
-def _check_header(view: memoryview, *, nonce: bytes, epoch: int, layout: KVLayout) -> _Shape:
+def _check_header(view: memoryview, *, nonce: bytes, epoch: int, layout: KVLayout, in_device: bool) -> _Shape:
     """What the header says, if it is the expected one and fits the memory."""
     magic, version, header_bytes, said_epoch, said_nonce, digest, *sizes = _HEADER.unpack_from(view)
     if (magic, version, header_bytes) != (MAGIC, VERSION, _HEADER.size):
@@ -295,7 +311,7 @@ def _check_header(view: memoryview, *, nonce: bytes, epoch: int, layout: KVLayou
         raise SegmentError(f"a segment of epoch {said_epoch}, not {epoch}")
     if digest != layout.digest().encode():
         raise SegmentError("a segment of another KV layout")
-    shape = _shape_of(layout.block_bytes, sizes[0])
+    shape = _shape_of(layout.block_bytes, sizes[0], in_device)
     expected = [shape.num_blocks, shape.block_bytes, shape.generations_offset, shape.blocks_offset, shape.total_bytes]
     if sizes != expected or shape.total_bytes != len(view):
         raise SegmentError(f"a segment of sizes {sizes} in {len(view)} bytes, expected {expected}")

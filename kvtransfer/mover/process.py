@@ -35,8 +35,9 @@ from .. import wire
 from ..freed_memory import keep_freed_memory
 from ..grpc_transport import GrpcKVServer, GrpcKVTransport
 from ..layout import KVLayout
+from ..mapped.blocks import UNBROKEN_BYTES, frames_of
 from ..mapped.segment import MappedSegment, take
-from ..mapped.transport import UNBROKEN_BYTES, MappedKVTransport, frames_of
+from ..mapped.transport import MappedKVTransport
 from ..ticket import HandoffRefused, Hello, RefusalReason, Ticket
 from ..transport import (
     MESSAGE_BYTES,

@@ -78,7 +78,7 @@ class KVMover:
         """Gives it the KV memory; before anybody else is given it, and before its segment is published anew. Raises
         `MoverLost` where it cannot map it, or did not start. `transport`: as `WorkerConfig.transport`.
         """
-        if store.segment is None:
+        if store.segment is None or store.segment.in_device:
             raise MoverLost("the KV mover cannot map this device's memory")
         attach = Attach(
             layout=store.layout.to_bytes(),

@@ -210,6 +210,26 @@ class HandoffHolder:
             return []
         return self._bury(record, now_s) if record.state is HolderState.REVOKED else []
 
+    def read(self, ticket: Ticket, now_s: float) -> list[HolderAction]:
+        """Blocks that a pull has named are copied out for their reader, perhaps after the pull's end: `Refuse`, or the
+        lease is renewed. Nothing is held meanwhile: who copies compares generations.
+        """
+        key = ticket.prefill_key
+        reason = self._refusal(ticket)
+        record = self._records.get(key)
+        if reason is None:
+            if record is None or record.state is HolderState.AWAITED:
+                reason = RefusalReason.UNKNOWN_TICKET
+            elif record.state is HolderState.REVOKED:
+                reason = record.reason
+            elif ticket.decode_attempt != record.decode_attempt or ticket.num_tokens != record.num_tokens:
+                reason = RefusalReason.STALE_ATTEMPT
+            elif record.state is HolderState.QUEUED:  # preempted: it will be computed again, elsewhere
+                reason = RefusalReason.WRONG_GENERATION
+            else:
+                self._renew(record, now_s)
+        return [Refuse(key, reason)] if reason is not None else []
+
     def confirm(self, ticket: Ticket, now_s: float) -> list[HolderAction]:
         """The current decode attempt has done its first step. Again, for a confirmed ticket, is no error."""
         key = ticket.prefill_key

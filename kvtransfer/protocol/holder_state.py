@@ -36,6 +36,7 @@ class HolderEvent(enum.StrEnum):
     PULL = "pull"
     PULL_PROGRESS = "pull_progress"
     PULL_ENDED = "pull_ended"
+    READ = "read"
     CONFIRM = "confirm"
     ABORT_TICKET = "abort_ticket"
     ABORT_ATTEMPT = "abort_attempt"

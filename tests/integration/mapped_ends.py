@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tandem.cluster.clock import MonotonicClock
 from tandem.cluster.types import BlockRef, SampledToken
+from tandem.kvtransfer.cuda_ipc.blocks import DeviceMapper
 from tandem.kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from tandem.kvtransfer.layout import KVGroup, KVLayout
+from tandem.kvtransfer.mapped.blocks import HostMapper, Mapper
 from tandem.kvtransfer.mapped.fd_passing import SegmentServer
 from tandem.kvtransfer.mapped.transport import MappedKVTransport
 from tandem.kvtransfer.memory_store import MemoryKVStore
+from tandem.kvtransfer.reblock import ReblockingTransport
 from tandem.kvtransfer.sink import SinkDriver
 from tandem.kvtransfer.source import SourceDriver
 from tandem.kvtransfer.ticket import Peer, SegmentOffer, Ticket
@@ -29,12 +33,13 @@ NUM_BLOCKS = 16
 class Holder:
     """A prefill worker's side, in this process, with one life an epoch."""
 
-    def __init__(self, epoch: int = 7) -> None:
+    def __init__(self, epoch: int = 7, store: MemoryKVStore | None = None) -> None:
         self.epoch = epoch
-        self.store = MemoryKVStore(LAYOUT, NUM_BLOCKS)
+        self.store = store or MemoryKVStore(LAYOUT, NUM_BLOCKS)
         self.segment = self.store.segment
         self.segment.publish(epoch)
-        self.segments = SegmentServer(self.segment)
+        device = self.store.device_memory
+        self.segments = SegmentServer(self.segment, device_fd=None if device is None else device.fd)
         self.offer: SegmentOffer | None = self.segments.offer
         self.said: list[tuple[object, ...]] = []
 
@@ -50,7 +55,7 @@ class Holder:
             clock=MonotonicClock(),
             offer=self.offer,
         )
-        self.server = GrpcKVServer(self.source, block_bytes=LAYOUT.block_bytes)
+        self.server = GrpcKVServer(self.source, block_bytes=self.store.layout.block_bytes)
         await self.segments.start()
         self.peer = Peer("p", self.epoch, f"127.0.0.1:{await self.server.start()}")
 
@@ -59,7 +64,7 @@ class Holder:
         for block_id in block_ids:
             self.segment.generations[block_id] += 1
             generation = self.segment.generations[block_id]
-            self.store.write_block(block_id, content(block_id, generation))
+            self.store.write_block(block_id, content(block_id, generation, self.store.layout))
         return tuple(BlockRef(block_id, self.segment.generations[block_id]) for block_id in block_ids)
 
     def prefill(self, num_tokens: int, block_ids: list[int]) -> str:
@@ -75,8 +80,8 @@ class Holder:
         self.source.check_integrity()
 
 
-def content(block_id: int, generation: int) -> bytes:
-    return bytes([block_id + 1, generation]) * (LAYOUT.block_bytes // 2)
+def content(block_id: int, generation: int, layout: KVLayout = LAYOUT) -> bytes:
+    return bytes([block_id + 1, generation]) * (layout.block_bytes // 2)
 
 
 class HookedStore(MemoryKVStore):
@@ -101,22 +106,35 @@ class Reader:
     max_channels: int = 1
     stats: TransferStats | None = None
     said: list[tuple[object, ...]] = field(default_factory=list)
+    in_device: MemoryKVStore | None = None
+    """The reader's own memory, where it is a device's."""
 
     def __post_init__(self) -> None:
         self.store = HookedStore(LAYOUT, NUM_BLOCKS)
+        mapper: Mapper = HostMapper(LAYOUT)
+        if self.in_device is not None:
+            assert self.in_device.device_memory is not None
+            mapper = DeviceMapper(self.in_device.layout, self.in_device.device_memory)
         self.transport = MappedKVTransport(
             GrpcKVTransport(block_bytes=LAYOUT.block_bytes, max_channels=self.max_channels),
             LAYOUT,
+            mapper=mapper,
             required=self.required,
             fetch_timeout_s=self.fetch_timeout_s,
             max_mappings=self.max_mappings,
+        )
+        pulls = ReblockingTransport(
+            self.transport,
+            (self.in_device or self.store).layout,
+            plain=None if self.required else GrpcKVTransport(block_bytes=4 * LAYOUT.block_bytes),
+            own=self.transport.reblocks,
         )
         self.sink = SinkDriver(
             worker_id="d",
             epoch=1,
             fingerprint="fp",
-            store=self.store,
-            transport=self.transport,
+            store=self.in_device or self.store,
+            transport=pulls,
             clock=MonotonicClock(),
             kv_ready=self._kv_ready,
             writer_done=lambda key: self.said.append(("writer_done", key)),
@@ -131,7 +149,7 @@ class Reader:
 
     def submit(self, peer: Peer, num_tokens: int, decode_attempt: int = 0) -> str:
         ticket = ticket_of(peer, num_tokens, decode_attempt)
-        blocks = LAYOUT.blocks_for(num_tokens)
+        blocks = (self.in_device or self.store).layout.blocks_for(num_tokens)
         credit = self.sink.reserve("r", 0, decode_attempt, blocks)
         key = self.sink.submit(ticket, peer, credit, PATIENCE_S)
         self.sink.on_blocks(key, tuple(BlockRef(i, 1) for i in range(blocks)), 0)
@@ -174,9 +192,9 @@ async def until(condition: Callable[[], bool]) -> None:
 Scene = Callable[[Holder, Reader], Awaitable[None]]
 
 
-def play(scene: Scene, *, offer: SegmentOffer | None = None, **reader: int) -> None:
+def play(scene: Scene, *, offer: SegmentOffer | None = None, held: MemoryKVStore | None = None, **reader: Any) -> None:
     async def run() -> None:
-        holder, there = Holder(), Reader(**reader)
+        holder, there = Holder(store=held), Reader(**reader)
         if offer is not None:
             holder.offer = SegmentOffer(
                 socket_name=offer.socket_name or holder.segments.offer.socket_name,

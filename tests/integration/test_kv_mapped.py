@@ -21,8 +21,8 @@ import pytest
 from mapped_ends import LAYOUT, TOKEN, D, Holder, Reader, content, play, ticket_of, until
 from tandem.kvtransfer.grpc_transport import GrpcKVTransport
 from tandem.kvtransfer.layout import KVGroup, KVLayout
+from tandem.kvtransfer.mapped.blocks import frames_of
 from tandem.kvtransfer.mapped.segment import MappedSegment, take
-from tandem.kvtransfer.mapped.transport import frames_of
 from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, SegmentOffer
 from tandem.kvtransfer.transport import PullRequest, RefFrame
 

@@ -194,6 +194,9 @@ class Transcript:
     def h_ended(self, reader: str) -> list[object]:
         return list(self.holder.pull_ended(int(reader), self.now_s))
 
+    def h_read(self, name: str, **options: str) -> list[object]:
+        return list(self.holder.read(ticket_of(name, **options), self.now_s))
+
     def h_confirm(self, name: str, **options: str) -> list[object]:
         return list(self.holder.confirm(ticket_of(name, **options), self.now_s))
 
@@ -296,6 +299,7 @@ HOLDER_EVENTS = {
     HolderEvent.PULL: "h pull d1",
     HolderEvent.PULL_PROGRESS: "h progress 1",
     HolderEvent.PULL_ENDED: "h ended 1",
+    HolderEvent.READ: "h read d0",
     HolderEvent.CONFIRM: "h confirm d0",
     HolderEvent.ABORT_TICKET: "h drop d0",
     HolderEvent.ABORT_ATTEMPT: "h abort p0",

@@ -141,7 +141,7 @@ def test_a_pause_between_tries_doubles(tries: list[str], monkeypatch: pytest.Mon
         assert len(tries) == 1
         pauses = []
         for _ in range(5):
-            await there._try_to_map(PEER, server.offer)
+            await there._try_to_map(PEER, there._unmappable[PEER].theirs)
             pauses.append(there._unmappable[PEER].pause_s)
         assert pauses == [10.0, 20.0, 30.0, 30.0, 30.0]
 

@@ -230,13 +230,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def test_the_descriptor_arrives_and_both_ends_notice_the_other_go(owned: KVSegment) -> None:
     async def scene(server: SegmentServer) -> None:
-        connection, fd = await fetch(server.offer, timeout_s=10)
+        connection, fd, _ = await fetch(server.offer, timeout_s=10)
         there = segment.take(fd, nonce=server.offer.nonce, epoch=EPOCH, layout=LAYOUT)
         assert not any(there.block(0))
         assert server.readers == 1
         connection.close()
         await until(lambda: server.readers == 0)
-        connection, fd = await fetch(server.offer, timeout_s=10)
+        connection, fd, _ = await fetch(server.offer, timeout_s=10)
         os.close(fd)
         await server.stop()
         assert await asyncio.get_running_loop().sock_recv(connection, 1) == b""
@@ -248,13 +248,13 @@ def test_the_descriptor_arrives_and_both_ends_notice_the_other_go(owned: KVSegme
 
 def test_readers_are_bounded(owned: KVSegment) -> None:
     async def scene(server: SegmentServer) -> None:
-        connection, fd = await fetch(server.offer, timeout_s=10)
+        connection, fd, _ = await fetch(server.offer, timeout_s=10)
         os.close(fd)
         with pytest.raises(SegmentError, match="turned this reader away"):
             await fetch(server.offer, timeout_s=10)
         connection.close()
         await until(lambda: server.readers == 0)
-        connection, fd = await fetch(server.offer, timeout_s=10)
+        connection, fd, _ = await fetch(server.offer, timeout_s=10)
         os.close(fd)
         connection.close()
 
@@ -294,9 +294,9 @@ def test_an_owner_that_says_nothing_or_nonsense_is_given_up(owned: KVSegment) ->
             asking = asyncio.create_task(fetch(offer, timeout_s=10))
             owner, _ = await loop.sock_accept(silent)
             with owner:
-                two = [os.memfd_create("a"), os.memfd_create("b")]
-                socket.send_fds(owner, [fd_passing.GREETING], two)
-                for fd in two:
+                three = [os.memfd_create(name) for name in "abc"]
+                socket.send_fds(owner, [fd_passing.GREETING], three)
+                for fd in three:
                     os.close(fd)
                 with pytest.raises(SegmentError, match="not a KV segment's socket"):
                     await asking

@@ -70,6 +70,8 @@ def test_round_trips() -> None:
     assert wire.decode_hello_reply(wire.encode_hello(HELLO)) == HELLO
     sharing = replace(HELLO, offer=SegmentOffer(socket_name="tandem-kv-1", nonce=b"n" * 16))
     assert wire.decode_hello_reply(wire.encode_hello(sharing)) == sharing
+    meeting = replace(HELLO, ranks=b"ranks")
+    assert wire.decode_hello_reply(wire.encode_hello(meeting)) == meeting
     request = PullRequest(ticket=TICKET, first_block=7, pull_index=2, checksum=False)
     assert wire.decode_pull(wire.encode_pull(request)) == request
     assert wire.decode_pull(wire.encode_pull(replace(request, mapped=True))) == replace(request, mapped=True)
@@ -192,9 +194,10 @@ def test_ticket_bounds(fields: dict[str, object]) -> None:
         message([wire.Kind.REFS, PROTOCOL_VERSION, ticket_with(), [[0, -1, 1]]]),
         message([wire.Kind.REFS, PROTOCOL_VERSION, ticket_with(), [[0, 1, 1]] * 1025]),
         message([wire.Kind.REFS, PROTOCOL_VERSION, ticket_with(), [[0, 1, 1]]], b"payload"),
-        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", ["name", b"too short"]]),
-        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", ["x" * 101, b"n" * 16]]),
-        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", "name"]),
+        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", None, "ranks"]),
+        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", ["name", b"too short"], b""]),
+        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", ["x" * 101, b"n" * 16], b""]),
+        message([wire.Kind.HELLO, PROTOCOL_VERSION, "p", 1, "f", b"", "name", b""]),
         message([wire.Kind.PULL, PROTOCOL_VERSION, ticket_with(), 0, 0, True, 1]),
         message([wire.Kind.ACK, PROTOCOL_VERSION], b"payload"),
         message([wire.Kind.REFUSED, PROTOCOL_VERSION, "no such reason", ""]),

@@ -1,0 +1,94 @@
+"""A rank's KV memory as a collective reads and writes it: equal rows of bytes, gathered into one message or scattered
+from one. Loads torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .plan import Rows
+
+
+class RankMemory(ABC):
+    """Used by several threads, each for blocks that nobody else uses."""
+
+    device: torch.device
+
+    @abstractmethod
+    def gather(self, rows: Rows, message: torch.Tensor) -> None:
+        """Copies rows into `message` [bytes], which is filled when this returns."""
+
+    @abstractmethod
+    def scatter(self, message: torch.Tensor, rows: Rows) -> None:
+        """Copies `message` [bytes] to rows; when this returns, they are written."""
+
+    @abstractmethod
+    def clear(self, rows: Rows) -> None:
+        """Writes zeros into rows; when this returns, they are written."""
+
+    def empty(self, size: int) -> torch.Tensor:
+        """Room for a message."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+
+class HostRankMemory(RankMemory):
+    """Memory of the host, as bytes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, memory: memoryview) -> None:
+        """`memory`: all blocks, one after another, writable."""
+        self._bytes: NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)
+
+    def gather(self, rows: Rows, message: torch.Tensor) -> None:
+        size = rows.row_bytes
+        np.take(self._bytes.reshape(-1, size), rows.rows, axis=0, out=message.numpy().reshape(-1, size), mode="clip")
+
+    def scatter(self, message: torch.Tensor, rows: Rows) -> None:
+        size = rows.row_bytes
+        self._bytes.reshape(-1, size)[rows.rows] = message.numpy().reshape(-1, size)
+
+    def clear(self, rows: Rows) -> None:
+        self._bytes.reshape(-1, rows.row_bytes)[rows.rows] = 0
+
+
+class DeviceRankMemory(RankMemory):
+    """A tensor on a GPU. Rows move through `kernels.gpu.kv_blocks`, on the calling thread's own stream: `Order` in
+    `cluster.engine.gpu.kv_store` says why no stream must be waited for.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """[block, …], contiguous, of any dtype."""
+        self.device = tensor.device
+        self._bytes = tensor.view(torch.uint8).reshape(len(tensor), -1)
+        self._ids_on_device = tensor.device.type == "cuda"
+
+    def gather(self, rows: Rows, message: torch.Tensor) -> None:
+        from ...kernels.gpu.kv_blocks import gather_blocks
+
+        gather_blocks(self._rows(rows.row_bytes), self._ids(rows), message.view(-1, rows.row_bytes))
+        self._finish()
+
+    def scatter(self, message: torch.Tensor, rows: Rows) -> None:
+        from ...kernels.gpu.kv_blocks import scatter_blocks
+
+        scatter_blocks(message.view(-1, rows.row_bytes), self._rows(rows.row_bytes), self._ids(rows))
+        self._finish()
+
+    def clear(self, rows: Rows) -> None:
+        self._rows(rows.row_bytes).index_fill_(0, self._ids(rows), 0)
+        self._finish()
+
+    def _rows(self, row_bytes: int) -> torch.Tensor:
+        return self._bytes.view(-1, row_bytes)
+
+    def _ids(self, rows: Rows) -> torch.Tensor:
+        return torch.from_numpy(rows.rows).to(self.device)
+
+    def _finish(self) -> None:
+        if self._ids_on_device:
+            torch.cuda.current_stream(self.device).synchronize()

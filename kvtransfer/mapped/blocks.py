@@ -1,0 +1,151 @@
+"""The seam between what mapped memory promises (`segment`: generations, raised before reuse, compared after each copy)
+and where its blocks lie: in host memory, here, or in a device's (`kvtransfer.cuda_ipc`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+
+from ..layout import KVLayout
+from ..ticket import HandoffRefused, RefusalReason, SegmentOffer
+from ..transport import BlockFrame, PullRequest, RefFrame, WrittenBlocks
+from .segment import MappedSegment, SegmentError, take
+
+UNBROKEN_BYTES = 4 * 2**20
+"""Copied in one turn of the worker's loop: about half a millisecond."""
+
+
+class Reading(ABC):
+    """One pull's way out of a peer's mapped memory."""
+
+    first_block: int
+    """What to ask the holder for: index of the first wanted block, as the holder counts."""
+
+    @abstractmethod
+    def take(self, refs: Sequence[RefFrame]) -> AsyncGenerator[tuple[BlockFrame, ...] | WrittenBlocks, None]:
+        """The blocks that `refs` name, in order: to be copied, with a `verify`, or written where the request wants
+        them, and verified. `HandoffRefused`: WRONG_GENERATION where one is gone, PEER_LOST where the memory is. When it
+        is closed, nothing is written any more.
+        """
+
+
+class MappedBlocks(ABC):
+    """A peer's KV memory, mapped."""
+
+    name: str
+    """How a pull of them is called."""
+    any_block_size: bool = False
+    """Whether blocks of another size than this worker's come out as its own."""
+    lost: str = ""
+    """Why nothing can be read any more; empty: it can."""
+
+    @abstractmethod
+    def open(self, request: PullRequest) -> Reading:
+        """Once for each pull; may be used after `close`, which then says how it goes on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The peer is gone, or the mapping is not wanted any more; idempotent, never waits."""
+
+
+class Mapper(ABC):
+    """How a worker maps the memory of others, by where its own lies."""
+
+    name: str
+    """Of the transport that this makes."""
+
+    @abstractmethod
+    def takes(self, layout: bytes) -> bool:
+        """Whether blocks of this layout (`KVLayout.to_bytes`) can be read."""
+
+    @abstractmethod
+    def map(self, fd: int, device_fd: int | None, offer: SegmentOffer, *, epoch: int, layout: bytes) -> MappedBlocks:
+        """Maps memory whose descriptors were received; closes them in any case. `SegmentError`: why it cannot."""
+
+
+class HostMapper(Mapper):
+    """Host memory with blocks like this worker's own."""
+
+    name = "mapped"
+
+    def __init__(self, layout: KVLayout) -> None:
+        self._layout = layout
+        self._layout_bytes = layout.to_bytes()
+
+    def takes(self, layout: bytes) -> bool:
+        return layout == self._layout_bytes
+
+    def map(self, fd: int, device_fd: int | None, offer: SegmentOffer, *, epoch: int, layout: bytes) -> MappedBlocks:
+        if device_fd is not None:
+            os.close(device_fd)
+            os.close(fd)
+            raise SegmentError("its KV lies in a GPU's memory, this worker's does not")
+        return HostBlocks(take(fd, nonce=offer.nonce, epoch=epoch, layout=self._layout))
+
+
+class HostBlocks(MappedBlocks):
+    """Blocks of another process in host memory. Pulls that read them go on to their end whatever becomes of the peer:
+    the mapping lives as long as somebody reads it.
+    """
+
+    name = "mapped"
+
+    def __init__(self, segment: MappedSegment) -> None:
+        self._segment = segment
+
+    def open(self, request: PullRequest) -> Reading:
+        return _HostReading(self._segment, request.first_block)
+
+    def close(self) -> None:
+        """The memory goes with its last reader."""
+
+
+class _HostReading(Reading):
+    def __init__(self, segment: MappedSegment, first_block: int) -> None:
+        self._segment = segment
+        self.first_block = first_block
+
+    async def take(self, refs: Sequence[RefFrame]) -> AsyncGenerator[tuple[BlockFrame, ...] | WrittenBlocks, None]:
+        most = max(1, UNBROKEN_BYTES // self._segment.block_bytes)
+        for start in range(0, len(refs), most):
+            if start:
+                await asyncio.sleep(0)  # the worker's loop has others to serve
+            yield frames_of(self._segment, refs[start : start + most])
+
+
+def check_generations(segment: MappedSegment, refs: Sequence[RefFrame]) -> None:
+    """After a copy: `HandoffRefused` (WRONG_GENERATION) where a block was, or may have been, written meanwhile."""
+    now = segment.generations([ref.block_id for ref in refs])
+    for generation, ref in zip(now, refs, strict=True):
+        if generation != ref.generation:
+            text = f"block {ref.block_id} is of generation {generation} now, {ref.generation} was offered"
+            raise HandoffRefused(RefusalReason.WRONG_GENERATION, text)
+
+
+def frames_of(segment: MappedSegment, refs: Sequence[RefFrame]) -> tuple[BlockFrame, ...]:
+    """The blocks that `refs` name, to be copied now. `HandoffRefused`: WRONG_GENERATION where one is gone."""
+    block_ids = [ref.block_id for ref in refs]
+
+    def verify() -> None:
+        check_generations(segment, refs)
+
+    try:
+        payloads = [segment.block(block_id) for block_id in block_ids]
+    except SegmentError as error:
+        raise HandoffRefused(RefusalReason.CORRUPT, str(error)) from error
+    verify()
+    segment.populate(block_ids)
+    return tuple(
+        BlockFrame(
+            ticket=ref.ticket,
+            block_index=ref.block_index,
+            generation=ref.generation,
+            payload=payload,
+            checksum=None,
+            verify=verify,
+        )
+        for ref, payload in zip(refs, payloads, strict=True)
+    )

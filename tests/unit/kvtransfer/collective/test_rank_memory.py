@@ -1,0 +1,39 @@
+"""A device's memory is gathered and scattered as the host's is: by kernels, interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from ends import split
+from tandem.kvtransfer.collective.memory import DeviceRankMemory, HostRankMemory
+from tandem.kvtransfer.collective.plan import PairMap
+from tandem.kvtransfer.reshape import Reshape
+
+TENSOR = (6, 2, 2, 2, 4, 64)
+
+
+def test_the_rows_of_a_tensor_are_those_of_its_bytes(where: str) -> None:
+    source, target = split(4, tensor_parallel=2, pipeline_stages=2), split(8)
+    pairs = PairMap(Reshape(source, target), 1)
+    rows = pairs.source_rows(4, 12, [3, 1])
+    kv = torch.randn(TENSOR)
+    host = HostRankMemory(memoryview(kv.clone().numpy()).cast("B"))
+    device = DeviceRankMemory(kv.to(where))
+    messages = [memory.empty(rows.total_bytes) for memory in (host, device)]
+    for memory, message in zip((host, device), messages, strict=True):
+        memory.gather(rows, message)
+    np.testing.assert_array_equal(messages[0].numpy(), messages[1].cpu().numpy())
+    assert rows.total_bytes == pairs.total_bytes(4, 12)
+
+    whole = torch.randn(5, 4, 2, 4, 8, 64)
+    host = HostRankMemory(memoryview(whole.numpy()).cast("B"))
+    tensor = whole.clone().to(where)
+    device = DeviceRankMemory(tensor)
+    into, empty = pairs.target_rows(4, 12, [4, 2]), pairs.cleared_rows(2, 4)
+    for memory, message in zip((host, device), messages, strict=True):
+        memory.scatter(message, into)
+        memory.clear(empty)
+    np.testing.assert_array_equal(whole.numpy(), tensor.cpu().numpy())
+    assert not whole[2, :, :, :, 4:].any()
+    assert whole[4, :2, :, 2:, 4:].eq(kv[3]).all()
+    assert whole[2, :2, :, 2:, :4].eq(kv[1]).all()

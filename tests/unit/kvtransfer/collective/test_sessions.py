@@ -1,0 +1,314 @@
+"""KV from rank to rank over Gloo, between drivers of two workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ends import NUM_BLOCKS, TOKEN, Holder, Reader, play, reblocked, split, until
+from hypothesis import given
+from hypothesis import strategies as st
+from tandem.kvtransfer.collective import commands, messages
+from tandem.kvtransfer.collective.commands import Begin, Command, Join, Receive, Send, Stage
+from tandem.kvtransfer.layout import KVSplit
+from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, Ticket
+
+NCCL = messages.Offer(backend="nccl", tensor_parallel=1, pipeline_stages=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (split(), split()),
+        (split(tensor_parallel=2), split(block_size=32)),
+        (split(block_size=32, pipeline_stages=2), split(tensor_parallel=2)),
+        (split(tensor_parallel=2, pipeline_stages=2), split(tensor_parallel=8)),
+    ],
+    ids=["one rank each", "TP 2 to larger blocks", "PP 2 to TP 2 and smaller blocks", "TP 2 x PP 2 to TP 8"],
+)
+def test_kv_goes_from_rank_to_rank_while_prefill_computes(source: KVSplit, target: KVSplit) -> None:
+    async def scene(holder: Holder, reader: Reader) -> None:
+        tokens = 500
+        blocks, wanted = source.layout.blocks_for(tokens), target.layout.blocks_for(tokens)
+        held, into = list(range(blocks))[::-1], list(range(3, 3 + wanted))
+        whole = holder.fill(held, seed=1)
+        key = holder.prefill("r", tokens, held)
+        cached = target.layout.block_size
+        before = reader.whole([3])
+        pulled = reader.submit(holder.peer, "r", tokens, into, cached)
+        for computed in (100, 260, 490):
+            holder.source.on_advanced(key, computed)
+            await until(lambda: reader.transport.sessions == 1)
+        holder.source.on_done(key, TOKEN)
+        stats = await reader.ready(pulled)
+        assert stats.transport == "gloo"
+        assert stats.blocks == wanted - 1
+        expected = reblocked(whole, source, target, tokens)
+        np.testing.assert_array_equal(reader.whole(into)[1:], expected[1:])
+        np.testing.assert_array_equal(reader.whole([3]), before)
+        reader.sink.on_first_step(pulled)
+        await until(lambda: ("release", key, "confirmed") in holder.said)
+
+    play(scene, source, target)
+
+
+ONE = split()
+BLOCKS = list(range(32))
+TOKENS = 16 * len(BLOCKS)
+
+
+def done(holder: Holder, name: str, seed: int, block_ids: list[int] = BLOCKS) -> np.ndarray:
+    """A prefill that has ended."""
+    whole = holder.fill(block_ids, seed)
+    holder.source.on_done(holder.prefill(name, 16 * len(block_ids), block_ids), TOKEN)
+    return whole
+
+
+def test_a_block_that_is_handed_out_anew_while_it_is_copied_is_not_sent() -> None:
+    """The reader's request fails or is pulled again; another request's KV never arrives."""
+
+    async def scene(holder: Holder, reader: Reader) -> None:
+        done(holder, "r", 1)
+        before = reader.whole(BLOCKS)
+        torn = []
+
+        def tear(command: Command) -> bool:
+            if isinstance(command, Stage) and not torn:
+                torn.append(command)
+                holder.fill([command.block_ids[-1]], seed=99)
+            return False
+
+        holder.ports[0].before = tear
+        key = reader.submit(holder.peer, "r", TOKENS, BLOCKS)
+        await until(lambda: reader.failure(key) is not None)
+        assert reader.failure(key)[2] is RefusalReason.WRONG_GENERATION
+        after = reader.whole(BLOCKS)
+        first = BLOCKS.index(torn[0].block_ids[0])
+        np.testing.assert_array_equal(after[first:], before[first:])
+        assert ("writer_done", key) in reader.said
+
+    play(scene, ONE, ONE)
+
+
+def test_a_pull_that_is_given_up_writes_nothing_any_more_and_leaves_the_session_in_order() -> None:
+    async def scene(holder: Holder, reader: Reader) -> None:
+        done(holder, "r", 1)
+        holder.ports[0].before = lambda command: isinstance(command, Send)
+        received = []
+        reader.ports[0].before = lambda command: received.append(command) if isinstance(command, Receive) else False
+        key = reader.submit(holder.peer, "r", TOKENS, BLOCKS)
+        await until(lambda: len(received) > 0)
+        reader.sink.abort("r", 0, 0)
+        await until(lambda: ("writer_done", key) in reader.said)
+        before = reader.whole(BLOCKS)
+        holder.ports[0].go_on()
+        whole = done(holder, "s", 2, list(range(32, 40)))
+        second = reader.submit(holder.peer, "s", 128, list(range(40, 48)))
+        await reader.ready(second)
+        np.testing.assert_array_equal(reader.whole(list(range(40, 48))), whole)
+        np.testing.assert_array_equal(reader.whole(BLOCKS), before)
+        assert reader.transport.sessions == 1
+
+    play(scene, ONE, ONE)
+
+
+@pytest.mark.parametrize("whose", ["holder", "reader"])
+def test_ranks_that_part_meet_anew_and_the_pull_is_made_again(whose: str) -> None:
+    shape = split(tensor_parallel=2)
+
+    async def scene(holder: Holder, reader: Reader) -> None:
+        whole = done(holder, "r", 1)
+        met = []
+
+        def part(command: Command) -> bool:
+            met.extend([command.session] if isinstance(command, Join) else [])
+            if isinstance(command, Send) and len(set(met)) == 1:
+                (holder if whose == "holder" else reader).ports[1].break_pairs()
+            return False
+
+        holder.ports[0].before = part
+        stats = await reader.ready(reader.submit(holder.peer, "r", TOKENS, BLOCKS))
+        assert stats.retries == 1
+        assert len(set(met)) == 2
+        np.testing.assert_array_equal(reader.whole(BLOCKS), whole)
+        assert reader.transport.sessions == holder.sessions.sessions == 1
+
+    play(scene, shape, shape)
+
+
+def test_a_rank_that_does_not_answer_is_given_up_within_the_lease() -> None:
+    async def scene(holder: Holder, reader: Reader) -> None:
+        done(holder, "r", 1)
+        holder.ports[0].before = lambda command: isinstance(command, Send)
+        key = reader.submit(holder.peer, "r", TOKENS, BLOCKS)
+        await until(lambda: reader.failure(key) is not None)
+        assert reader.failure(key)[2] is RefusalReason.PEER_LOST
+        assert ("release", "r/0/p0", "expired") not in holder.said
+        await until(lambda: holder.sessions.sessions == 0)
+
+    play(scene, ONE, ONE, timeout_s=0.3)
+
+
+def test_a_killed_holder_is_noticed_and_its_next_life_met_anew() -> None:
+    """kill -9 of the process while half of a sequence is through."""
+
+    async def scene(_: Holder, reader: Reader) -> None:
+        epochs = (21, 22)
+        lives = await asyncio.gather(*(start_process(epoch) for epoch in epochs))
+        try:
+            for epoch, (process, peer) in zip(epochs, lives, strict=True):
+                key = reader.submit(peer, f"r{epoch}", TOKENS, BLOCKS)
+                half = reader.sink._sequences[key]
+                await until(lambda half=half: half.received_blocks >= 16)
+                process.kill()
+                await until(lambda key=key: reader.failure(key) is not None)
+                assert reader.failure(key)[2] is RefusalReason.PEER_LOST
+                np.testing.assert_array_equal(reader.whole(BLOCKS[:16]), epoch)
+                assert ("writer_done", key) in reader.said
+        finally:
+            for process, _ in lives:
+                with suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+    play(scene, ONE, ONE)
+
+
+async def start_process(epoch: int) -> tuple[asyncio.subprocess.Process, Peer]:
+    """A holder in a process of its own; it has prefilled half of `r<epoch>`, and goes no further."""
+    program = str(Path(__file__).parent / "holder_process.py")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, program, str(epoch), stdout=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": _path()}
+    )
+    assert process.stdout is not None
+    return process, Peer("p", epoch, (await process.stdout.readline()).decode().strip())
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, sys.path))
+
+
+def test_peers_that_cannot_meet_are_refused_for_good() -> None:
+    async def scene(holder: Holder, reader: Reader) -> None:
+        for ranks, said in ((b"", "is not set to it"), (messages.encode_offer(NCCL), "is set to 'nccl'")):
+            holder.source._hello = replace(holder.source._hello, ranks=ranks)
+            name = said.replace(" ", "-")
+            done(holder, name, 1)
+            key = reader.submit(holder.peer, name, TOKENS, BLOCKS)
+            await until(lambda key=key: reader.failure(key) is not None)
+            assert reader.failure(key)[2] is RefusalReason.TRANSPORT_MISMATCH
+            assert said in reader.failure(key)[3]
+
+    play(scene, ONE, ONE)
+
+
+def test_idle_sessions_end_where_there_are_too_many() -> None:
+    async def scene(holder: Holder, reader: Reader) -> None:
+        other = Holder(ONE, 9)
+        await other.start()
+        try:
+            reader.transport._max_sessions = 1
+            for index, there in enumerate((holder, other, holder)):
+                whole = done(there, f"r{index}", index)
+                await reader.ready(reader.submit(there.peer, f"r{index}", TOKENS, BLOCKS))
+                np.testing.assert_array_equal(reader.whole(BLOCKS), whole)
+                assert reader.transport.sessions == 1
+                reader.sink.on_first_step(f"r{index}/0/d0")
+            await until(lambda: other.sessions.sessions == 0)
+        finally:
+            await other.stop()
+
+    play(scene, ONE, ONE)
+
+
+async def talk(holder: Holder, *said: bytes) -> list[messages.Message]:
+    """What a session answers, to its end."""
+    answers: list[messages.Message] = []
+
+    async def saying() -> AsyncIterator[bytes]:
+        for message in said:
+            yield message
+        await asyncio.Event().wait()
+
+    async def write(message: bytes) -> None:
+        answers.append(messages.decode(message))
+
+    await holder.sessions.serve(saying(), write)
+    return answers
+
+
+OPEN = messages.Open(
+    worker_id="d",
+    epoch=8,
+    holder_epoch=7,
+    session=b"s" * messages.NONCE_BYTES,
+    secret=b"x" * messages.NONCE_BYTES,
+    backend="gloo",
+    split=ONE,
+)
+TICKET = Ticket(
+    request_id="r",
+    choice=0,
+    prefill_attempt=0,
+    decode_attempt=0,
+    prefill_worker="p",
+    epoch=7,
+    num_tokens=TOKENS,
+    fingerprint="fp",
+)
+READ = messages.Read(batch=1, ticket=TICKET, first_token=0, end_token=16, block_ids=(0,), generations=(1,))
+
+
+def test_who_breaks_the_rules_of_a_session_ends_it() -> None:
+    async def scene(holder: Holder, _: Reader) -> None:
+        cases: list[tuple[RefusalReason, list[bytes]]] = [
+            (RefusalReason.CORRUPT, [b"nonsense"]),
+            (RefusalReason.CORRUPT, [messages.encode(READ)]),
+            (RefusalReason.WRONG_EPOCH, [messages.encode(replace(OPEN, holder_epoch=6))]),
+            (RefusalReason.TRANSPORT_MISMATCH, [messages.encode(replace(OPEN, backend="nccl"))]),
+            (RefusalReason.CORRUPT, [messages.encode(OPEN), messages.encode(OPEN)]),
+            (RefusalReason.CORRUPT, [messages.encode(OPEN), messages.encode(replace(READ, end_token=17))]),
+            (RefusalReason.CORRUPT, [messages.encode(OPEN), messages.encode(replace(READ, block_ids=(NUM_BLOCKS,)))]),
+            (RefusalReason.LIMIT, [messages.encode(OPEN), messages.encode(READ), messages.encode(READ)]),
+        ]
+        group = replace(ONE.layout.groups[0], num_layers=5)
+        other = replace(ONE, layout=replace(ONE.layout, groups=(group,)))
+        cases.append((RefusalReason.LAYOUT_MISMATCH, [messages.encode(replace(OPEN, split=other))]))
+        for reason, said in cases:
+            last = (await talk(holder, *said))[-1]
+            assert isinstance(last, messages.End)
+            assert last.refusal.reason is reason, said
+        assert holder.sessions.sessions == 0
+
+    play(scene, ONE, ONE, timeout_s=0.5)
+
+
+@given(st.binary(max_size=64))
+def test_what_is_no_message_is_refused(data: bytes) -> None:
+    for decode in (messages.decode, messages.decode_offer):
+        with suppress(HandoffRefused):
+            decode(data)
+
+
+def test_messages_and_commands_come_as_they_were_said() -> None:
+    refusal = HandoffRefused(RefusalReason.LIMIT, "full")
+    for message in (OPEN, READ, messages.Opened(secret=b"y" * 16), messages.Go(batch=3)):
+        assert messages.decode(messages.encode(message)) == message
+    no = messages.decode(messages.encode(messages.No(batch=3, refusal=refusal)))
+    assert isinstance(no, messages.No)
+    assert (no.batch, str(no.refusal)) == (3, str(refusal))
+    key = messages.PairKey(pair=2, key="a/b", value=b"\x00\xff")
+    assert messages.decode(messages.encode(key)) == key
+    join = Join(session=b"s", pair=1, sends=True, source=ONE, target=split(32, 2, 2), group="g", proof=b"p")
+    receive = Receive(session=b"s", pair=1, batch=2, first_token=0, end_token=9, block_ids=(4, 5), cleared_from=None)
+    for command in (join, receive, Begin(backend="gloo", host="h", timeout_s=0.5)):
+        assert commands.decode(commands.encode(command)) == command
+    with pytest.raises(ValueError, match="not a KV command"):
+        commands.decode(b"\x00")
