@@ -39,10 +39,13 @@ _STEP = struct.Struct("5d")
 _STEP_BYTES = _STEP.size
 _RIDGE = _PULL * np.eye(4)
 _TERMS = ("step_s", "prefill_token_s", "decode_row_s", "context_token_s")
-_PROMPTS = (16, 32, 64, 128, 256, 512, 1024, 2048)
-_ROWS, _CONTEXTS = (1, 2, 4, 8, 16, 32, 64), (128, 512, 1024)
+_LENGTHS, _ROWS, _CONTEXTS = (16, 32, 64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16, 32, 64), (128, 512, 1024)
+_PROMPTS = [(length, length**2, 0, 0) for length in _LENGTHS]
+_DECODES = [(0, 0, rows, rows * context) for rows in _ROWS for context in _CONTEXTS]
 PRIOR_STEPS = 64
 """What a prior that was worked out from a latency model counts for: as if so many steps had been seen."""
+_ROBUST_STEPS = 2 * len(_TERMS)
+"""Below so many steps none is an outlier: of three, a decode step among prompts would be taken for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +111,26 @@ class OnlineStepTimeFit:
     """
 
     def __init__(self, prior: StepTimeCoefficients = DEFAULT_PRIOR, *, prior_steps: int = 0, window: int = 256) -> None:
-        """`prior_steps`: what the prior counts for in `steps`; 0: it is a guess."""
+        """`prior_steps`: the prior counts for as many steps, half of them with a prompt, which real ones displace from
+        the window in time; 0: it is a guess. ValueError where they do not fit into the window.
+        """
         if window < 1:
             raise ValueError(f"window: {window} is not >= 1")
-        StepTimeModel(prior)
+        if not 0 <= prior_steps <= 2 * window:
+            raise ValueError(f"prior_steps: {prior_steps} is not in 0…{2 * window}")
+        model = StepTimeModel(prior)
         self._prior = np.array([getattr(prior, name) for name in _TERMS])
         self._steps = np.zeros((2, window, 5))  # [with prefill?, step, (1, prefill, rows, context, duration)]
         self._bytes = memoryview(self._steps.data).cast("B")
         self._counts = [0, 0]
         self._window = window
-        self._prior_steps = prior_steps
         self._refit_at = 1
         self._fitted = prior
         self._lock = threading.Lock()
+        for kind, shapes in enumerate((_DECODES, _PROMPTS)):
+            for length, _, rows, context in itertools.islice(itertools.cycle(shapes), (prior_steps + 1 - kind) // 2):
+                self.observe(length, rows, context, model.step_time_s(length, rows, context))
+        self._prior_steps = prior_steps
 
     def observe(self, prefill_tokens: int, decode_rows: int, context_tokens: int, duration_s: float) -> None:
         """One step that the device ran. Steps of no tokens are passed over; ValueError if a number is negative."""
@@ -139,15 +149,15 @@ class OnlineStepTimeFit:
     @property
     def steps(self) -> int:
         """How many steps the coefficients stand for; 0: they are a guess."""
-        return self._prior_steps + self._counts[0] + self._counts[1]
+        return self._counts[0] + self._counts[1]
 
     def coefficients(self) -> StepTimeCoefficients:
         """The fit to the steps so far: the prior before the first, never negative. Cheap to call after every step."""
         with self._lock:
-            total = self._counts[0] + self._counts[1]
-            if total < self._refit_at:
+            seen = self._counts[0] + self._counts[1] - self._prior_steps
+            if seen < self._refit_at:
                 return self._fitted
-            self._refit_at = total + min(total, _REFIT_STEPS)
+            self._refit_at = seen + min(seen, _REFIT_STEPS)
             kept = [steps[: min(count, len(steps))] for steps, count in zip(self._steps, self._counts, strict=True)]
             data = np.concatenate(kept)
         theta = _fit(data[:, :4], data[:, 4], self._prior)
@@ -159,12 +169,11 @@ def linear_terms(step_time_s: Callable[[int, int, int, int], float], *, role: Ro
     """The linear model that comes closest to other costs, in the steps that a worker of that role runs: its prior where
     those are known before it has run one. `step_time_s`: as `StepCosts.step_time_s`.
     """
-    prompts = [(length, length**2, 0, 0) for length in _PROMPTS]
-    decodes = [(0, 0, rows, rows * context) for rows in _ROWS for context in _CONTEXTS]
-    both = [(length, length**2, rows, rows * _CONTEXTS[1]) for length in _PROMPTS[::3] for rows in _ROWS[::3]]
-    own = {Role.PREFILL: prompts, Role.DECODE: decodes, Role.MIXED: [*prompts, *decodes, *both]}[role]
+    both = [(length, length**2, rows, rows * _CONTEXTS[1]) for length in _LENGTHS[::3] for rows in _ROWS[::3]]
+    everything = [*_PROMPTS, *_DECODES, *both]
+    own = {Role.PREFILL: _PROMPTS, Role.DECODE: _DECODES, Role.MIXED: everything}[role]
     theta = np.array([getattr(DEFAULT_PRIOR, name) for name in _TERMS])
-    for shapes in ([*prompts, *decodes, *both], own):  # what a role does not run keeps what all steps say
+    for shapes in (everything, own):  # what a role does not run keeps what all steps say
         x = np.array([(1.0, length, rows, context) for length, _, rows, context in shapes])
         y = np.array([max(step_time_s(*shape), _MIN_STEP_S) for shape in shapes])
         theta = _fit(x, y, theta)
@@ -186,6 +195,8 @@ def _fit(x: NDArray[np.float64], y: NDArray[np.float64], prior: NDArray[np.float
         weighted = (a * weight[:, None]).T
         theta = _nonnegative(weighted @ a + _RIDGE, weighted @ target + _PULL * prior * share) / share
         reference = np.maximum(x @ theta, _MIN_STEP_S)
+        if len(y) < _ROBUST_STEPS:
+            continue
         error = np.abs(y / reference - 1.0)
         scale = max(1.4826 * _median(error), 1e-3)
         weight = np.minimum(1.0, _HUBER * scale / np.maximum(error, 1e-12))

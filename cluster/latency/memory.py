@@ -98,16 +98,16 @@ def worker_memory(
     kv = max(usable - weights - activations, 0)
     blocks = kv // block
     arithmetic = (
-        f"{_gib(hardware.memory_bytes)} of {hardware.name} x {utilization:g} "
-        f"- {_gib(hardware.reserved_bytes)} reserved - {_gib(weights)} weights "
-        f"- {_gib(activations)} activations ({max_batched_tokens} tokens) "
-        f"= {_gib(usable - weights - activations)} for KV, {blocks} blocks of {block_size} tokens"
+        f"{gib(hardware.memory_bytes)} of {hardware.name} x {utilization:g} "
+        f"- {gib(hardware.reserved_bytes)} reserved - {gib(weights)} weights "
+        f"- {gib(activations)} activations ({max_batched_tokens} tokens) "
+        f"= {gib(usable - weights - activations)} for KV, {blocks} blocks of {block_size} tokens"
     )
     if blocks * block_size < min_tokens or blocks < 1:
         raise DoesNotFit(
             f"{facts.name} in {facts.dtype} with tensor_parallel {tensor_parallel}, pipeline_stages {pipeline_stages} "
             f"does not fit: {arithmetic}; needed: KV of {max(min_tokens, block_size)} tokens, "
-            f"{_gib(max(-(-min_tokens // block_size), 1) * block)}"
+            f"{gib(max(-(-min_tokens // block_size), 1) * block)}"
         )
     return WorkerMemory(
         usable_bytes=usable,
@@ -132,5 +132,6 @@ def activation_bytes(facts: ModelFacts, tensor_parallel: int, max_batched_tokens
     return tokens + logits
 
 
-def _gib(size_bytes: int) -> str:
+def gib(size_bytes: int) -> str:
+    """For a person."""
     return f"{size_bytes / 2**30:.2f} GiB"

@@ -8,6 +8,7 @@ stays inside it. Both only propose: what they propose is then simulated whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import ceil, gcd
 
 from ..types import Role
@@ -69,6 +70,18 @@ def colocated(setting: Setting, splits: Iterable[tuple[int, int]], gpus: int) ->
                 pool = default_pool(Role.MIXED, count, tensor, stages, chunk)
                 found.append(Candidate(pools=(pool,), affinity=Affinity.COLOCATED))
     return found
+
+
+def few_enough(setting: Setting, candidate: Candidate, goodput: float) -> list[Candidate]:
+    """As many of the same mixed workers as keep the rate that is wanted, and one more, by what all of `candidate` keep;
+    none where that is not fewer, or no rate is wanted.
+    """
+    (pool,) = candidate.pools
+    if setting.target_rate is None or goodput <= 0.0:
+        return []
+    count = ceil(pool.count * setting.target_rate / goodput)
+    fewer = [other for other in (count, count + 1) if other < pool.count]
+    return [replace(candidate, pools=(replace(pool, count=other),)) for other in fewer]
 
 
 def _best(phases: Sequence[PhaseResult]) -> list[PhaseResult]:

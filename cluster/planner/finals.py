@@ -25,6 +25,8 @@ TIE = 1.05
 """Who was better under the first seed by less than this is no better."""
 CLOSE = 0.9
 """Of the best under the first seed: between these the estimates under all seeds choose."""
+CHALLENGES = 3
+"""Rounds in which the best under all seeds may be replaced."""
 AT_GOODPUT = 0.04
 """How far from goodput the rate may lie at which clients' view of a plan is told, as a share of it."""
 
@@ -90,12 +92,14 @@ class Finals:
         grown = self._grow(likely) if likely is not None else []
         self._under_all([one.candidate for one in best.values()], 0.6, 0.8, grown)
         best = {side: self._explored[one.candidate] for side, one in best.items()}
-        challengers = [better for one in best.values() if (better := self._challenger(one)) is not None]
-        self._under_all(challengers, 0.8, 0.9)
-        for candidate in challengers:
-            seen, side = self._explored[candidate], candidate.disaggregated
-            if seen.fate is Fate.SIMULATED and self._worth_of(seen) > self._worth_of(best[side]):
-                best[side] = seen
+        for place in range(CHALLENGES):
+            challengers = [better for one in best.values() if (better := self._challenger(one)) is not None]
+            begin = 0.8 + 0.1 * place / CHALLENGES
+            self._under_all(challengers, begin, begin + 0.1 / CHALLENGES)
+            for candidate in challengers:
+                seen, side = self._explored[candidate], candidate.disaggregated
+                if seen.fate is Fate.SIMULATED and self._worth_of(seen) > self._worth_of(best[side]):
+                    best[side] = seen
         return best.get(True), best.get(False)
 
     def _usual_of(self, one: Evaluation) -> Usual:
@@ -120,7 +124,7 @@ class Finals:
         for one in candidates:
             own = {
                 found.search.seed: found
-                for found in [*self._evidence.founds[one], *founds]
+                for found in [*self._evidence.founds.get(one, ()), *founds]
                 if found.search.what == one and not found.search.spare_nodes
             }
             seen = takewhile(own.__contains__, self._setting.seeds)  # so that pairs have the same seed
@@ -132,14 +136,19 @@ class Finals:
         return replace(self._evidence.search(candidate, seed, start), lasts=True)
 
     def _flattered(self, candidate: Candidate) -> bool:
-        """Whether the runs under the first seed were too short to be reported."""
+        """Whether the runs under the first seed were too short to be reported, or there are none."""
+        if candidate not in self._evidence.founds:
+            return True
         rate = self._explored[candidate].goodput.mean / candidate.cells
         return self._setting.lasting_requests(rate) > self._setting.run_requests(rate)
 
     def _challenger(self, best: Evaluation) -> Candidate | None:
         """The best of those on that side that were clearly better under the first seed, and there than the best under
-        all: the estimates that chose may have been wrong.
+        all: the estimates that chose may have been wrong. Where a rate is wanted that the best keeps under the first
+        seed alone: of those with more devices than all that were tried, what is expected to keep it.
         """
+        if best.keeps_target_rate is False and best.fate is Fate.SIMULATED:
+            return self._larger(best)
         able = [
             one
             for one in self._evidence.screened(best)
@@ -147,6 +156,20 @@ class Finals:
             and self._worth(one.candidate, one.seeds[0] / TIE) > self._worth_of(best)
         ]
         return max(able, key=self._worth_of).candidate if able else None
+
+    def _larger(self, best: Evaluation) -> Candidate | None:
+        """See `_challenger`."""
+        side = [one for one in self._explored.values() if one.candidate.disaggregated is best.candidate.disaggregated]
+        tried = max(one.candidate.gpus for one in side if one.fate is Fate.SIMULATED)
+        scale = min(1.0, best.goodput.mean / best.estimate) if best.estimate else 1.0
+        able = [
+            (self._worth(one.candidate, one.estimate * scale), one.candidate)
+            for one in side
+            if one.fate in (Fate.ESTIMATED, Fate.BOUNDED, Fate.SCREENED)
+            and one.candidate.gpus > tried
+            and one.estimate * scale >= (self._setting.target_rate or 0.0)
+        ]
+        return max(able, key=lambda found: found[0])[1] if able else None
 
     # --- beside -----------------------------------------------------------------------------------------------------
 

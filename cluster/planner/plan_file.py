@@ -34,7 +34,7 @@ from .setting import Setting
 from .verdict import verdict
 from .words import devices_text, loss_text, model_text, promises_text, source_text, workload_text
 
-DEVICES = ("cpu", "paced")
+DEVICES = ("cpu", "cuda", "paced")
 """What workers of a cluster can be."""
 MAX_WAITING = 1024
 """The plan was simulated without bounds on queues; these are so wide that they are met only beyond its rates."""
@@ -64,8 +64,8 @@ class PlanFile:
 
 
 def device_of(problem: Problem, wanted: str | None = None) -> str:
-    """What the plan's workers are to run on: `wanted`, else what was profiled, else the hardware's kind; GPUs, which no
-    engine computes on yet, are stood in for by the paced device. ConfigError for one that there is not.
+    """What the plan's workers are to run on: `wanted`, else what was profiled, else the hardware's kind; GPUs are stood
+    in for by the paced device, which rehearses a plan anywhere. ConfigError for one that there is not.
     """
     if wanted is not None:
         if wanted not in DEVICES:
@@ -111,7 +111,7 @@ def plan_file(
     document["router"] = _router(problem)
     document["plan"] = _prediction(problem, setting, result, chosen)
     ending = [f"made with   {shlex.join(command)}"] if command else []
-    ending += _uses(chosen, kind, f"{name}.yaml")
+    ending += _uses(chosen, kind, f"{name}.yaml", several_nodes=setting.nodes > 1)
     head = _head(problem, setting, result, chosen, kind, ending)
     body = yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=_WIDTH, allow_unicode=True)
     return PlanFile(text=f"{head}\n{body}", profiles=profiles)
@@ -140,12 +140,14 @@ def _head(
     return "\n".join(f"# {line}".rstrip() for line in wrapped)
 
 
-def _uses(chosen: Evaluation, kind: str, file: str) -> list[str]:
+def _uses(chosen: Evaluation, kind: str, file: str, *, several_nodes: bool) -> list[str]:
     """How it is started, where it can be, and how its prediction is seen again."""
     seen = "as predicted: nobody is refused; without --no-refuse as its router, which refuses what is lost anyway"
     uses = [f"simulate    tandem simulate --cluster {file} --no-refuse  ({seen})"]
     if kind == "paced" and any(pool.pipeline_stages > 1 for pool in chosen.candidate.pools):
         return [*uses, "not served  the paced device has no pipelines; tandem plan --max-pp 1 plans without them"]
+    if several_nodes:
+        uses.append("on nodes    nodes: {prefill-0: [10.0.0.1]} names them by address, one for each stage")
     return [*uses, f"start with  tandem serve --config {file}"]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..types import Role
-from .algorithms import algorithm_1, algorithm_2, colocated
+from .algorithms import algorithm_1, algorithm_2, colocated, few_enough
 from .crew import Means
 from .evaluate import worth
 from .neighbors import neighbors
@@ -151,9 +151,11 @@ class Proposals:
         return self._propose(proposals, "disaggregated placements", 0.1, 0.2)
 
     def mixed(self, gpus: int) -> list[Candidate]:
-        """Colocated ones on so many GPUs, the most promising first."""
+        """Colocated ones on so many GPUs, the most promising first; and on as few as keep a rate that is wanted."""
         proposals = colocated(self._setting, all_splits(self._setting), gpus)
-        return self._propose(proposals, "colocated placements", 0.2, 0.3)
+        found = self._propose(proposals, "colocated placements", 0.2, 0.3)
+        fewer = [other for one in found for other in few_enough(self._setting, one, self.estimate(one))]
+        return self._ranked([*found, *self._propose(fewer, "fewer workers", 0.3, 0.3)]) if fewer else found
 
 
 def unlike(candidates: Sequence[Candidate]) -> list[Candidate]:

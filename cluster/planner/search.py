@@ -2,8 +2,8 @@
 
 1. Every split of both phases is refused, bounded and estimated (`phases`).
 2. Algorithms 1 and 2 propose placements (`algorithms`), which are estimated; from the best on, counts, batch limits and
-   chunks are changed as long as that helps (`neighbors`). Mixed workers with chunked prefill on as many GPUs go the
-   same way: the colocated baseline.
+   chunks are changed as long as that helps (`neighbors`). Mixed workers with chunked prefill on as many GPUs, or
+   on as few as keep the rate that is wanted, go the same way: the colocated baseline.
 3. The most promising of both sides are simulated whole, under one seed; of the others those that may yet be better.
 4. The best of both are simulated under all seeds, with the same requests, and then with one worker more, and for what
    clients would see.

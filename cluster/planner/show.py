@@ -55,7 +55,8 @@ def parts(problem: Problem, setting: Setting, result: PlanResult, *, verbose: bo
 
 def remarks(problem: Problem, result: PlanResult, *, timed: bool = True) -> list[str]:
     """What else there is to say, a line each. `timed`: with how long it took, which no two runs have in common."""
-    lines = [text for text in (for_rate(result),) if text]
+    told = for_rate(result)
+    lines = [told] if told and told not in verdict(result) else []
     if result.marginal:
         lines += [f"{marginal_of(one)}." for one in result.marginal]
     lines += list(result.notes) if result.best is not None else []

@@ -149,12 +149,15 @@ def for_rate(result: PlanResult) -> str:
     """What the rate that was asked for takes; empty where none was."""
     if result.target_rate is None or result.best is None:
         return ""
-    parts = []
+    kept: list[str] = []
+    missed: list[str] = []
     for name, one in (("disaggregated", result.disaggregated), ("colocated", result.colocated)):
         if one is not None and _serves(one):
-            able = "" if one.keeps_target_rate else "not kept by "
-            parts.append(f"{able}{gpus(one.candidate.gpus)} {name} (goodput {interval(one.goodput)})")
-    return f"{number(result.target_rate)} requests/s take {', '.join(parts)}."
+            side = kept if one.keeps_target_rate else missed
+            side.append(f"{gpus(one.candidate.gpus)} {name} (goodput {interval(one.goodput)})")
+    parts = [f"take {', '.join(kept)}"] if kept else []
+    parts += [f"are not kept by {', '.join(missed)}"] if missed else []
+    return f"{number(result.target_rate)} requests/s {', '.join(parts)}."
 
 
 def _cheaper(result: PlanResult) -> Evaluation | None:

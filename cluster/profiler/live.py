@@ -98,9 +98,12 @@ def overhead_blocks(block_size: int, steps: int = STEPS) -> int:
 
 def engine_overhead_s(device: Device, *, block_size: int, num_blocks: int, rows: int = 8, steps: int = STEPS) -> float:
     """Seconds between the end of a decode step and the begin of the next, in an engine thread with a real scheduler:
-    the median over a batch that decodes, of fewer `rows` where the KV memory holds no more. RuntimeError if the engine
-    failed or did not come to an end.
+    the median over a batch that decodes, of fewer `rows` where the KV memory holds no more. None is left where the
+    device looks ahead: it has the next step before it ends one. RuntimeError if the engine failed or did not come to an
+    end.
     """
+    if device.looks_ahead:
+        return 0.0
     rows = max(1, min(rows, num_blocks // overhead_blocks(block_size, steps)))
     watched = _Gaps(device)
     ended = threading.Event()

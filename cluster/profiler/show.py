@@ -13,13 +13,15 @@ from ..latency.measured import MeasuredProfile
 
 OTHERS = 0.1
 """Of the machine, from which on others are mentioned."""
+_COMPUTING = {"cpu": ("numba", "torch"), "cuda": ("torch", "triton")}
+"""Packages that compute on a device."""
 
 
 def machine_facts(device: str) -> dict[str, Any]:
     """What timings depend on, beside the options."""
     from ... import __version__
 
-    packages = ["numpy", "grpcio"] + (["numba", "torch"] if device == "cpu" else [])
+    packages = ["numpy", "grpcio", *_COMPUTING.get(device, ())]
     versions = {"tandem": __version__, "python": platform.python_version()}
     for package in packages:
         try:
@@ -28,12 +30,18 @@ def machine_facts(device: str) -> dict[str, Any]:
             continue
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"machine": f"{processor_name()}, {cores} cores", "memory_bytes": memory_bytes, "versions": versions}
+    machine = f"{processor_name()}, {cores} cores"
+    if device == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        machine, memory_bytes = f"{properties.name}; {machine}", properties.total_memory
+    return {"machine": machine, "memory_bytes": memory_bytes, "versions": versions}
 
 
 def headline(config: EngineConfig, machine: dict[str, Any], points: int, budget_s: float) -> str:
     """One line: what is measured, where, for how long."""
-    computes = "" if config.device == "cpu" else " (a paced device: nothing is computed, its times are given)"
+    computes = "" if config.device != "paced" else " (a paced device: nothing is computed, its times are given)"
     precision = config.dtype if config.quantization is None else f"{config.quantization} ({config.dtype} KV)"
     threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}"
     engine = f"{config.model}, {precision}, {config.device}{computes}, {threads}"

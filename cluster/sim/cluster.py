@@ -60,6 +60,9 @@ class SimCluster:
         self._spec = spec
         self._observer = observer
         self._in_flight = 0
+        self._inside = 0
+        """Requests that came and have not ended."""
+        self._next_arrival_s = math.inf
         self._epochs: Iterator[int] = count(1)
         spans = observer if observer is not None and observer.wants_spans else None
         self._by_id: dict[str, SimWorker] = {}
@@ -105,10 +108,12 @@ class SimCluster:
 
         def next_arrival() -> None:
             outcome = next(coming, None)
+            self._next_arrival_s = math.inf if outcome is None else outcome.asked.arrival_s
             if outcome is not None:
                 self.timeline.do_at(outcome.asked.arrival_s, partial(arrive, outcome))
 
         def arrive(outcome: Outcome) -> None:
+            self._inside += 1
             next_arrival()
             self.router.arrive(outcome.asked, outcome)
 
@@ -141,10 +146,15 @@ class SimCluster:
         member.worker.tick()
         member.heartbeat()
         self.router.changed()
-        self.timeline.do_after(self._spec.router.heartbeat_s, partial(self._beat, member))
+        period_s = self._spec.router.heartbeat_s
+        if not self._inside and member.worker.idle and math.isfinite(self._next_arrival_s):
+            # Until somebody comes, each beat would say what this one said.
+            period_s *= max(1.0, (self._next_arrival_s - self.timeline.time_s) // period_s)
+        self.timeline.do_after(period_s, partial(self._beat, member))
 
     def _on_end(self, outcome: Outcome) -> None:
         self._in_flight -= 1
+        self._inside -= 1
 
     # --- failures ---------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def _pool(role: Role, engine: EngineConfig) -> dict[str, Any]:
     if engine.device == "paced" and engine.paced_profile is None:
         raise ConfigError(f"{role.value}.engine.paced_profile", None, "a file, where workers are paced")
     values = {name: getattr(engine, name) for name in _OF_A_POOL}
-    return values | {"kv_cache_bytes": engine.kv_cache_bytes, "profile": engine.paced_profile}
+    return values | {"kv_cache_bytes": engine.kv_cache_bytes or None, "profile": engine.paced_profile}
 
 
 def _load(router: RouterConfig, planned: object) -> dict[str, Any]:

@@ -155,6 +155,12 @@ class SimWorker:
         self.source.run(self.holder.tick(now_s))
         self._sink.run(self.puller.tick(now_s))
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs here or is owed to anybody: until it is asked for something, it says the same."""
+        puller = self.puller.counts()
+        return not (self.scheduler.has_work or self.holder.counts().live or puller.live or puller.wants)
+
     def drawn(self, seq_id: str) -> int:
         """Output tokens of that sequence by now; 0 where it is not here."""
         return self.engine.drawn(seq_id) if seq_id in self._live else 0

@@ -125,6 +125,46 @@ def test_one_step_already_sets_the_speed() -> None:
     )
 
 
+def test_a_known_prior_is_not_overthrown_by_a_first_request() -> None:
+    """A warm-up's few steps take longer than a linear model says: its worker must not look three times slower than one
+    that had none, or nobody would ask it again.
+    """
+    fit, shape = OnlineStepTimeFit(TRUE, prior_steps=64), (0, 16, 4800)
+    for _ in range(2):
+        fit.observe(1024, 0, 0, 1.5 * StepTimeModel(TRUE).step_time_s(1024))
+    fit.observe(0, 1, 300, StepTimeModel(TRUE).step_time_s(0, 1, 300))
+    found = StepTimeModel(fit.coefficients()).step_time_s(*shape)
+    assert found == pytest.approx(StepTimeModel(TRUE).step_time_s(*shape), rel=0.05)
+
+
+@pytest.mark.parametrize("observed", [3, 7])
+def test_among_few_steps_none_is_an_outlier(observed: int) -> None:
+    """One decode step among prompts is not the odd one out; a guessed prior leaves the step's own cost to it."""
+    fit, model = OnlineStepTimeFit(), StepTimeModel(TRUE)
+    for number in range(observed - 1):
+        length = 500 + 20 * number
+        fit.observe(length, 0, 0, model.step_time_s(length))
+    fit.observe(0, 1, 300, model.step_time_s(0, 1, 300))
+    assert StepTimeModel(fit.coefficients()).step_time_s(0, 1, 300) == pytest.approx(
+        model.step_time_s(0, 1, 300), rel=0.1
+    )
+
+
+def test_real_steps_displace_a_known_prior() -> None:
+    slower = StepTimeCoefficients(**{name: 3 * getattr(TRUE, name) for name in TRUE._fields})
+    fit = OnlineStepTimeFit(TRUE, prior_steps=64)
+    assert fit.steps == 64
+    assert fit.coefficients() == TRUE
+    feed(fit, np.random.default_rng(7), 1200, true=slower)
+    assert_close(fit.coefficients(), slower, 0.25)
+
+
+def test_more_prior_steps_than_the_window_holds_are_refused() -> None:
+    assert OnlineStepTimeFit(TRUE, prior_steps=8, window=4).steps == 8
+    with pytest.raises(ValueError, match="prior_steps: 9 is not in 0…8"):
+        OnlineStepTimeFit(TRUE, prior_steps=9, window=4)
+
+
 def test_equal_steps_only_still_predict_themselves() -> None:
     """A prefill worker under load runs full budgets only: two terms that these steps cannot tell apart."""
     fit = OnlineStepTimeFit()

@@ -192,6 +192,8 @@ def test_the_head_says_how_it_was_made() -> None:
     assert "simulate    tandem simulate --cluster plan.yaml --no-refuse  (as predicted: nobody is refused" in joined
     assert "TTFT 250 ms and TPOT 100 ms" in joined
     assert max(map(len, text.splitlines())) <= 120
+    assert "on nodes" not in joined
+    assert "\n# on nodes    nodes: {prefill-0: [10.0.0.1]}" in written(opt(nodes=2), evaluated(split(), 6.0)).text
 
 
 def test_two_plans_differ_where_they_differ() -> None:
@@ -228,9 +230,18 @@ def test_several_classes_each_have_their_promise(tmp_path: Path) -> None:
     assert router.slo_classes["gold"].share == 0.7
 
 
+def test_a_plan_for_gpus_that_compute(tmp_path: Path) -> None:
+    config = loaded(tmp_path, written(opt(), evaluated(split(), 6.0), device="cuda"))
+    engine = config.engine_of(Role.PREFILL)
+    assert (engine.device, engine.paced_profile) == ("cuda", None)
+    assert engine.kv_cache_bytes > 2**30
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_a_device_that_there_is_not() -> None:
     assert device_of(opt()) == "paced"
     assert device_of(opt(model="smollm2-135m", hardware="cpu-avx2")) == "cpu"
     assert device_of(opt(), "cpu") == "cpu"
-    with pytest.raises(ConfigError, match="device: 'cuda' is not allowed; allowed: one of cpu, paced"):
-        device_of(opt(), "cuda")
+    assert device_of(opt(), "cuda") == "cuda"
+    with pytest.raises(ConfigError, match="device: 'tpu' is not allowed; allowed: one of cpu, cuda, paced"):
+        device_of(opt(), "tpu")

@@ -18,7 +18,7 @@ from tandem.cluster.planner.crew import Crew
 from tandem.cluster.planner.evidence import Evidence
 from tandem.cluster.planner.finals import Finals
 from tandem.cluster.planner.goodput import interval
-from tandem.cluster.planner.result import Candidate, Fate, PlanResult
+from tandem.cluster.planner.result import Candidate, Fate, Interval, PlanResult
 from tandem.cluster.planner.search import plan
 from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.planner.verdict import Answer, answer_of, verdict
@@ -186,6 +186,15 @@ def test_a_rate_that_is_wanted_is_kept_with_as_few_gpus_as_do() -> None:
     assert result.best.candidate.gpus <= 2
 
 
+def test_one_mixed_worker_is_enough_for_a_trickle() -> None:
+    """The colocated side is not held to the two devices that splitting takes at least."""
+    result = planned(rate=0.01)
+    assert result.disaggregated is not None
+    assert result.colocated is not None
+    assert (result.disaggregated.candidate.gpus, result.colocated.candidate.gpus) == (2, 1)
+    assert answer_of(result) is Answer.COLOCATE
+
+
 def test_what_there_is_no_time_for_is_undecided() -> None:
     result = planned(search__time_limit_s=1e-6)
     assert not result.complete
@@ -254,3 +263,26 @@ def test_who_was_clearly_better_under_the_first_seed_is_simulated_under_all() ->
     assert finals._challenger(best) == better, "of the same kind"
     lucky = replace(best, seeds=(6.5, 5.8, 5.7))
     assert finals._challenger(lucky) is None, "the first seed was kind to both"
+
+
+def test_a_rate_that_only_the_first_seed_kept_is_looked_for_with_more_devices() -> None:
+    setting = setting_of(opt(rate=6.0))
+    evidence = Evidence(setting, Crew(setting, 1, math.inf), lambda what, share: None)
+    finals, explored = Finals(evidence), evidence.explored
+    best = replace(evaluated(mixed(2), 5.7), estimate=6.1, keeps_target_rate=False)
+    explored[best.candidate] = best
+
+    def estimated(count: int, rate: float, fate: Fate) -> Candidate:
+        none = Interval(mean=0.0, low=0.0, high=0.0)
+        one = replace(best, candidate=mixed(count), fate=fate, estimate=rate, goodput=none, seeds=())
+        explored[one.candidate] = one
+        return one.candidate
+
+    estimated(1, 9.0, Fate.ESTIMATED)
+    assert finals._challenger(best) is None, "fewer devices were worth a look before"
+    estimated(3, 6.2, Fate.ESTIMATED)
+    assert finals._challenger(best) is None, "where 6.1 came to 5.7, 6.2 is not enough"
+    larger = estimated(4, 9.0, Fate.BOUNDED)
+    assert finals._challenger(best) == larger
+    explored[larger] = replace(explored[larger], fate=Fate.SIMULATED)
+    assert finals._challenger(best) is None, "it was tried"

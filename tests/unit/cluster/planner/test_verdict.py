@@ -145,10 +145,10 @@ def test_a_rate_that_was_asked_for() -> None:
     kept = replace(evaluated(split(), 6.0), keeps_target_rate=True)
     lost = replace(evaluated(mixed(), 4.5), keeps_target_rate=False)
     found = result(disaggregated=kept, colocated=lost, target_rate=5.0)
-    words = (
-        "3 GPUs disaggregated (goodput 6.00 (5.70 to 6.30)), not kept by 3 GPUs colocated (goodput 4.50 (4.27 to 4.73))"
+    assert for_rate(found) == (
+        "5.00 requests/s take 3 GPUs disaggregated (goodput 6.00 (5.70 to 6.30)), "
+        "are not kept by 3 GPUs colocated (goodput 4.50 (4.27 to 4.73))."
     )
-    assert for_rate(found) == f"5.00 requests/s take {words}."
     assert for_rate(result()) == ""
 
 

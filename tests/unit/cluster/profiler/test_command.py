@@ -41,7 +41,7 @@ TRUE = StepProfile(
         (["--budget-s", "0"], "--budget-s: 0 is not allowed"),
         (["--max-spread", "-1"], "--max-spread: -1 is not allowed"),
         (["--kv-cache", "much"], "--kv-cache: 'much' is not a size"),
-        (["--device", "gpu"], "--device: 'gpu' is not allowed; allowed: one of cpu, paced"),
+        (["--device", "gpu"], "--device: 'gpu' is not allowed; allowed: one of cpu, cuda, paced"),
         (["--output", "nowhere/profile.json"], "--output: 'nowhere/profile.json' is not allowed; allowed: a file in a"),
         (["--output", "."], "--output: '.' is not allowed; allowed: a file in a folder that exists"),
         (

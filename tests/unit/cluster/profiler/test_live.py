@@ -78,7 +78,11 @@ def test_the_engine_between_two_steps_is_measured_on_the_real_scheduler() -> Non
     device = paced(64, clock)
     gap_s = engine_overhead_s(device, block_size=16, num_blocks=64, rows=4, steps=12)
     assert 0.0 < gap_s < 1.0
-    assert clock.now_s() >= 12 * DECODE.step_s, "the device ran the steps"
+    ran_until_s = clock.now_s()
+    assert ran_until_s >= 12 * DECODE.step_s, "the device ran the steps"
+    device.looks_ahead = True
+    assert engine_overhead_s(device, block_size=16, num_blocks=64) == 0.0, "it has the next step before one ends"
+    assert clock.now_s() == ran_until_s
     device.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 from sim_cases import COSTS, FAST, assert_clean, cluster, split, worker, workload
 from tandem.cluster.bench.claims_virtual import EngineShape, Job, VirtualEngine
 from tandem.cluster.latency.links import Link
-from tandem.cluster.sim.request import Outcome
+from tandem.cluster.sim.request import Asked, Outcome
 from tandem.cluster.types import SLO, Role
 from tandem.router.slo_classes import Promise
 
@@ -31,6 +32,21 @@ def test_a_mixed_worker_alone_is_the_engine_that_steps_one_by_one() -> None:
     assert_clean(simulated)
 
 
+def test_alike_workers_share_the_load_whoever_was_warmed_up() -> None:
+    """Long prompts take longer than a line through all steps says: who had one first must not look slow ever after."""
+    costs = replace(COSTS, prefill_square_s=2e-8)
+    workers = [worker(f"m{place}", Role.MIXED, costs=costs, max_batched_tokens=1024) for place in range(4)]
+    long = tuple(range(1900))
+    warm = [
+        Asked(request_id=f"w{place}", arrival_s=place * 0.3, prompt_token_ids=long, output_tokens=2 + place)
+        for place in range(4)
+    ]
+    load = [replace(one, arrival_s=one.arrival_s + 10.0) for one in workload(400, 30.0)]
+    outcomes = cluster(*workers).run([*warm, *load])
+    shares = Counter(outcome.decode_worker or outcome.prefill_worker for outcome in outcomes)
+    assert min(shares[one.worker_id] for one in workers) > 0.7 * max(shares.values()), shares
+
+
 @pytest.mark.parametrize("prefix_cache", [False, True])
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 3)])
 def test_a_split_cluster_serves_everybody_and_nothing_is_left(prefill: int, decode: int, prefix_cache: bool) -> None:
@@ -43,6 +59,21 @@ def test_a_split_cluster_serves_everybody_and_nothing_is_left(prefill: int, deco
         assert outcome.last_token_s is not None
         assert outcome.asked.arrival_s < outcome.first_token_s <= outcome.last_token_s
     assert_clean(simulated)
+
+
+def test_months_in_which_nobody_comes_cost_nothing() -> None:
+    """Idle workers say once that they are, and again when somebody comes."""
+    month_s = 30 * 86_400.0
+    asked = [replace(one, arrival_s=one.arrival_s + place * month_s) for place, one in enumerate(workload(4, 1.0))]
+    simulated = cluster(*split())
+    outcomes = simulated.run(asked)
+    assert all(outcome.done for outcome in outcomes)
+    assert sum(member.heartbeats for member in simulated.router._members.values()) < 1000
+    for outcome, one in zip(outcomes, asked, strict=True):
+        (alone,) = cluster(*split()).run([replace(one, arrival_s=0.0)])
+        assert outcome.last_token_s is not None
+        assert alone.last_token_s is not None
+        assert outcome.last_token_s - one.arrival_s == pytest.approx(alone.last_token_s, abs=1e-6)
 
 
 def test_the_kv_of_every_handoff_crosses_the_links() -> None:
