@@ -17,10 +17,11 @@ SOURCES := __init__.py cluster decode_worker kernels kvtransfer prefill_worker r
 # build, where the index would send gigabytes of CUDA. Without such a folder the try fails at once and nothing is lost.
 TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
-# The GPU targets want torch, triton, pytest and hypothesis, nothing of ours: a GPU machine's own Python will do.
+# The GPU targets want torch, triton, pytest and hypothesis; the engine's files also what Tandem depends on.
+GPU_PYTHON_VERSION ?= 3.12
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: test-gpu bench-gpu fuzz peers peers-served help venv dev demo serve test soak faults paper lint fmt type proto clean
+.PHONY: test-gpu bench-gpu gpu-deps fuzz peers peers-served help venv dev demo serve test soak faults paper lint fmt type proto clean
 
 help:
 	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
@@ -33,7 +34,7 @@ help:
 	@echo "make fuzz    every parser against made-up input, FUZZ_SECONDS=60 each (ARGS=\"--seconds 10 gguf yaml\")"
 	@echo "make peers   ours beside vLLM, llama.cpp and transformers, which go to ~/.cache/tandem/peers: an hour"
 	@echo "make peers-served   the rate that vLLM's server keeps, and ours: an hour"
-	@echo "make test-gpu bench-gpu   the GPU kernels on a GPU, with GPU_PYTHON=… (without a GPU: interpreted; nothing measured)"
+	@echo "make test-gpu bench-gpu   kernels and engine on a GPU, with GPU_PYTHON=…: nine minutes (without: interpreted; nothing measured)"
 	@echo "make fmt     format     make type  mypy     make proto  regenerate protobuf code     make clean"
 
 venv: $(VENV)/.installed
@@ -76,12 +77,26 @@ fuzz: dev
 	  echo "atheris cannot be installed here: inputs are drawn without a guide"
 	$(BIN)/python tests/fuzz/run.py $(ARGS)
 
-# Only the tests of the GPU kernels, without what other tests share.
-test-gpu: .typing/tandem
-	PYTHONPATH=.typing $(GPU_PYTHON) -m pytest --confcutdir=tests/unit/kernels/gpu tests/unit/kernels/gpu $(ARGS)
+# Files of tests and benchmarks in processes of their own, four to five minutes each (ARGS="--only sampling"); what came
+# of them goes to $OUT or gpu-results. In one call, failing tests do not keep benchmarks from running.
+test-gpu:
+	$(GPU_PYTHON) tests/gpu/run.py tests $(ARGS)
 
-bench-gpu: .typing/tandem
-	PYTHONPATH=.typing $(GPU_PYTHON) tests/gpu/bench.py $(ARGS)
+bench-gpu:
+	$(GPU_PYTHON) tests/gpu/run.py bench $(ARGS)
+
+ifneq ($(filter bench-gpu,$(MAKECMDGOALS)),)
+MAKEFLAGS += --keep-going
+endif
+
+# For a GPU machine that reaches no package index: what its Python lacks beside torch, triton and numpy, 45 MB in a folder
+# that tests/gpu/run.py puts on the path.
+gpu-deps: $(VENV)/.created
+	$(PIP) install --quiet --upgrade --no-compile --target $@ --python-version $(GPU_PYTHON_VERSION) --only-binary=:all: \
+	  --no-deps pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers attrs \
+	  gguf tqdm msgpack safetensors 'xxhash<5' pyyaml uvloop tokenizers 'grpcio<2' 'protobuf<7' typing_extensions httptools orjson \
+	  grpcio-health-checking==1.74.0 grpcio-reflection==1.74.0 grpcio-status==1.74.0 googleapis-common-protos
+	-find $@ -name '*.so' -exec strip --strip-unneeded {} +
 
 lint: dev .typing/tandem
 	$(BIN)/ruff check $(SOURCES)
@@ -100,7 +115,7 @@ proto: dev
 	$(BIN)/python -m tandem.cluster.proto.generate
 
 clean:
-	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .fuzz
+	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .fuzz gpu-deps gpu-results
 
 # mypy wants the folder above the files to be named like the package.
 .typing/tandem:

@@ -128,14 +128,20 @@ def serve(
     router_processes: Annotated[
         int | None, typer.Option(help="Router processes behind the two public ports (Linux). Default: 1.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, or paced (computes nothing, takes a model's time).")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or paced (computes nothing, takes a model's time).")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. Default: bfloat16.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="w8a8: int8 weights and activations. Default: none.")] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="w8a8: int8 weights and activations; w4a16 (cuda): 4-bit weights. Default: none."),
+    ] = None,
     kv_cache: Annotated[str | None, typer.Option(help="KV memory of a worker, e.g. 512MiB.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest context, tokens. Default: the model's.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of a worker. Default: 1.")] = None,
     transport: Annotated[
-        str | None, typer.Option(help="How KV moves: auto, grpc or mapped (one host's memory). Default: auto.")
+        str | None,
+        typer.Option(help="How KV moves: auto, grpc, mapped (one host's memory), cuda_ipc, gloo, nccl. Default: auto."),
     ] = None,
     local_prefill_threshold: Annotated[
         int | None, typer.Option(help="Prompts with fewer uncached tokens skip the prefill pool. Default: 0, off.")

@@ -12,12 +12,14 @@ from .cli_bench_replay import replay
 from .cli_bench_router import router
 from .cli_bench_serve import serve
 from .cli_bench_simulate import simulate
+from .cli_bench_transfer import transfer
 from .cli_bench_validate import validate
 
 bench = typer.Typer(help="Measure a running server, an engine, a handoff, a router.", rich_markup_mode=None)
 bench.command("serve")(serve)
 bench.command("router")(router)
 bench.command("handoff")(handoff)
+bench.command("transfer")(transfer)
 bench.command("engine")(engine)
 bench.command("disaggregation")(disaggregation)
 bench.command("replay")(replay)

@@ -171,7 +171,7 @@ def _gpu() -> tuple[str, str]:
         return f"{problem}; {there} wait for one", hint
     picked = pick_gpu("auto", facts)
     hint = "" if picked.kernels == "triton" else "pip install 'tandem-serve[gpu]'"
-    return f"{picked.kernels}: {picked.reason}; {there}; no engine on GPUs yet, models run on processors", hint
+    return f"{picked.kernels}: {picked.reason}; {there}, for engine.device: cuda", hint
 
 
 def _python_allowed() -> str:

@@ -63,7 +63,8 @@ Choose = Annotated[str, typer.Option(help="Which plan is written: best, disaggre
 Device = Annotated[
     str | None,
     typer.Option(
-        help="What the written plan's workers run on: cpu, or paced (computes nothing). Default: by hardware."
+        help="What the written plan's workers run on: cpu, cuda, or paced (computes nothing, rehearses GPUs). "
+        "Default: by hardware."
     ),
 ]
 Report = Annotated[str | None, typer.Option(metavar="FILE", help="Curves, the map of the search: .html or .png.")]

@@ -43,6 +43,8 @@ _FIELDS = {
     "paced_profile": "engine.paced_profile",
 }
 """What options are called where they are checked."""
+_GPU_KV_BYTES = 16 * 2**30
+"""KV memory that points may need on a GPU, where the configuration names none."""
 _SHOWN = 5
 """Points that an error names."""
 
@@ -69,7 +71,7 @@ def profile(
             metavar="FILE", help="Where the profile goes; one whose times disagree: beside, as FILE.unsteady."
         ),
     ] = "profile.json",
-    device: Annotated[str, typer.Option(help="cpu or paced.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or paced.")] = "cpu",
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     kernels: Kernels = "auto",
@@ -217,7 +219,8 @@ def _what_fits(wanted: Wanted, files: ModelFiles) -> tuple[EngineConfig, tuple[P
 
     config = wanted.config
     block_bytes = kv_layout(files.config, config.dtype, config.block_size).block_bytes
-    kv_tokens = config.kv_cache_bytes // block_bytes * config.block_size
+    kv_bytes = config.kv_cache_bytes or _GPU_KV_BYTES
+    kv_tokens = kv_bytes // block_bytes * config.block_size
     points, too_large = fitting(
         wanted.grid.points(),
         max_model_len=files.config.max_model_len,
@@ -226,9 +229,7 @@ def _what_fits(wanted: Wanted, files: ModelFiles) -> tuple[EngineConfig, tuple[P
     )
     more = f" and {len(too_large) - _SHOWN} more" if len(too_large) > _SHOWN else ""
     held = ", ".join(too_large[:_SHOWN]) + more
-    lost = (
-        f"the model's context or its KV memory ({config.kv_cache_bytes / 2**20:.0f} MiB, --kv-cache) cannot hold {held}"
-    )
+    lost = f"the model's context or its KV memory ({kv_bytes / 2**20:.0f} MiB, --kv-cache) cannot hold {held}"
     _check_lists(wanted, points, files.config.max_model_len)
     check_enough(points, lost if too_large else "")
     num_blocks = max(Places(points, config.block_size).blocks, overhead_blocks(config.block_size))

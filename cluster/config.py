@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 Port = Annotated[int, Within(0, 65535)]
 StepSeconds = Annotated[float, Within(0, 60)]
+_HOST_KV_BYTES = 512 * 2**20
 
 _SLO_MARKS = {
     "ttft_s": (Within(0, 86400, above=True),),
@@ -55,12 +56,13 @@ class EngineConfig:
     """One model replica: its model, device, KV memory and batch limits."""
 
     model: Line = "smollm2-135m"
-    device: Annotated[str, OneOf(("cpu", "paced"))] = "cpu"
-    """`cpu` or `paced`."""
+    device: Annotated[str, OneOf(("cpu", "cuda", "paced"))] = "cpu"
+    """`cpu`, `cuda` (one GPU) or `paced`."""
     dtype: Annotated[str, OneOf(("bfloat16", "float32"))] = "bfloat16"
     """`bfloat16` or `float32`; of weights and KV."""
-    quantization: Annotated[str | None, OneOf(("w8a8",))] = None
-    """`w8a8`: int8 weights by output channel, int8 activations by token, scales drawn from the data; None: none."""
+    quantization: Annotated[str | None, OneOf(("w8a8", "w4a16"))] = None
+    """`w8a8`: int8 weights by output channel, int8 activations by token, scales drawn from the data; `w4a16` (`cuda`
+    only): 4-bit weights by groups of inputs; None: none."""
     kernels: Annotated[str, OneOf(("auto", "compiled", "triton", "torch", "reference"))] = "auto"
     """Who computes: kernels compiled for this processor (`compiled`, on `cpu`) or for a GPU (`triton`), torch's own
     operations, or the plain formulas; `auto`: the first of them that the device has (`kernels.dispatch`)."""
@@ -69,8 +71,18 @@ class EngineConfig:
     until its last sequence has ended, as systems before Orca did; `prompts_alone`: no step mixes prompts and decode
     rows, prompts go first, as in vLLM before chunked prefill."""
     block_size: Annotated[int, Within(1, 1024)] = 16
-    kv_cache_bytes: Annotated[int, Bytes(), Within(1, 2**50)] = 512 * 2**20
-    """Memory for KV; the number of blocks follows."""
+    kv_cache_bytes: Annotated[int, Bytes(), Within(0, 2**50)] = 0
+    """Memory for KV; the number of blocks follows. 0: on `cuda` what `gpu_memory_utilization` leaves for it, elsewhere
+    512 MiB."""
+    gpu_memory_utilization: Annotated[float, Within(0, 1, above=True)] = 0.9
+    """`cuda` only: the part of the GPU's memory that this worker may take, weights and all; what is left of it after a
+    profiling step is KV. Workers that share a GPU share this out: 0.45 each of two."""
+    gpus: Annotated[tuple[int, ...], Within(0, 1023)] = ()
+    """`cuda` only: the GPUs of the machine, as PyTorch counts them, that the workers of this engine take in turn, one
+    for each rank, as the rank's node counts them; empty: the first. One that is named for two workers, in one pool or
+    in two, is shared (`gpu_memory_utilization`)."""
+    enforce_eager: bool = False
+    """`cuda` only: launch every kernel of a decode step anew, without captured graphs: slower, a quicker start."""
     max_model_len: Annotated[int | None, Within(1, 2**31 - 1)] = None
     """None: the model's own."""
     max_batched_tokens: Annotated[int, Within(1, 2**20)] = 512
@@ -81,8 +93,8 @@ class EngineConfig:
     """Bounded queue: beyond it, work is refused with RESOURCE_EXHAUSTED."""
     prefix_cache: bool = True
     tensor_parallel: Annotated[int, Within(1, 1024)] = 1
-    """Devices that share each layer. `cpu`: processes, as many as divide the model's heads. `paced`: any, as its step
-    times say what a split step takes."""
+    """Devices that share each layer: GPUs, or on `cpu` processes, as many as divide the model's heads. `paced`: any, as
+    its step times say what a split step takes."""
     pipeline_stages: Annotated[int, Within(1, 1024)] = 1
     """Groups of devices that share the layers out among themselves. `paced`: 1 where it is served (`check_served`), any
     in virtual time."""
@@ -100,8 +112,16 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if not self.kv_cache_bytes and self.device != "cuda":
+            object.__setattr__(self, "kv_cache_bytes", _HOST_KV_BYTES)
         if len(set(self.cpus)) != len(self.cpus):
             raise ConfigError("cpus", list(self.cpus), "each processor once")
+        if self.device == "cuda":
+            self._check_cuda()
+        elif self.gpus:
+            raise ConfigError("gpus", list(self.gpus), f"none on {self.device}")
+        elif self.quantization == "w4a16":
+            raise ConfigError("quantization", self.quantization, f"w8a8 or none on {self.device}: w4a16 wants a GPU")
         if self.kernels == "triton" and self.device == "cpu":
             raise ConfigError("kernels", self.kernels, "auto, compiled, torch or reference on cpu: triton wants a GPU")
         if self.num_ranks > 1 and self.device == "cpu":
@@ -110,10 +130,29 @@ class EngineConfig:
                     allowed = f"{allowed_values} for a worker of {self.num_ranks} ranks, which torch computes"
                     raise ConfigError(name, getattr(self, name), allowed)
 
+    def _check_cuda(self) -> None:
+        if self.kernels not in ("auto", "triton"):
+            raise ConfigError("kernels", self.kernels, "auto or triton on cuda")
+        if len(self.gpus) % self.num_ranks:
+            allowed = f"{self.num_ranks}, or a multiple of that: one for each rank of a worker"
+            raise ConfigError("gpus", list(self.gpus), allowed)
+
     @property
     def num_ranks(self) -> int:
         """Devices, or processes, of one worker."""
         return self.tensor_parallel * self.pipeline_stages
+
+    @property
+    def num_processes(self) -> int:
+        """That compute for one worker where it is served."""
+        return 1 if self.device == "paced" else self.num_ranks
+
+    def of_worker(self, index: int) -> EngineConfig:
+        """The same for one worker of a pool: on its own GPUs of those that the pool has."""
+        if not self.gpus:
+            return self
+        first = index * self.num_ranks % len(self.gpus)
+        return replace(self, gpus=self.gpus[first : first + self.num_ranks])
 
     def check_served(self) -> None:
         """ConfigError for what can be simulated and no worker can be."""
@@ -123,6 +162,10 @@ class EngineConfig:
                 "simulate --cluster` takes them as they are"
             )
             raise ConfigError("pipeline_stages", self.pipeline_stages, allowed)
+
+
+COLLECTIVE_TRANSPORTS = ("gloo", "nccl")
+"""KV goes straight between the ranks of two workers (`kvtransfer.collective`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +192,10 @@ class WorkerConfig:
     """Credits outstanding, in blocks, may reach this multiple of the KV capacity."""
     checksum: bool = True
     """Checksum gRPC KV payloads."""
-    transport: Annotated[str, OneOf(("auto", "grpc", "mapped"))] = "auto"
-    """How KV is pulled; `auto`: mapped memory where the other worker shares this host's memory, else gRPC."""
+    transport: Annotated[str, OneOf(("auto", "grpc", "mapped", "cuda_ipc", *COLLECTIVE_TRANSPORTS))] = "auto"
+    """How KV is pulled; `auto`: `mapped` memory where the other worker shares this host's memory, or its GPU's
+    (`cuda_ipc`: workers of device `cuda`), else gRPC. `nccl` (workers of device `cuda`) and `gloo` (of others): from
+    rank to rank over process groups, and no other way; all workers are set to it."""
     kv_mover: Annotated[str, OneOf(("auto", "process", "thread"))] = "auto"
     """Who moves KV: a process beside the worker's own (`process`), so that it never holds up the engine, or the
     worker's event loop (`thread`), which saves about 20 MiB and a millisecond of each handoff; `auto`: a process, where
@@ -163,6 +208,9 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.transport in COLLECTIVE_TRANSPORTS and self.kv_mover == "process":
+            allowed = f"auto or thread with transport {self.transport}, where the ranks move their KV themselves"
+            raise ConfigError("kv_mover", self.kv_mover, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,7 +339,11 @@ class ClusterConfig:
     address: Annotated[str | None, Text()] = None
     """Ray cluster to join; None: start a local one."""
     worker_cpus: Annotated[float, Within(0, 1024, above=True)] = 0.9
-    """Logical processors that Ray books for a worker, so that a router and two workers schedule on two cores."""
+    """Logical processors that Ray books for each process of a worker (its ranks), so that a router and two workers
+    schedule on two cores."""
+    nodes: dict[str, Annotated[tuple[str, ...], Text()]] = field(default_factory=dict)
+    """Addresses of Ray's nodes by worker (`decode-0`): one for all its pipeline stages, or one for each; and of
+    `router`, one. Who is not named stands where there is room, each stage's ranks together."""
     router_cpus: Annotated[float, Within(0, 1024, above=True)] = 0.2
     """The same for each router process."""
     object_store_bytes: Annotated[int, Bytes(), Within(80 * 2**20, 2**50)] = 80 * 2**20
@@ -312,6 +364,18 @@ class ClusterConfig:
             engine = getattr(self, name)
             if engine is not None and engine.model != self.router.model:
                 raise ConfigError(f"{name}.model", engine.model, f"the router's model, {self.router.model}")
+        self._check_nodes()
+
+    def _check_nodes(self) -> None:
+        if not self.nodes:
+            return
+        stages = {"router": 1} | {worker.worker_id: worker.engine.pipeline_stages for worker in self.workers()}
+        for name, nodes in self.nodes.items():
+            if name not in stages:
+                raise ConfigError("nodes", name, f"this cluster's members, {', '.join(stages)}")
+            if len(nodes) not in (1, stages[name]):
+                counts = "1" if stages[name] == 1 else f"1, or {stages[name]} for its pipeline stages"
+                raise ConfigError(f"nodes.{name}", list(nodes), f"addresses of nodes, {counts}")
 
     def engine_of(self, role: Role) -> EngineConfig:
         """The engine settings of a role's workers."""
@@ -328,7 +392,7 @@ class ClusterConfig:
                 self.worker,
                 worker_id=f"{role.value}-{index}",
                 role=role,
-                engine=self.engine_of(role),
+                engine=self.engine_of(role).of_worker(index),
                 routers=registry_addresses,
                 metrics_port=self.worker.metrics_port if first_port is None else first_port + position,
             )

@@ -47,8 +47,9 @@ class PrefillService(PrefillHandler):
         store: KVStore,
         generation_of: Callable[[int], int],
         offer: SegmentOffer | None = None,
+        ranks: bytes = b"",
     ) -> None:
-        """`offer`: where workers on this host can have the KV memory."""
+        """`offer`, `ranks`: as in `Hello`, how others can have the KV memory."""
         self._shell = shell
         self._engine = engine
         self.source = SourceDriver(
@@ -63,6 +64,7 @@ class PrefillService(PrefillHandler):
             lease_s=shell.config.lease_s,
             pull_wait_s=shell.config.pull_wait_s,
             offer=offer,
+            ranks=ranks,
         )
 
     async def prefill(self, request: pb.PrefillRequest) -> None:

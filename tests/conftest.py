@@ -35,7 +35,14 @@ from tandem.cluster.models.reference import ModelError, ModelFiles, resolve_mode
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests" / "common"))  # modules that tests of several folders share
 
-ON_RAY = ("test_broken_model.py", "test_command.py", "test_endings.py", "test_ray_cluster.py")
+ON_RAY = (
+    "test_broken_model.py",
+    "test_command.py",
+    "test_endings.py",
+    "test_ranks_on_two_nodes.py",
+    "test_ray_cluster.py",
+    "test_ray_ranks.py",
+)
 """They start a Ray, which gives up after 30 s: not several at a time on a few cores."""
 LONG_FIRST = ("soak", "integration", "faults", "property")
 """Folders whose tests wait for timers: begun first, so that no process is left with one of them in the end."""

@@ -164,7 +164,9 @@ def blocks_needed(found: Sequence[Cell], block_size: int) -> int:
 def check_device(config: EngineConfig, model: ModelConfig, found: Sequence[Cell]) -> None:
     """ConfigError where there is nothing to measure: a device that computes nothing, a context beyond the model's."""
     if config.device != "cpu":
-        raise ConfigError("device", config.device, "cpu: the paced device computes nothing, its step times are given")
+        raise ConfigError(
+            "device", config.device, "cpu: the paced device computes nothing, make bench-gpu measures GPUs"
+        )
     longest = max(cell.longest for cell in found)
     limit = model.max_model_len if config.max_model_len is None else config.max_model_len
     if longest > limit:

@@ -11,7 +11,7 @@ from typing import Any
 from ...kvtransfer.store import KVStore
 from ...kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from ...kvtransfer.transport import EndFrame, KVTransport, PullRequest, WrittenBlocks
-from ...kvtransfer.wire import check_blocks
+from ...kvtransfer.wire import check_blocks, verify_copies
 
 CALL_S = 60.0
 
@@ -80,23 +80,38 @@ async def _pull(
         num_tokens=traffic.num_tokens,
         fingerprint=traffic.fingerprint,
     )
-    request = PullRequest(ticket=ticket, first_block=0, into=into)
-    blocks = 0
+    end = await pull_once(transport, peer, ticket, store, into)
+    if end.transport != traffic.transport:
+        text = f"KV came over {end.transport}, not {traffic.transport}"
+        raise HandoffRefused(RefusalReason.TRANSPORT_MISMATCH, text)
+    return len(into) * store.layout.block_bytes
+
+
+async def pull_once(
+    transport: KVTransport,
+    peer: Peer,
+    ticket: Ticket,
+    store: KVStore,
+    block_ids: Sequence[int],
+    *,
+    checksum: bool = True,
+) -> EndFrame:
+    """All blocks of a ticket into `block_ids` of `store`, checked and written as a worker does. `HandoffRefused`."""
+    into = tuple(block_ids)
+    request = PullRequest(ticket=ticket, first_block=0, checksum=checksum, into=into)
+    written, end = 0, None
     async with aclosing(transport.pull(peer, request, timeout_s=CALL_S)) as frames:
         async for came in frames:
             if isinstance(came, EndFrame):
-                if came.transport != traffic.transport:
-                    text = f"KV came over {came.transport}, not {traffic.transport}"
-                    raise HandoffRefused(RefusalReason.TRANSPORT_MISMATCH, text)
+                end = came
                 break
             if isinstance(came, WrittenBlocks):
-                blocks += len(came.block_ids)
+                written += len(came.block_ids)
                 continue
-            check_blocks(came, store.layout.block_bytes, checksum=True)
-            for frame in came:
-                store.write_block(into[frame.block_index], frame.payload)
-            for verify in dict.fromkeys(frame.verify for frame in came):
-                if verify is not None:
-                    verify()
-            blocks += len(came)
-    return blocks * store.layout.block_bytes
+            check_blocks(came, store.layout.block_bytes, checksum=checksum)
+            store.write_blocks([into[frame.block_index] for frame in came], [frame.payload for frame in came])
+            verify_copies(came)
+            written += len(came)
+    if end is None or written != len(into):
+        raise HandoffRefused(RefusalReason.CORRUPT, f"{written} blocks came, not {len(into)}")
+    return end

@@ -13,11 +13,19 @@ from typing import NamedTuple
 
 from ..types import SampledToken, SamplingParams
 
+DRAWN = -1
+"""Stands for a token id in a row that decodes: the token that this sequence's row of the plan before draws, which is
+outstanding. Such a row has `token_ids == [DRAWN]` and only a device with `looks_ahead` is given it: it takes what it
+drew itself. Where that draw failed, this row may draw anything or fail, too: nobody looks at it any more.
+"""
+
 
 class SampleSpec(NamedTuple):
     """Draw the next token of a row from the logits of its last position.
 
-    The token sequences are the scheduler's own lists, not copies: read-only for the device, valid until `complete`.
+    The token sequences are the scheduler's own lists, not copies: read-only for the device, valid until `complete`. In
+    a row of a `DRAWN` token the outputs lack that one, until it has been collected; nothing that the row asks for
+    depends on it.
     """
 
     params: SamplingParams
@@ -30,7 +38,8 @@ class SampleSpec(NamedTuple):
 
 
 class StepRow(NamedTuple):
-    """A stretch of one sequence: compute `token_ids` at positions start … start+len-1, writing their KV.
+    """A stretch of one sequence: compute `token_ids` at positions start … start+len-1, writing their KV. `[DRAWN]` for
+    one token that is not known yet.
 
     `block_ids` is the sequence's block table, possibly longer than needed: position p lives in
     block_ids[p // block_size], slot p % block_size. KV of positions < start is already there.

@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 
 from ..types import MAX_SEED, MAX_TOP_LOGPROBS, SampledToken, SamplingParams
-from .plan import RowOutput, SampleSpec, StepOutput, StepPlan, StepRow
+from .plan import DRAWN, RowOutput, SampleSpec, StepOutput, StepPlan, StepRow
 
 VERSION = 1
 MAX_ROWS = 65_536
@@ -25,6 +25,8 @@ MAX_BIASES = 4096
 MAX_TEXT_BYTES = 4096
 MAX_IDS_BYTES = 4 * 2**24
 _PLAN, _OUTPUT = 1, 2
+_DRAWN = np.array([DRAWN], dtype="<i4").tobytes()
+"""The tokens of a row that goes on from one that is being drawn."""
 _U31, _U63 = 2**31 - 1, 2**63 - 1
 
 
@@ -88,7 +90,8 @@ def _unpack(data: bytes, kind: int, length: int) -> list[Any]:
 
 def _row_fields(row: StepRow) -> list[Any]:
     sample = None if row.sample is None else _sample_fields(row.sample)
-    return [row.seq_id, row.start, _packed(row.token_ids), _packed(row.block_ids), sample]
+    tokens = np.asarray(row.token_ids, dtype="<i4").tobytes()
+    return [row.seq_id, row.start, tokens, _packed(row.block_ids), sample]
 
 
 def _row(fields: object) -> StepRow:
@@ -96,7 +99,7 @@ def _row(fields: object) -> StepRow:
     return StepRow(
         seq_id=_text(seq_id, "seq_id"),
         start=_int(start, "start", _U31),
-        token_ids=_ids(token_ids, "token_ids"),
+        token_ids=[DRAWN] if token_ids == _DRAWN else _ids(token_ids, "token_ids"),
         block_ids=_ids(block_ids, "block_ids"),
         sample=None if sample is None else _sample(sample),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 from ..clock import Clock
 from ..types import Handoff
 from .policies import BatchPolicy
+from .residents import Residents
 from .scheduler_events import BlocksGranted, SchedulerEvent
 from .sequence import Sequence, State
 from .sequence_kv import SequenceKV
@@ -14,28 +15,25 @@ from .service_queue import ServiceQueue
 
 
 class PromptService:
-    """A scheduler's part that admits. `running` and `pulling` are the scheduler's own; sequences enter them here."""
+    """A scheduler's part that admits: sequences become residents here."""
 
     def __init__(
         self,
         queue: ServiceQueue,
         kv: SequenceKV,
         clock: Clock,
-        running: dict[str, Sequence],
-        pulling: dict[str, Sequence],
+        residents: Residents,
         max_running: int,
         max_model_len: int,
     ) -> None:
         self._queue = queue
         self._kv = kv
         self._clock = clock
-        self._running = running
-        self._pulling = pulling
+        self._residents = residents
+        self._running = residents.running
+        self._pulling = residents.pulling
         self._max_running = max_running
         self._max_model_len = max_model_len
-        self.running_out = 0
-        """Of those that run, how many are handed off after their prompt, and never grow; whoever ends one counts it
-        down."""
 
     def serve(
         self, policy: BatchPolicy, budget: int, events: list[SchedulerEvent], *, may_admit: bool
@@ -94,7 +92,7 @@ class PromptService:
         return self._max_running - len(self._running) - len(self._pulling)
 
     def _growing(self) -> int:
-        return len(self._running) + len(self._pulling) - self.running_out
+        return len(self._running) + len(self._pulling) - self._residents.running_out
 
     def _grant(self, seq: Sequence, headroom_blocks: int, events: list[SchedulerEvent]) -> bool:
         """Takes `seq` into the running batch, or to wait for its KV; False if blocks are lacking."""
@@ -107,7 +105,7 @@ class PromptService:
         else:
             seq.state = State.RUNNING
             self._running[seq.seq_id] = seq
-            self.running_out += seq.spec.handoff is Handoff.OUT
+            self._residents.running_out += seq.spec.handoff is Handoff.OUT
         if seq.needs_pull or seq.spec.handoff is Handoff.OUT:
             events.append(BlocksGranted(seq_id=seq.seq_id, blocks=blocks, cached_tokens=seq.cached_tokens))
         if seq.admitted_s is None:

@@ -118,7 +118,7 @@ class Sampler:
         wants = [(p.temperature, u, p.top_k, p.min_p, p.top_p) for p, u in zip(params, uniforms, strict=True)]
         indices = self._rows.draw([row for row, _ in rows], np.array(wants, dtype=np.float64))
         return [
-            index if index >= 0 else _bad_peak(float(row.max())) for (row, _), index in zip(rows, indices, strict=True)
+            index if index >= 0 else bad_peak(float(row.max())) for (row, _), index in zip(rows, indices, strict=True)
         ]
 
     def _uniforms(self, specs: list[SampleSpec]) -> list[float]:
@@ -163,7 +163,7 @@ def _argmax(rows: NDArray[np.float32], chosen: list[int]) -> list[int | SampleFa
     ids = part.argmax(axis=1)
     peaks = part[np.arange(len(chosen)), ids]
     return [
-        int(token) if math.isfinite(peak) else _bad_peak(float(peak)) for token, peak in zip(ids, peaks, strict=True)
+        int(token) if math.isfinite(peak) else bad_peak(float(peak)) for token, peak in zip(ids, peaks, strict=True)
     ]
 
 
@@ -173,7 +173,7 @@ def _processed(row: Row, spec: SampleSpec) -> Row | SampleFailure:
         return row
     peak = float(row.max())
     if not math.isfinite(peak):  # what a ban would hide
-        return _bad_peak(peak)
+        return bad_peak(peak)
     changed = row.copy()
     try:
         apply_processors(changed, spec)
@@ -185,14 +185,14 @@ def _processed(row: Row, spec: SampleSpec) -> Row | SampleFailure:
 def _likeliest(z: Row) -> int | SampleFailure:
     """Step 6 of a greedy row."""
     best = int(z.argmax())
-    return best if math.isfinite(z[best]) else _bad_peak(float(z[best]))
+    return best if math.isfinite(z[best]) else bad_peak(float(z[best]))
 
 
 def _draw_one(z: Row, params: SamplingParams, u: float) -> int | SampleFailure:
     """Steps 6 to 8 on a row that is not greedy."""
     peak = float(z.max())
     if not math.isfinite(peak):
-        return _bad_peak(peak)
+        return bad_peak(peak)
     z = z - np.float32(peak)
     if params.temperature != 1.0:
         z /= np.float32(params.temperature)
@@ -201,7 +201,7 @@ def _draw_one(z: Row, params: SamplingParams, u: float) -> int | SampleFailure:
     return index if ids is None else int(ids[index])
 
 
-def _bad_peak(peak: float) -> SampleFailure:
+def bad_peak(peak: float) -> SampleFailure:
     """What a largest logit that is not finite says about its row; NaN wins every comparison, so one NaN shows here."""
     if math.isnan(peak):
         return SampleFailure("logits: NaN in the row")

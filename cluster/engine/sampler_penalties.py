@@ -47,11 +47,19 @@ def apply_processors(row: NDArray[np.float32], spec: SampleSpec) -> None:
 
 def add_bias(row: NDArray[np.float32], bias: Sequence[tuple[int, float]]) -> None:
     """Adds each bias to its token's logit (OpenAI's `logit_bias`)."""
-    size = row.shape[0]
+    problem = bias_problem(bias, row.shape[0])
+    if problem is not None:
+        raise ValueError(problem)
     for token_id, value in bias:
-        if not 0 <= token_id < size:
-            raise ValueError(f"logit_bias: token id {token_id} is not in 0…{size - 1}")
         row[token_id] += value
+
+
+def bias_problem(bias: Sequence[tuple[int, float]], vocab_size: int) -> str | None:
+    """Why a bias cannot be added; None: it can."""
+    for token_id, _ in bias:
+        if not 0 <= token_id < vocab_size:
+            return f"logit_bias: token id {token_id} is not in 0…{vocab_size - 1}"
+    return None
 
 
 def ban(row: NDArray[np.float32], token_ids: Sequence[int]) -> None:

@@ -10,6 +10,10 @@ virtual time by the simulator, step by step by tests:
     complete(output)                                  outputs in plan order
     take_events()                                     what happened since
 
+Up to `max_outstanding_plans` are scheduled before the first of them is complete. A sequence whose token is being drawn
+waits for it, unless the device `looks_ahead`: then its next row is planned with that token to be filled in (`DRAWN`).
+If the token ends it, that row was for nothing: its output is dropped when it comes.
+
 Invariants (`check_integrity`): a waiting sequence holds no block; a sequence in an outstanding plan keeps its blocks
 until that plan is complete, and an IN sequence's blocks are kept for their writer until `writer_done`, whatever is
 aborted meanwhile. Ideas: iteration-level scheduling (Orca, OSDI '22, §3.1), paged KV and recomputation (vLLM, SOSP
@@ -24,18 +28,22 @@ from typing import NamedTuple
 
 from ..clock import Clock
 from ..types import EngineLoad, Handoff, SampledToken, SequenceSpec
-from .block_pool import BlockPool, IntegrityError
-from .integrity import check_sequences
-from .plan import StepOutput, StepPlan, StepRow
-from .policies import BatchPolicy, Shares
+from .block_pool import BlockPool
+from .plan import DRAWN, StepOutput, StepPlan, StepRow
+from .policies import BatchPolicy, Shares, StepShares
 from .prefix_cache import PrefixCache
 from .prompt_service import PromptService
 from .quiet_run import Lockstep, QuietRun
+from .residents import Residents
 from .scheduler_events import BlocksGranted, Preempted, PrefillAdvanced, SchedulerEvent, SequenceFailed, TokensEmitted
 from .sequence import Sequence, State, check_spec
 from .sequence_kv import WRITER, SequenceKV
 from .service_queue import ServiceQueue
 from .slots import with_slots
+
+PART_ROWS = 16
+"""Rows that are worth a plan of their own in a pipeline: fewer are bound by reading weights, which is done once more
+for each plan (`tests/load/pipeline.py`: 4 rows a plan lost, 16 did not)."""
 
 
 class QueueFull(RuntimeError):
@@ -65,7 +73,14 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         max_outstanding_plans: int = 1,
+        looks_ahead: bool = False,
+        decode_parts: int = 1,
+        decode_part_rows: int = 1,
     ) -> None:
+        """`looks_ahead`: the device computes rows whose token it is still drawing. `decode_parts`: among so many plans
+        are the rows shared out that decode, where no prompt is beside them, so that each stage of a pipeline has some,
+        and no fewer than `decode_part_rows` (`PART_ROWS`).
+        """
         counts = {"running": max_running, "waiting": max_waiting, "outstanding_plans": max_outstanding_plans}
         for name, value in counts.items():
             if value < 1:
@@ -84,23 +99,20 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = tuple(eos_token_ids)
         self._max_outstanding_plans = max_outstanding_plans
+        self._looks_ahead = looks_ahead
+        self._decode_parts, self._decode_part_rows = decode_parts, decode_part_rows
 
-        self._sequences: dict[str, Sequence] = {}  # all that have not ended, and ended ones in an outstanding plan
         self._queue = ServiceQueue()
-        self._pulling: dict[str, Sequence] = {}
-        self._running: dict[str, Sequence] = {}
-        self._prompts = PromptService(
-            self._queue, self._kv, clock, self._running, self._pulling, max_running, max_model_len
-        )
-        self._held: dict[str, Sequence] = {}
-        self._outstanding: deque[_Outstanding] = deque()
         self._lockstep = Lockstep(self._kv)
+        self._residents = Residents(self._queue, self._kv, self._lockstep)
+        self._running, self._pulling = self._residents.running, self._residents.pulling
+        self._prompts = PromptService(self._queue, self._kv, clock, self._residents, max_running, max_model_len)
+        self._outstanding: deque[_Outstanding] = deque()
         self._beside: tuple[tuple[Sequence, StepRow], ...] = ()
         """Prompts that the run computes that was begun last."""
         self._events: list[SchedulerEvent] = []
         self._next_order = 0
         self._next_plan_id = 0
-        self._preemptions = 0
 
     # ---------------------------------------------------------------- commands
 
@@ -108,7 +120,7 @@ class Scheduler:
         """Queues a sequence. QueueFull, or ValueError if it is malformed or could never run here."""
         pool = self._kv.pool
         check_spec(spec, num_blocks=pool.num_blocks, block_size=pool.block_size, max_model_len=self._max_model_len)
-        if spec.seq_id in self._sequences or self._kv.has_writer(spec.seq_id):
+        if spec.seq_id in self._residents.known or self._kv.has_writer(spec.seq_id):
             raise ValueError(f"seq_id: {spec.seq_id!r} is in use on this engine")
         if spec.seq_id.startswith(WRITER):
             raise ValueError(f"seq_id: {spec.seq_id!r} begins with {WRITER!r}, which names transports")
@@ -116,7 +128,7 @@ class Scheduler:
             raise QueueFull(f"{self._queue.waiting} sequences wait already, max_waiting is {self._max_waiting}")
         seq = Sequence(spec, self._next_order, self._max_model_len)
         self._next_order += 1
-        self._sequences[seq.seq_id] = seq
+        self._residents.known[seq.seq_id] = seq
         self._queue.push(seq, self._clock.now_s())
 
     def abort(self, seq_id: str) -> bool:
@@ -124,13 +136,13 @@ class Scheduler:
         not been taken yet. Blocks in an outstanding plan are freed at its `complete`, those of a writer at
         `writer_done`.
         """
-        seq = self._sequences.get(seq_id)
-        if seq is None or seq.state is State.ENDED:
+        seq = self._residents.alive(seq_id)
+        if seq is None:
             return False
         if any(isinstance(event, BlocksGranted) and event.seq_id == seq_id for event in self._events):
             self._kv.writer_done(seq_id)  # nobody has heard of the grant, so nobody writes
         self._events = [event for event in self._events if event.seq_id != seq_id]
-        self._end(seq)
+        self._residents.end(seq)
         return True
 
     def kv_ready(self, seq_id: str, first_token: SampledToken) -> None:
@@ -138,8 +150,8 @@ class Scheduler:
         The sequence joins the running batch at the next `schedule`. After an abort it does nothing more.
         """
         self.writer_done(seq_id)
-        seq = self._sequences.get(seq_id)
-        if seq is None or seq.state is State.ENDED:
+        seq = self._residents.alive(seq_id)
+        if seq is None:
             return
         assert seq.state is State.PULLING, f"kv_ready of {seq_id} ({seq.state.value}): no blocks were granted for it"
         del self._pulling[seq_id]
@@ -160,12 +172,12 @@ class Scheduler:
 
     def release(self, seq_id: str) -> None:
         """OUT: the reader has its KV, or will never come. Idempotent. Before the end of prefill: nothing is held."""
-        seq = self._sequences.get(seq_id)
-        if seq is None or seq.state is State.ENDED or seq.spec.handoff is not Handoff.OUT:
+        seq = self._residents.alive(seq_id)
+        if seq is None or seq.spec.handoff is not Handoff.OUT:
             return
         seq.released = True
         if seq.state is State.HELD:
-            self._end(seq)
+            self._residents.end(seq)
 
     def set_policy(self, policy: BatchPolicy) -> None:
         """Changes role. Everything in flight goes on under the new policy."""
@@ -182,7 +194,7 @@ class Scheduler:
         no decode phase, only a budget of tokens that the policy shares out:
 
           1. each decoding sequence, oldest first, takes one token, and a block if its last one is full: that may
-             preempt newer ones;
+             preempt newer ones; in a pipeline, only as many as leave some for the plans beside this one;
           2. prompts take the rest in the queue's order, wherever they stand: the next chunk of one that has its
              blocks, the admission and the first chunk of one that waits.
         """
@@ -193,18 +205,20 @@ class Scheduler:
         if self._policy.pulls_alone and self._pull_first():
             return None
         by_age = sorted(self._running.values(), key=attrgetter("order"))
-        decoding = [seq for seq in by_age if seq.can_decode]
+        ahead = self._looks_ahead
+        decoding = [seq for seq in by_age if seq.can_decode or (ahead and seq.can_look_ahead)]
         shares = self._shares.of(len(decoding), self._queue.prefill_tokens)
         prompts: list[tuple[Sequence, int]] = []
         if self._policy.prompts_alone:
             prompts = self._serve(shares.prefill_tokens, may_admit=True)
         work = [(seq, count) for seq, count in prompts if count]
-        preemptions = self._preemptions
+        preemptions = self._residents.preemptions
         if decoding and not work:
-            work = [(seq, 1) for seq in self._with_slots(decoding[: shares.decode_rows], by_age)]
+            rows = shares.decode_rows if self._decode_parts == 1 else self._part(shares, by_age)
+            work = [(seq, 1) for seq in self._with_slots(decoding[:rows], by_age)]
         if not self._policy.prompts_alone:
             # What a preemption has just freed is for those that run.
-            prompts = self._serve(shares.prefill_tokens, may_admit=self._preemptions == preemptions)
+            prompts = self._serve(shares.prefill_tokens, may_admit=self._residents.preemptions == preemptions)
             work += [(seq, count) for seq, count in prompts if count]
         plan = StepPlan(self._next_plan_id, tuple([self._row(seq, count) for seq, count in work]))
         self._pay(prompts)
@@ -223,11 +237,11 @@ class Scheduler:
         for seq, row, result in zip(sequences, plan.rows, output.rows, strict=True):
             seq.plans -= 1
             if seq.state is State.ENDED:
-                self._forget_if_idle(seq)
+                self._residents.forget_if_idle(seq)
                 continue
             if result.error:
                 self._kv.distrust(seq)
-                self._end(seq)
+                self._residents.end(seq)
                 self._events.append(SequenceFailed(seq_id=seq.seq_id, message=result.error))
                 continue
             self._computed(seq, row, result.tokens)
@@ -310,7 +324,7 @@ class Scheduler:
 
     def drawn(self, seq_id: str) -> int:
         """Output tokens that sequence has so far, those of earlier attempts included; 0 if there is none."""
-        seq = self._sequences.get(seq_id)
+        seq = self._residents.known.get(seq_id)
         return 0 if seq is None else len(seq.outputs) + self._lockstep.owed(seq)
 
     def decodes(self, seq_id: str) -> bool:
@@ -319,34 +333,11 @@ class Scheduler:
 
     def load(self) -> EngineLoad:
         """Counts for heartbeats and metrics. O(running)."""
-        context_tokens = self._lockstep.known_tokens
-        if len(self._running) > len(self._lockstep.rows):
-            context_tokens += sum([len(seq.tokens) for seq in self._running.values() if seq.joined is None])
-        return EngineLoad(
-            waiting=self._queue.waiting,
-            running=len(self._running) + len(self._pulling),
-            held=len(self._held),
-            queued_prefill_tokens=self._queue.prefill_tokens,
-            patient_prefill_tokens=self._queue.patient_tokens,
-            context_tokens=context_tokens,
-            num_blocks=self._kv.pool.num_blocks,
-            free_blocks=self._kv.pool.num_free,
-            cached_blocks=self._kv.pool.num_cached,
-            preemptions_total=self._preemptions,
-            prefix_queries_tokens_total=self._kv.queries_tokens,
-            prefix_hits_tokens_total=self._kv.hits_tokens,
-        )
+        return self._residents.load()
 
     def check_integrity(self) -> None:
         """Proves that every block is accounted for and every sequence in exactly one place. Raises IntegrityError."""
-        places = {State.PULLING: self._pulling, State.RUNNING: self._running, State.HELD: self._held}
-        out = sum(seq.spec.handoff is Handoff.OUT for seq in self._running.values())
-        if out != self._prompts.running_out:
-            raise IntegrityError(f"scheduler: {out} that run are handed off, {self._prompts.running_out} counted")
-        self._lockstep.check_integrity(seq for seq in self._running.values() if seq.can_decode)
-        in_plans = [seq for outstanding in self._outstanding for seq in outstanding.sequences]
-        check_sequences(self._sequences, self._queue, places, in_plans)
-        self._kv.check_integrity([seq for seq in self._sequences.values() if seq.state is not State.WAITING])
+        self._residents.check_integrity(seq for outstanding in self._outstanding for seq in outstanding.sequences)
 
     # ---------------------------------------------------------------- how
 
@@ -366,16 +357,16 @@ class Scheduler:
                 self._queue.served(seq, seq.spec.context_tokens)
         return bool(self._pulling)
 
+    def _part(self, shares: StepShares, by_age: list[Sequence]) -> int:
+        """How many rows may decode in this plan: all of them beside a prompt, a part of those that decode without."""
+        prompts = shares.prefill_tokens > 0 and self._queue.prefill_tokens > 0
+        if prompts and (self._prompts.may_admit(self._policy) or any(seq.can_prefill for seq in by_age)):
+            return shares.decode_rows
+        decoders = sum(not seq.can_prefill for seq in by_age)
+        return min(shares.decode_rows, max(-(-decoders // self._decode_parts), self._decode_part_rows))
+
     def _preempt(self, seq: Sequence) -> None:
-        assert (seq.state, seq.plans) == (State.RUNNING, 0), f"{seq.seq_id} cannot be preempted now"
-        del self._running[seq.seq_id]
-        self._kv.release(seq)
-        if self._policy.swaps:
-            seq.swap_out()
-        else:
-            seq.restart()
-        self._queue.push_preempted(seq)
-        self._preemptions += 1
+        self._residents.preempt(seq, swaps=self._policy.swaps)
         self._events.append(Preempted(seq_id=seq.seq_id))
 
     def _serve(self, budget: int, *, may_admit: bool) -> list[tuple[Sequence, int]]:
@@ -400,12 +391,15 @@ class Scheduler:
         start, end = seq.scheduled, seq.scheduled + count
         seq.scheduled = end
         seq.plans += 1
-        seq.undrawn = end == len(seq.tokens)
-        sample = seq.sample_spec(self._eos_token_ids) if seq.undrawn else None
-        return StepRow(seq.seq_id, start, seq.tokens[start:end], self._kv.pool.table(seq.seq_id), sample)
+        sample = None
+        if end == len(seq.tokens) + seq.drawing:
+            sample = seq.sample_spec(self._eos_token_ids)
+            seq.drawing += 1
+        token_ids = seq.tokens[start:end] or [DRAWN]
+        return StepRow(seq.seq_id, start, token_ids, self._kv.pool.table(seq.seq_id), sample)
 
     def _take_token(self, seq: Sequence, token: SampledToken) -> None:
-        seq.undrawn = False
+        seq.drawing -= 1
         seq.append(token)
         self._tell(seq, (token,))
 
@@ -420,29 +414,6 @@ class Scheduler:
         waterfall = (queue_s, seq.prefill_s, seq.cached_tokens)
         self._events.append(TokensEmitted(seq.seq_id, index, tokens, reason, stop_token_id, *waterfall))
         if reason is not None or seq.released:
-            self._end(seq)
+            self._residents.end(seq)
         elif seq.spec.handoff is Handoff.OUT:
-            del self._running[seq.seq_id]
-            self._prompts.running_out -= 1
-            self._held[seq.seq_id] = seq
-            seq.state = State.HELD
-
-    def _end(self, seq: Sequence) -> None:
-        self._queue.remove(seq)
-        if seq.joined is not None:
-            self._lockstep.leave(seq)
-        if seq.state is State.RUNNING:
-            del self._running[seq.seq_id]
-            self._prompts.running_out -= seq.spec.handoff is Handoff.OUT
-        elif seq.state is State.PULLING:
-            del self._pulling[seq.seq_id]
-        elif seq.state is State.HELD:
-            del self._held[seq.seq_id]
-        seq.state = State.ENDED
-        self._forget_if_idle(seq)
-
-    def _forget_if_idle(self, seq: Sequence) -> None:
-        """An ended sequence gives its blocks back as soon as no outstanding plan writes into them."""
-        if seq.plans == 0:
-            self._kv.release(seq)
-            del self._sequences[seq.seq_id]
+            self._residents.hold(seq)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 
 from ..hashing import extend_block_keys
-from ..types import FinishReason, Handoff, SampledToken, SequenceSpec
+from ..types import FinishReason, Handoff, SampledToken, SamplingParams, SequenceSpec
 from .plan import SampleSpec
 
 
@@ -35,7 +35,8 @@ class Sequence:
         |── KV written ──|── in outstanding plans ──|── not scheduled yet ──|
         0             computed                  scheduled             len(tokens)
 
-    The last token of `tokens` is always one whose KV does not exist yet: computing it yields the next token.
+    The last token of `tokens` is always one whose KV does not exist yet: computing it yields the next token. Where a
+    device looks ahead, `scheduled` may be beyond it, by the tokens that are drawn but one: `drawing` - 1.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class Sequence:
         "cached_tokens",
         "computed",
         "doomed",
+        "drawing",
         "joined",
         "keys",
         "last_len",
@@ -61,7 +63,6 @@ class Sequence:
         "swapped",
         "tokens",
         "told",
-        "undrawn",
     )
 
     def __init__(self, spec: SequenceSpec, order: int, max_model_len: int) -> None:
@@ -81,8 +82,8 @@ class Sequence:
         self.scheduled = 0
         self.prefill_end = len(self.tokens)
         """Positions below it are computed in prefill chunks; raised to the whole context by a preemption."""
-        self.undrawn = False
-        """A token is being drawn in an outstanding plan."""
+        self.drawing = 0
+        """Tokens that are being drawn, each in an outstanding plan."""
         self.plans = 0
         """Outstanding plans with a row of this sequence."""
         self.needs_pull = spec.handoff is Handoff.IN
@@ -114,7 +115,21 @@ class Sequence:
     def can_decode(self) -> bool:
         """Its next token could be drawn in the next plan, given a slot."""
         return (
-            self.scheduled >= self.prefill_end and self.state is State.RUNNING and not self.doomed and not self.undrawn
+            self.scheduled >= self.prefill_end and self.state is State.RUNNING and not self.doomed and not self.drawing
+        )
+
+    @property
+    def can_look_ahead(self) -> bool:
+        """The token after the one that is being drawn could be drawn in the next plan, given a slot, by a device that
+        looks ahead: length does not end it before, and how it is drawn does not hang on a token that nobody knows yet.
+        """
+        return (
+            self.drawing > 0
+            and self.state is State.RUNNING
+            and not self.doomed
+            and self.spec.handoff is not Handoff.OUT
+            and len(self.tokens) + self.drawing < self.last_len
+            and not needs_history(self.spec.sampling)
         )
 
     @property
@@ -129,12 +144,12 @@ class Sequence:
         return self.keys[start:stop]
 
     def sample_spec(self, eos_token_ids: tuple[int, ...]) -> SampleSpec:
-        """How the device draws the next token."""
-        params = self.spec.sampling
+        """How the device draws the next token that is not being drawn yet."""
+        params, index = self.spec.sampling, len(self.outputs) + self.drawing
         banned: tuple[int, ...] = ()
-        if len(self.outputs) < params.min_tokens:
+        if index < params.min_tokens:
             banned = params.stop_token_ids if params.ignore_eos else eos_token_ids + params.stop_token_ids
-        return SampleSpec(params, len(self.outputs), self.spec.prompt_token_ids, self.outputs, banned)
+        return SampleSpec(params, index, self.spec.prompt_token_ids, self.outputs, banned)
 
     def append(self, token: SampledToken) -> None:
         """The next token of the choice."""
@@ -170,6 +185,11 @@ class Sequence:
         self.prefill_end = len(self.tokens)
         self.needs_pull = False
         self.doomed = False
+
+
+def needs_history(params: SamplingParams) -> bool:
+    """Whether a draw depends on which tokens were drawn before, beside what the model makes of them."""
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def longest_context(spec: SequenceSpec, max_model_len: int) -> int:

@@ -117,8 +117,9 @@ class SequenceKV:
         names = set()
         for seq in residents:
             slots = len(self.pool.table(seq.seq_id)) * self.pool.block_size
-            if not 0 <= seq.computed <= seq.scheduled <= min(slots, len(seq.tokens)):
-                counts = f"{seq.computed} computed, {seq.scheduled} scheduled, {len(seq.tokens)} known, {slots} slots"
+            known = len(seq.tokens) + max(0, seq.drawing - 1)
+            if not 0 <= seq.computed <= seq.scheduled <= min(slots, known):
+                counts = f"{seq.computed} computed, {seq.scheduled} scheduled, {known} known or drawn, {slots} slots"
                 raise IntegrityError(f"{seq.seq_id}: tokens do not fit its blocks: {counts}")
             names.add(seq.seq_id)
         writers = {name for name in self.pool.holders() if name.startswith(WRITER)}

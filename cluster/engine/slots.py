@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..types import Handoff
-from .sequence import Sequence
+from .sequence import Sequence, State
 from .sequence_kv import SequenceKV
 
 
@@ -24,7 +24,7 @@ def with_slots(
     if any(seq.doomed for seq in victims):
         victims = []  # blocks are on their way
     for seq in decoding:
-        if not seq.can_decode:
+        if seq.doomed or seq.state is not State.RUNNING:
             continue  # has become a victim itself
         has_slot = kv.grow(seq)
         while not has_slot and victims and victims[-1].order > seq.order:

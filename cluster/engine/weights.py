@@ -60,13 +60,17 @@ def build_part(shard: Shard, source: WeightSource, dtype: torch.dtype, progress:
     """What one rank of a worker computes of a model, or all of it; `source` has the whole model and was checked. Its
     linears are the rank's own: what ranks compute together is put in by `parallel.layers`.
     """
-    builder = _Builder(shard.local, ShardedWeights(source, shard), dtype, progress)
+    return assemble(shard, Builder(shard.local, ShardedWeights(source, shard), dtype, progress))
+
+
+def assemble(shard: Shard, builder: Builder) -> Model:
+    """What `builder` makes of one rank's part of a model, layer by layer."""
     held, tied = builder.shapes, shard.config.tie_word_embeddings
     embed = builder.table("embed.weight") if "embed.weight" in held else None
     layers = [builder.layer(f"layers.{index}.") for index in shard.layers]
     head: Linear | None = None
     if shard.is_last:
-        head = TiedHead(embed) if tied and embed is not None else builder.head()
+        head = builder.tied_head(embed) if tied and embed is not None else builder.head()
     model = Model(
         config=shard.local,
         embed=embed if shard.is_first else None,
@@ -81,8 +85,10 @@ def build_part(shard: Shard, source: WeightSource, dtype: torch.dtype, progress:
     return model
 
 
-class _Builder:
-    """Reads tensors in the order in which the model wants them and counts elements for `progress`."""
+class Builder:
+    """Reads tensors in the order in which the model wants them, counts elements for `progress`, and puts each into the
+    form that computes on processors.
+    """
 
     def __init__(
         self, config: ModelConfig, source: WeightSource, dtype: torch.dtype, progress: Progress | None
@@ -99,12 +105,14 @@ class _Builder:
         self.source.release()
         self._progress(1.0)
 
-    def _tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """As the source has it."""
         tensor = self.source.read(name, rows)
         self._read += tensor.numel()
         return tensor
 
-    def _layer_done(self) -> None:
+    def layer_done(self) -> None:
+        """Lets go of what reading left behind, and tells how far it is."""
         self.source.release()
         _return_free_memory()
         self._progress(self._read / self._total)
@@ -113,7 +121,7 @@ class _Builder:
         """An embedding table in compute form, filled stretch by stretch."""
         table: torch.Tensor | None = None
         for rows in stretches(self.shapes[name]):
-            values = self._tensor(name, rows)
+            values = self.tensor(name, rows)
             if table is None:
                 dtype = self.dtype if self.dtype == torch.float32 else half_dtype(values)
                 table = torch.empty(self.shapes[name], dtype=dtype)
@@ -121,22 +129,26 @@ class _Builder:
                 table = table.to(torch.bfloat16)
             table[rows] = values.to(table.dtype)
             del values
-            self._layer_done()
+            self.layer_done()
         assert table is not None
         return EmbeddingTable(table)
+
+    def tied_head(self, embed: EmbeddingTable) -> Linear:
+        """The output head of a model that embeds with the same table."""
+        return TiedHead(embed)
 
     def head(self) -> Linear:
         """An output head of its own, packed stretch by stretch."""
         parts = []
         for rows in stretches(self.shapes["head.weight"]):
-            parts.append(make_linear(self._tensor("head.weight", rows), None, self.dtype))
-            self._layer_done()
+            parts.append(make_linear(self.tensor("head.weight", rows), None, self.dtype))
+            self.layer_done()
         return parts[0] if len(parts) == 1 else StackedLinear(parts)
 
     def linear(self, *names: str) -> Linear:
         """One linear of the named ones stacked, so that packed projections are one product."""
-        weights = [self._tensor(f"{name}.weight") for name in names]
-        biases = [self._tensor(f"{name}.bias") for name in names if f"{name}.bias" in self.shapes]
+        weights = [self.tensor(f"{name}.weight") for name in names]
+        biases = [self.tensor(f"{name}.bias") for name in names if f"{name}.bias" in self.shapes]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         del weights
         if self.dtype == torch.float32 and len(names) == 1:
@@ -148,8 +160,8 @@ class _Builder:
         """A norm's vectors, float32 in every precision."""
         bias = f"{name}.bias"
         return Norm(
-            weight=self._tensor(f"{name}.weight").to(torch.float32, copy=True),
-            bias=self._tensor(bias).to(torch.float32, copy=True) if bias in self.shapes else None,
+            weight=self.tensor(f"{name}.weight").to(torch.float32, copy=True),
+            bias=self.tensor(bias).to(torch.float32, copy=True) if bias in self.shapes else None,
             eps=self.config.norm_eps,
         )
 
@@ -165,7 +177,7 @@ class _Builder:
             up=self.linear(f"{prefix}gate", f"{prefix}up") if gated else self.linear(f"{prefix}up"),
             down=self.linear(f"{prefix}down"),
         )
-        self._layer_done()
+        self.layer_done()
         return layer
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import RouterConfig, WorkerConfig, from_dict
+from .process_setup import ignore_interrupts, set_threads
+from .rank_actors import Booked, RankActors
 from .stages import Stages
 from .state import MemberState, Phase
 
@@ -30,19 +32,27 @@ logger = logging.getLogger(__name__)
 
 HEARD_S = 3.0
 """How long a member that leaves waits for the driver's next two looks, so that it is not taken for one that died."""
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+WHY_HEARD_S = 1.0
+"""How long a worker that failed waits for the driver's next look, so that it can say why."""
+_ANSWER_S = 0.05
+"""For the answer to leave."""
 
 
 class MemberActor:
-    """One member, started in a thread of this process. `kind` is `worker` or `router`; `config` is `to_dict`'s.
+    """One member, started in a thread of this process. `kind` is `worker` or `router`; `config` is `to_dict`'s;
+    `booked`: where the ranks of a worker of several are to stand.
 
     Called by Ray only. The methods run on Ray's threads (max_concurrency > 1), so that `state` answers during `drain`.
     """
 
-    def __init__(self, kind: str, config: Mapping[str, Any], start_timeout_s: float) -> None:
-        _ignore_interrupts()
+    def __init__(
+        self, kind: str, config: Mapping[str, Any], start_timeout_s: float, booked: Booked | None = None
+    ) -> None:
+        ignore_interrupts()
         self._kind = kind
         self._config = config
+        self._booked = booked
+        self._ranks: RankActors | None = None
         self._start_timeout_s = start_timeout_s
         self._stages = Stages()
         self._stages.enter("imports")
@@ -53,7 +63,9 @@ class MemberActor:
         self._told = False
         self._heard = threading.Event()
         """The driver knows that this member leaves."""
-        _set_threads(int(config["engine"]["threads"]) if kind == "worker" else 1)
+        self._heard_why = threading.Event()
+        """The driver has asked, and is being told, what this member failed of."""
+        set_threads(int(config["engine"]["threads"]) if kind == "worker" else 1)
         self._starter = threading.Thread(target=self._start, name="member-start", daemon=True)
         self._starter.start()
 
@@ -61,6 +73,8 @@ class MemberActor:
         """How far the start is, and once it is ready, whether the member is healthy. Does not block for long."""
         with self._lock:
             state, member = self._state, self._member
+        if state.error is not None:
+            self._heard_why.set()
         if member is not None and state.phase is Phase.READY:
             return state.change(
                 healthy=member.healthy(), not_serving=member.why_not_serving(), warning=member.warning()
@@ -103,6 +117,7 @@ class MemberActor:
             fraction=None,
             addresses=addresses,
             epoch=epoch,
+            rank_pids=() if self._ranks is None else self._ranks.pids,
             healthy=True,
             started_s=self._stages.end(),
         )
@@ -120,15 +135,33 @@ class MemberActor:
                 "registry": router.registry_address,
             }
             return addresses, 0
+        config = from_dict(WorkerConfig, self._config)
+        if self._booked is not None and config.engine.num_processes > 1:
+            self._ranks = RankActors(self._booked, config)
         worker = WorkerMember(
-            from_dict(WorkerConfig, self._config),
+            config,
             progress=self._progress,
-            on_failure=_end_process,
+            on_failure=self._fail,
             on_leave=self._leave,
+            recruit=None if self._ranks is None else self._ranks.recruit,
         )
         self._adopt(worker)
         worker.start(self._start_timeout_s)
         return {"grpc": worker.address, "kv": worker.kv_address}, worker.epoch
+
+    def _fail(self, error: BaseException) -> None:
+        """On the member's loop: a worker whose engine died serves nothing more. Its streams have ended; its process
+        does as soon as the driver knows why, and Ray starts a new one.
+        """
+        logger.critical("the engine died: %s", _one_line(error))
+        with self._lock:
+            self._state = self._state.change(error=_one_line(error), healthy=False)
+        threading.Thread(target=self._end_process, name="member-failed", daemon=True).start()
+
+    def _end_process(self) -> None:
+        self._heard_why.wait(WHY_HEARD_S)
+        time.sleep(_ANSWER_S)
+        os._exit(1)
 
     def _leave(self, timeout_s: float) -> None:
         """On the member's loop: begins what `_drain_and_end` does."""
@@ -166,23 +199,6 @@ class MemberActor:
         with self._lock:
             if self._state.phase is Phase.STARTING:
                 self._state = self._state.change(**changes)
-
-
-def _set_threads(count: int) -> None:
-    for name in _THREAD_VARIABLES:
-        os.environ[name] = str(count)
-
-
-def _ignore_interrupts() -> None:
-    # Ctrl-C in the terminal reaches every process of its group; the driver alone decides what it means.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _end_process(error: BaseException) -> None:
-    # A worker whose engine died serves nothing more: the process ends, and Ray starts a new one.
-    logger.critical("the engine died: %s", _one_line(error))
-    os._exit(1)
 
 
 def _node_ip() -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from ...kernels.dispatch import has_gpu_driver
 from ...kvtransfer.layout import DTYPE_BYTES
 from ..config import ClusterConfig, ConfigError, EngineConfig, RouterConfig
 from ..engine.parallel.shard import check_split
@@ -107,11 +108,31 @@ def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
         if count:
             engine = config.engine_of(role)
             check_engine(engine, model, under="engine" if engine is config.engine else f"{role.value}.engine")
+            try:
+                check_transport(engine, config.worker.transport)
+            except ConfigError as error:
+                raise error.under("worker") from None
+
+
+def check_transport(engine: EngineConfig, transport: str) -> None:
+    """ConfigError for a transport that KV in this engine's memory cannot take."""
+    memories = {"host memory": ("mapped", "gloo"), "GPU memory": ("cuda_ipc", "nccl")}
+    own = "GPU memory" if engine.device == "cuda" else "host memory"
+    if transport not in ("auto", "grpc", *memories[own]):
+        allowed = f"auto, grpc, {' or '.join(memories[own])}: the KV of device {engine.device} is in {own}"
+        raise ConfigError("transport", transport, allowed)
+    if transport == "cuda_ipc" and engine.num_ranks > 1:
+        allowed = f"auto, grpc or nccl for a worker of {engine.num_ranks} GPUs, whose blocks lie on all of them"
+        raise ConfigError("transport", transport, allowed)
+    if transport == "mapped" and engine.num_ranks > 1:
+        allowed = f"auto, grpc or gloo for a worker of {engine.num_ranks} ranks, whose blocks lie with all of them"
+        raise ConfigError("transport", transport, allowed)
 
 
 def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engine") -> None:
-    """Raises ConfigError for a context that the model does not have, for KV memory that holds no block, for ranks that
-    the device cannot serve or the model cannot be split over, and for a step profile that cannot be read.
+    """Raises ConfigError for a context that the model does not have, for KV memory that holds no block, for a GPU that
+    is not there, for ranks that the device cannot serve or the model cannot be split over, and for a step profile that
+    cannot be read.
     """
     try:
         engine.check_served()
@@ -122,10 +143,13 @@ def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engi
         raise ConfigError("max_model_len", engine.max_model_len, allowed).under(under)
     token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[engine.dtype]
     block_bytes = token_bytes * engine.block_size
-    if engine.kv_cache_bytes < block_bytes:
+    if 0 < engine.kv_cache_bytes < block_bytes:
         allowed = f"at least one block of this model, {block_bytes} bytes"
         raise ConfigError("kv_cache_bytes", engine.kv_cache_bytes, allowed).under(under)
-    if engine.device == "cpu":
+    if engine.device == "cuda" and not has_gpu_driver():
+        allowed = "cpu, paced: the system has no device of NVIDIA's driver"
+        raise ConfigError("device", engine.device, allowed).under(under)
+    if engine.device != "paced":
         try:
             check_split(model, engine.tensor_parallel, engine.pipeline_stages)
         except ConfigError as error:

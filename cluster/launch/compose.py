@@ -9,13 +9,16 @@ import importlib.util
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import asdict
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from ...decode_worker.service import DecodeService
+from ...kvtransfer.cuda_ipc.blocks import DeviceMapper
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
+from ...kvtransfer.mapped.blocks import HostMapper
 from ...kvtransfer.mapped.fd_passing import SegmentServer, share
 from ...kvtransfer.mapped.transport import MappedKVTransport
 from ...kvtransfer.mover.worker import KVMover, attach_mover, spawn_mover
@@ -25,12 +28,13 @@ from ...kvtransfer.transport import KVTransport
 from ...prefill_worker.service import PrefillService
 from ..auth import MemberCredentials
 from ..clock import MonotonicClock
-from ..config import ConfigError, EngineConfig, WorkerConfig
+from ..config import COLLECTIVE_TRANSPORTS, ConfigError, EngineConfig, WorkerConfig
 from ..engine.block_pool import BlockPool
 from ..engine.devices.base import Device
+from ..engine.parallel.rank_process import Recruit, children
 from ..engine.policies import policy_for
 from ..engine.prefix_cache import PrefixCache
-from ..engine.scheduler import Scheduler
+from ..engine.scheduler import PART_ROWS, Scheduler
 from ..latency.linear import OnlineStepTimeFit
 from ..metrics import worker_registry
 from ..models.reference import ModelFiles, resolve_model
@@ -40,26 +44,32 @@ from ..rpc import make_server, new_epoch
 from ..worker.engine_thread import EngineThread
 from ..worker.servicer import Servicer
 from ..worker.shell import WorkerFacts, WorkerShell
-from .checks import check_engine
+from .checks import check_engine, check_transport
+from .compose_ranks import RankTransport, join_ranks
 from .worker_metrics import WorkerMetricsServer
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, float | None], None]
 
 
-def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | None) -> Device:
-    """The device that the config names; loads the weights, so it takes a while. Imports torch only for `cpu`, and there
-    only where weights must be packed first or torch computes.
+def build_device(
+    config: EngineConfig, files: ModelFiles, progress: Progress | None, recruit: Recruit | None = None
+) -> Device:
+    """The device that the config names; loads the weights, so it takes a while. Imports torch for `cuda`, and for `cpu`
+    where weights must be packed first or torch computes.
 
-    Raises ConfigError where torch is not installed, ModelError.
+    Raises ConfigError where torch is not installed, ValueError where there is no GPU that can compute the model or it
+    does not fit (with the arithmetic), ModelError.
     """
     if config.device == "paced":
         from ..engine.devices.paced import PacedDevice
 
         return PacedDevice.for_model(config, files.config)
     if importlib.util.find_spec("torch") is None:
-        allowed = "paced, or cpu with torch installed (pip install 'tandem-serve[engine]')"
+        allowed = f"paced, or {config.device} with torch installed (pip install 'tandem-serve[engine]')"
         raise ConfigError("engine.device", config.device, allowed)
+    if config.device == "cuda":
+        return _cuda_device(config, files, progress, recruit or children)
     from ..engine.devices.cpu import CpuDevice
 
     return CpuDevice(
@@ -74,6 +84,49 @@ def build_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
         stage=progress,
         tensor_parallel=config.tensor_parallel,
         pipeline_stages=config.pipeline_stages,
+        recruit=recruit or children,
+    )
+
+
+def _cuda_device(config: EngineConfig, files: ModelFiles, progress: Progress | None, recruit: Recruit) -> Device:
+    from ...kernels.dispatch import gpu_facts, pick_gpu
+
+    pick_gpu("triton", gpu_facts())  # before what would fail without saying why is imported
+    from ..engine.devices.cuda import CudaDevice
+    from ..engine.parallel.messages import GpuSetup
+
+    gpu = GpuSetup(
+        device=f"cuda:{config.gpus[0]}" if config.gpus and config.num_ranks == 1 else "cuda",
+        quantization=config.quantization,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_batched_tokens=config.max_batched_tokens,
+        max_running=config.max_running,
+        max_model_len=config.max_model_len,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager,
+    )
+    if config.num_ranks == 1:
+        return CudaDevice(
+            files,
+            dtype=config.dtype,
+            block_size=config.block_size,
+            kernels=config.kernels,
+            stage=progress,
+            **asdict(gpu),
+        )
+    from ..engine.devices.cuda_ranks import RankedCudaDevice
+
+    return RankedCudaDevice(
+        files,
+        gpu,
+        dtype=config.dtype,
+        block_size=config.block_size,
+        kernels=config.kernels,
+        tensor_parallel=config.tensor_parallel,
+        pipeline_stages=config.pipeline_stages,
+        gpus=config.gpus,
+        stage=progress,
+        recruit=recruit,
     )
 
 
@@ -104,14 +157,17 @@ class WorkerRuntime:
         config: WorkerConfig,
         on_failure: Callable[[BaseException], None],
         on_leave: Callable[[float], None] | None = None,
+        recruit: Recruit | None = None,
     ) -> None:
         self._config = config
+        self._recruit = recruit
         self._on_failure = on_failure
         self._on_leave = on_leave
         self._server: aio.Server | None = None
         self._kv_server: GrpcKVServer | None = None
         self._mover: KVMover | None = None
         self._segments: SegmentServer | None = None
+        self._ranks: RankTransport | None = None
         self._device: Device | None = None
         self._metrics: WorkerMetricsServer | None = None
         self.shell: WorkerShell | None = None
@@ -127,9 +183,11 @@ class WorkerRuntime:
         files = await asyncio.to_thread(resolve_model, config.engine.model, progress=progress)
         check_engine(config.engine, files.config)
         say("device", None)
-        in_one_process = config.engine.device != "paced" and config.engine.num_ranks == 1
-        self._mover = await spawn_mover(config.kv_mover, computes=in_one_process)
-        device = await asyncio.to_thread(build_device, config.engine, files, progress)
+        check_transport(config.engine, config.transport)
+        in_host_memory = config.engine.device == "cpu" and config.engine.num_ranks == 1
+        mover = "thread" if config.transport in COLLECTIVE_TRANSPORTS else config.kv_mover
+        self._mover = await spawn_mover(mover, computes=in_host_memory)
+        device = await asyncio.to_thread(build_device, config.engine, files, progress, self._recruit)
         say("services", None)
         self._device = device
         if self._mover is not None:
@@ -139,13 +197,20 @@ class WorkerRuntime:
             if failed:
                 self._mover = None
                 self._warn(failed)
-        if config.transport != "grpc":
-            self._segments = await share(device.kv.segment)
+        self._ranks = await join_ranks(config, advertised_host(config.host, config.routers), device, credentials)
+        if self._ranks is None and config.transport != "grpc":
+            memory = device.kv.device_memory
+            self._segments = await share(device.kv.segment, None if memory is None else memory.fd)
         offer = None if self._segments is None else self._segments.offer
-        usual = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
-        transport = _of_any_block_size(usual, config, device, credentials)
+        if self._ranks is not None:
+            transport: KVTransport = self._ranks.pulls
+        else:
+            usual = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
+            transport = _of_any_block_size(usual, config, device, credentials)
         fit = await asyncio.to_thread(_known_steps, config, files, device)
-        shell, prefill, decode = _assemble(config, files, device, credentials, offer, transport, fit)
+        shell, prefill, decode = _assemble(
+            config, files, device, credentials, offer, b"" if self._ranks is None else self._ranks.offer, transport, fit
+        )
         device.watch(shell.failure_from_engine)
         shell.on_leave = self._on_leave
         asked, longest = config.engine.max_model_len, shell.facts.max_model_len
@@ -190,6 +255,7 @@ class WorkerRuntime:
             config.kv_port,
             block_bytes=device.kv.layout.block_bytes,
             credentials=credentials,
+            sessions=None if self._ranks is None else self._ranks.sessions(prefill.source, shell.facts.epoch),
         )
         return await self._kv_server.start()
 
@@ -212,6 +278,8 @@ class WorkerRuntime:
             await self._server.stop(grace=0.5)
         if self._kv_server is not None:
             await self._kv_server.stop()
+        if self._ranks is not None:
+            await self._ranks.close()
         if self._mover is not None:
             await self._mover.stop()
         if self._segments is not None:
@@ -228,7 +296,11 @@ def _kv_transport(config: WorkerConfig, device: Device, credentials: MemberCrede
     control = GrpcKVTransport(block_bytes=layout.block_bytes, credentials=credentials)
     if config.transport == "grpc":
         return control
-    return MappedKVTransport(control, layout, required=config.transport == "mapped")
+    memory = device.kv.device_memory
+    if config.transport == "cuda_ipc" and memory is None:
+        raise ConfigError("transport", config.transport, "auto or grpc: this GPU's memory cannot be shared")
+    mapper = HostMapper(layout) if memory is None else DeviceMapper(layout, memory)
+    return MappedKVTransport(control, layout, mapper=mapper, required=config.transport != "auto")
 
 
 def _of_any_block_size(
@@ -236,8 +308,10 @@ def _of_any_block_size(
 ) -> KVTransport:
     """`usual`, and a way to peers whose blocks have another size, unless mapped memory is demanded."""
     layout, plain = device.kv.layout, None
-    if config.transport != "mapped":
+    if config.transport in ("auto", "grpc"):
         plain = GrpcKVTransport(block_bytes=largest_block_bytes(layout), credentials=credentials)
+    if isinstance(usual, MappedKVTransport):
+        return ReblockingTransport(usual, layout, plain=plain, own=usual.reblocks)
     return ReblockingTransport(usual, layout, plain=plain)
 
 
@@ -263,6 +337,7 @@ def _assemble(
     device: Device,
     credentials: MemberCredentials,
     offer: SegmentOffer | None,
+    ranks: bytes,
     transport: KVTransport,
     fit: OnlineStepTimeFit,
 ) -> tuple[WorkerShell, PrefillService, DecodeService]:
@@ -281,6 +356,10 @@ def _assemble(
         max_waiting=engine_config.max_waiting,
         max_model_len=longest,
         eos_token_ids=files.config.eos_token_ids,
+        max_outstanding_plans=device.plans_ahead,
+        looks_ahead=device.looks_ahead,
+        decode_parts=1 if device.looks_ahead else device.plans_ahead,
+        decode_part_rows=PART_ROWS,
     )
     facts = WorkerFacts(
         worker_id=config.worker_id,
@@ -299,7 +378,7 @@ def _assemble(
     engine = EngineThread(
         scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine, fit=fit
     )
-    prefill = PrefillService(shell, engine, device.kv, pool.generation, offer)
+    prefill = PrefillService(shell, engine, device.kv, pool.generation, offer, ranks)
     decode = DecodeService(shell, engine, device.kv, transport)
     shell.assemble(engine, (prefill, decode))
     return shell, prefill, decode

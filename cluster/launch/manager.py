@@ -34,6 +34,8 @@ class _Watch:
     silent_since_s: float | None = None
     """Since when one that was said not to answer has not; None: it answers."""
     unhealthy_since_s: float | None = None
+    error: str | None = None
+    """What it said of its end while it still served."""
     warning: str = ""
     pause_s: float = FIRST_PAUSE_S
     next_restart_s: float = 0.0
@@ -82,11 +84,13 @@ class Manager:
             self._report(f"{handle.name} was asked to restart: it finishes what it runs, and Ray starts it anew")
             watch.lost_s = now_s
         if state.phase is Phase.LOST and watch.phase not in (Phase.LOST, Phase.LEAVING):
-            self._report(f"{handle.name} died; Ray is restarting it")
-            watch.lost_s = now_s
+            self._report(f"{handle.name} died{_why(watch.error)}; Ray is restarting it")
+            watch.lost_s, watch.error = now_s, None
         if handle.restarts > watch.restarts and watch.phase is Phase.READY:
-            self._report(f"{handle.name} died and was restarted")  # faster than we asked
+            self._report(f"{handle.name} died{_why(watch.error)} and was restarted")  # faster than we asked
             watch.lost_s = now_s
+        if state.phase is Phase.READY:
+            watch.error = state.error
         watch.restarts = handle.restarts
         if state.phase is Phase.READY and watch.phase is not Phase.READY:
             epoch = f", epoch {state.epoch:x}" if state.epoch else ""
@@ -134,3 +138,7 @@ class Manager:
         watch.unhealthy_since_s = None
         watch.lost_s = now_s
         handle.restart()
+
+
+def _why(error: str | None) -> str:
+    return f" ({error})" if error else ""

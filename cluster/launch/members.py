@@ -18,6 +18,7 @@ import uvloop
 from ..config import RouterConfig, WorkerConfig
 
 if TYPE_CHECKING:
+    from ..engine.parallel.rank_process import Recruit
     from .compose import WorkerRuntime
     from .compose_router import RouterRuntime
 
@@ -118,7 +119,8 @@ class _Member:
 
 class WorkerMember(_Member):
     """One worker. `on_failure` is called, on its loop, when its engine dies: the process should end then. `on_leave` is
-    called there too, when somebody asks it to drain within some seconds and to end; it may not block.
+    called there too, when somebody asks it to drain within some seconds and to end; it may not block. `recruit`: who
+    hands over its other ranks; None: they are children of this process.
     """
 
     def __init__(
@@ -127,13 +129,14 @@ class WorkerMember(_Member):
         progress: Progress | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
         on_leave: Callable[[float], None] | None = None,
+        recruit: Recruit | None = None,
     ) -> None:
         from .compose import WorkerRuntime
 
         super().__init__(f"worker-{config.worker_id}", progress, asyncio.new_event_loop())
         self._failure: BaseException | None = None
         self._report = on_failure
-        self._runtime: WorkerRuntime = WorkerRuntime(config, self._on_failure, on_leave)
+        self._runtime: WorkerRuntime = WorkerRuntime(config, self._on_failure, on_leave, recruit)
 
     def _on_failure(self, error: BaseException) -> None:
         self._failure = error

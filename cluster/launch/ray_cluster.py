@@ -22,6 +22,7 @@ from typing import Any
 
 from ..config import ClusterConfig, ConfigError, is_loopback, to_dict
 from . import runtime_file
+from .bundles import bundles_of, check_nodes, room_text, stages_booked
 from .checks import check_engines, check_events, check_ports, check_shared_ports, fetch_model, pin_config, wait_gone
 from .local_ray import LocalRay, join_ray, remedy
 from .security import secured
@@ -201,7 +202,7 @@ class RayCluster:
             if config.address is None:
                 self._progress("ray", "starting", None)
                 self._local = LocalRay(
-                    math.ceil(sum(bundle["CPU"] for bundle in _bundles(config))),
+                    math.ceil(sum(bundle["CPU"] for bundle in bundles_of(config))),
                     config.object_store_bytes,
                     outlive_s=config.drain_timeout_s + _OUTLIVE_S,
                     verbose=self._verbose,
@@ -219,12 +220,13 @@ class RayCluster:
         self._give_up_if_interrupted()
 
     def _place(self, config: ClusterConfig) -> None:
-        """One bundle for the router's processes, which share ports and so a node, and one for each worker; all on one
-        node while the members listen on loopback only.
+        """One bundle for the router's processes, which share ports and so a node, and one for each pipeline stage of
+        each worker; all on one node while the members listen on loopback only.
         """
         import ray
 
-        bundles = _bundles(config)
+        check_nodes(config.nodes, [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]])
+        bundles = bundles_of(config)
         loopback = is_loopback(config.router.host) or is_loopback(config.worker.host)
         needed = sum(bundle["CPU"] for bundle in bundles)
         total = ray.cluster_resources().get("CPU", 0.0)
@@ -232,13 +234,13 @@ class RayCluster:
             raise LaunchError(f"the Ray cluster has {total:g} CPUs, and this placement books {needed:g}")
         self._group = ray.util.placement_group(bundles, strategy="STRICT_PACK" if loopback else "PACK")
         deadline_s = time.monotonic() + config.start_timeout_s
-        self._progress("ray", f"booking {needed:g} CPUs", None)
+        self._progress("ray", f"booking {room_text(bundles)}", None)
         while not self._group.wait(1.0):
             self._give_up_if_interrupted()
             if time.monotonic() > deadline_s:
                 where = "on one node" if loopback else "in all"
                 raise LaunchError(
-                    f"no room for the placement within {config.start_timeout_s:g} s: {needed:g} CPUs {where}"
+                    f"no room for the placement within {config.start_timeout_s:g} s: {room_text(bundles)} {where}"
                 )
 
     def _make_members(self, config: ClusterConfig) -> None:
@@ -251,9 +253,11 @@ class RayCluster:
                 pass
             host = first.state.host
         registries = [f"{host}:{port}" for port in config.router.registry_ports]
-        for index, worker in enumerate(config.workers(*registries), start=1):
-            made = self._make(worker.worker_id, worker.role.value, index, config.worker_cpus, to_dict(worker), config)
+        bundle = 1
+        for worker in config.workers(*registries):
+            made = self._make(worker.worker_id, worker.role.value, bundle, config.worker_cpus, to_dict(worker), config)
             self._workers.append(made)
+            bundle += stages_booked(worker.engine)
 
     def _make(
         self, name: str, role: str, bundle: int, cpus: float, member: dict[str, Any], config: ClusterConfig
@@ -263,7 +267,9 @@ class RayCluster:
 
         from .actors import MemberActor
         from .handles import MemberHandle
+        from .rank_actors import Booked
 
+        booked = Booked(group=self._group, first_bundle=bundle, cpus=cpus)
         actor = ray.remote(MemberActor).options(
             num_cpus=cpus,
             max_restarts=-1,
@@ -272,7 +278,7 @@ class RayCluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
         )
         kind = "router" if role == "router" else "worker"
-        return MemberHandle(name, role, actor.remote(kind, member, config.start_timeout_s))
+        return MemberHandle(name, role, actor.remote(kind, member, config.start_timeout_s, booked))
 
     def _wait_ready(self, config: ClusterConfig) -> Endpoints:
         shown: dict[str, tuple[str, float | None]] = {}
@@ -371,11 +377,6 @@ class RayCluster:
         elif self._joined:
             ray.shutdown()
             self._joined = False
-
-
-def _bundles(config: ClusterConfig) -> list[dict[str, float]]:
-    workers = config.prefill + config.decode + config.mixed
-    return [{"CPU": config.router_cpus * config.router.processes}] + [{"CPU": config.worker_cpus}] * workers
 
 
 def _reachable(address: str, node_ip: str) -> str:

@@ -48,6 +48,8 @@ class MemberState:
     started_s: Mapping[str, float] = field(default_factory=dict)
     """Of a member that is ready: what its start took, stage by stage."""
     pid: int = 0
+    rank_pids: tuple[int, ...] = ()
+    """Of a worker's other ranks, those of other nodes included; empty where they are children of its process."""
     host: str = ""
     """IP address of its node."""
 

@@ -1,9 +1,15 @@
 """The one thread that touches an engine: scheduler, block pool, prefix cache and device belong to it alone.
 
-1. Others hand it commands (`submit`), plain functions of the scheduler; they run between two steps.
-2. `schedule()` makes a plan, the device executes it, `complete()` takes the output.
-3. The scheduler's events of that step go out in one batch (`on_events`), so that a step costs one wake-up of the loop.
-4. With nothing to compute it proves the block ledger (`check_integrity`) once and sleeps until the next command.
+1. Others hand it commands (`submit`), plain functions of the scheduler; they run between two launches.
+2. `schedule()` makes a plan and the device launches it. As long as fewer than `Device.plans_ahead` are under way, that
+   is all, and the next one follows: what comes below then overlaps with what the device computes.
+3. The oldest plan's output is collected, `complete()` takes it, and the scheduler's events of that step go out in one
+   batch (`on_events`), so that a step costs one wake-up of the loop.
+4. With nothing under way and nothing to compute it proves the block ledger (`check_integrity`) once and sleeps until
+   the next command.
+
+A new plan is made as soon as the device takes one, also while it is busy with earlier ones and a command comes: the
+rule of virtual time (`sim.engine`), where a plan may begin when the first stage of a pipeline is free.
 
 A failure of the device or of an invariant ends the thread and is reported once (`on_failure`): the process must go, and
 whatever it promised is void. What concerns one sequence alone comes back in `RowOutput.error` and ends only that one.
@@ -24,9 +30,9 @@ from ..engine.devices.base import Device
 from ..engine.plan import StepPlan
 from ..engine.scheduler import Scheduler
 from ..engine.scheduler_events import SchedulerEvent
-from ..engine.step_shape import step_shape
 from ..latency.linear import OnlineStepTimeFit
 from ..types import EngineLoad, StepTimeCoefficients
+from .heard_steps import HeardSteps
 
 R = TypeVar("R")
 logger = logging.getLogger(__name__)
@@ -88,6 +94,8 @@ class EngineThread:
         self.status = EngineStatus(
             load=scheduler.load(), step_time=self._fit.coefficients(), learned_steps=self._fit.steps
         )
+        self._launched: deque[StepPlan] = deque()
+        self._heard = HeardSteps(self._fit, 1 if device.looks_ahead else device.plans_ahead)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -100,7 +108,7 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, command: Callable[[Scheduler], R]) -> Future[R]:
-        """Runs `command(scheduler)` between two steps; the future has its result or its exception. Never blocks.
+        """Runs `command(scheduler)` between two launches; the future has its result or its exception. Never blocks.
 
         `EngineStopped` if it has.
         """
@@ -115,7 +123,7 @@ class EngineThread:
         return future
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the thread after the step that runs now; idempotent. Waits at most `timeout_s`."""
+        """Ends the thread after the steps that are under way; idempotent. Waits at most `timeout_s`."""
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
@@ -125,14 +133,26 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while not self._stopping:
+                while self._launched and self._device.done():
+                    self._collect()
                 self._run_commands()
-                plan = self._scheduler.schedule()
+                plan = self._scheduler.schedule() if len(self._launched) < self._device.plans_ahead else None
                 # Grants must not wait for the step: a decode worker may pull while it runs.
                 self._publish()
                 if plan is not None:
-                    self._step(plan)
+                    self._device.launch(plan)
+                    self._launched.append(plan)
+                    if len(self._launched) >= self._device.plans_ahead:
+                        self._collect()
+                elif self._launched:
+                    if self._device.wait(self._wake):
+                        self._collect()
+                    else:
+                        self._wake.clear()
                 elif not self._commands:
                     self._idle()
+            while self._launched:  # nothing is left under way when the device is closed
+                self._collect()
         except BaseException as error:
             logger.exception("the engine failed")
             self._failure = error
@@ -140,16 +160,12 @@ class EngineThread:
         finally:
             self._end()
 
-    def _step(self, plan: StepPlan) -> None:
-        self._device.launch(plan)
+    def _collect(self) -> None:
         output = self._device.collect()
+        plan = self._launched.popleft()
         self._scheduler.complete(output)
         self._publish()
-        self._observe(plan, output.duration_s)  # after its tokens have left
-
-    def _observe(self, plan: StepPlan, duration_s: float) -> None:
-        shape = step_shape(plan)
-        self._fit.observe(shape.prefill_tokens, shape.decode_rows, shape.context_tokens, duration_s)
+        self._heard.observe(plan, self._launched, output.duration_s)  # after its tokens have left
         self.status = replace(
             self.status,
             step_time=self._fit.coefficients(),

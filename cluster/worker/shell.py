@@ -381,5 +381,8 @@ class WorkerShell:
                     level = logging.WARNING if stranger and not refused else logging.DEBUG
                     logger.log(level, "heartbeat to %s: %s", registry, error.details())
                     refused = stranger
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), self.config.heartbeat_interval_s)
+                with contextlib.suppress(
+                    TimeoutError
+                ):  # not `wait_for`: until 3.12 it forgets a cancel that comes with news
+                    async with asyncio.timeout(self.config.heartbeat_interval_s):
+                        await news.wait()

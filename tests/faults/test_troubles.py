@@ -215,7 +215,7 @@ def test_trouble_5_where_ttft_went_is_said(start: Callable[..., Cluster]) -> Non
     before), what the handoff cost stands apart, and the metrics are the sums of the same numbers.
     """
     cluster = start()
-    cluster.add(Role.PREFILL, "p0", paced_prefill_token_s=0.004)
+    cluster.add(Role.PREFILL, "p0", paced_prefill_token_s=0.004, max_batched_tokens=100)  # one prompt a step
     cluster.add(Role.DECODE, "d0")
     cluster.wait_ready()
     asked = [Asked(cluster.grpc, prompt, 6) for prompt in prompts(3, 100)]

@@ -66,7 +66,7 @@ class Setting:
         largest = self.layer.abs().amax(dim=(0, 3, 4)).float()
         scales = largest / (127.0 if dtype == torch.int8 else 448.0)
         scaled = self.layer / scales[None, :, :, None, None].to(DTYPE)
-        return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
+        return (scaled.round().clamp(-127, 127) if dtype == torch.int8 else scaled.clamp(-448, 448)).to(dtype), scales
 
 
 def held(
@@ -186,13 +186,15 @@ def llama(block_size: int = 16) -> AttentionShape:
     return AttentionShape(32, 8, 128, block_size)
 
 
-def cases(device: torch.device) -> Iterator[list[Case]]:
+def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
     """Decode first: it is what most time goes to."""
     for batch, context in DECODES:
-        yield decode_cases(Setting.make([(context - 1, 1)] * batch, llama(), device))
-    yield decode_cases(Setting.make([(8191, 1)] * 32, llama(64), device))
+        yield lambda batch=batch, context=context: decode_cases(  # type: ignore[misc]
+            Setting.make([(context - 1, 1)] * batch, llama(), device)
+        )
+    yield lambda: decode_cases(Setting.make([(8191, 1)] * 32, llama(64), device))
     for stretches in PREFILLS:
-        yield prefill_cases(Setting.make(stretches, llama(), device))
+        yield lambda stretches=stretches: prefill_cases(Setting.make(stretches, llama(), device))  # type: ignore[misc]
 
 
 def tune(device: torch.device) -> Iterator[str]:

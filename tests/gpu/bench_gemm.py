@@ -5,7 +5,8 @@ which int8 may exceed. Cuts are tuned first, and kept where tuning keeps them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from measure import Case
@@ -21,13 +22,13 @@ ROWS = (1, 16, 128, 2048)
 GROUP = 128
 
 
-def cases(device: torch.device) -> Iterator[list[Case]]:
+def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
     """One list a shape."""
     tuner = Tuner.of_device(device)
     for n, k in SHAPES:
         dense = torch.randn(n, k, device=device, dtype=torch.bfloat16)
         for m in ROWS:
-            yield _products(m, dense, tuner)
+            yield partial(_products, m, dense, tuner)
 
 
 def _products(m: int, dense: torch.Tensor, tuner: Tuner | None) -> list[Case]:

@@ -6,7 +6,8 @@ bf16. All of it is bound by memory: `of copy` is what counts.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from measure import Case
@@ -25,14 +26,13 @@ WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4096, 14336, 32, 8, 128, 32
 HANDED_TOKENS = 2048
 
 
-def cases(device: torch.device) -> Iterator[list[Case]]:
+def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
     """One list a shape and operation."""
     for tokens in TOKENS:
-        yield _norm(tokens, device)
-        yield _activation(tokens, device)
-        yield _kv_write(tokens, device)
-    yield _gather(device)
-    yield _repack(device)
+        for make in (_norm, _activation, _kv_write):
+            yield partial(make, tokens, device)
+    yield partial(_gather, device)
+    yield partial(_repack, device)
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -5,11 +5,13 @@ rows of logits are drawn as a language model's are: a few hundred likely tokens.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from measure import Case
-from tandem.kernels.gpu.logprobs import normalizers
+from tandem.kernels.gpu.logprobs import logprobs
+from tandem.kernels.gpu.penalties import Penalties, penalize
 from tandem.kernels.gpu.sampling import probabilities, sample
 from tandem.kernels.gpu.speculative import verify
 from tandem.kernels.gpu.wants import Wants
@@ -17,9 +19,10 @@ from tandem.kernels.gpu.wants import Wants
 SIZE = 128_256
 ROWS = (1, 32, 128)
 DRAFTED = 4
+CONTEXT = 2000
 
 
-def cases(device: torch.device) -> Iterator[list[Case]]:
+def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
     """One list a batch and way of sampling."""
     for rows in ROWS:
         logits = torch.randn(rows, SIZE, device=device)
@@ -30,22 +33,10 @@ def cases(device: torch.device) -> Iterator[list[Case]]:
             ("top-p 0.95", {"temperature": 1.0, "top_p": 0.95}),
             ("top-k 50, top-p 0.95", {"temperature": 1.0, "top_k": 50, "top_p": 0.95}),
         ):
-            yield _sampled(logits, name, cuts)
-        yield [
-            Case(
-                what=f"normalizers, {rows} rows",
-                who="tandem",
-                run=lambda logits=logits: normalizers(logits),  # type: ignore[misc]
-                moved_bytes=logits.nbytes,
-            ),
-            Case(
-                what=f"normalizers, {rows} rows",
-                who="torch",
-                run=lambda logits=logits: torch.logsumexp(logits, 1),  # type: ignore[misc]
-                moved_bytes=logits.nbytes,
-            ),
-        ]
-    yield _verified(device)
+            yield partial(_sampled, logits, name, cuts)
+        yield partial(_logprobs, logits)
+        yield partial(_penalized, logits)
+    yield partial(_verified, device)
 
 
 def _wants(rows: int, cuts: dict[str, float], device: torch.device) -> Wants:
@@ -101,6 +92,51 @@ def _check(logits: torch.Tensor, wants: Wants, cuts: dict[str, float]) -> None:
     torch.testing.assert_close(kept.sum(1), torch.ones_like(kept[:, 0]), rtol=1e-4, atol=1e-4)
     if "top_k" in cuts:
         assert bool(((kept > 0).sum(1) <= cuts["top_k"]).all())
+
+
+def _logprobs(logits: torch.Tensor) -> list[Case]:
+    """Of every row, with no likeliest tokens beside (each is another pass)."""
+    rows = torch.arange(logits.shape[0], dtype=torch.int32, device=logits.device)
+    none = torch.zeros_like(rows)
+    found = logprobs(logits, none, rows, none, 0).normalizers_Q
+    torch.testing.assert_close(found.float(), torch.logsumexp(logits, 1), rtol=1e-4, atol=1e-4)
+    what = f"normalizers, {len(rows)} rows"
+    run = lambda: logprobs(logits, none, rows, none, 0)  # noqa: E731
+    return [
+        Case(what=what, who="tandem", run=run, moved_bytes=logits.nbytes),
+        Case(what=what, who="torch", run=lambda: torch.logsumexp(logits, 1), moved_bytes=logits.nbytes),
+    ]
+
+
+def _penalized(logits: torch.Tensor) -> list[Case]:
+    """Every row penalizes a context of 2,000 distinct tokens; moved is what the check of a row reads."""
+    rows, device = logits.shape[0], logits.device
+    ids = torch.argsort(torch.rand(rows, SIZE, device=device), 1)[:, :CONTEXT].int()
+    spans = torch.arange(rows, dtype=torch.int32, device=device)[:, None] * CONTEXT
+    spans = torch.cat((spans, spans, spans + CONTEXT), 1)
+    values = torch.rand(rows, CONTEXT, device=device)
+    asked = Penalties(
+        torch.arange(rows, dtype=torch.int32, device=device),
+        spans.contiguous(),
+        torch.full((rows,), 1.2, device=device),
+        ids.flatten(),
+        values.flatten(),
+        torch.empty(rows * CONTEXT, device=device),
+    )
+    wide = ids.long()
+
+    def in_torch(x: torch.Tensor) -> torch.Tensor:
+        there = x.gather(1, wide)
+        return x.scatter_(1, wide, torch.where(there > 0, there / 1.2, there * 1.2) - values)
+
+    ours = logits.clone()
+    penalize(ours, asked)
+    torch.testing.assert_close(ours, in_torch(logits.clone()), rtol=1e-5, atol=1e-5)
+    what, scratch = f"penalties, {rows} rows, {CONTEXT} tokens each", logits.clone()
+    return [
+        Case(what=what, who="tandem", run=lambda: penalize(scratch, asked), moved_bytes=logits.nbytes),
+        Case(what=what, who="torch", run=lambda: in_torch(scratch), moved_bytes=logits.nbytes, note="no check"),
+    ]
 
 
 def _verified(device: torch.device) -> list[Case]:

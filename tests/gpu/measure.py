@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,16 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One line of a table of its own."""
+
+    title: str
+    """What the table's lines share: they stand one after another."""
+    heads: tuple[str, ...]
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
     """What this device reaches, measured."""
 
@@ -59,7 +70,9 @@ def _captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def time_s(run: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -> float:
-    """Median seconds of one call on the device."""
+    """Median seconds of one call on the device; without a GPU, of one call on the host, for a dry run."""
+    if not torch.cuda.is_available():
+        return _host_time_s(run)
     for _ in range(warm_up):
         run()
     run = _captured(run)
@@ -74,6 +87,12 @@ def time_s(run: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -
         end.synchronize()
         taken.append(begin.elapsed_time(end) / 1000)
     return statistics.median(taken)
+
+
+def _host_time_s(run: Callable[[], object]) -> float:
+    begin_s = time.perf_counter()
+    run()
+    return time.perf_counter() - begin_s
 
 
 def measure_bounds() -> Bounds:
@@ -93,6 +112,8 @@ def _computed_per_s() -> float:
 
 def machine() -> str:
     """Device and versions, for the head of a report."""
+    if not torch.cuda.is_available():
+        return f"no GPU, torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
     driver = torch.version.cuda
     return (
         f"{torch.cuda.get_device_name()}, CUDA {driver}, torch {torch.__version__}, triton {triton.__version__}, "
@@ -121,10 +142,10 @@ def rows(cases: Sequence[Case], bounds: Bounds) -> Iterator[tuple[str, ...]]:
         yield (case.what, case.who, f"{taken_s * 1e6:.1f}", f"{moved / 1e9:.0f}", share, *arithmetic, ratio, case.note)
 
 
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """Aligned columns under `HEADS`."""
-    whole = [HEADS, *lines]
-    widths = [max(len(line[column]) for line in whole) for column in range(len(HEADS))]
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Aligned columns."""
+    whole = [heads, *lines]
+    widths = [max(len(line[column]) for line in whole) for column in range(len(heads))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in whole
     )

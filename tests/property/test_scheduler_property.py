@@ -1,9 +1,11 @@
 """A scheduler under any order of commands, with a device and transports that would notice every mistake.
 
 The fake device keeps a value for each KV slot: a hash of all tokens up to that position. It runs a plan as late as
-possible (when it is collected), reads every slot of the context before it draws, and draws a function of them;
-transports write garbage until they say that they have stopped. So a block freed too early, a wrong prefix hit or a
-table mixed up gives wrong KV at once, and no sequence may ever see any.
+possible (when it is collected), reads every slot of the context before it draws, and draws a function of them, and of
+earlier outputs where a penalty asks for it; transports write garbage until they say that they have stopped, and so does
+a row that was planned behind a token which turned out to be the last. So a block freed too early, a wrong prefix hit or
+a table mixed up gives wrong KV at once, and no sequence may ever see any. What each sequence draws is what it would
+draw alone, however many plans are outstanding and whether or not the device looks ahead.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tandem.cluster.clock import VirtualClock
 from tandem.cluster.engine.block_pool import BlockPool
-from tandem.cluster.engine.plan import RowOutput, StepOutput, StepPlan, StepRow
+from tandem.cluster.engine.plan import DRAWN, RowOutput, StepOutput, StepPlan, StepRow
 from tandem.cluster.engine.policies import policy_for
 from tandem.cluster.engine.prefix_cache import PrefixCache
 from tandem.cluster.engine.scheduler import QueueFull, Scheduler
@@ -40,8 +42,8 @@ def kv_of(tokens: list[int], salt: bytes, start: int, end: int) -> list[int]:
     return values[start:]
 
 
-def draw(kv: int, index: int, params: SamplingParams) -> int:
-    token = kv % VOCAB
+def draw(kv: int, index: int, params: SamplingParams, outputs: Sequence[int]) -> int:
+    token = (kv + (sum(outputs) if params.presence_penalty else 0)) % VOCAB
     while index < params.min_tokens and token in (EOS, *params.stop_token_ids):
         token = (token + 1) % VOCAB
     return token
@@ -52,7 +54,7 @@ def alone(spec: SequenceSpec) -> tuple[list[int], FinishReason]:
     outputs, params = list(spec.output_token_ids), spec.sampling
     while True:
         tokens = [*spec.prompt_token_ids, *outputs]
-        token = draw(kv_of(tokens, spec.cache_salt, len(tokens) - 1, len(tokens))[0], len(outputs), params)
+        token = draw(kv_of(tokens, spec.cache_salt, len(tokens) - 1, len(tokens))[0], len(outputs), params, outputs)
         outputs.append(token)
         if len(outputs) > params.min_tokens and (token in params.stop_token_ids or token == EOS):
             return outputs, FinishReason.STOP
@@ -75,6 +77,7 @@ SPECS = st.builds(
         max_tokens=st.sampled_from([9, 5, 12, 2, 1]),
         min_tokens=st.sampled_from([12, 3, 0]),
         stop_token_ids=st.sampled_from([(), (), (4,)]),
+        presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 1.0]),
     ),
     handoff=st.sampled_from([Handoff.NONE, Handoff.IN, Handoff.NONE, Handoff.OUT]),
     cache_salt=st.sampled_from([b"", b"", b"", b"x"]),
@@ -122,12 +125,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         running=st.sampled_from([2, 3, 5]),
         slack=st.sampled_from([0, 1, 2, 12]),
         plans=st.sampled_from([1, 2, 2, 3]),
+        looks_ahead=st.booleans(),
+        parts=st.sampled_from([1, 1, 2]),
         cache=st.booleans(),
         role=st.sampled_from(Role),
         batching=BATCHING,
     )
     def start(
-        self, blocks: int, size: int, running: int, slack: int, plans: int, cache: bool, role: Role, batching: str
+        self,
+        blocks: int,
+        size: int,
+        running: int,
+        slack: int,
+        plans: int,
+        looks_ahead: bool,
+        parts: int,
+        cache: bool,
+        role: Role,
+        batching: str,
     ) -> None:
         self.size, self.budget, self.running = size, running + slack, running
         self.pool = BlockPool(blocks, size)
@@ -143,7 +158,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=MAX_LEN,
             eos_token_ids=(EOS,),
             max_outstanding_plans=plans,
+            looks_ahead=looks_ahead,
+            decode_parts=parts,
         )
+        self.looks_ahead = looks_ahead
+        self.drawn: dict[str, int] = {}
         self.runs: dict[str, Run] = {}
         self.plans: deque[StepPlan] = deque()
 
@@ -177,7 +196,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert 0 < len(plan.rows) <= self.running
         assert len({row.seq_id for row in plan.rows}) == len(plan.rows)
         assert all(self.runs[row.seq_id].active for row in plan.rows)
-        self.plans.append(plan)
+        # A device copies what it needs of a row when it is launched.
+        self.plans.append(StepPlan(plan.plan_id, tuple(self.copied(row) for row in plan.rows)))
+
+    def copied(self, row: StepRow) -> StepRow:
+        run, sample = self.runs[row.seq_id], row.sample
+        ahead = sum(
+            row.seq_id == other.seq_id and other.sample is not None for plan in self.plans for other in plan.rows
+        )
+        longest = min(len(run.spec.prompt_token_ids) + run.spec.sampling.max_tokens, MAX_LEN)
+        assert row.start + len(row.token_ids) < longest, "the last token's KV is for nobody"
+        if list(row.token_ids) == [DRAWN]:
+            assert self.looks_ahead
+            assert ahead
+        else:
+            assert not ahead
+        if sample is None:
+            return row
+        known = sample.output_index - ahead
+        assert list(sample.output_token_ids) == run.expected[:known]
+        assert not (ahead and sample.params.presence_penalty)
+        return row._replace(sample=sample._replace(output_token_ids=list(sample.output_token_ids)))
 
     @precondition(lambda self: self.plans)
     @rule()
@@ -272,20 +311,37 @@ class SchedulerMachine(RuleBasedStateMachine):
     def integrity(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
+            self.no_block_in_two_hands()
+
+    def no_block_in_two_hands(self) -> None:
+        """What an outstanding plan writes is its sequence's, and nobody else's."""
+        for row in [row for plan in self.plans for row in plan.rows]:
+            blocks = row.block_ids[row.start // self.size : (row.start + len(row.token_ids) - 1) // self.size + 1]
+            assert set(blocks) <= set(self.pool.table(row.seq_id))
+            others = self.pool.holders() - {row.seq_id, f"writer:{row.seq_id}"}
+            assert not [name for name in others if set(blocks) & set(self.pool.table(name))]
 
     def compute(self, row: StepRow) -> RowOutput:
         """The device: writes the row's KV, and for a sample reads the whole context back."""
         run, end = self.runs[row.seq_id], row.start + len(row.token_ids)
-        tokens = [*run.spec.prompt_token_ids, *run.expected][:end]
-        assert list(row.token_ids) == tokens[row.start :]
+        tokens = [*run.spec.prompt_token_ids, *run.expected]
+        if end >= len(tokens):  # with the last one, or behind it
+            self.kv[row.block_ids[row.start // self.size]][row.start % self.size] = -1
+            return RowOutput(row.seq_id, (SampledToken(VOCAB - 1),))
+        given = [self.drawn[row.seq_id] if token == DRAWN else token for token in row.token_ids]
+        if given != tokens[row.start : end]:
+            raise AssertionError(f"{row} is given {given}")
         for position, value in enumerate(run.kv(row.start, end), row.start):
             self.kv[row.block_ids[position // self.size]][position % self.size] = value
         if row.sample is None:
             return RowOutput(row.seq_id)
-        assert row.sample.output_index == len(row.sample.output_token_ids) == end - len(run.spec.prompt_token_ids)
+        assert row.sample.output_index == end - len(run.spec.prompt_token_ids)
         read = self.read(row.block_ids, end)
         assert read == run.kv(0, end)
-        return RowOutput(row.seq_id, (SampledToken(draw(read[-1], row.sample.output_index, row.sample.params)),))
+        sample = row.sample
+        token = draw(read[-1], sample.output_index, sample.params, sample.output_token_ids)
+        self.drawn[row.seq_id] = token
+        return RowOutput(row.seq_id, (SampledToken(token),))
 
     def read(self, block_ids: Sequence[int], end: int) -> list[int | None]:
         return [self.kv[block_ids[p // self.size]][p % self.size] for p in range(end)]

@@ -3,7 +3,8 @@
 1. The constructor sizes the KV memory, `kv_cache_bytes` divided by the bytes of a block, and loads the weights into
    whatever `kernels.dispatch` picked: compiled kernels, or torch. Only the latter imports torch.
 2. The first `launch` pins the thread that computes.
-3. `launch` checks a plan, computes it and samples; `collect` hands the output over. A row whose logits are no numbers
+3. `launch` checks a plan and computes it, or the first stage of a pipeline does: it is free for the next plan then.
+   `collect` waits for the logits, where they come from elsewhere, and samples. A row whose logits are no numbers
    comes back with an error and without a token; the others are not affected.
 """
 
@@ -19,14 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....kernels.dispatch import Picked, numba_problem, pick
+from ....kvtransfer.collective.ports import RankPort
 from ....kvtransfer.layout import KVSplit
 from ....kvtransfer.store import KVStore
 from ...models.config import ModelConfig
 from ...models.reference import ModelFiles
 from ...types import SampledToken
 from ..fingerprint import fingerprint
-from ..forward import Forward, Stage
+from ..forward import Forward, Pending, Stage
 from ..parallel.kv import RankedKVStore
+from ..parallel.rank_process import RankProcess, Recruit, children, dismiss
+from ..parallel.remote_kv import RemoteBlocks
 from ..parallel.shard import check_split, own_processors
 from ..plan import RowOutput, StepOutput, StepPlan
 from ..plan_check import check_plan
@@ -63,6 +67,18 @@ def _pick_for_ranks(kernels: str, quantization: str | None) -> Picked:
     return Picked("reference", "asked for") if kernels == "reference" else Picked("torch", "a worker of several ranks")
 
 
+def _memory(split: KVSplit, num_blocks: int, processes: Sequence[RankProcess]) -> HostKVStore | RankedKVStore:
+    """KV memory: of one rank, or in parts, of which ranks on other nodes have theirs there."""
+    if split.num_ranks == 1:
+        return HostKVStore(split.layout, num_blocks)
+    remote = {
+        process.rank: RemoteBlocks(process.kv_link, process.rank, split.rank_layout(process.rank).block_bytes)
+        for process in processes
+        if process.kv_link is not None
+    }
+    return RankedKVStore(split, num_blocks, remote)
+
+
 class CpuDevice(Device):
     """A model on processors. Owned by the engine thread; `kv` may be used by transport threads."""
 
@@ -82,11 +98,12 @@ class CpuDevice(Device):
         stage: Stage | None = None,
         tensor_parallel: int = 1,
         pipeline_stages: int = 1,
+        recruit: Recruit = children,
     ) -> None:
         """Loads `files`. `dtype`: `bfloat16` or `float32`, of weights and KV; `quantization`: `w8a8` or None;
         `kernels`: as `kernels.dispatch.pick` takes it; `cpus`: processors that the computing threads are pinned to,
         empty: not pinned; `stage`: follows the start; `tensor_parallel`, `pipeline_stages`: with more than one rank,
-        the others are processes (`engine.parallel`) and `threads` are each rank's.
+        the others are processes (`engine.parallel`) that `recruit` hands over, and `threads` are each rank's.
 
         Raises ValueError naming the field (ModelError for the model's files), RankLost, OSError.
         """
@@ -113,13 +130,22 @@ class CpuDevice(Device):
         self.fingerprint = fingerprint(files, dtype, quantization)
         self.vocab_size = files.config.vocab_size
         self.num_blocks = num_blocks
-        store = HostKVStore(layout, num_blocks) if split.num_ranks == 1 else RankedKVStore(split, num_blocks)
-        self.kv: KVStore = store
-        self._store = store
-        store.commit()
-        self._sampler = Sampler()
-        self._forward: Forward | None = self._load(files, dtype, quantization, store, threads, stage)
-        self._outputs: deque[StepOutput] = deque()
+        if split.num_ranks > 1 and stage is not None:
+            stage("ranks", None)
+        processes = recruit(split.num_ranks) if split.num_ranks > 1 else ()
+        try:
+            store = _memory(split, num_blocks, processes)
+            self.kv: KVStore = store
+            self._store = store
+            store.commit()
+            self._sampler = Sampler()
+            self._forward: Forward | None = self._load(files, dtype, quantization, store, processes, threads, stage)
+        except BaseException:
+            dismiss(processes)
+            raise
+        self._launched: deque[tuple[StepPlan, float, Pending]] = deque()
+        """Plans with when they were launched, monotonic seconds."""
+        self.plans_ahead = self._forward.plans_ahead
 
     def _load(
         self,
@@ -127,6 +153,7 @@ class CpuDevice(Device):
         dtype: str,
         quantization: str | None,
         store: HostKVStore | RankedKVStore,
+        processes: Sequence[RankProcess],
         threads: int,
         stage: Stage | None,
     ) -> Forward:
@@ -134,7 +161,7 @@ class CpuDevice(Device):
             from ..parallel.leader import ParallelForward
 
             return ParallelForward(
-                files, dtype, self.picked.kernels, store, threads=threads, cpus=self._all_cpus, stage=stage
+                files, dtype, self.picked.kernels, store, processes, threads=threads, cpus=self._all_cpus, stage=stage
             )
         if self.picked.kernels == "compiled":
             from ....kernels.compiled.sampling import RowSampler
@@ -160,27 +187,37 @@ class CpuDevice(Device):
         assert self._forward is not None
         self._forward.watch(on_lost)
 
+    def other_ranks(self) -> Sequence[RankPort]:
+        assert self._forward is not None
+        return self._forward.other_ranks()
+
     def launch(self, plan: StepPlan) -> None:
         if self._forward is None:
             raise RuntimeError("the device is closed")
         self._bind_thread()
         check_plan(plan, self._config, self.num_blocks, self.kv.layout.block_size)
         start_s = time.monotonic()
-        logits = self._forward.run(plan)
-        rows = self._sample(plan, logits)
-        self._outputs.append(StepOutput(plan.plan_id, rows, time.monotonic() - start_s))
+        self._launched.append((plan, start_s, self._forward.launch(plan)))
 
     def collect(self) -> StepOutput:
-        if not self._outputs:
+        if not self._launched:
             raise RuntimeError("collect: no launched plan is outstanding")
-        return self._outputs.popleft()
+        plan, start_s, pending = self._launched.popleft()
+        rows = self._sample(plan, pending())
+        return StepOutput(plan.plan_id, rows, time.monotonic() - start_s)
+
+    def done(self) -> bool:
+        return self._forward is not None and self._forward.done()
+
+    def wait(self, wake: threading.Event) -> bool:
+        return self._forward is None or self._forward.wait(wake)
 
     def close(self) -> None:
         self._store.close()
         if self._forward is not None:
             self._forward.close()
         self._forward = None
-        self._outputs.clear()
+        self._launched.clear()
 
     def _bind_thread(self) -> None:
         """Pins the calling thread, once, before it starts helpers that inherit its affinity."""

@@ -1,25 +1,27 @@
-"""The processes of a worker's other ranks: started, told things, watched, ended. Loads no torch.
+"""A worker's other ranks as its leader has them: told things, watched, ended. Loads no torch.
 
 A thread listens to all of them. One that has ended, says that it failed, or answers no PING for `PONG_S` takes the
 others with it: a step needs all of them, and its KV is gone. Whoever owns the worker hears of it once (`watch`). A rank
-that waits for a dead one needs no telling, for the connection between them breaks.
+that waits for a dead one needs no telling, for the connection between them breaks. While the ranks meet, the same
+thread keeps the table in which they find each other (`meeting`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import os
 import select
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NoReturn
 
-from .messages import Kind, RankLost, Setup, encode_setup, receive, send
+from .meeting import Meeting
+from .messages import Kind, RankLost, Setup, decode_put, encode_setup, receive, send
+from .rank_process import RankProcess
 
 logger = logging.getLogger(__name__)
 
@@ -30,34 +32,49 @@ LOAD_SILENCE_S = 600.0
 PING_S, PONG_S = 2.0, 10.0
 """How often a follower is asked whether it lives, and how long it may take."""
 STOP_S = 5.0
+GIFT = b"K"
+"""Before the first message: one byte, and with it the descriptor of the KV memory that the follower is lent, if any."""
 Lost = Callable[[BaseException], None]
 
 
 @dataclass(slots=True)
-class _Follower:
-    rank: int
-    process: subprocess.Popen[bytes]
-    link: socket.socket
+class _Member:
+    process: RankProcess
     heard_s: float
+    """When anything came of it."""
+    spoke_s: float
+    """When it last said something by itself."""
+    ready: bool = False
+    sending: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Followers:
     """Ranks 1 … n - 1. `start`, `say`, `close` are the owner's thread's; `watch` may be called from any."""
 
-    def __init__(self, setups: Sequence[Setup], kv_fds: Sequence[int]) -> None:
-        """Starts a process for each setup; each is lent the KV memory of its descriptor. OSError if one cannot be
-        started.
+    def __init__(self, processes: Sequence[RankProcess], setups: Sequence[Setup], kv_fds: Sequence[int | None]) -> None:
+        """Tells each process what it is to be, and lends it the KV memory of its descriptor; None: it has its own. The
+        processes are this object's from now on. Raises RankLost.
         """
-        self._members: list[_Follower] = []
+        now_s = time.monotonic()
+        self._members = [_Member(process, now_s, now_s) for process in processes]
+        self.meeting = Meeting()
+        """Where this worker's ranks find each other."""
         self._failure: BaseException | None = None
         self._on_lost: Lost | None = None
+        self.on_kv: dict[int, Callable[[bytes], None]] = {}
+        """By rank, called with what it says of KV between workers, from a thread that must not wait."""
+        self.on_kv_lost: list[Callable[[str], None]] = []
+        """Called, once, when a follower is lost; must not wait."""
+        self.on_blocks: dict[int, Callable[[bytes], None]] = {}
+        """As `on_kv`, with blocks of its KV memory."""
         self._closing = False
         self._lock = threading.Lock()
-        self._sending = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._watcher = threading.Thread(target=self._watch, name="followers", daemon=True)
         try:
-            for setup, kv_fd in zip(setups, kv_fds, strict=True):
-                self._members.append(_spawn(setup, kv_fd))
+            for member, setup, kv_fd in zip(self._members, setups, kv_fds, strict=True):
+                member.process.link.settimeout(PONG_S)  # of what is said to one that does not read
+                _give(member.process, setup, kv_fd)
         except BaseException:
             self.close()
             raise
@@ -70,31 +87,59 @@ class Followers:
     def gather(self) -> None:
         """Returns when every process runs and knows what it is to be. Raises RankLost."""
         for member in self._members:
-            self._await(member, Kind.HERE, START_S, lambda share: None)
+            if not _readable([member.process.link], START_S):
+                raise _lost(member, f"no word for {START_S:g} s")
+            kind, payload = _received(member)
+            if kind is not Kind.HERE:
+                raise _lost(member, payload.decode(errors="replace") or f"{kind.name} came, not HERE")
 
     def connect(self) -> None:
-        """Tells them to meet the other ranks, and to load then. Raises RankLost."""
+        """Tells them to meet the other ranks, and to load then; from now on they are watched. Raises RankLost."""
+        now_s = time.monotonic()
+        for member in self._members:
+            member.heard_s = member.spoke_s = now_s
+        self._watcher.start()
         self.say(Kind.CONNECT)
 
-    def ready(self, progress: Callable[[float], None]) -> None:
-        """Returns when all have loaded; from now on they are watched. `progress`: the share that is loaded. Raises
-        RankLost.
-        """
-        for member in self._members:
-            self._await(member, Kind.READY, LOAD_SILENCE_S, progress)
-            member.heard_s = time.monotonic()
-        self._watcher.start()
+    def ready(self) -> None:
+        """Returns when all have loaded. Raises RankLost."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or all(one.ready for one in self._members))
+        self.check()
 
     def say(self, kind: Kind, payload: bytes = b"") -> None:
         """Tells all of them. Raises RankLost, also for one that was lost before."""
         self.check()
         for member in self._members:
             try:
-                with self._sending:
-                    send(member.link, kind, payload)
+                with member.sending:
+                    send(member.process.link, kind, payload)
             except OSError as error:
-                self._lose(self._lost(member, str(error)))
+                self._lose(_lost(member, str(error)))
                 self.check()
+
+    def say_kv(self, rank: int, command: bytes) -> None:
+        """Tells one of them something about KV between workers. One that is lost is told elsewhere (`watch`)."""
+        self._say_one(rank, Kind.KV, command)
+
+    def say_blocks(self, rank: int, request: bytes) -> None:
+        """Asks one of them something about blocks of its KV memory; the same."""
+        self._say_one(rank, Kind.BLOCKS, request)
+
+    def _say_one(self, rank: int, kind: Kind, payload: bytes) -> None:
+        member = self._members[rank - 1]
+        try:
+            with member.sending:
+                send(member.process.link, kind, payload)
+        except OSError as error:
+            self._lose(_lost(member, str(error)))
+
+    def lose(self, rank: int, why: str) -> NoReturn:
+        """That rank is of no use any more: the worker ends. Raises what was lost, or had been before."""
+        lost = _lost(self._members[rank - 1], why)
+        self._lose(lost)
+        self.check()
+        raise lost  # the worker is closing anyway
 
     def check(self) -> None:
         """Raises what was lost."""
@@ -113,38 +158,22 @@ class Followers:
         """Ends the processes and returns when they are gone; idempotent."""
         self._closing = True
         for member in self._members:
-            with contextlib.suppress(OSError):
-                member.link.shutdown(socket.SHUT_RDWR)  # its end is the follower's, and wakes the watcher
+            _hang_up(member.process)  # its end is the follower's, and wakes the watcher
         deadline_s = time.monotonic() + STOP_S
         for member in self._members:
-            try:
-                member.process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if not member.process.wait(max(0.0, deadline_s - time.monotonic())):
                 member.process.kill()
-                member.process.wait()
+                member.process.wait(STOP_S)
         if self._watcher.is_alive() and threading.current_thread() is not self._watcher:
             self._watcher.join(STOP_S)
         for member in self._members:
-            member.link.close()
-
-    def _await(self, member: _Follower, wanted: Kind, silence_s: float, progress: Callable[[float], None]) -> None:
-        """The next message but PROGRESS, which must be `wanted`."""
-        while True:
-            if not _readable([member.link], silence_s):
-                raise self._lost(member, f"no word for {silence_s:g} s")
-            try:
-                kind, payload = receive(member.link)
-            except (EOFError, OSError, ValueError) as error:
-                raise self._lost(member, str(error)) from None
-            if kind is wanted:
-                return
-            if kind is not Kind.PROGRESS:
-                raise self._lost(member, payload.decode(errors="replace") or f"{kind.name} came, not {wanted.name}")
-            progress(float(payload))
+            member.process.link.close()
+            if member.process.kv_link is not None:
+                member.process.kv_link.close()
 
     def _watch(self) -> None:
         """Until they end."""
-        links = {member.link: member for member in self._members}
+        links = {member.process.link: member for member in self._members}
         asked_s = time.monotonic()
         while not self._closing and self._failure is None:
             try:
@@ -160,45 +189,99 @@ class Followers:
                 if not self._closing:
                     raise
 
-    def _heard(self, member: _Follower) -> None:
-        try:
-            kind, payload = receive(member.link)
-        except (EOFError, OSError, ValueError) as error:
-            raise self._lost(member, str(error)) from None
+    def _heard(self, member: _Member) -> None:
+        kind, payload = _received(member)
         member.heard_s = time.monotonic()
-        if kind is not Kind.PONG:
-            raise self._lost(member, payload.decode(errors="replace"))
+        if kind is Kind.PONG:
+            return
+        member.spoke_s = member.heard_s
+        if kind is Kind.PROGRESS:
+            return
+        try:
+            if kind is Kind.READY:
+                with self._changed:
+                    member.ready = True
+                    self._changed.notify_all()
+            elif kind is Kind.PUT:
+                self.meeting.put(*decode_put(payload))
+            elif kind is Kind.KV:
+                self.on_kv[self._members.index(member) + 1](payload)
+            elif kind is Kind.BLOCKS:
+                self.on_blocks[self._members.index(member) + 1](payload)
+            elif kind is Kind.ASK:
+                self.meeting.ask(payload.decode(), functools.partial(self._answer, member))
+            else:
+                raise _lost(member, payload.decode(errors="replace") or f"{kind.name} came unasked")
+        except ValueError as error:
+            raise _lost(member, str(error)) from None
+
+    def _answer(self, member: _Member, value: bytes) -> None:
+        try:
+            with member.sending:
+                send(member.process.link, Kind.VALUE, value)
+        except OSError as error:
+            self._lose(_lost(member, str(error)))
 
     def _ping(self, now_s: float) -> None:
         for member in self._members:
-            if now_s - member.heard_s > PONG_S:
-                raise self._lost(member, f"no answer for {PONG_S:g} s")
-            if self._sending.acquire(blocking=False):  # a plan is on its way: that will be answered too, or time out
+            silence_s = now_s - (member.heard_s if member.ready else member.spoke_s)
+            most_s = PONG_S if member.ready else LOAD_SILENCE_S
+            if silence_s > most_s:
+                raise _lost(member, f"no answer for {most_s:g} s")
+            if member.sending.acquire(blocking=False):  # a plan is on its way: that will be answered too, or time out
                 try:
-                    send(member.link, Kind.PING)
+                    send(member.process.link, Kind.PING)
                 except OSError as error:
-                    raise self._lost(member, str(error)) from None
+                    raise _lost(member, str(error)) from None
                 finally:
-                    self._sending.release()
-
-    def _lost(self, member: _Follower, why: str) -> RankLost:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the end of its socket may be seen before its own
-            member.process.wait(0.2)
-        status = member.process.poll()
-        ended = "" if status is None else f", ended with {status}"
-        return RankLost(f"rank {member.rank} (pid {member.process.pid}{ended}): {why}")
+                    member.sending.release()
 
     def _lose(self, lost: RankLost) -> None:
         """The first loss ends the others too, and is told."""
-        with self._lock:
+        with self._changed:
             if self._closing or self._failure is not None:
                 return
             self._failure, on_lost = lost, self._on_lost
+            self._changed.notify_all()
         logger.error("the worker has lost a rank: %s", lost)
+        self.meeting.fail(lost)
+        for on_kv_lost in self.on_kv_lost:
+            on_kv_lost(str(lost))
         for member in self._members:
             member.process.kill()
+            _hang_up(member.process)  # who waits for its KV waits no longer
         if on_lost is not None:
             on_lost(lost)
+
+
+def _give(process: RankProcess, setup: Setup, kv_fd: int | None) -> None:
+    """What a follower hears first."""
+    try:
+        if kv_fd is None:
+            process.link.sendall(GIFT)
+        else:
+            socket.send_fds(process.link, [GIFT], [kv_fd])
+        send(process.link, Kind.SETUP, encode_setup(setup))
+    except OSError as error:
+        raise RankLost(f"{process}: {error}") from error
+
+
+def _hang_up(process: RankProcess) -> None:
+    for link in (process.link, process.kv_link):
+        if link is not None:
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
+
+def _received(member: _Member) -> tuple[Kind, bytes]:
+    try:
+        return receive(member.process.link)
+    except (EOFError, OSError, ValueError) as error:
+        raise _lost(member, str(error)) from None
+
+
+def _lost(member: _Member, why: str) -> RankLost:
+    return RankLost(f"{member.process}: {why}")
 
 
 def _readable(links: Sequence[socket.socket], timeout_s: float) -> list[socket.socket]:
@@ -208,30 +291,3 @@ def _readable(links: Sequence[socket.socket], timeout_s: float) -> list[socket.s
     for number in by_number:
         poll.register(number, select.POLLIN)
     return [by_number[number] for number, _ in poll.poll(timeout_s * 1000)]
-
-
-def _spawn(setup: Setup, kv_fd: int) -> _Follower:
-    """One process, and its first message."""
-    link, theirs = socket.socketpair()
-    link.settimeout(PONG_S)  # of what is said to one that does not read
-    numbers = (theirs.fileno(), kv_fd)
-    module = "tandem.cluster.engine.parallel.follower"
-    command = [sys.executable, "-P", "-m", module, *map(str, numbers)]
-    paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    try:
-        # A group of its own: Ctrl-C is for the worker, which drains first.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=numbers,
-            process_group=0,
-            env=paths,
-        )
-        send(link, Kind.SETUP, encode_setup(setup))
-    except BaseException:
-        link.close()
-        raise
-    finally:
-        theirs.close()
-    return _Follower(setup.rank, process, link, time.monotonic())

@@ -52,15 +52,20 @@ class VocabularyHead(Linear):
         self.resident_bytes = part.resident_bytes
         self._part = part
         self._ranks = ranks
-        self._widths = [len(share(vocab_size, ranks.tensor_parallel, place)) for place in range(ranks.tensor_parallel)]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        logits, widest = self._part(x), max(self._widths)
-        if min(self._widths) == widest:
-            return self._ranks.all_gather(logits)
-        together = self._ranks.all_gather(F.pad(logits, (0, widest - logits.shape[-1])))
-        parts = together.split(widest, dim=-1)
-        return torch.cat([part[:, :width] for part, width in zip(parts, self._widths, strict=True)], dim=-1)
+        return gather_vocabulary(self._part(x), self.out_features, self._ranks)
+
+
+def gather_vocabulary(logits: torch.Tensor, vocab_size: int, ranks: Ranks) -> torch.Tensor:
+    """Each rank's [R, its share of V] -> [R, V] on all."""
+    widths = [len(share(vocab_size, ranks.tensor_parallel, place)) for place in range(ranks.tensor_parallel)]
+    widest = max(widths)
+    if min(widths) == widest:
+        return ranks.all_gather(logits)
+    together = ranks.all_gather(F.pad(logits, (0, widest - logits.shape[-1])))
+    parts = together.split(widest, dim=-1)
+    return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
 
 def join_ranks(model: Model, shard: Shard, ranks: Ranks) -> None:

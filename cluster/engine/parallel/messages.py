@@ -1,8 +1,11 @@
-"""What the leader of a worker and its followers say to each other, over one socket pair for each follower.
+"""What the leader of a worker and its followers say to each other, over one socket for each follower.
 
 Leader: SETUP (once), CONNECT (all are there: meet), PLAN (compute a step), PING. Follower: HERE (it runs), PROGRESS,
-READY (it has its weights), FAILED (what went wrong; it ends), PONG. A message is `u32 length | u8 kind | payload`;
-payloads are msgpack, plans those of `engine.plan_wire`. The end of the socket is the end of the other. Pure.
+READY (it has its weights), FAILED (what went wrong; it ends), PONG. While they meet, a follower says PUT (its address
+under a key) and ASK (for another's), and is told VALUE. KV, both ways: of what travels between it and ranks of other
+workers (`kvtransfer.collective.commands`). BLOCKS, both ways: blocks of a rank whose memory
+cannot be lent (`link_kv`). A message is `u32 length | u8 kind | payload`; payloads are msgpack, plans those of
+`engine.plan_wire`. The end of the socket is the end of the other. Pure.
 """
 
 from __future__ import annotations
@@ -44,6 +47,27 @@ class Kind(enum.IntEnum):
     PING = 7
     PONG = 8
     FAILED = 9
+    PUT = 20
+    ASK = 21
+    VALUE = 22
+    KV = 30
+    BLOCKS = 31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSetup:
+    """What a follower that computes on a GPU must know beside: arguments of `devices.cuda.CudaDevice`."""
+
+    device: str
+    """As PyTorch on its node names it."""
+    quantization: str | None = None
+    kv_cache_bytes: int = 0
+    """Of all ranks; 0: each measures, and the smallest counts."""
+    max_batched_tokens: int = 512
+    max_running: int = 64
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +84,18 @@ class Setup:
     block_size: int
     num_blocks: int
     nonce: bytes
-    """Of its KV segment."""
+    """Of its KV segment; empty: it makes memory of its own."""
     threads: int
     cpus: tuple[int, ...]
-    store: str
-    """The file through which the ranks meet."""
+    stage_host: str
+    """Its address for the ranks of its stage, and for those of its place in other stages."""
+    pipeline_host: str
+    fingerprint: str
+    """Of the model whose files it finds itself; empty: the files are where `files` says."""
     timeout_s: float
-    """For that, and for each operation between ranks."""
+    """For the meeting, and for each operation between ranks."""
+    gpu: GpuSetup | None = None
+    """None: it computes on processors."""
 
 
 def send(link: socket.socket, kind: Kind, payload: bytes = b"") -> None:
@@ -82,9 +111,31 @@ def receive(link: socket.socket) -> tuple[Kind, bytes]:
     return Kind(kind), _exactly(link, length)
 
 
+def encode_put(key: str, value: bytes) -> bytes:
+    """The payload of PUT."""
+    packed: bytes = msgpack.packb([key, value])
+    return packed
+
+
+def decode_put(data: bytes) -> tuple[str, bytes]:
+    """The inverse of `encode_put`. ValueError for anything else."""
+    try:
+        key, value = msgpack.unpackb(data)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(f"put: {error!r}") from error
+    if not isinstance(key, str) or not isinstance(value, bytes):
+        raise ValueError("put: a text and bytes were due")
+    return key, value
+
+
 def _exactly(link: socket.socket, size: int) -> bytes:
     data = bytearray(size)
-    view = memoryview(data)
+    fill(link, memoryview(data))
+    return bytes(data)
+
+
+def fill(link: socket.socket, view: memoryview) -> None:
+    """Receives as many bytes as fit. EOFError where the other has ended."""
     while view:
         try:
             count = link.recv_into(view)
@@ -93,7 +144,6 @@ def _exactly(link: socket.socket, size: int) -> bytes:
         if count == 0:
             raise EOFError("the other end of the link is closed")
         view = view[count:]
-    return bytes(data)
 
 
 def encode_step(plan: StepPlan, block_size: int) -> bytes:
@@ -119,7 +169,8 @@ def encode_setup(setup: Setup) -> bytes:
         "path": None if setup.files.path is None else str(setup.files.path),
         "config": asdict(setup.files.config),
     }
-    packed: bytes = msgpack.packb({**plain, "files": files})
+    gpu = None if setup.gpu is None else asdict(setup.gpu)
+    packed: bytes = msgpack.packb({**plain, "files": files, "gpu": gpu})
     return packed
 
 
@@ -127,10 +178,10 @@ def decode_setup(data: bytes) -> Setup:
     """ValueError for anything but an encoded setup."""
     try:
         values: dict[str, Any] = msgpack.unpackb(data)
-        files = values.pop("files")
+        files, gpu = values.pop("files"), values.pop("gpu")
         path = files["path"]
         return Setup(
-            **{**values, "cpus": tuple(values["cpus"])},
+            **{**values, "cpus": tuple(values["cpus"]), "gpu": None if gpu is None else GpuSetup(**gpu)},
             files=ModelFiles(
                 name=files["name"],
                 kind=files["kind"],

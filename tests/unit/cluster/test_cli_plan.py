@@ -111,7 +111,7 @@ def test_a_workload_of_its_own_file(tmp_path: Path) -> None:
         (["--choose", "fastest"], "--choose: 'fastest' is not allowed; allowed: best, disaggregated, colocated"),
         (["--choose", "colocated"], "--choose: has no effect without --output"),
         (["--device", "cpu"], "--device: has no effect without --output or --validate"),
-        (["--device", "cuda"], "--device: 'cuda' is not allowed; allowed: one of cpu, paced"),
+        (["--device", "tpu"], "--device: 'tpu' is not allowed; allowed: one of cpu, cuda, paced"),
         (["--report", "report.pdf"], "--report: 'report.pdf' is not allowed; allowed: a file that ends in .html, .png"),
         (["--output", "plan.json"], "--output: 'plan.json' is not allowed; allowed: a file that ends in .yaml or .yml"),
         (

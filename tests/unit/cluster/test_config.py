@@ -31,13 +31,16 @@ def write(tmp_path: Path, text: str) -> Path:
 BAD_ENGINE = [
     ("model", ""),
     ("model", 3),
-    ("device", "cuda"),
+    ("device", "tpu"),
     ("dtype", "float16"),
     ("block_size", 0),
     ("block_size", 1025),
     ("block_size", 16.0),
     ("block_size", True),
-    ("kv_cache_bytes", 0),
+    ("kv_cache_bytes", -1),
+    ("gpu_memory_utilization", 0.0),
+    ("gpu_memory_utilization", 1.1),
+    ("enforce_eager", 1),
     ("max_model_len", 0),
     ("max_batched_tokens", 0),
     ("max_running", 0),
@@ -60,6 +63,14 @@ BAD_ENGINE = [
     ("quantization", "w4a16"),
     ("kernels", "cuda"),
     ("batching", "static"),
+    ("gpus", (0,)),
+    ("gpus", (-1,)),
+]
+
+ON_A_GPU = [
+    ({"kernels": "compiled"}, "kernels: 'compiled' is not allowed; allowed: auto or triton on cuda"),
+    ({"kernels": "torch"}, "kernels: 'torch' is not allowed; allowed: auto or triton on cuda"),
+    ({"gpus": (0, 1, 2), "tensor_parallel": 2}, "gpus: .* allowed: 2, or a multiple of that: one for each rank"),
 ]
 
 BAD_WORKER = [
@@ -210,6 +221,18 @@ def test_workers_are_spelled_out() -> None:
     assert {worker.lease_s for worker in workers} == {5}
 
 
+def test_a_pools_gpus_are_taken_in_turn() -> None:
+    config = build_config(None, {"prefill": 3, "decode": 1, "engine.device": "cuda", "engine.gpus": (1, 3)})
+    assert [worker.engine.gpus for worker in config.workers()] == [(1,), (3,), (1,), (1,)]
+    assert build_config(None, {"engine.device": "cuda"}).workers()[0].engine.gpus == ()
+    wide = build_config(None, {"engine.device": "cuda", "engine.gpus": (0, 1, 4, 5), "engine.tensor_parallel": 2})
+    assert [worker.engine.gpus for worker in wide.workers()] == [(0, 1), (0, 1)]
+    more = build_config(
+        None, {"prefill": 3, "engine.device": "cuda", "engine.gpus": (0, 1, 4, 5), "engine.pipeline_stages": 2}
+    )
+    assert [worker.engine.gpus for worker in more.workers()] == [(0, 1), (4, 5), (0, 1), (0, 1)]
+
+
 def test_router_processes_are_spelled_out() -> None:
     router = RouterConfig(processes=3, registry_port=9000)
     assert router.registry_ports == (9000, 9001, 9002)
@@ -343,7 +366,7 @@ def test_overrides_win(tmp_path: Path) -> None:
         ("engine: {threads: 1, threads: 2}", r"threads: 'given twice \(line 1\)'"),
         ("engine: 3", r"engine: 3 .*a section"),
         ("engine: {kv_cache_bytes: lots}", r"engine\.kv_cache_bytes: 'lots' .*512MiB"),
-        ("engine: {kv_cache_bytes: -1}", r"engine\.kv_cache_bytes: -1 .*at least 1"),
+        ("engine: {kv_cache_bytes: -1}", r"engine\.kv_cache_bytes: -1 .*at least 0"),
         ("prefill: {engine: {threads: 0}}", r"prefill\.engine\.threads: 0"),
         ("engine: {threads: 0}\nprefill: {engine: {block_size: 8}}", r"^engine\.threads: 0"),
         ("router: {slo: {ttft_s: 0}}", r"router\.slo\.ttft_s: 0"),
@@ -403,3 +426,16 @@ def test_what_is_not_given_is_missing() -> None:
 )
 def test_only_what_is_near_is_suggested(word: str, found: str) -> None:
     assert nearest(word, ["a100-80g", "cpu-zen4", "h100", "h200", "l4", "address"]) == found
+
+
+@pytest.mark.parametrize(("wanted", "message"), ON_A_GPU)
+def test_what_a_gpu_does_not_have_is_refused(wanted: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(device="cuda", **wanted)  # type: ignore[arg-type]
+
+
+def test_kv_memory_that_nobody_names_is_the_devices_own_choice() -> None:
+    assert EngineConfig().kv_cache_bytes == EngineConfig(device="paced").kv_cache_bytes == 512 * 2**20
+    assert EngineConfig(device="cuda").kv_cache_bytes == 0
+    assert EngineConfig(device="cuda", kv_cache_bytes=2**30).kv_cache_bytes == 2**30
+    EngineConfig(device="cuda", quantization="w4a16")

@@ -108,12 +108,13 @@ def test_a_run_over_grpc() -> None:
     assert [record.error for record in result.records] == [""] * 3
     assert (result.summary.total_input_tokens, result.summary.total_output_tokens) == (9, 12)
     assert refused.error == "RESOURCE_EXHAUSTED: full"
-    sent = service.seen[1]
+    by_id = {request.request_id: place for place, request in enumerate(service.seen)}  # they come in any order
+    place = by_id[f"{result.name}-0"]
+    sent = service.seen[place]
     assert (sent.model, sent.slo_class, sent.slo_ttft_ms) == ("m", "batch", 500.0)
     assert sent.sampling == pb.SamplingOptions(max_tokens=4, ignore_eos=True, temperature=0.5)
-    assert sent.request_id == f"{result.name}-0"
-    assert service.metadata[1]["authorization"] == "Bearer k"
-    assert service.metadata[1]["x-other"] == "1"
+    assert service.metadata[place]["authorization"] == "Bearer k"
+    assert service.metadata[place]["x-other"] == "1"
 
 
 def test_nobody_there() -> None:

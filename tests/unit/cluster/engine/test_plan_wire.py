@@ -9,7 +9,7 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem.cluster.engine.plan import RowOutput, SampleSpec, StepOutput, StepPlan, StepRow
+from tandem.cluster.engine.plan import DRAWN, RowOutput, SampleSpec, StepOutput, StepPlan, StepRow
 from tandem.cluster.engine.plan_wire import decode_output, decode_plan, encode_output, encode_plan
 from tandem.cluster.types import MAX_SEED, MAX_TOP_LOGPROBS, SampledToken, SamplingParams
 
@@ -110,3 +110,12 @@ def changed(path: tuple[int, ...], value: Any) -> bytes:
 def test_anything_else_is_named(data: bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         decode_plan(data)
+
+
+def test_a_row_of_a_token_that_is_being_drawn_comes_back() -> None:
+    """No other number below 0 does."""
+    waiting = StepPlan(1, (StepRow("a", 5, [DRAWN], [1, 2]),))
+    assert decode_plan(encode_plan(waiting)) == waiting
+    for tokens in ([DRAWN, 3], [-2]):
+        with pytest.raises(ValueError, match=r"token_ids: \d+ is more than"):
+            decode_plan(encode_plan(StepPlan(1, (StepRow("a", 5, tokens, [1, 2]),))))

@@ -4,13 +4,16 @@ A line that begins with `> ` is a command, the indented lines under it are what 
 `UPDATE_GOLDEN=1 pytest …` rewrites the indented lines. After every command `check_integrity` must hold.
 
     > engine policy=mixed blocks=8 size=4 budget=8 running=4 waiting=4 len=64 plans=1 [batching=request]   (first)
+             [ahead=yes] [parts=2] [part_rows=3]
     > submit a prompt=1..10 max=3 [handoff=out|in] [output=5,6] [draws=7,0] [stop=9] [salt=x] [slo=x] [share=2] [due=1]
+             [presence=1]
     > launch / > finish        schedule a plan / complete the oldest one;   > step [n] does both, n times
     > finish a                 … and the device fails on row a
     > kv_ready a 7   > writer_done a   > release a   > abort a   > role decode
 
 Tokens drawn are 100 + output index unless `draws` says otherwise; 0 is end of sequence.
-In plans `a[8:10]→#0` computes positions 8 and 9 of `a` and draws its output token 0. Blocks print as id.generation.
+In plans `a[8:10]→#0` computes positions 8 and 9 of `a` and draws its output token 0; `a[10?]→#1` computes position 10
+from the token that is being drawn. Blocks print as id.generation.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pathlib import Path
 import pytest
 from tandem.cluster.clock import VirtualClock
 from tandem.cluster.engine.block_pool import BlockPool
-from tandem.cluster.engine.plan import RowOutput, StepOutput, StepPlan, StepRow
+from tandem.cluster.engine.plan import DRAWN, RowOutput, StepOutput, StepPlan, StepRow
 from tandem.cluster.engine.policies import policy_for
 from tandem.cluster.engine.prefix_cache import PrefixCache
 from tandem.cluster.engine.scheduler import QueueFull, Scheduler
@@ -74,7 +77,11 @@ class Transcript:
         len: str,
         plans: str = "1",
         batching: str = "iteration",
+        ahead: str = "",
+        parts: str = "1",
+        part_rows: str = "1",
     ) -> list[str]:
+        self.outstanding.clear()
         self.pool = BlockPool(int(blocks), int(size))
         self.scheduler = Scheduler(
             block_pool=self.pool,
@@ -87,6 +94,9 @@ class Transcript:
             max_model_len=int(len),
             eos_token_ids=(0,),
             max_outstanding_plans=int(plans),
+            looks_ahead=bool(ahead),
+            decode_parts=int(parts),
+            decode_part_rows=int(part_rows),
         )
         return []
 
@@ -103,13 +113,14 @@ class Transcript:
         slo: str = "",
         share: str = "1",
         due: str = "inf",
+        presence: str = "0",
     ) -> list[str]:
         self.draws[seq_id] = ids(draws)
         spec = SequenceSpec(
             seq_id=seq_id,
             prompt_token_ids=ids(prompt),
             output_token_ids=ids(output),
-            sampling=SamplingParams(max_tokens=int(max), stop_token_ids=ids(stop)),
+            sampling=SamplingParams(max_tokens=int(max), stop_token_ids=ids(stop), presence_penalty=float(presence)),
             handoff=Handoff(handoff),
             cache_salt=salt.encode(),
             urgency=Urgency(slo_class=slo, share=float(share), deadline_s=float(due)),
@@ -173,6 +184,8 @@ class Transcript:
 
     def show_row(self, row: StepRow) -> str:
         draws = f"→#{row.sample.output_index}" if row.sample else ""
+        if list(row.token_ids) == [DRAWN]:
+            return f"{row.seq_id}[{row.start}?]{draws}"
         return f"{row.seq_id}[{row.start}:{row.start + len(row.token_ids)}]{draws}"
 
     def show_event(self, event: SchedulerEvent) -> str:

@@ -37,12 +37,48 @@ def test_kv_memory_holds_at_least_one_block() -> None:
         check_engines(config(kv_cache_bytes=5), MODEL)
 
 
+def test_a_gpu_that_is_not_there_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.cluster.launch.checks.has_gpu_driver", lambda: False)
+    with pytest.raises(ConfigError, match=r"^engine\.device: 'cuda' .*; allowed: cpu, paced: .* NVIDIA's driver$"):
+        check_engines(config(device="cuda"), MODEL)
+    monkeypatch.setattr("tandem.cluster.launch.checks.has_gpu_driver", lambda: True)
+    check_engines(config(device="cuda"), MODEL)
+
+
 def test_a_pool_with_its_own_engine_is_named() -> None:
     shared = config()
     small = replace(shared, decode_engine=replace(shared.engine, kv_cache_bytes=5))
     with pytest.raises(ConfigError, match=r"^decode\.engine\.kv_cache_bytes: 5 "):
         check_engines(small, MODEL)
     check_engines(replace(small, prefill=0, decode=0, mixed=1), MODEL)
+
+
+def test_a_transport_that_the_memory_cannot_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.cluster.launch.checks.has_gpu_driver", lambda: True)
+    shared = config()
+    for transport in ("auto", "grpc", "mapped", "gloo"):
+        check_engines(replace(shared, worker=replace(shared.worker, transport=transport)), MODEL)
+    with pytest.raises(
+        ConfigError, match=r"^worker\.transport: 'cuda_ipc' .*auto, grpc, mapped or gloo: .*in host memory"
+    ):
+        check_engines(replace(shared, worker=replace(shared.worker, transport="cuda_ipc")), MODEL)
+    on_gpu = config(device="cuda")
+    for transport in ("cuda_ipc", "nccl"):
+        check_engines(replace(on_gpu, worker=replace(on_gpu.worker, transport=transport)), MODEL)
+    with pytest.raises(
+        ConfigError, match=r"^worker\.transport: 'mapped' .*auto, grpc, cuda_ipc or nccl: .*in GPU memory"
+    ):
+        check_engines(replace(on_gpu, worker=replace(on_gpu.worker, transport="mapped")), MODEL)
+    on_two = config(device="cuda", tensor_parallel=MODEL.num_kv_heads)
+    check_engines(replace(on_two, worker=replace(on_two.worker, transport="nccl")), MODEL)
+    with pytest.raises(ConfigError, match=r"^worker\.transport: 'cuda_ipc' .*auto, grpc or nccl for a worker of"):
+        check_engines(replace(on_two, worker=replace(on_two.worker, transport="cuda_ipc")), MODEL)
+    with pytest.raises(ConfigError, match=r"^engine\.tensor_parallel: 7 "):
+        check_engines(config(device="cuda", tensor_parallel=7), MODEL)
+    ranks = replace(shared, engine=replace(shared.engine, pipeline_stages=2))
+    check_engines(replace(ranks, worker=replace(ranks.worker, transport="gloo")), MODEL)
+    with pytest.raises(ConfigError, match=r"^worker\.transport: 'mapped' .*auto, grpc or gloo for a worker of 2 ranks"):
+        check_engines(replace(ranks, worker=replace(ranks.worker, transport="mapped")), MODEL)
 
 
 def test_a_paced_pipeline_is_read_and_not_served(tmp_path: Path) -> None:

@@ -67,6 +67,16 @@ def test_a_death_between_two_looks_is_announced_too(watched: Watched) -> None:
     assert watched.look(pid=2) == ["decode-0 died and was restarted"]
 
 
+def test_what_a_member_says_of_its_end_is_reported(watched: Watched) -> None:
+    why = "rank 1 (pid 7 on 10.0.0.2): the other end of the link is closed"
+    assert watched.look(error=why, healthy=False) == []
+    assert watched.look(phase=Phase.LOST) == [f"decode-0 died ({why}); Ray is restarting it"]
+    assert watched.look(phase=Phase.READY, error=None, healthy=True)[0].startswith("decode-0 is back")
+    watched.look(error=why, healthy=False)
+    watched.handle.restarts = 1
+    assert watched.look(error=None, healthy=True) == [f"decode-0 died ({why}) and was restarted"]
+
+
 def test_one_that_was_asked_to_restart_did_not_die(watched: Watched) -> None:
     assert watched.look(phase=Phase.LEAVING) == [
         "decode-0 was asked to restart: it finishes what it runs, and Ray starts it anew"

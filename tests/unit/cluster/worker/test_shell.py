@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -130,6 +132,39 @@ class Fixture:
         )
         self.shell.admit(sequence, timeout_s)
         return sequence
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_news_and_a_stop_that_come_together_end_the_heartbeats(monkeypatch: pytest.MonkeyPatch, turns: int) -> None:
+    """A worker that was drained with nothing to do stops in the same moment, however many turns of its loop later."""
+    beaten = asyncio.Event()
+
+    class Registry:
+        def __init__(self, channel: None) -> None: ...
+
+        async def Heartbeat(self, status: pb.WorkerStatus, timeout: float) -> None:
+            beaten.set()
+
+    @contextlib.asynccontextmanager
+    async def no_channel(*_: object) -> AsyncIterator[None]:
+        yield None
+
+    monkeypatch.setattr(module, "open_channel", no_channel)
+    monkeypatch.setattr(module, "RegistryStub", Registry)
+
+    async def main() -> None:
+        async with Fixture() as f:
+            task = asyncio.create_task(f.shell._heartbeat_forever("registry"))
+            await beaten.wait()
+            await asyncio.sleep(0.01)
+            f.shell.begin_drain()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            done, _ = await asyncio.wait({task}, timeout=5)
+            assert done
+
+    asyncio.run(main())
 
 
 @scenario

@@ -16,12 +16,14 @@ from tandem.cluster.engine.parallel import followers
 from tandem.cluster.engine.parallel.followers import Followers
 from tandem.cluster.engine.parallel.leader import ParallelForward
 from tandem.cluster.engine.parallel.messages import RankLost, Setup
+from tandem.cluster.engine.parallel.rank_process import children
 
 WAIT_S = 20.0
 
 
 def start(tensor: int, stages: int) -> ParallelForward:
-    return ParallelForward(dummy(LLAMA), "float32", "torch", ranked_kv(LLAMA, tensor, stages))
+    kv = ranked_kv(LLAMA, tensor, stages)
+    return ParallelForward(dummy(LLAMA), "float32", "torch", kv, children(tensor * stages))
 
 
 def wait_gone(pids: tuple[int, ...]) -> None:
@@ -92,7 +94,7 @@ def test_two_ranks_compute_what_one_does_and_one_that_stands_still_is_lost(monke
     wait_gone(forward.pids)
 
 
-def test_what_a_follower_cannot_do_is_told(tmp_path: Path) -> None:
+def test_what_a_follower_cannot_do_is_told() -> None:
     kv = ranked_kv(LLAMA, 2, 1)
     setup = Setup(
         files=dummy(LLAMA),
@@ -106,35 +108,39 @@ def test_what_a_follower_cannot_do_is_told(tmp_path: Path) -> None:
         nonce=b"another segment's",
         threads=1,
         cpus=(),
-        store=str(tmp_path / "ranks"),
+        stage_host="127.0.0.1",
+        pipeline_host="127.0.0.1",
+        fingerprint="",
         timeout_s=WAIT_S,
     )
-    started = Followers([setup], [kv.segments[1].lend()])
+    started = Followers(children(2), [setup], [kv.segments[1].lend()])
     try:
         started.gather()
         started.connect()
         with pytest.raises(RankLost, match=r"rank 1 .*SegmentError: another segment .*nonce differs"):
-            started.ready(lambda share: None)
+            started.ready()
     finally:
         started.close()
     wait_gone(started.pids)
 
 
-def test_followers_end_with_a_leader_that_is_killed(tmp_path: Path) -> None:
+def test_followers_end_with_a_leader_that_is_killed() -> None:
     program = """
 import os, sys, time
 from tandem.cluster.engine.parallel.followers import Followers
 from tandem.cluster.engine.parallel.messages import Setup
+from tandem.cluster.engine.parallel.rank_process import children
 from tandem.cluster.models.reference import resolve_model
 setup = Setup(
     files=resolve_model("dummy:tiny-llama"), tensor_parallel=2, pipeline_stages=1, rank=1, dtype="float32",
-    kernels="torch", block_size=16, num_blocks=24, nonce=b"", threads=1, cpus=(), store=sys.argv[1], timeout_s=60,
+    kernels="torch", block_size=16, num_blocks=24, nonce=b"", threads=1, cpus=(), stage_host="127.0.0.1",
+    pipeline_host="127.0.0.1", fingerprint="", timeout_s=60,
 )
-followers = Followers([setup], [os.memfd_create("kv")])
+followers = Followers(children(2), [setup], [os.memfd_create("kv")])
 print(*followers.pids, flush=True)
 time.sleep(60)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "ranks")]
+    command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as leader:
         try:
             assert leader.stdout is not None

@@ -11,6 +11,7 @@ import pytest
 from rank_steps import steps
 from tandem.cluster.engine.parallel.messages import (
     MAX_MESSAGE_BYTES,
+    GpuSetup,
     Kind,
     Setup,
     decode_setup,
@@ -35,7 +36,9 @@ SETUP = Setup(
     nonce=b"0123456789abcdef",
     threads=2,
     cpus=(1, 3),
-    store="/tmp/ranks",
+    stage_host="127.0.0.1",
+    pipeline_host="10.0.0.2",
+    fingerprint="00ff",
     timeout_s=60.0,
 )
 
@@ -44,6 +47,8 @@ def test_a_setup_comes_as_it_was_sent() -> None:
     assert decode_setup(encode_setup(SETUP)) == SETUP
     plain = replace(SETUP, files=ModelFiles(name="d", kind="dummy", path=None, config=CONFIGS["opt-125m"]), cpus=())
     assert decode_setup(encode_setup(plain)) == plain
+    on_gpu = replace(SETUP, gpu=GpuSetup(device="cuda:3", quantization="w8a8", max_model_len=4096, enforce_eager=True))
+    assert decode_setup(encode_setup(on_gpu)) == on_gpu
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x90", encode_setup(SETUP)[:-1], b"\x81\xa5files\x80"])

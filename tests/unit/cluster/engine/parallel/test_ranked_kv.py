@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
+
 import numpy as np
 import pytest
 from rank_steps import LLAMA, NUM_BLOCKS, ranked_kv
+from tandem.cluster.engine.parallel.kv import READS_AHEAD, RankedKVStore
+from tandem.cluster.engine.parallel.messages import RankLost
+from tandem.cluster.engine.parallel.remote_kv import RemoteBlocks, serve_blocks
 from tandem.cluster.engine.parallel.shard import Shard
 from tandem.kvtransfer.layout import KVSplit
+from tandem.kvtransfer.mapped.segment import KVSegment
 from tandem.kvtransfer.reshape import repack_reference
 
 
@@ -21,9 +29,78 @@ def test_blocks_go_to_their_ranks_and_come_back(tensor: int, stages: int) -> Non
         assert store.read_block(block_id) == block.tobytes()
     assert not any(store.read_block(4))
     expected = repack_reference(KVSplit(layout=store.layout), store.split, {0: drawn[:1]}, store.layout.block_size)
-    for rank, segment in enumerate(store.segments):
+    for rank, segment in store.segments.items():
         size = store.split.rank_layout(rank).block_bytes
         assert bytes(segment.blocks[3 * size : 4 * size]) == expected[rank].tobytes()
+
+
+def test_an_answer_that_comes_too_late_is_nobody_elses() -> None:
+    """What is left of it in the link would be taken for the next block's bytes; the rank sees its link shut."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        blocks = RemoteBlocks(ours, 1, 8)
+        ours.settimeout(0.05)
+        with pytest.raises(RankLost, match="the KV of rank 1 cannot be read: timed out"):
+            blocks.take(blocks.ask([0]))
+        with contextlib.suppress(OSError):
+            theirs.sendall(b"of block")
+        for again in (lambda: blocks.ask([1]), lambda: blocks.write([1], [memoryview(bytes(8))])):
+            with pytest.raises(RankLost, match="the KV of rank 1 cannot be read: timed out"):
+                again()
+        theirs.settimeout(5)
+        assert theirs.recv(100)  # the request
+        assert theirs.recv(100) == b""
+
+
+def test_parts_on_other_nodes_are_read_and_written_there() -> None:
+    """Ranks 1 and 3 of four have memory of their own."""
+    whole = ranked_kv(LLAMA, 2, 2)
+    served: dict[int, KVSegment] = {}
+    remote: dict[int, RemoteBlocks] = {}
+    links: list[socket.socket] = []
+    for rank in (1, 3):
+        layout = whole.split.rank_layout(rank)
+        served[rank] = KVSegment(layout, NUM_BLOCKS)
+        ours, theirs = socket.socketpair()
+        links += [ours, theirs]
+        arguments = (theirs, served[rank].blocks, layout.block_bytes, lambda: None)
+        threading.Thread(target=serve_blocks, args=arguments, daemon=True).start()
+        remote[rank] = RemoteBlocks(ours, rank, layout.block_bytes)
+    store = RankedKVStore(whole.split, NUM_BLOCKS, remote)
+    assert set(store.segments) == {0, 2}
+    drawn = np.random.default_rng(1).integers(0, 256, (2, store.layout.block_bytes), dtype=np.uint8)
+    for block_id, block in zip((3, 7), drawn, strict=True):
+        store.write_block(block_id, block.tobytes())
+        whole.write_block(block_id, block.tobytes())
+    for block_id, block in zip((3, 7), drawn, strict=True):
+        assert store.read_block(block_id) == block.tobytes()
+    ahead = store.begin_read([7, 3])
+    assert ahead is not None
+    dropped = store.begin_read([3, 3])
+    assert dropped is not None
+    dropped.end()
+    store.write_block(4, drawn[0].tobytes())
+    whole.write_block(4, drawn[0].tobytes())
+    assert store.read_blocks([4, 7]) == [drawn[0].tobytes(), drawn[1].tobytes()]
+    assert ahead.views() == [drawn[1].tobytes(), drawn[0].tobytes()]
+    ahead.end()
+    ahead.end()
+    many = [store.begin_read([3]) for _ in range(READS_AHEAD + 1)]
+    assert [read is None for read in many] == [False] * READS_AHEAD + [True]
+    for read in many[:-1]:
+        assert read is not None
+        assert read.views() == [drawn[0].tobytes()]
+        read.end()
+    assert whole.begin_read([3]) is None
+    for rank, segment in (store.segments | served).items():
+        assert bytes(segment.blocks) == bytes(whole.segments[rank].blocks)
+    links[1].shutdown(socket.SHUT_RDWR)
+    with pytest.raises(RankLost, match="the KV of rank 1 cannot be read"):
+        store.read_block(3)
+    with pytest.raises(RankLost, match="the KV of rank 1 cannot be read"):  # what it was lost by, ever after
+        store.write_block(3, drawn[0].tobytes())
+    for link in links:
+        link.close()
 
 
 def test_a_rank_lays_its_blocks_out_as_it_computes() -> None:

@@ -1,0 +1,65 @@
+"""`tandem bench transfer`: bytes a second of each KV transport, against a plain copy over the same medium."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+
+def transfer(
+    transports: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: grpc, grpc-nosum (no checksum), mapped, cuda_ipc, gloo, nccl. Default: the memory's."
+        ),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(help="Where KV lies: host, staged (as a GPU's is moved, without one), cuda.")
+    ] = "host",
+    block_kib: Annotated[str, typer.Option(help="KiB of a block, comma-separated.")] = "64,512,2048",
+    blocks: Annotated[str, typer.Option(help="Blocks of a pull, comma-separated.")] = "16,128,512",
+    most_mib: Annotated[float, typer.Option(help="Of a pull; larger ones are left out.")] = 512,
+    seconds: Annotated[float, typer.Option(help="Of each cell.")] = 1.0,
+    save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+) -> None:
+    """Pull KV from another process, over and over, and report GB/s and processor time of each transport."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it remarks on every process that is started beside its threads
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    import uvloop
+
+    from ..kvtransfer.freed_memory import keep_freed_memory
+    from .bench.transfer import TransferCell, TransferOptions, run_transfers, table
+    from .cli_display import Display
+
+    usual = {"host": "grpc,grpc-nosum,mapped", "staged": "grpc,grpc-nosum", "cuda": "cuda_ipc,grpc,grpc-nosum"}
+    names = usual.get(memory, "grpc") if transports is None else transports
+    try:
+        shapes = tuple(float(text) for text in block_kib.split(",")), tuple(int(text) for text in blocks.split(","))
+    except ValueError:
+        raise ValueError(f"block_kib, blocks: {block_kib!r}, {blocks!r} is not allowed; allowed: e.g. 64,512") from None
+    options = TransferOptions(
+        transports=tuple(names.split(",")),
+        memory=memory,
+        block_kib=shapes[0],
+        blocks=shapes[1],
+        most_mib=most_mib,
+        seconds=seconds,
+    )
+    keep_freed_memory()
+    display = Display()
+    display.line("no engine: source, transport, checks and memory are a worker's; one pull at a time")
+    with display.count("cells", len(options.shapes()) * len(options.transports)) as advance:
+
+        def on_cell(_: TransferCell) -> None:
+            advance()
+
+        cells = uvloop.run(run_transfers(options, on_cell))
+    display.line(table(cells))
+    if save_result is not None:
+        with open(save_result, "w") as file:
+            json.dump({"options": asdict(options), "cells": [cell.row() for cell in cells]}, file)
+        display.line(f"saved       {save_result}")

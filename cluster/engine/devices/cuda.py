@@ -1,0 +1,375 @@
+"""The CUDA device: a model replica on one GPU.
+
+1. The constructor loads the weights onto the GPU, sizes the KV memory, captures decode steps (`engine.gpu`).
+2. `launch` checks a plan, gathers its inputs in pinned memory and queues, on the device's own stream: their copy, the
+   forward pass, the draws, and the copy of what was drawn to the host. It returns before any of that is done.
+3. `collect` waits for the event behind the oldest plan's last copy, and reads its tokens. Rows whose logits are no
+   numbers come back with an error; the others are not affected.
+
+Two plans may be under way: while one is computed the next is laid out, so that the GPU never waits for the host. A row
+of the second may go on from the token that the first is drawing: it finds it on the device.
+
+Of a worker of several GPUs (`devices.cuda_ranks`) each rank has one such device for its `part` of the model, all are
+given the same plans, and the first draws for all (`engine.gpu.part`).
+
+`device="cpu"` computes the same on CPU tensors, in Triton's interpreter: the tests' way, and nobody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ....kernels.dispatch import Picked, gpu_facts, pick_gpu
+from ...models.reference import ModelFiles
+from ...types import SampledToken
+from ..fingerprint import fingerprint
+from ..forward import Stage
+from ..gpu.graphs import DecodeGraphs, DecodeShape, decode_shapes
+from ..gpu.inputs import LaidOut, Limits, StepInputs
+from ..gpu.kv_store import DeviceKVStore
+from ..gpu.memory import DeviceShare, device_share
+from ..gpu.model import GpuModel, unsupported
+from ..gpu.part import Part, whole
+from ..gpu.sampling import DeviceSampler, Draws
+from ..gpu.shared_linears import join_part
+from ..gpu.sizing import blocks_to_profile, measure_room, prompt_plan, tuned_sizes
+from ..gpu.staging import Staging
+from ..gpu.weights import build_on
+from ..plan import RowOutput, StepOutput, StepPlan
+from ..weight_source import WeightSource
+from ..weights import DTYPES, open_weights
+from .base import Device
+from .kv_memory import kv_layout
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_ROWS = 256
+"""That a step may sample beyond `max_running`: of what times steps before it serves."""
+
+
+class _Clock:
+    """When a step began and ended on the device, and what tells that it has."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._events = None
+        if on_gpu:
+            self._events = tuple(torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        self._times_s = [0.0, 0.0]
+
+    def begin(self) -> None:
+        self._mark(0)
+
+    def end(self) -> None:
+        self._mark(1)
+
+    def wait_s(self) -> float:
+        """Waits for the end; how long the step took."""
+        if self._events is None:
+            return self._times_s[1] - self._times_s[0]
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
+
+    def _mark(self, which: int) -> None:
+        if self._events is None:
+            self._times_s[which] = time.monotonic()
+        else:
+            self._events[which].record()
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A launched plan."""
+
+    plan: StepPlan
+    clock: _Clock
+    draws: Draws | None
+    """None: made when it is collected, or elsewhere."""
+
+
+class CudaDevice(Device):
+    """A model on a GPU. Owned by the engine thread; `kv` may be used by transport threads."""
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        *,
+        dtype: str,
+        block_size: int,
+        kv_cache_bytes: int = 0,
+        max_batched_tokens: int = 512,
+        max_running: int = 64,
+        max_model_len: int | None = None,
+        quantization: str | None = None,
+        kernels: str = "auto",
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        device: str = "cuda",
+        source: WeightSource | None = None,
+        stage: Stage | None = None,
+        part: Part | None = None,
+    ) -> None:
+        """Loads `files` (from `source` instead, where one is given: benchmarks).
+
+        `dtype`: `bfloat16` or `float32`, of weights and KV; `kv_cache_bytes`: 0 for what `gpu_memory_utilization`
+        leaves; `quantization`: `w8a8`, `w4a16` or None; `max_running`: rows of the largest captured decode step;
+        `stage`: follows the start; `part`: of a worker of several GPUs, whose `kv_cache_bytes` are those of all ranks.
+
+        Raises ValueError naming the field (ModelError for the model's files; DoesNotFit with the arithmetic), OSError.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: {dtype!r} is not allowed; allowed: one of {', '.join(sorted(DTYPES))}")
+        self._where = torch.device(device)
+        self.picked = _pick(kernels, self._where, unsupported(files.config))
+        self._say = stage or (lambda what, share: None)
+        self._stream = torch.cuda.Stream(self._where) if self._where.type == "cuda" else None
+        self._config = files.config
+        self._part = part = part or whole(files.config)
+        self.plans_ahead, self.looks_ahead = part.plans_ahead, part.looks_ahead
+        self._draw_stream = (
+            torch.cuda.Stream(self._where) if self._stream is not None and not part.looks_ahead else None
+        )
+        """Of a pipeline's leader, whose first stage is at the next plan when logits come back."""
+        whole_layout = kv_layout(files.config, dtype, block_size)
+        self._layout = kv_layout(part.shard.local, dtype, block_size)
+        self._enforce_eager = enforce_eager
+        longest = min(max_model_len or files.config.max_model_len, files.config.max_model_len)
+        self._limits = Limits(max_running, max_batched_tokens, -(-longest // block_size))
+        self.fingerprint = fingerprint(files, dtype, quantization)
+        self.vocab_size = files.config.vocab_size
+        self._under_way: deque[_UnderWay] = deque()
+        self._drawn_at: dict[str, int] = {}
+        """Where among the newest plan's draws each sequence's is."""
+        with self._on_stream():
+            share = None
+            if not kv_cache_bytes:
+                share = _share(self._where, gpu_memory_utilization)
+            weights = build_on(
+                self._where,
+                files.config,
+                source or open_weights(files),
+                dtype,
+                quantization,
+                shard=part.shard,
+                progress=lambda done: self._say("loading weights", done),
+            )
+            join_part(weights, part)
+            few = blocks_to_profile(self._limits, block_size) if share else kv_cache_bytes // whole_layout.block_bytes
+            if few < 1:
+                size = whole_layout.block_bytes
+                raise ValueError(f"kv_cache_bytes: {kv_cache_bytes} do not hold one block ({size} bytes)")
+            store = self._kv_store(few, shared=share is None)
+            self._model: GpuModel | None = GpuModel(weights, store.tensor, DTYPES[dtype])
+            self._make_buffers(DTYPES[dtype], few)
+            self._warm_up(few, tunes=quantization is not None)
+            if share is not None:
+                blocks = part.smallest("blocks", self._room(share, store.tensor.nbytes, files.name))
+                self._model.kv = torch.empty(0)
+                del store
+                torch.cuda.empty_cache()
+                store = self._kv_store(blocks, shared=True)
+                self._model.kv, self._inputs.num_blocks = store.tensor, blocks
+            self.kv: DeviceKVStore = store
+            self.num_blocks = store.num_blocks
+            self._inputs.clear()
+            self._graphs.capture(lambda done: self._say("capturing decode steps", done))
+
+    def _make_buffers(self, dtype: torch.dtype, num_blocks: int) -> None:
+        """All that has one address for as long as the device is there."""
+        assert self._model is not None
+        rows, where = self._limits.rows, self._where
+        self._inputs = StepInputs(
+            self._config, self._model.shape, dtype, where, self._limits, num_blocks=num_blocks, turns=self.plans_ahead
+        )
+        self._most_sampled = max(rows, min(self._limits.tokens, _SAMPLED_ROWS))
+        self._drawn = torch.zeros(self._most_sampled, dtype=torch.int32, device=where)
+        """What the newest plan drew, in the order of its rows that sample."""
+        if self._part.leads:
+            self._make_sampler()
+        shard = self._part.shard
+        self._residual = torch.zeros(0 if shard.is_first else rows, self._config.hidden_size, device=where)
+        """From the stage before, of a captured step."""
+        width = self.vocab_size if shard.is_last else self._config.hidden_size
+        self._out = torch.zeros(rows, width, device=where)
+        """What a captured step ends with: logits, or the residual stream for the next stage."""
+        shapes = decode_shapes(rows, self._inputs.most_pieces)
+        self._num_graphs = 0 if self._enforce_eager else len(shapes)
+        self._graphs = DecodeGraphs(self._decode, shapes, where, enforce_eager=self._enforce_eager)
+
+    def _make_sampler(self) -> None:
+        self._sampler = DeviceSampler(self.vocab_size, self._most_sampled, self._where, depth=self.plans_ahead)
+        self._wishes = Staging(self._where, self._sampler.input_bytes, self.plans_ahead)
+        """What is wanted of the draws."""
+        self._wishes.begin()
+        place, _ = self._wishes.room((self._sampler.input_bytes,), np.uint8)
+        self._sampler.bind(self._wishes.tensor(place))
+
+    def _warm_up(self, num_blocks: int, *, tunes: bool) -> None:
+        """Runs prompts over KV that is nobody's yet, so that no request waits for kernels to be compiled or, where
+        products are quantized, for the best way to compute them at each size to be found.
+        """
+        if self._where.type != "cuda":
+            return
+        sizes = tuned_sizes(self._limits) if tunes else (self._limits.tokens,)
+        for done, tokens in enumerate(sizes):
+            self._say("warming up", done / len(sizes))
+            self._run_alone(prompt_plan(tokens, self._limits, self._layout.block_size, num_blocks))
+
+    def _room(self, share: DeviceShare, temporary_bytes: int, name: str) -> int:
+        """Blocks that fit beside all that is loaded, in place of the memory to profile with."""
+        self._say("profiling a step", None)
+        room = measure_room(
+            self._where,
+            share,
+            self._layout,
+            self._limits,
+            model=name,
+            temporary_bytes=temporary_bytes,
+            graphs=self._num_graphs,
+            run=self._run_alone,
+        )
+        logger.info("KV memory: %s", room.arithmetic)
+        return room.blocks
+
+    def _kv_store(self, blocks: int, *, shared: bool) -> DeviceKVStore:
+        with torch.inference_mode(False):  # what is made under it may not be written to outside of it
+            return DeviceKVStore(self._layout, blocks, device=self._where, shared=shared)
+
+    def _run_alone(self, plan: StepPlan) -> None:
+        self.launch(plan)
+        self.collect()
+
+    def launch(self, plan: StepPlan) -> None:
+        if self._model is None:
+            raise RuntimeError("the device is closed")
+        assert len(self._under_way) < self.plans_ahead, f"collect comes before plan {self.plans_ahead + 1}"
+        sampling = [row.seq_id for row in plan.rows if row.sample is not None]
+        if len(sampling) > self._most_sampled:
+            raise ValueError(f"plan: {len(sampling)} rows sample, allowed: {self._most_sampled} (max_running)")
+        clock, draws, part = _Clock(self._where.type == "cuda"), None, self._part
+        draws_now = part.leads and part.shard.is_last
+        with self._on_stream():
+            laid_out = self._inputs.lay_out(plan, self._drawn_at, lambda rows: self._graphs.shape_for(rows).rows)
+            part.tell(plan)
+            if draws_now:
+                draws = self._pack(plan)
+            clock.begin()
+            out = self._compute(laid_out)
+            if draws is not None:
+                self._drawn[: len(sampling)].copy_(self._sampler.draw(draws, out))
+            if part.shard.tensor_parallel > 1 and part.looks_ahead:
+                part.ranks.share_drawn(self._drawn[: len(sampling)])
+            if part.shard.is_last and not part.shard.is_first and part.shard.place == 0:
+                part.ranks.give_back(out[: len(sampling)])
+            clock.end()
+        self._under_way.append(_UnderWay(plan, clock, draws))
+        self._drawn_at = {seq_id: place for place, seq_id in enumerate(sampling)}
+
+    def collect(self) -> StepOutput:
+        if not self._under_way:
+            raise RuntimeError("collect: no launched plan is outstanding")
+        step = self._under_way.popleft()
+        if self._part.leads and step.draws is None:
+            self._draw_what_comes_back(step)
+        duration_s = step.clock.wait_s()
+        drawn = iter(() if step.draws is None else self._sampler.read(step.draws))
+        rows = []
+        for row in step.plan.rows:
+            token = next(drawn, None) if row.sample is not None else None
+            if token is None:
+                rows.append(RowOutput(row.seq_id))
+            elif isinstance(token, SampledToken):
+                rows.append(RowOutput(row.seq_id, (token,)))
+            else:
+                rows.append(RowOutput(row.seq_id, error=token.reason))
+        return StepOutput(step.plan.plan_id, tuple(rows), duration_s)
+
+    def _compute(self, laid_out: LaidOut) -> torch.Tensor:
+        """Logits [R or more, V], or the residual stream [T, C] that the next stage goes on from."""
+        assert self._model is not None
+        part, batch, residual = self._part, laid_out.batch, None
+        if not part.shard.is_first:
+            padded = laid_out.padded_rows
+            shape = (len(batch.tokens_T), self._config.hidden_size)
+            residual = torch.empty(shape, device=self._where) if padded is None else self._residual[:padded]
+            part.ranks.take_over(residual)
+        if laid_out.padded_rows is None:
+            out = self._model.forward(batch, self._drawn, residual)
+        else:
+            out = self._graphs.replay(self._graphs.shape_for(laid_out.padded_rows))
+        if not part.shard.is_last:
+            part.ranks.pass_on(out)
+        return out
+
+    def _pack(self, plan: StepPlan) -> Draws:
+        """A plan's wishes, on their way to the device."""
+        self._wishes.begin()
+        _, wishes = self._wishes.room((self._sampler.input_bytes,), np.uint8)
+        draws = self._sampler.pack([(row.seq_id, row.sample) for row in plan.rows if row.sample is not None], wishes)
+        self._wishes.upload()
+        return draws
+
+    def _draw_what_comes_back(self, step: _UnderWay) -> None:
+        """From the last stage, which has computed all that a step is when it answers."""
+        with self._on_stream(self._draw_stream):
+            step.draws = self._pack(step.plan)
+            self._sampler.draw(step.draws, self._part.ranks.get_back(step.draws.rows))
+            step.clock.end()
+
+    def close(self) -> None:
+        if self._model is None:
+            return
+        self._part.close()
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._graphs.close()
+        self.kv.close()
+        self._model = None
+        self._under_way.clear()
+
+    def _decode(self, shape: DecodeShape) -> torch.Tensor:
+        """A decode step of whatever the static buffers hold."""
+        assert self._model is not None
+        residual = None if self._part.shard.is_first else self._residual[: shape.rows]
+        out = self._model.forward(self._inputs.static_batch(shape.rows), self._drawn, residual)
+        return self._out[: shape.rows].copy_(out)
+
+    @contextlib.contextmanager
+    def _on_stream(self, other: torch.cuda.Stream | None = None) -> Iterator[None]:
+        """What is queued meanwhile is queued on the device's stream, or on another."""
+        with torch.inference_mode():
+            if self._stream is None:
+                yield
+            else:
+                with torch.cuda.stream(other or self._stream):
+                    yield
+
+
+def _pick(kernels: str, device: torch.device, obstacle: str | None) -> Picked:
+    """ValueError where the kernels cannot run the model, or not here."""
+    if kernels not in ("auto", "triton"):
+        raise ValueError(f"kernels: {kernels!r} is not allowed on cuda; allowed: auto, triton")
+    if obstacle is not None:
+        raise ValueError(f"device: 'cuda' is not allowed for this model: {obstacle}; allowed: cpu")
+    if device.type != "cuda":
+        return Picked("triton", "interpreted")
+    return pick_gpu("triton", gpu_facts())
+
+
+def _share(device: torch.device, utilization: float) -> DeviceShare:
+    if device.type != "cuda":
+        raise ValueError(
+            "kv_cache_bytes: 0 is not allowed without a GPU to measure; allowed: bytes of a block and more"
+        )
+    share = device_share(device, utilization)
+    share.check_free()
+    return share

@@ -1,0 +1,73 @@
+"""How much KV a loaded model leaves room for on its GPU: the largest step and the largest decode step are run, over a
+KV memory that is just large enough for them, and what they take at their peak is left beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ....kvtransfer.layout import KVLayout
+from ..plan import StepPlan, StepRow
+from .inputs import Limits
+from .memory import DeviceShare, KVRoom, StepMemory, graph_bytes, held_bytes, kv_room, step_peak_bytes
+from .sampling import DEMANDING
+
+
+def blocks_to_profile(limits: Limits, block_size: int) -> int:
+    """Of the memory that profiling steps write to: that of the longest prompt, which all write over."""
+    return min(limits.table_width, -(-limits.tokens // block_size))
+
+
+def prompt_plan(tokens: int, limits: Limits, block_size: int, num_blocks: int) -> StepPlan:
+    """A step of so many prompt tokens, of prompts as long as may be, which all write over each other's KV."""
+    longest = limits.table_width * block_size
+    lengths = [min(longest, tokens - first) for first in range(0, tokens, longest)]
+    rows = (
+        StepRow(
+            f"prompt {index}", 0, [0] * length, [i % num_blocks for i in range(-(-length // block_size))], DEMANDING
+        )
+        for index, length in enumerate(lengths)
+    )
+    return StepPlan(0, tuple(rows))
+
+
+def tuned_sizes(limits: Limits) -> tuple[int, ...]:
+    """Tokens of steps for each of which a quantized product may be computed in another way, ascending."""
+    powers = [2**power for power in range(limits.tokens.bit_length()) if 2**power < limits.tokens]
+    return (*powers, limits.tokens)
+
+
+def widest_plan(limits: Limits) -> StepPlan:
+    """A step of as many decode rows as are captured, all of them in one block."""
+    return StepPlan(0, tuple(StepRow(f"row {i}", 0, [0], [0], DEMANDING) for i in range(limits.rows)))
+
+
+def measure_room(
+    device: torch.device,
+    share: DeviceShare,
+    layout: KVLayout,
+    limits: Limits,
+    *,
+    model: str,
+    temporary_bytes: int,
+    graphs: int,
+    run: Callable[[StepPlan], object],
+) -> KVRoom:
+    """The KV that fits beside what is loaded now. `temporary_bytes`: of the KV memory to profile with, which goes
+    again; `graphs`: how many decode steps will be captured; `run` computes a plan to its end.
+
+    Raises DoesNotFit with the arithmetic.
+    """
+    weights = held_bytes(device) - temporary_bytes
+    largest = prompt_plan(limits.tokens, limits, layout.block_size, blocks_to_profile(limits, layout.block_size))
+    activations = step_peak_bytes(device, lambda: run(largest))
+    widest = step_peak_bytes(device, lambda: run(widest_plan(limits)))
+    taken = StepMemory(
+        weight_bytes=weights,
+        activation_bytes=max(activations, widest),
+        graph_bytes=graph_bytes(widest, graphs),
+        max_batched_tokens=limits.tokens,
+    )
+    return kv_room(share, taken, model=model, block_bytes=layout.block_bytes, block_size=layout.block_size)

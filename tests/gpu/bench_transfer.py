@@ -1,0 +1,63 @@
+"""KV between two processes that share this GPU: CUDA IPC against a device-to-device copy, gRPC with pinned staging
+against a TCP connection on loopback. As `tandem bench transfer --memory cuda`; without a GPU (a dry run) a tiny pull of
+staged host memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+
+import torch
+from measure import Bounds, Line
+from tandem.cluster.bench.transfer import TransferCell, TransferOptions, run_transfers
+from tandem.kvtransfer.freed_memory import keep_freed_memory
+
+TITLE = "KV between two processes on one GPU"
+HEADS = (
+    "transport",
+    "block KiB",
+    "blocks",
+    "MiB",
+    "ms",
+    "GB/s",
+    "plain GB/s",
+    "of plain",
+    "reader CPU ms",
+    "holder CPU ms",
+)
+
+
+def lines(device: torch.device, bounds: Bounds) -> Iterator[Line]:
+    """A holder process for each size of blocks. Llama-3.1-8B's are 2048 KiB."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    keep_freed_memory()
+    on_gpu = device.type == "cuda"
+    for block_kib in (64.0, 512.0, 2048.0) if on_gpu else (4.0,):
+        options = TransferOptions(
+            transports=("cuda_ipc", "grpc", "grpc-nosum") if on_gpu else ("grpc",),
+            memory="cuda" if on_gpu else "staged",
+            block_kib=(block_kib,),
+            blocks=(16, 128, 512) if on_gpu else (4,),
+            seconds=0.5 if on_gpu else 0.01,
+        )
+        for cell in asyncio.run(run_transfers(options)):
+            yield Line(title=TITLE, heads=HEADS, cells=cells_of(cell))
+
+
+def cells_of(cell: TransferCell) -> tuple[str, ...]:
+    """One line of the table."""
+    return (
+        cell.transport,
+        f"{cell.block_bytes / 1024:g}",
+        f"{cell.blocks}",
+        f"{cell.block_bytes * cell.blocks / 2**20:g}",
+        f"{cell.pull_s * 1e3:.2f}",
+        f"{cell.bytes_per_s / 1e9:.2f}",
+        f"{cell.plain_bytes_per_s / 1e9:.2f}",
+        f"{cell.bytes_per_s / cell.plain_bytes_per_s:.0%}",
+        f"{cell.reader_cpu_s * 1e3:.2f}",
+        f"{cell.holder_cpu_s * 1e3:.2f}",
+    )

@@ -1,0 +1,121 @@
+"""A worker of two ranks on a Ray of its own: each is an actor, and they begin and end as one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tandem.cluster.config_file import build_config
+from tandem.cluster.engine.devices.cpu import CpuDevice
+from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
+from tandem.cluster.launch.ray_cluster import RayCluster
+from tandem.cluster.launch.state import Endpoints, MemberState, Phase
+from tandem.cluster.models.reference import resolve_model
+from tandem.cluster.types import SamplingParams
+from tandem.router.client import TandemClient
+
+MODEL = "dummy:tiny-llama"
+KEY = "open-sesame-and-more"
+PROMPT = [(7 * i + 11) % 500 + 3 for i in range(77)]
+OUTPUT = 8
+KV_BYTES = 4 * 2**20
+SETTINGS = {
+    "model": MODEL,
+    "engine.dtype": "float32",
+    "engine.kernels": "torch",
+    "engine.kv_cache_bytes": KV_BYTES,
+    "engine.pipeline_stages": 2,
+    "prefill": 0,
+    "decode": 0,
+    "mixed": 1,
+    "router.http_port": 0,
+    "router.grpc_port": 0,
+    "router.registry_port": 0,
+    "router.api_key": KEY,
+    "router.slo.ttft_s": 60,
+    "router.slo.tpot_s": 10,
+}
+WAIT_S = 120.0
+
+
+def of_one_rank() -> list[int]:
+    device = CpuDevice(resolve_model(MODEL), dtype="float32", kernels="torch", block_size=16, kv_cache_bytes=KV_BYTES)
+    tokens, start = list(PROMPT), 0
+    for step in range(OUTPUT):
+        sample = SampleSpec(SamplingParams(temperature=0.0), step, PROMPT, tokens[len(PROMPT) :])
+        device.launch(StepPlan(step, (StepRow("s", start, tokens[start:], list(range(8)), sample),)))
+        (row,) = device.collect().rows
+        start = len(tokens)
+        tokens.append(row.tokens[0].token_id)
+    device.close()
+    return tokens[len(PROMPT) :]
+
+
+def answer(endpoints: Endpoints) -> list[int]:
+    with TandemClient(endpoints.grpc, api_key=KEY, timeout_s=60) as client:
+        asked = client.generate(token_ids=PROMPT, max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
+        return list(asked.collect().token_ids)
+
+
+def wait_for(what: str, condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"never happened: {what}"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def worker(cluster: RayCluster) -> MemberState:
+    return next(view.state for view in cluster.members() if view.name == "mixed-0")
+
+
+def test_ranks_are_actors_that_begin_and_end_with_their_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    expected, reports = of_one_rank(), list[str]()
+    cluster = RayCluster(build_config(None, SETTINGS), report=reports.append)
+
+    def again(old: MemberState) -> None:
+        """It is back as a whole, and answers as before."""
+
+        def back() -> bool:
+            now = worker(cluster)
+            return now.phase is Phase.READY and now.epoch != old.epoch
+
+        wait_for("the worker is back", back)
+        new = worker(cluster)
+        assert not {new.pid, *new.rank_pids} & {old.pid, *old.rank_pids}
+        assert gone(old.pid)
+        assert all(map(gone, old.rank_pids))
+        assert answer(endpoints) == expected
+
+    try:
+        endpoints = cluster.start()
+        assert answer(endpoints) == expected
+        first = worker(cluster)
+        (rank,) = first.rank_pids
+        assert Path(f"/proc/{rank}/cmdline").read_bytes().startswith(b"ray::")
+
+        os.kill(rank, signal.SIGKILL)
+        again(first)
+        assert reports[0].startswith(f"mixed-0 died (rank 1 (pid {rank}"), reports
+
+        second = worker(cluster)
+        os.kill(second.pid, signal.SIGKILL)
+        again(second)
+
+        third = worker(cluster)
+        assert cluster.drain()
+        cluster.stop()
+        wait_for("nothing is left", lambda: all(map(gone, (third.pid, *third.rank_pids))))
+    finally:
+        cluster.stop(at_once=True)

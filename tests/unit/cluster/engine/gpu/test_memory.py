@@ -1,0 +1,83 @@
+"""The arithmetic of a worker's part of a GPU, and what is said where a model does not fit into it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tandem.cluster.engine.gpu.memory import GRAPH_OVERHEAD_BYTES, DeviceShare, StepMemory, graph_bytes, kv_room
+from tandem.cluster.latency.memory import DoesNotFit
+
+GIB = 2**30
+BLOCK = 2 * 2**20  # Llama-3.1-8B: 16 tokens of 128 KiB
+
+
+def share(utilization: float = 0.9, total: int = 80 * GIB, free: int = 80 * GIB) -> DeviceShare:
+    return DeviceShare(name="H100", total_bytes=total, free_bytes=free, utilization=utilization)
+
+
+def taken(weights: int = 15 * GIB, activations: int = 2 * GIB, graphs: int = GIB // 2) -> StepMemory:
+    return StepMemory(
+        weight_bytes=weights,
+        activation_bytes=activations,
+        graph_bytes=graphs,
+        max_batched_tokens=8192,
+        reserved_bytes=GIB,
+    )
+
+
+def test_what_is_left_is_kv() -> None:
+    room = kv_room(share(), taken(), model="llama-3.1-8b", block_bytes=BLOCK, block_size=16)
+    assert room.blocks == int(53.5 * GIB) // BLOCK
+    assert room.kv_bytes == room.blocks * BLOCK
+    assert room.arithmetic == (
+        "80.00 GiB of H100 x 0.9 - 1.00 GiB reserved - 15.00 GiB weights - 2.00 GiB activations (8192 tokens) - "
+        "0.50 GiB graphs = 53.50 GiB for KV, 27392 blocks of 16 tokens"
+    )
+
+
+def test_two_workers_share_one_gpu() -> None:
+    """Each counts what it takes itself; together they stay below the whole."""
+    halves = [kv_room(share(0.45), taken(), model="m", block_bytes=BLOCK, block_size=16) for _ in range(2)]
+    assert sum(half.kv_bytes for half in halves) + 2 * int(18.5 * GIB) <= 0.9 * 80 * GIB
+    share(0.45, free=50 * GIB).check_free()
+    share(0.5, free=40 * GIB - GIB // 2).check_free()  # beside another half; its own context is there already
+    with pytest.raises(DoesNotFit) as caught:
+        share(0.9, free=42 * GIB).check_free()
+    assert str(caught.value) == (
+        "gpu_memory_utilization: 0.9 of 80.00 GiB of H100 is 72.00 GiB, but 42.00 GiB are free: others hold 38.00 GiB; "
+        "allowed: at most 0.53, or stop them"
+    )
+
+
+@given(st.integers(1, 80 * GIB), st.floats(0.01, 1.0), st.integers(0, 80 * GIB), st.integers(1, 4 * GIB))
+def test_never_more_than_the_part_and_not_a_block_less(
+    total: int, utilization: float, weights: int, block: int
+) -> None:
+    part = int(total * utilization)
+    used = GIB + weights + 2 * GIB + GIB // 2
+    try:
+        room = kv_room(share(utilization, total), taken(weights), model="m", block_bytes=block, block_size=16)
+    except DoesNotFit:
+        assert used + block > part
+    else:
+        assert room.blocks >= 1
+        assert used + room.kv_bytes <= part < used + room.kv_bytes + block
+
+
+def test_what_does_not_fit_says_the_sum_and_what_would_help() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        kv_room(share(), taken(weights=131 * GIB), model="llama-3.1-70b", block_bytes=BLOCK, block_size=16)
+    assert str(caught.value) == (
+        "llama-3.1-70b does not fit: 80.00 GiB of H100 x 0.9 - 1.00 GiB reserved - 131.00 GiB weights - 2.00 GiB "
+        "activations (8192 tokens) - 0.50 GiB graphs = -62.50 GiB for KV, 0 blocks of 16 tokens; needed: KV of 16 "
+        "tokens, 0.00 GiB. More room: a higher gpu_memory_utilization (0.9 now), fewer max_batched_tokens (8192), a "
+        "quantization, or more ranks (tensor_parallel, pipeline_stages)"
+    )
+    with pytest.raises(DoesNotFit, match=r"needed: KV of 1000000 tokens, 122\.07 GiB"):
+        kv_room(share(), taken(), model="m", block_bytes=BLOCK, block_size=16, min_tokens=1_000_000)
+
+
+def test_graphs_share_one_pool() -> None:
+    assert graph_bytes(GIB, 0) == 0
+    assert graph_bytes(GIB, 35) == GIB + 35 * GRAPH_OVERHEAD_BYTES

@@ -1,0 +1,158 @@
+"""Who comes to be a rank, and who is turned away."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from tandem.cluster.auth import OPEN, MemberCredentials
+from tandem.cluster.config import SecurityConfig
+from tandem.cluster.engine.parallel import door as module
+from tandem.cluster.engine.parallel.door import CHALLENGE_BYTES, RankDoor, join
+from tandem.cluster.engine.parallel.messages import RankLost
+
+LOOPBACK = "127.0.0.1"
+OURS = MemberCredentials.load(SecurityConfig(secret="the secret of this cluster"))
+OTHERS = MemberCredentials.load(SecurityConfig(secret="the secret of another one"))
+WAIT_S = 20.0
+
+
+@pytest.fixture
+def door() -> Iterator[RankDoor]:
+    """For a rank of this node and one of another."""
+    opened = RankDoor({1: False, 2: True}, LOOPBACK, OURS)
+    yield opened
+    opened.close()
+
+
+def patient() -> None:
+    """Nothing is known to be wrong."""
+
+
+def test_ranks_come_with_the_links_that_they_need(door: RankDoor) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        came = pool.submit(door.wait, WAIT_S, patient)
+        theirs = [pool.submit(join, door.offer(rank), OURS, WAIT_S).result() for rank in (2, 1)]
+        near, far = came.result()
+    try:
+        assert (near.rank, near.pid, near.host, near.leader_host, near.kv_link) == (1, os.getpid(), "", "", None)
+        assert (far.rank, far.host, far.leader_host) == (2, LOOPBACK, LOOPBACK)
+        assert near.link.family == socket.AF_UNIX
+        assert far.kv_link is not None
+        (far_steps, far_blocks), (near_steps, nothing) = theirs
+        assert nothing is None
+        assert far_blocks is not None
+        for ours, other in ((near.link, near_steps), (far.link, far_steps), (far.kv_link, far_blocks)):
+            ours.sendall(b"hello")
+            assert other.recv(16) == b"hello"
+    finally:
+        for link in (near.link, far.link, far.kv_link, *(link for pair in theirs for link in pair)):
+            if link is not None:
+                link.close()
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_another_clusters_secret_and_another_lifes_key_are_turned_away(door: RankDoor, rank: int) -> None:
+    offer = door.offer(rank)
+    for shown, credentials in ((offer, OTHERS), (offer, OPEN), (replace(offer, key=bytes(32)), OURS)):
+        with pytest.raises(RankLost, match="turned this rank away: is the cluster's secret the same"):
+            join(shown, credentials, WAIT_S)
+    with pytest.raises(RankLost, match=r"rank 1 did not come within 0\.1 s"):
+        door.wait(0.1, patient)
+
+
+def test_a_rank_that_is_not_awaited_is_turned_away(door: RankDoor) -> None:
+    with pytest.raises(RankLost, match="turned this rank away"):
+        join(replace(door.offer(1), rank=3), OURS, WAIT_S)
+
+
+def test_a_proof_is_of_no_use_twice(door: RankDoor) -> None:
+    """What one connection showed does not answer another one's challenge."""
+    offer, heard = door.offer(2), []
+    with socket.create_server((LOOPBACK, 0)) as between:
+        eager = replace(offer, port=between.getsockname()[1])
+
+        def listen() -> None:
+            with between.accept()[0] as rank, socket.create_connection((offer.host, offer.port)) as leader:
+                rank.sendall(leader.recv(CHALLENGE_BYTES, socket.MSG_WAITALL))
+                heard.append(rank.recv(4096))
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        with pytest.raises(RankLost):
+            join(eager, OURS, WAIT_S)
+        thread.join(WAIT_S)
+    with socket.create_connection((offer.host, offer.port), WAIT_S) as again:
+        again.recv(CHALLENGE_BYTES, socket.MSG_WAITALL)
+        again.sendall(heard[0])
+        assert again.recv(1) == b""
+
+
+def test_a_leader_that_knows_nothing_is_not_followed(door: RankDoor) -> None:
+    with socket.create_server((LOOPBACK, 0)) as impostor:
+
+        def answer() -> None:
+            with impostor.accept()[0] as link:
+                link.sendall(bytes(CHALLENGE_BYTES))
+                link.recv(4096)
+                link.sendall(bytes(CHALLENGE_BYTES))
+                link.recv(1)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(RankLost, match="not this rank's leader"):
+            join(replace(door.offer(2), port=impostor.getsockname()[1]), OURS, WAIT_S)
+        thread.join(WAIT_S)
+
+
+def test_silent_strangers_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROOF_S", 0.3)
+    monkeypatch.setattr(module, "MAX_IN_DOOR", 4)
+    opened = RankDoor({1: True}, LOOPBACK, OURS)
+    offer = opened.offer(1)
+    strangers = [socket.create_connection((offer.host, offer.port), WAIT_S) for _ in range(4)]
+    try:
+        for stranger in strangers:
+            assert len(stranger.recv(CHALLENGE_BYTES, socket.MSG_WAITALL)) == CHALLENGE_BYTES
+        for stranger in strangers:
+            assert stranger.recv(1) == b"", "it is sent away when its time is over"
+        with ThreadPoolExecutor(1) as pool:
+            came = pool.submit(opened.wait, WAIT_S, patient)
+            for link in join(offer, OURS, WAIT_S):
+                assert link is not None
+                link.close()
+            (far,) = came.result()
+        far.link.close()
+        assert far.kv_link is not None
+        far.kv_link.close()
+    finally:
+        opened.close()
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_who_waits_hears_of_a_rank_that_will_not_come(door: RankDoor) -> None:
+    def check() -> None:
+        raise RankLost("rank 2: its actor died")
+
+    with pytest.raises(RankLost, match="its actor died"):
+        door.wait(WAIT_S, check)
+
+
+def test_a_closed_door_leaves_nothing(door: RankDoor) -> None:
+    near, far = door.offer(1), door.offer(2)
+    link, _ = join(near, OURS, WAIT_S)
+    with link:
+        door.close()
+        door.close()
+        with pytest.raises(ConnectionRefusedError):
+            join(near, OURS, WAIT_S)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((far.host, far.port), 1.0).close()
+        link.settimeout(WAIT_S)
+        assert link.recv(1) == b""
