@@ -22,14 +22,14 @@ aborted meanwhile. Ideas: iteration-level scheduling (Orca, OSDI '22, §3.1), pa
 
 from __future__ import annotations
 
-from collections import deque
 from operator import attrgetter
-from typing import NamedTuple
 
 from ..clock import Clock
 from ..types import EngineLoad, Handoff, SampledToken, SequenceSpec
 from .block_pool import BlockPool
-from .plan import DRAWN, StepOutput, StepPlan, StepRow
+from .decode_parts import DecodeParts
+from .outstanding import OutstandingPlans
+from .plan import StepOutput, StepPlan, StepRow
 from .policies import BatchPolicy, Shares, StepShares
 from .prefix_cache import PrefixCache
 from .prompt_service import PromptService
@@ -41,20 +41,9 @@ from .sequence_kv import WRITER, SequenceKV
 from .service_queue import ServiceQueue
 from .slots import with_slots
 
-PART_ROWS = 16
-"""Rows that are worth a plan of their own in a pipeline: fewer are bound by reading weights, which is done once more
-for each plan (`tests/load/pipeline.py`: 4 rows a plan lost, 16 did not)."""
-
 
 class QueueFull(RuntimeError):
     """`max_waiting` sequences wait already; try another worker, or later."""
-
-
-class _Outstanding(NamedTuple):
-    """A plan that the device has not given back, with the sequence of each of its rows."""
-
-    plan: StepPlan
-    sequences: tuple[Sequence, ...]
 
 
 class Scheduler:
@@ -79,7 +68,7 @@ class Scheduler:
     ) -> None:
         """`looks_ahead`: the device computes rows whose token it is still drawing. `decode_parts`: among so many plans
         are the rows shared out that decode, where no prompt is beside them, so that each stage of a pipeline has some,
-        and no fewer than `decode_part_rows` (`PART_ROWS`).
+        and no fewer than `decode_part_rows` (`decode_parts`).
         """
         counts = {"running": max_running, "waiting": max_waiting, "outstanding_plans": max_outstanding_plans}
         for name, value in counts.items():
@@ -98,21 +87,19 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._max_model_len = max_model_len
         self._eos_token_ids = tuple(eos_token_ids)
-        self._max_outstanding_plans = max_outstanding_plans
         self._looks_ahead = looks_ahead
-        self._decode_parts, self._decode_part_rows = decode_parts, decode_part_rows
+        self._decode_parts = DecodeParts(decode_parts, decode_part_rows)
 
         self._queue = ServiceQueue()
         self._lockstep = Lockstep(self._kv)
         self._residents = Residents(self._queue, self._kv, self._lockstep)
         self._running, self._pulling = self._residents.running, self._residents.pulling
         self._prompts = PromptService(self._queue, self._kv, clock, self._residents, max_running, max_model_len)
-        self._outstanding: deque[_Outstanding] = deque()
+        self._outstanding = OutstandingPlans(block_pool, self._eos_token_ids, max_outstanding_plans)
         self._beside: tuple[tuple[Sequence, StepRow], ...] = ()
         """Prompts that the run computes that was begun last."""
         self._events: list[SchedulerEvent] = []
         self._next_order = 0
-        self._next_plan_id = 0
 
     # ---------------------------------------------------------------- commands
 
@@ -198,7 +185,7 @@ class Scheduler:
           2. prompts take the rest in the queue's order, wherever they stand: the next chunk of one that has its
              blocks, the admission and the first chunk of one that waits.
         """
-        if len(self._outstanding) >= self._max_outstanding_plans or not self.has_work:
+        if len(self._outstanding) >= self._outstanding.limit or not self.has_work:
             return None
         if self._lockstep.rows:
             self._lockstep.dissolve()
@@ -214,27 +201,19 @@ class Scheduler:
         work = [(seq, count) for seq, count in prompts if count]
         preemptions = self._residents.preemptions
         if decoding and not work:
-            rows = shares.decode_rows if self._decode_parts == 1 else self._part(shares, by_age)
+            rows = shares.decode_rows if self._decode_parts.parts == 1 else self._part(shares, by_age)
             work = [(seq, 1) for seq in self._with_slots(decoding[:rows], by_age)]
         if not self._policy.prompts_alone:
             # What a preemption has just freed is for those that run.
             prompts = self._serve(shares.prefill_tokens, may_admit=self._residents.preemptions == preemptions)
             work += [(seq, count) for seq, count in prompts if count]
-        plan = StepPlan(self._next_plan_id, tuple([self._row(seq, count) for seq, count in work]))
+        plan = self._outstanding.make(work) if work else None
         self._pay(prompts)
-        if not work:
-            return None
-        self._next_plan_id += 1
-        self._outstanding.append(_Outstanding(plan, tuple([seq for seq, _ in work])))
         return plan
 
     def complete(self, output: StepOutput) -> None:
         """Takes in the oldest plan's output: KV is written, tokens are drawn, a failed row ends its sequence."""
-        assert self._outstanding, f"output of plan {output.plan_id}, but no plan is outstanding"
-        plan, sequences = self._outstanding[0].plan, self._outstanding[0].sequences
-        output.check_answers(plan)
-        self._outstanding.popleft()
-        for seq, row, result in zip(sequences, plan.rows, output.rows, strict=True):
+        for seq, row, result in self._outstanding.take(output):
             seq.plans -= 1
             if seq.state is State.ENDED:
                 self._residents.forget_if_idle(seq)
@@ -271,14 +250,14 @@ class Scheduler:
             steps = lockstep.quiet_steps(limit)
             return QuietRun(steps, rows, lockstep.known_tokens) if steps else None
         computes = under_way or self._queue.prefill_tokens > 0
-        if policy.whole_batches or policy.prompts_alone or (computes and self._max_outstanding_plans > 1):
+        if policy.whole_batches or policy.prompts_alone or (computes and self._outstanding.limit > 1):
             return None
         steps = lockstep.quiet_steps(1 if computes else limit)
         if not steps:
             return None
         lockstep.grow(1)
         prompts = self._serve(shares.prefill_tokens, may_admit=True)
-        self._beside = tuple([(seq, self._row(seq, count)) for seq, count in prompts if count])
+        self._beside = tuple([(seq, self._outstanding.row(seq, count)) for seq, count in prompts if count])
         self._pay(prompts)
         if not computes:
             steps = lockstep.quiet_steps(steps)
@@ -288,7 +267,7 @@ class Scheduler:
         """Does `steps` of the run that `begin_run` has just named, as if every row drew `token` each time. Events tell
         only what somebody waits for: how prompts get on, a sequence's first token drawn here, and its last ones.
         """
-        self._next_plan_id += steps
+        self._outstanding.skip(steps)
         for seq in self._lockstep.take(steps, token.token_id):
             self._tell(seq, (token,) * steps)
         beside, self._beside = self._beside, ()
@@ -337,7 +316,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Proves that every block is accounted for and every sequence in exactly one place. Raises IntegrityError."""
-        self._residents.check_integrity(seq for outstanding in self._outstanding for seq in outstanding.sequences)
+        self._residents.check_integrity(self._outstanding.sequences())
 
     # ---------------------------------------------------------------- how
 
@@ -363,7 +342,7 @@ class Scheduler:
         if prompts and (self._prompts.may_admit(self._policy) or any(seq.can_prefill for seq in by_age)):
             return shares.decode_rows
         decoders = sum(not seq.can_prefill for seq in by_age)
-        return min(shares.decode_rows, max(-(-decoders // self._decode_parts), self._decode_part_rows))
+        return min(shares.decode_rows, self._decode_parts.rows(decoders))
 
     def _preempt(self, seq: Sequence) -> None:
         self._residents.preempt(seq, swaps=self._policy.swaps)
@@ -385,18 +364,6 @@ class Scheduler:
             self._events.append(PrefillAdvanced(seq_id=seq.seq_id, computed_tokens=seq.computed))
         if tokens:
             self._take_token(seq, tokens[0])
-
-    def _row(self, seq: Sequence, count: int) -> StepRow:
-        """Schedules the next `count` tokens of `seq`; the last one of its context draws a token."""
-        start, end = seq.scheduled, seq.scheduled + count
-        seq.scheduled = end
-        seq.plans += 1
-        sample = None
-        if end == len(seq.tokens) + seq.drawing:
-            sample = seq.sample_spec(self._eos_token_ids)
-            seq.drawing += 1
-        token_ids = seq.tokens[start:end] or [DRAWN]
-        return StepRow(seq.seq_id, start, token_ids, self._kv.pool.table(seq.seq_id), sample)
 
     def _take_token(self, seq: Sequence, token: SampledToken) -> None:
         seq.drawing -= 1

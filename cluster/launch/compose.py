@@ -30,11 +30,12 @@ from ..auth import MemberCredentials
 from ..clock import MonotonicClock
 from ..config import COLLECTIVE_TRANSPORTS, ConfigError, EngineConfig, WorkerConfig
 from ..engine.block_pool import BlockPool
+from ..engine.decode_parts import PART_ROWS
 from ..engine.devices.base import Device
 from ..engine.parallel.rank_process import Recruit, children
 from ..engine.policies import policy_for
 from ..engine.prefix_cache import PrefixCache
-from ..engine.scheduler import PART_ROWS, Scheduler
+from ..engine.scheduler import Scheduler
 from ..latency.linear import OnlineStepTimeFit
 from ..metrics import worker_registry
 from ..models.reference import ModelFiles, resolve_model
