@@ -11,8 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
+from .config_engine import EngineConfig
 from .config_schema import HIDDEN, Bytes, ConfigError, Hidden, OneOf, Text, Within, check, parse, plain
-from .config_sections import Line, Percentiles, PlanConfig, Seconds, SecurityConfig, SLOClass, check_class_names
+from .config_sections import (
+    Line,
+    Percentiles,
+    PlanConfig,
+    Seconds,
+    SecurityConfig,
+    SLOClass,
+    check_class_names,
+    check_tls_files,
+)
 from .types import SLO, Role
 
 __all__ = [
@@ -34,8 +44,6 @@ __all__ = [
 T = TypeVar("T")
 
 Port = Annotated[int, Within(0, 65535)]
-StepSeconds = Annotated[float, Within(0, 60)]
-_HOST_KV_BYTES = 512 * 2**20
 
 _SLO_MARKS = {
     "ttft_s": (Within(0, 86400, above=True),),
@@ -49,119 +57,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """One model replica: its model, device, KV memory and batch limits."""
-
-    model: Line = "smollm2-135m"
-    device: Annotated[str, OneOf(("cpu", "cuda", "paced"))] = "cpu"
-    """`cpu`, `cuda` (one GPU) or `paced`."""
-    dtype: Annotated[str, OneOf(("bfloat16", "float32"))] = "bfloat16"
-    """`bfloat16` or `float32`; of weights and KV."""
-    quantization: Annotated[str | None, OneOf(("w8a8", "w4a16"))] = None
-    """`w8a8`: int8 weights by output channel, int8 activations by token, scales drawn from the data; `w4a16` (`cuda`
-    only): 4-bit weights by groups of inputs; None: none."""
-    kernels: Annotated[str, OneOf(("auto", "compiled", "triton", "torch", "reference"))] = "auto"
-    """Who computes: kernels compiled for this processor (`compiled`, on `cpu`) or for a GPU (`triton`), torch's own
-    operations, or the plain formulas; `auto`: the first of them that the device has (`kernels.dispatch`)."""
-    batching: Annotated[str, OneOf(("iteration", "request", "prompts_alone"))] = "iteration"
-    """`iteration`: sequences join and leave between any two steps (Orca §3.1). For comparison: `request`: a batch runs
-    until its last sequence has ended, as systems before Orca did; `prompts_alone`: no step mixes prompts and decode
-    rows, prompts go first, as in vLLM before chunked prefill."""
-    block_size: Annotated[int, Within(1, 1024)] = 16
-    kv_cache_bytes: Annotated[int, Bytes(), Within(0, 2**50)] = 0
-    """Memory for KV; the number of blocks follows. 0: on `cuda` what `gpu_memory_utilization` leaves for it, elsewhere
-    512 MiB."""
-    gpu_memory_utilization: Annotated[float, Within(0, 1, above=True)] = 0.9
-    """`cuda` only: the part of the GPU's memory that this worker may take, weights and all; what is left of it after a
-    profiling step is KV. Workers that share a GPU share this out: 0.45 each of two."""
-    gpus: Annotated[tuple[int, ...], Within(0, 1023)] = ()
-    """`cuda` only: the GPUs of the machine, as PyTorch counts them, that the workers of this engine take in turn, one
-    for each rank, as the rank's node counts them; empty: the first. One that is named for two workers, in one pool or
-    in two, is shared (`gpu_memory_utilization`)."""
-    enforce_eager: bool = False
-    """`cuda` only: launch every kernel of a decode step anew, without captured graphs: slower, a quicker start."""
-    max_model_len: Annotated[int | None, Within(1, 2**31 - 1)] = None
-    """None: the model's own."""
-    max_batched_tokens: Annotated[int, Within(1, 2**20)] = 512
-    """Token budget of a step."""
-    max_running: Annotated[int, Within(1, 65536)] = 64
-    """Sequences in the running batch."""
-    max_waiting: Annotated[int, Within(1, 2**20)] = 256
-    """Bounded queue: beyond it, work is refused with RESOURCE_EXHAUSTED."""
-    prefix_cache: bool = True
-    tensor_parallel: Annotated[int, Within(1, 1024)] = 1
-    """Devices that share each layer: GPUs, or on `cpu` processes, as many as divide the model's heads. `paced`: any, as
-    its step times say what a split step takes."""
-    pipeline_stages: Annotated[int, Within(1, 1024)] = 1
-    """Groups of devices that share the layers out among themselves. `paced`: 1 where it is served (`check_served`), any
-    in virtual time."""
-    threads: Annotated[int, Within(1, 1024)] = 1
-    """Compute threads of the device; of several ranks, each rank's."""
-    cpus: Annotated[tuple[int, ...], Within(0, 65535)] = ()
-    """Processors that the engine's threads are pinned to; empty: not pinned."""
-    paced_step_s: StepSeconds = 0.002
-    """`paced` only: the latency model's coefficients, seconds."""
-    paced_prefill_token_s: StepSeconds = 0.00005
-    paced_decode_row_s: StepSeconds = 0.0002
-    paced_context_token_s: StepSeconds = 0.0
-    paced_profile: Annotated[str | None, Text()] = None
-    """`paced` only: a file of step-time coefficients instead of those above."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        if not self.kv_cache_bytes and self.device != "cuda":
-            object.__setattr__(self, "kv_cache_bytes", _HOST_KV_BYTES)
-        if len(set(self.cpus)) != len(self.cpus):
-            raise ConfigError("cpus", list(self.cpus), "each processor once")
-        if self.device == "cuda":
-            self._check_cuda()
-        elif self.gpus:
-            raise ConfigError("gpus", list(self.gpus), f"none on {self.device}")
-        elif self.quantization == "w4a16":
-            raise ConfigError("quantization", self.quantization, f"w8a8 or none on {self.device}: w4a16 wants a GPU")
-        if self.kernels == "triton" and self.device == "cpu":
-            raise ConfigError("kernels", self.kernels, "auto, compiled, torch or reference on cpu: triton wants a GPU")
-        if self.num_ranks > 1 and self.device == "cpu":
-            for name, allowed_values in (("kernels", "auto, torch, reference"), ("quantization", "none")):
-                if getattr(self, name) in ("compiled", "w8a8"):
-                    allowed = f"{allowed_values} for a worker of {self.num_ranks} ranks, which torch computes"
-                    raise ConfigError(name, getattr(self, name), allowed)
-
-    def _check_cuda(self) -> None:
-        if self.kernels not in ("auto", "triton"):
-            raise ConfigError("kernels", self.kernels, "auto or triton on cuda")
-        if len(self.gpus) % self.num_ranks:
-            allowed = f"{self.num_ranks}, or a multiple of that: one for each rank of a worker"
-            raise ConfigError("gpus", list(self.gpus), allowed)
-
-    @property
-    def num_ranks(self) -> int:
-        """Devices, or processes, of one worker."""
-        return self.tensor_parallel * self.pipeline_stages
-
-    @property
-    def num_processes(self) -> int:
-        """That compute for one worker where it is served."""
-        return 1 if self.device == "paced" else self.num_ranks
-
-    def of_worker(self, index: int) -> EngineConfig:
-        """The same for one worker of a pool: on its own GPUs of those that the pool has."""
-        if not self.gpus:
-            return self
-        first = index * self.num_ranks % len(self.gpus)
-        return replace(self, gpus=self.gpus[first : first + self.num_ranks])
-
-    def check_served(self) -> None:
-        """ConfigError for what can be simulated and no worker can be."""
-        if self.pipeline_stages > 1 and self.device == "paced":
-            allowed = (
-                "1 on paced, which cannot serve pipelines: `tandem plan --max-pp 1` plans without them, `tandem "
-                "simulate --cluster` takes them as they are"
-            )
-            raise ConfigError("pipeline_stages", self.pipeline_stages, allowed)
 
 
 COLLECTIVE_TRANSPORTS = ("gloo", "nccl")
@@ -281,11 +176,7 @@ class RouterConfig:
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("api_key", HIDDEN, "printable ASCII without spaces, several separated by commas")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            given, missing = ("tls_cert", "tls_key") if self.tls_key is None else ("tls_key", "tls_cert")
-            raise ConfigError(missing, None, f"a PEM file, as {given} is given")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ConfigError("tls_cert", None, "a PEM file, as tls_client_ca is given")
+        check_tls_files(self, ("tls_cert", "tls_key"), wanted_by="tls_client_ca")
 
     def _check_processes(self) -> None:
         if self.process >= self.processes:
@@ -377,6 +268,11 @@ class ClusterConfig:
                 counts = "1" if stages[name] == 1 else f"1, or {stages[name]} for its pipeline stages"
                 raise ConfigError(f"nodes.{name}", list(nodes), f"addresses of nodes, {counts}")
 
+    @property
+    def pools(self) -> tuple[tuple[Role, int], ...]:
+        """How many workers of each role there are; a pool may be empty."""
+        return (Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed)
+
     def engine_of(self, role: Role) -> EngineConfig:
         """The engine settings of a role's workers."""
         own = {Role.PREFILL: self.prefill_engine, Role.DECODE: self.decode_engine, Role.MIXED: self.mixed_engine}[role]
@@ -384,8 +280,7 @@ class ClusterConfig:
 
     def workers(self, *registry_addresses: str) -> tuple[WorkerConfig, ...]:
         """One WorkerConfig for each worker, heartbeating to the routers at `registry_addresses` (host:port)."""
-        pools = ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode), (Role.MIXED, self.mixed))
-        members = [(role, index) for role, count in pools for index in range(count)]
+        members = [(role, index) for role, count in self.pools for index in range(count)]
         first_port = self.worker.metrics_port or None
         return tuple(
             replace(
@@ -402,7 +297,7 @@ class ClusterConfig:
 
 def check_served(config: ClusterConfig) -> None:
     """`EngineConfig.check_served` for every pool that has workers."""
-    for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.MIXED, config.mixed)):
+    for role, count in config.pools:
         if count:
             engine = config.engine_of(role)
             try:

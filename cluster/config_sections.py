@@ -37,10 +37,7 @@ class SecurityConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        given = [name for name in ("tls_cert", "tls_key", "tls_ca") if getattr(self, name) is not None]
-        for name in ("tls_cert", "tls_key", "tls_ca"):
-            if getattr(self, name) is None and (given or self.tls_server_name is not None):
-                raise ConfigError(name, None, f"a PEM file, as {given[0] if given else 'tls_server_name'} is given")
+        check_tls_files(self, ("tls_cert", "tls_key", "tls_ca"), wanted_by="tls_server_name")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,3 +105,11 @@ def check_class_names(classes: Mapping[str, object], field_name: str = "slo_clas
     for name in classes:
         if not _CLASS_NAME.fullmatch(name):
             raise ConfigError(field_name, name, "names of 1 to 64 characters of a-z, 0-9, '-' and '_'")
+
+
+def check_tls_files(config: object, files: tuple[str, ...], *, wanted_by: str) -> None:
+    """ConfigError for a field of `files` that is not given where another of them is, or the field `wanted_by`."""
+    given = [name for name in (*files, wanted_by) if getattr(config, name) is not None]
+    for name in files:
+        if given and getattr(config, name) is None:
+            raise ConfigError(name, None, f"a PEM file, as {given[0]} is given")

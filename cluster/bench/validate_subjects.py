@@ -63,7 +63,7 @@ def config_subject(
     check_served(config)
     engines = {
         role: _scaled(config.engine_of(role), time_scale, folder / f"{label}.{role.value}.json")
-        for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.MIXED, config.mixed))
+        for role, count in config.pools
         if count
     }
     workers = config.prefill + config.decode + config.mixed

@@ -22,7 +22,6 @@ from ..models.config import ModelConfig
 from ..models.fetch import WHEEL_MODELS
 from ..models.reference import DUMMY_PREFIX, ModelError, ModelFiles, resolve_model
 from ..ports import bind, pin_ports
-from ..types import Role
 from .state import LaunchError
 
 _PORTS = ("http_port", "grpc_port", "registry_port")
@@ -104,7 +103,7 @@ def check_events(config: RouterConfig) -> None:
 
 def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
     """`check_engine` for every pool that has workers."""
-    for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.MIXED, config.mixed)):
+    for role, count in config.pools:
         if count:
             engine = config.engine_of(role)
             check_engine(engine, model, under="engine" if engine is config.engine else f"{role.value}.engine")

@@ -36,7 +36,7 @@ _OF_THE_ROUTER = (
 def cluster_values(config: ClusterConfig) -> dict[str, Any]:
     """Values by their dotted path in a scenario. ConfigError for workers whose step times stand in no file."""
     engines = {role: config.engine_of(role) for role in Role}
-    counts = {Role.PREFILL: config.prefill, Role.DECODE: config.decode, Role.MIXED: config.mixed}
+    counts = dict(config.pools)
     engine = next(engines[role] for role in Role if counts[role])
     values: dict[str, Any] = {name: getattr(engine, name) for name in _SHARED}
     asked = {} if config.router.plan is None else config.router.plan.problem
