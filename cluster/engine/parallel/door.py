@@ -5,7 +5,9 @@
    rank of another node by TCP, with two links: one for steps, one for blocks of its KV.
 3. Before anything else is read, both prove that they know the offer's key, which was drawn for this life of the worker,
    and the cluster's secret: each answers the other's challenge by a MAC over both challenges and over what it says.
-   Strangers are not answered, and cannot keep others from coming: those in the door are bounded in number and time.
+   Strangers are not answered, and cannot keep others from coming: those in the door are bounded in number and time,
+   and where no place is left, the address that holds the most of them loses its oldest. Other users of the node take
+   none. A rank that is sent away before it was asked anything comes again.
 4. The door is closed once all are there.
 
 Links over TCP are neither encrypted nor signed after that, nor is what ranks say to each other (Gloo, NCCL): who may
@@ -24,6 +26,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,11 +37,15 @@ from .messages import RankLost
 logger = logging.getLogger(__name__)
 
 MAX_IN_DOOR = 64
-"""Who has come and not proved yet; beyond it connections are closed."""
+"""Who has come and not proved yet."""
 PROOF_S = 5.0
 CHALLENGE_BYTES = 32
 STEPS, BLOCKS = 0, 1
 _POLL_S = 0.2
+_COME_AGAIN_S = 0.05
+_SAY_AGAIN_S = 10.0
+_UCRED = struct.Struct("3i")
+"""Of SO_PEERCRED: process, user, group."""
 _SAYS = struct.Struct("<8sBII32s32s")
 _MAGIC = b"TANDEMR1"
 
@@ -87,7 +94,9 @@ class RankDoor:
         self._name = f"tandem-ranks-{secrets.token_hex(16)}"
         self._host, self._port = host, 0
         self._listeners: list[socket.socket] = []
-        self._in_door = threading.Semaphore(MAX_IN_DOOR)
+        self._in_door: dict[socket.socket, tuple[str, threading.Thread]] = {}
+        """Who has not proved yet, in the order in which they came: from which address, and who listens to it."""
+        self._turned_away, self._said_s = 0, -_SAY_AGAIN_S
         try:
             if not all(remote.values()):
                 local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -129,12 +138,13 @@ class RankDoor:
         """Nobody comes any more; links that `wait` has not handed over are closed. Idempotent."""
         with self._changed:
             self._closed = True
+            for link in self._in_door:
+                _hang_up(link)
             for _, link in self._came.values():
                 link.close()
             self._came.clear()
         for listener in self._listeners:
-            with contextlib.suppress(OSError):  # it may not listen yet
-                listener.shutdown(socket.SHUT_RDWR)  # whoever waits in `accept` keeps the port open otherwise
+            _hang_up(listener)  # whoever waits in `accept` keeps the port open otherwise
             listener.close()
 
     def _joined(self, rank: int) -> Joined:
@@ -147,7 +157,7 @@ class RankDoor:
         """Until the door is closed."""
         while not self._closed:
             try:
-                link, _ = listener.accept()
+                link, address = listener.accept()
             except TimeoutError:
                 continue
             except OSError:
@@ -155,20 +165,51 @@ class RankDoor:
                     return
                 time.sleep(_POLL_S)  # no descriptor left
                 continue
-            if not self._in_door.acquire(blocking=False):
-                link.close()
+            try:
+                _check_same_user(link)
+            except OSError as error:
+                self._turn_away(link, error)
                 continue
-            threading.Thread(target=self._admit, args=(link,), name="rank-admit", daemon=True).start()
+            self._enter(link, address[0] if listener.family != socket.AF_UNIX else "")
+
+    def _enter(self, link: socket.socket, host: str) -> None:
+        """Whoever must give up its place for that is gone when this returns."""
+        thread = threading.Thread(target=self._admit, args=(link,), name="rank-admit", daemon=True)
+        while True:
+            with self._changed:
+                if len(self._in_door) < MAX_IN_DOOR:
+                    self._in_door[link] = host, thread
+                    thread.start()
+                    return
+                ((crowd, _),) = Counter(host for host, _ in self._in_door.values()).most_common(1)
+                oldest = next(link for link, (host, _) in self._in_door.items() if host == crowd)
+                _, listening = self._in_door.pop(oldest)
+                _hang_up(oldest)
+            listening.join()
+
+    def _leave(self, link: socket.socket) -> bool:
+        """Whether it had its place still."""
+        with self._changed:
+            return self._in_door.pop(link, None) is not None
+
+    def _turn_away(self, link: socket.socket, error: Exception) -> None:
+        """One line now and then: a stranger who keeps knocking does not fill the log."""
+        link.close()
+        with self._changed:
+            self._turned_away += 1
+            if time.monotonic() - self._said_s < _SAY_AGAIN_S:
+                return
+            self._said_s = time.monotonic()
+        logger.warning("somebody who came to be a rank was turned away (%d so far): %s", self._turned_away, error)
 
     def _admit(self, link: socket.socket) -> None:
         try:
             rank, kind, pid = self._prove(link)
         except (OSError, EOFError, ValueError) as error:
-            logger.warning("somebody who came to be a rank was turned away: %s", error)
-            link.close()
+            self._turn_away(link, error)
             return
         finally:
-            self._in_door.release()
+            self._leave(link)
         with self._changed:
             if self._closed or (rank, kind) in self._came:
                 link.close()
@@ -189,6 +230,8 @@ class RankDoor:
             raise ValueError("it does not know this worker's key and the cluster's secret")
         if rank not in self._remote or kind not in (STEPS, BLOCKS)[: 1 + self._remote[rank]]:
             raise ValueError(f"link {kind} of rank {rank} is not expected here")
+        if not self._leave(link):
+            raise EOFError("others came, and it had not proved itself yet")
         link.sendall(_leader_proof(self._credentials, self._key, challenge, theirs))
         link.settimeout(None)
         _no_delay(link)
@@ -210,16 +253,10 @@ def join(offer: Offer, credentials: MemberCredentials, timeout_s: float) -> tupl
 
 
 def _come(offer: Offer, kind: int, credentials: MemberCredentials, timeout_s: float) -> socket.socket:
-    if offer.is_local:
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    else:
-        link = socket.create_connection((offer.host, offer.port), timeout_s)
+    deadline_s = time.monotonic() + timeout_s
+    link, challenge = _knock(offer, deadline_s)
     try:
-        link.settimeout(timeout_s)
-        if offer.is_local:
-            link.connect(f"\0{offer.name}")
-        deadline_s = time.monotonic() + timeout_s
-        challenge, ours = _exactly(link, CHALLENGE_BYTES, deadline_s), secrets.token_bytes(CHALLENGE_BYTES)
+        ours = secrets.token_bytes(CHALLENGE_BYTES)
         pid = os.getpid()
         proof = _rank_proof(credentials, offer.key, challenge, ours, _said(kind, offer.rank, pid))
         link.sendall(_SAYS.pack(_MAGIC, kind, offer.rank, pid, ours, proof))
@@ -237,6 +274,37 @@ def _come(offer: Offer, kind: int, credentials: MemberCredentials, timeout_s: fl
         link.close()
         raise
     return link
+
+
+def _knock(offer: Offer, deadline_s: float) -> tuple[socket.socket, bytes]:
+    """A link to the leader, and its challenge. Comes again where it is sent away before that, but not to a door that is
+    closed.
+    """
+    while True:
+        try:
+            return _challenged(offer, deadline_s)
+        except ConnectionRefusedError:
+            raise
+        except (EOFError, ConnectionError, BlockingIOError) as error:  # the last: too many wait before a Unix socket
+            if time.monotonic() + _COME_AGAIN_S > deadline_s:
+                raise RankLost(f"the leader sent this rank away each time it came: {error}") from error
+            time.sleep(_COME_AGAIN_S)
+
+
+def _challenged(offer: Offer, deadline_s: float) -> tuple[socket.socket, bytes]:
+    left_s = max(0.001, deadline_s - time.monotonic())
+    if offer.is_local:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    else:
+        link = socket.create_connection((offer.host, offer.port), left_s)
+    try:
+        link.settimeout(left_s)
+        if offer.is_local:
+            link.connect(f"\0{offer.name}")
+        return link, _exactly(link, CHALLENGE_BYTES, deadline_s)
+    except BaseException:
+        link.close()
+        raise
 
 
 def _said(kind: int, rank: int, pid: int) -> bytes:
@@ -265,3 +333,16 @@ def _exactly(link: socket.socket, size: int, deadline_s: float) -> bytes:
 def _no_delay(link: socket.socket) -> None:
     with contextlib.suppress(OSError):  # a Unix socket knows none
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _hang_up(link: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it may be closed, or a listener that does not listen yet
+        link.shutdown(socket.SHUT_RDWR)
+
+
+def _check_same_user(link: socket.socket) -> None:
+    """PermissionError where a process of this node runs as another user."""
+    if link.family == socket.AF_UNIX:
+        _, user, _ = _UCRED.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if user != os.geteuid():
+            raise PermissionError(f"it runs as user {user}, its leader as {os.geteuid()}")

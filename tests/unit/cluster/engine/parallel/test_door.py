@@ -13,7 +13,7 @@ import pytest
 from tandem.cluster.auth import OPEN, MemberCredentials
 from tandem.cluster.config import SecurityConfig
 from tandem.cluster.engine.parallel import door as module
-from tandem.cluster.engine.parallel.door import CHALLENGE_BYTES, RankDoor, join
+from tandem.cluster.engine.parallel.door import CHALLENGE_BYTES, Offer, RankDoor, join
 from tandem.cluster.engine.parallel.messages import RankLost
 
 LOOPBACK = "127.0.0.1"
@@ -110,17 +110,29 @@ def test_a_leader_that_knows_nothing_is_not_followed(door: RankDoor) -> None:
         thread.join(WAIT_S)
 
 
+def crowd(offer: Offer, size: int, source: str = LOOPBACK) -> list[socket.socket]:
+    """Strangers who are in the door and say nothing."""
+    came = []
+    for _ in range(size):
+        came.append(socket.create_connection((offer.host, offer.port), WAIT_S, source_address=(source, 0)))
+        assert len(came[-1].recv(CHALLENGE_BYTES, socket.MSG_WAITALL)) == CHALLENGE_BYTES
+    return came
+
+
+def test_a_silent_stranger_is_sent_away_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch, door: RankDoor) -> None:
+    monkeypatch.setattr(module, "PROOF_S", 0.1)
+    (stranger,) = crowd(door.offer(2), 1)
+    with stranger:
+        assert stranger.recv(1) == b""
+
+
 def test_silent_strangers_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROOF_S", 0.3)
+    monkeypatch.setattr(module, "PROOF_S", 3600.0)
     monkeypatch.setattr(module, "MAX_IN_DOOR", 4)
     opened = RankDoor({1: True}, LOOPBACK, OURS)
     offer = opened.offer(1)
-    strangers = [socket.create_connection((offer.host, offer.port), WAIT_S) for _ in range(4)]
+    strangers = crowd(offer, 4)
     try:
-        for stranger in strangers:
-            assert len(stranger.recv(CHALLENGE_BYTES, socket.MSG_WAITALL)) == CHALLENGE_BYTES
-        for stranger in strangers:
-            assert stranger.recv(1) == b"", "it is sent away when its time is over"
         with ThreadPoolExecutor(1) as pool:
             came = pool.submit(opened.wait, WAIT_S, patient)
             for link in join(offer, OURS, WAIT_S):
@@ -134,6 +146,61 @@ def test_silent_strangers_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> No
         opened.close()
         for stranger in strangers:
             stranger.close()
+
+
+def test_a_crowd_is_in_nobody_elses_way(monkeypatch: pytest.MonkeyPatch, door: RankDoor) -> None:
+    """Who came before it from another address keeps its place."""
+    monkeypatch.setattr(module, "PROOF_S", 3600.0)
+    monkeypatch.setattr(module, "MAX_IN_DOOR", 4)
+    (first,) = crowd(door.offer(2), 1)
+    strangers = crowd(door.offer(2), 8, "127.0.0.2")
+    try:
+        for stranger in strangers[:5]:
+            assert stranger.recv(1) == b""
+        for kept in (first, *strangers[5:]):
+            kept.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                kept.recv(1)
+        door.close()
+        first.settimeout(WAIT_S)
+        assert first.recv(1) == b"", "nobody waits in a closed door"
+    finally:
+        for stranger in (first, *strangers):
+            stranger.close()
+
+
+def test_another_user_of_the_node_is_asked_nothing(monkeypatch: pytest.MonkeyPatch, door: RankDoor) -> None:
+    user = os.geteuid()
+    monkeypatch.setattr(module.os, "geteuid", lambda: user + 1)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.settimeout(WAIT_S)
+        other.connect(f"\0{door.offer(1).name}")
+        assert other.recv(1) == b""
+    with pytest.raises(RankLost, match="the leader sent this rank away each time it came"):
+        join(door.offer(1), OURS, 0.2)
+
+
+def test_a_rank_that_is_sent_away_before_it_was_asked_comes_again(door: RankDoor) -> None:
+    offer = door.offer(1)
+    with socket.socket(socket.AF_UNIX) as between, socket.socket(socket.AF_UNIX) as leader:
+        between.bind(f"\0{offer.name}-full")
+        between.settimeout(WAIT_S)
+        between.listen()
+
+        def listen() -> None:
+            for _ in range(2):
+                between.accept()[0].close()
+            with between.accept()[0] as rank:
+                leader.connect(f"\0{offer.name}")
+                rank.sendall(leader.recv(CHALLENGE_BYTES, socket.MSG_WAITALL))
+                leader.sendall(rank.recv(4096))
+                rank.sendall(leader.recv(CHALLENGE_BYTES, socket.MSG_WAITALL))
+
+        with ThreadPoolExecutor(1) as pool:
+            listening = pool.submit(listen)
+            link, _ = join(replace(offer, name=f"{offer.name}-full"), OURS, WAIT_S)
+            link.close()
+            listening.result()
 
 
 def test_who_waits_hears_of_a_rank_that_will_not_come(door: RankDoor) -> None:
