@@ -12,13 +12,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..auth import MemberCredentials
@@ -27,6 +24,7 @@ from ..engine.parallel.door import Joined, Offer, RankDoor, join
 from ..engine.parallel.followers import START_S
 from ..engine.parallel.messages import RankLost
 from ..engine.parallel.rank_process import RankProcess
+from .local_process import LocalProcess
 from .process_setup import ignore_interrupts, set_threads
 
 _POLL_S = 0.02
@@ -156,33 +154,20 @@ class _Actor(RankProcess):
         self.link, self.kv_link = joined.link, joined.kv_link
         self.host, self.leader_host = joined.host, joined.leader_host
         self._actor = actor
+        self._process = LocalProcess(self.pid, self.link) if self.is_local else None
 
     def ended(self) -> str:
         return ", which has ended" if self.is_local and self.wait(0.2) else ""  # its socket's end comes before its own
 
     def kill(self) -> None:
-        if self.is_local:  # at once, and also when Ray's head is away
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        if self._process is not None:  # at once, and also when Ray's head is away
+            self._process.kill()
             return
         with contextlib.suppress(OSError):
             self.link.shutdown(socket.SHUT_RDWR)  # it ends itself; and Ray ends it with its owner
 
     def wait(self, timeout_s: float) -> bool:
-        deadline_s = time.monotonic() + timeout_s
-        while self.is_local and self._lives():
-            if time.monotonic() > deadline_s:
-                return False
-            time.sleep(_POLL_S)
-        return True
-
-    def _lives(self) -> bool:
-        """Whether its process is there, and is what it was."""
-        try:
-            status = Path(f"/proc/{self.pid}/stat").read_text()
-        except OSError:
-            return False
-        return status.rpartition(")")[2].split()[0] not in "ZX"
+        return self._process is None or self._process.wait(timeout_s)
 
 
 def leader_host(config: WorkerConfig, *, remote: bool, node_host: str) -> str:
