@@ -338,7 +338,7 @@ def _validate(problem: Problem, setting: Setting, result: PlanResult, device: st
         for one in (result.disaggregated, result.colocated):
             if one is None or one.goodput.mean == 0.0 or any(pool.pipeline_stages > 1 for pool in one.candidate.pools):
                 continue
-            name = "disaggregated" if one.candidate.disaggregated else "colocated"
+            name = one.candidate.kind
             files.append(str(Path(folder) / f"{name}.yaml"))
             plan_file(problem, setting, result, one, name=name, device=device).save(files[-1])
         if not files:

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..types import Role
-from .result import Evaluation, Fate, PhaseResult, PlanResult
+from .report_maps import LOOKED, Cell, Key, Map, Split, count_map, pair_map, phase_map, split_of
+from .result import Evaluation, Fate, PlanResult
 from .show import alternatives, runners_up
 from .words import number
 
@@ -31,7 +31,6 @@ GRID = 160
 COLORS = {"disaggregated": "#1f6fb4", "colocated": "#d9731a"}
 _PALE = {"disaggregated": "#8fbbe0", "colocated": "#efb98a"}
 _MUTED, _EDGE = "#666666", "#bbbbbb"
-_LOOKED = (Fate.SIMULATED, Fate.SCREENED)
 _SHADES = {Fate.SIMULATED: 0.8, Fate.SCREENED: 0.8, Fate.ESTIMATED: 0.35}
 """How dark the best cell is; what was only estimated is pale."""
 _PER_GPU = "requests/s per GPU"
@@ -39,24 +38,6 @@ _PER_GPU = "requests/s per GPU"
 
 class PlotsMissing(ValueError):
     """matplotlib is not installed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One square of a map."""
-
-    value: float = 0.0
-    """Goodput per GPU; where not simulated, an estimate of it or the bound on it."""
-    fate: Fate | None = None
-    """None: never looked at."""
-    note: str = ""
-    decided: bool = True
-    """False: what was seen before the search was ended; there may be more."""
-
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """What was simulated stands for a cell before what was only bounded or refused."""
-        return self.fate in _LOOKED, self.value
 
 
 def legend(result: PlanResult) -> str:
@@ -67,7 +48,7 @@ def legend(result: PlanResult) -> str:
 
 def png(result: PlanResult, target: float, title: str, caption: str) -> bytes:
     """Everything as one picture: verdict above, curves and maps, inputs below."""
-    counted = len(_counted(result)) > 1
+    counted = len(count_map(result).cells) > 1
     with _figure((13.0, 8.6)) as figure:
         figure.suptitle("\n".join(textwrap.wrap(title, 118)), fontsize=11, fontweight="bold", x=0.01, ha="left")
         top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1.0))
@@ -106,7 +87,7 @@ def svg_map(result: PlanResult) -> str:
 
 def svg_counts(result: PlanResult) -> str:
     """Numbers of workers, as an `<svg>` element; empty where only one pair of numbers was looked at."""
-    if len(_counted(result)) < 2:
+    if len(count_map(result).cells) < 2:
         return ""
     with _figure((5.0, 4.0)) as figure:
         draw_counts(figure.subplots(), result)
@@ -145,7 +126,7 @@ def draw_curves(axes: Any, result: PlanResult, target: float) -> None:
     shown = [one for one in alternatives(result) if one.points]
     for one in reversed(shown):
         best = one in (result.disaggregated, result.colocated)
-        kind = "disaggregated" if one.candidate.disaggregated else "colocated"
+        kind = one.candidate.kind
         color = (COLORS if best else _PALE)[kind]
         rates, values = curve(one)
         rates = rates / one.candidate.gpus
@@ -182,69 +163,27 @@ def draw_curves(axes: Any, result: PlanResult, target: float) -> None:
         axes.legend(handles[::-1], labels[::-1], fontsize=7.5, loc="lower left", framealpha=0.9)
 
 
-def pair_cells(result: PlanResult) -> dict[tuple[tuple[int, int], tuple[int, int]], Cell]:
-    """By split of prefill and of decode: the best that was looked at with them, how many workers of each."""
-    cells: dict[tuple[tuple[int, int], tuple[int, int]], Cell] = {}
-    for one in _chosen_last(result):
-        prefill, decode = one.candidate.pool(Role.PREFILL), one.candidate.pool(Role.DECODE)
-        if prefill is None or decode is None:
-            continue
-        key = _split(prefill), _split(decode)
-        cell = _cell(one, f"{prefill.count}:{decode.count}")
-        if key not in cells or cell.rank > cells[key].rank or one is result.disaggregated:
-            cells[key] = cell
-    return cells
-
-
-def _chosen_last(result: PlanResult) -> list[Evaluation]:
-    """Everything that was looked at; the best disaggregated plan at the end, whose cell is its own."""
-    best = [] if result.disaggregated is None else [result.disaggregated]
-    return [*result.explored, *best]
-
-
 def draw_pairs(axes: Any, result: PlanResult) -> None:
     """Split of prefill x split of decode."""
-    cells = pair_cells(result)
-    rows, columns = sorted({row for row, _ in cells}), sorted({column for _, column in cells})
-    best = None
-    if result.disaggregated is not None:
-        prefill, decode = (result.disaggregated.candidate.pool(role) for role in (Role.PREFILL, Role.DECODE))
-        best = None if prefill is None or decode is None else (_split(prefill), _split(decode))
-    names = [_split_name(row) for row in rows], [_split_name(column) for column in columns]
-    _draw_map(axes, [[cells.get((r, c), Cell()) for c in columns] for r in rows], *names, _place(rows, columns, best))
+    _draw_map(axes, pair_map(result), _split_name)
     _label(axes, "split of decode workers", "split of prefill workers")
     axes.set_title(f"Best of each pair of splits: {_PER_GPU}, prefill:decode workers", fontsize=9, loc="left")
 
 
 def draw_phase(axes: Any, result: PlanResult, role: Role) -> None:
     """One phase alone, TP x PP."""
-    phases = [one for one in result.phases if one.role is role]
-    cells = {(one.tensor_parallel, one.pipeline_stages): _phase_cell(one) for one in phases}
-    rows, columns = sorted({tensor for tensor, _ in cells}), sorted({stages for _, stages in cells})
-    best = None
-    if result.disaggregated is not None and (pool := result.disaggregated.candidate.pool(role)) is not None:
-        best = _split(pool)
-    names = [str(tensor) for tensor in rows], [str(stages) for stages in columns]
-    grid = [[cells.get((tensor, stages), Cell()) for stages in columns] for tensor in rows]
-    _draw_map(axes, grid, *names, _place(rows, columns, best))
+    _draw_map(axes, phase_map(result, role), str)
     _label(axes, "pipeline stages (PP)", "devices that split each layer (TP)")
     axes.set_title(f"{role.value.capitalize()} alone: {_PER_GPU}", fontsize=9, loc="left")
 
 
 def draw_counts(axes: Any, result: PlanResult) -> None:
     """Workers of prefill x workers of decode, for the splits of the best disaggregated plan."""
+    _draw_map(axes, count_map(result), str)
     axes.set_title(f"Workers of each phase: {_PER_GPU}", fontsize=9, loc="left")
-    best, cells = result.disaggregated, _counted(result)
-    if best is None:
-        _nothing(axes)
-        return
-    rows, columns = sorted({row for row, _ in cells}), sorted({column for _, column in cells})
-    chosen = best.candidate.pools[0].count, best.candidate.pools[1].count
-    names = [str(row) for row in rows], [str(column) for column in columns]
-    grid = [[cells.get((row, column), Cell()) for column in columns] for row in rows]
-    _draw_map(axes, grid, *names, _place(rows, columns, chosen))
-    prefill, decode = (_split_name(_split(pool)) for pool in best.candidate.pools)
-    _label(axes, f"decode workers ({decode})", f"prefill workers ({prefill})")
+    if result.disaggregated is not None:
+        prefill, decode = (_split_name(split_of(pool)) for pool in result.disaggregated.candidate.pools)
+        _label(axes, f"decode workers ({decode})", f"prefill workers ({prefill})")
 
 
 def draw_goodputs(axes: Any, result: PlanResult) -> None:
@@ -256,7 +195,7 @@ def draw_goodputs(axes: Any, result: PlanResult) -> None:
         _nothing(axes)
         return
     for place, one in enumerate(shown):
-        kind = "disaggregated" if one.candidate.disaggregated else "colocated"
+        kind = one.candidate.kind
         scale = 1.0 / one.candidate.gpus
         value, low, high = (edge * scale for edge in (one.goodput.mean, one.goodput.low, one.goodput.high))
         axes.barh(place, value, height=0.78, color=(COLORS if one in best else _PALE)[kind], alpha=0.55)
@@ -270,64 +209,37 @@ def draw_goodputs(axes: Any, result: PlanResult) -> None:
     _label(axes, _PER_GPU, "")
 
 
-def _counted(result: PlanResult) -> dict[tuple[int, int], Cell]:
-    """By numbers of prefill and of decode workers: the best that was looked at with the best plan's splits."""
-    best = result.disaggregated
-    splits = [] if best is None else [_split(pool) for pool in best.candidate.pools]
-    cells: dict[tuple[int, int], Cell] = {}
-    for one in _chosen_last(result):
-        if one.candidate.disaggregated and [_split(pool) for pool in one.candidate.pools] == splits:
-            key = one.candidate.pools[0].count, one.candidate.pools[1].count
-            cell = _cell(one)
-            if key not in cells or cell.rank > cells[key].rank or one is best:
-                cells[key] = cell
-    return cells
-
-
-def _cell(one: Evaluation, note: str = "") -> Cell:
-    """What was cut short before anything was seen of it is worth its estimate."""
-    if one.decided or one.goodput.mean > 0.0:
-        return Cell(_worth(one), one.fate, note, decided=one.decided)
-    return Cell(one.estimate / one.candidate.gpus, Fate.ESTIMATED, note)
-
-
-def _phase_cell(one: PhaseResult) -> Cell:
-    return Cell(one.goodput_per_gpu, one.fate)
-
-
-def _draw_map(
-    axes: Any,
-    cells: Sequence[Sequence[Cell]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    best: tuple[int, int] | None,
-) -> None:
+def _draw_map(axes: Any, found: Map[Key], name: Callable[[Key], str]) -> None:
     """Squares colored by value; `x`: refused, `-`: hopeless, `<`: only bounded, `~`: only estimated; best framed."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    if not rows or not columns:
+    rows, columns = found.rows, found.columns
+    if not found.cells:
         _nothing(axes)
         return
-    top = max((cell.value for row in cells for cell in row if cell.fate in _SHADES), default=0.0)
+    top = max((cell.value for cell in found.cells.values() if cell.fate in _SHADES), default=0.0)
     shade = colormaps["Blues"]
     small = len(columns) > 7 or len(rows) > 7
-    for y, row in enumerate(cells):
-        for x, cell in enumerate(row):
+    for y, row in enumerate(rows):
+        for x, column in enumerate(columns):
+            cell = found.cells.get((row, column), Cell())
             text, color = _cell_text(cell, small)
             face = shade(_SHADES[cell.fate] * cell.value / top) if cell.fate in _SHADES and top else "white"
             if cell.fate in (Fate.REFUSED, Fate.HOPELESS):
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f0f0f0", edgecolor=_EDGE, hatch="///"))
             else:
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="#e2e2e2", linewidth=0.8))
-            if cell.fate in _LOOKED and cell.value > 0.75 * top:
+            if cell.fate in LOOKED and cell.value > 0.75 * top:
                 color = "white"
             axes.text(x, y, text, ha="center", va="center", fontsize=6.5 if small else 8, color=color)
-    if best is not None:
-        y, x = best
+    if found.chosen in found.cells:
+        y, x = rows.index(found.chosen[0]), columns.index(found.chosen[1])
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#c0392b", linewidth=2.2))
-    axes.set_xticks(range(len(columns)), columns, fontsize=7.5, rotation=45 if len(columns) > 5 else 0)
-    axes.set_yticks(range(len(rows)), rows, fontsize=7.5)
+    axes.set_xticks(
+        range(len(columns)), [name(column) for column in columns], fontsize=7.5, rotation=45 if len(columns) > 5 else 0
+    )
+    axes.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7.5)
     axes.tick_params(length=0)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -345,24 +257,8 @@ def _cell_text(cell: Cell, small: bool) -> tuple[str, str]:
     return (value if small or not cell.note else f"{value}\n{cell.note}"), "black"
 
 
-def _worth(one: Evaluation) -> float:
-    if one.fate in _LOOKED:
-        return one.goodput_per_gpu
-    return (one.estimate if one.fate is Fate.ESTIMATED else one.bound) / one.candidate.gpus
-
-
-def _split(pool: Any) -> tuple[int, int]:
-    return pool.tensor_parallel, pool.pipeline_stages
-
-
-def _split_name(split: tuple[int, int]) -> str:
+def _split_name(split: Split) -> str:
     return f"TP {split[0]}" + (f" PP {split[1]}" if split[1] > 1 else "")
-
-
-def _place(rows: Sequence[Any], columns: Sequence[Any], key: tuple[Any, Any] | None) -> tuple[int, int] | None:
-    if key is None or key[0] not in rows or key[1] not in columns:
-        return None
-    return rows.index(key[0]), columns.index(key[1])
 
 
 def _nothing(axes: Any) -> None:

@@ -92,6 +92,11 @@ class Candidate:
         """Whether prefill and decode have workers of their own."""
         return len(self.pools) > 1
 
+    @property
+    def kind(self) -> str:
+        """`disaggregated` or `colocated`."""
+        return "disaggregated" if self.disaggregated else "colocated"
+
     def pool(self, role: Role) -> Pool | None:
         """Its workers of that role; None: it has none."""
         return next((pool for pool in self.pools if pool.role is role), None)

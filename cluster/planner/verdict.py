@@ -95,7 +95,7 @@ def without_interval(result: PlanResult) -> str:
     held = [one for one in (result.disaggregated, result.colocated) if one is not None and one.at_bound]
     if not held:
         return ""
-    names = " and ".join("disaggregated" if one.candidate.disaggregated else "colocated" for one in held)
+    names = " and ".join(one.candidate.kind for one in held)
     text = f"Goodput of {names} is what it computes at most, under every seed: it has no interval"
     if result.difference is None:
         return f"{text}."
@@ -125,7 +125,7 @@ def why_above(one: Evaluation, target: float) -> str:
         why = f"the next rate that was tried, {number(point.rate)}, is kept by {most}{min(_halves(point)) * 100:.1f} %"
     else:
         return ""
-    name = "disaggregated" if one.candidate.disaggregated else "colocated"
+    name = one.candidate.kind
     return f"More than {target * 100:g} % keep the promises near the goodput of {name}: {why}."
 
 

@@ -14,7 +14,8 @@ from plan_cases import evaluated, mixed, opt, refused, result, split
 from rich.console import Console
 from tandem.cluster.planner.problem import Problem
 from tandem.cluster.planner.report import check_report, of_the_best, page, save_report
-from tandem.cluster.planner.report_figures import curve, legend, pair_cells
+from tandem.cluster.planner.report_figures import curve, legend
+from tandem.cluster.planner.report_maps import pair_map
 from tandem.cluster.planner.result import Affinity, Fate, Interval, PlanResult
 from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.planner.show import _beside_the_plan, alternatives, remarks, runners_up, show
@@ -100,7 +101,7 @@ def test_what_is_known_so_far_is_told_as_that() -> None:
     assert "cut short" in legend(found)
     assert "cut short" not in legend(result())
     nothing = replace(cut, goodput=Interval(mean=0.0, low=0.0, high=0.0), estimate=6.0)
-    [cell] = pair_cells(replace(found, disaggregated=nothing, explored=(nothing,))).values()
+    [cell] = pair_map(replace(found, disaggregated=nothing, explored=(nothing,))).cells.values()
     assert (cell.fate, cell.value) == (Fate.ESTIMATED, 2.0), "what nothing was seen of is worth its estimate"
 
 
@@ -147,11 +148,11 @@ def test_a_curve_is_over_the_seeds_between_their_rates() -> None:
 
 def test_the_map_has_the_best_of_each_pair() -> None:
     more = replace(evaluated(split(3, 2), 12.0), fate=Fate.ESTIMATED, estimate=99.0)
-    cells = pair_cells(result(explored=(*result().explored, more)))
+    cells = pair_map(result(explored=(*result().explored, more))).cells
     best = cells[(2, 1), (1, 1)]
     assert (best.value, best.note, best.fate) == (2.0, "1:1", Fate.SIMULATED), "simulated before estimated"
     lucky = evaluated(split(1, 2, 2, 1), 99.0, fate=Fate.SCREENED)
-    cells = pair_cells(result(explored=(*result().explored, lucky)))
+    cells = pair_map(result(explored=(*result().explored, lucky))).cells
     assert cells[(2, 1), (1, 1)].value == 2.0, "the framed cell is the plan's own"
     assert cells[(1, 1), (4, 1)].fate is Fate.REFUSED
 
