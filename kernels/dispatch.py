@@ -113,7 +113,7 @@ class GpuFacts:
     cuda: str = ""
     """That torch is built for."""
     name: str = ""
-    """Of the first device that torch sees."""
+    """Of the device that was asked about."""
     capability: tuple[int, int] = (0, 0)
     triton: str = ""
     """Version."""
@@ -124,8 +124,10 @@ def has_gpu_driver() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
-def gpu_facts() -> GpuFacts:
-    """Of this machine. Loads torch only where there is a driver to ask; initializes CUDA there."""
+def gpu_facts(device: torch.device | None = None) -> GpuFacts:
+    """Of this machine and one GPU, torch's current one if it is not named. Loads torch only where there is a driver to
+    ask; initializes CUDA there.
+    """
     driver = has_gpu_driver()
     facts = GpuFacts(driver=driver, torch=_version("torch"), triton=_version("triton"))
     if not driver or not facts.torch:
@@ -136,7 +138,7 @@ def gpu_facts() -> GpuFacts:
     if not torch.cuda.is_available():
         return facts
     return dataclasses.replace(
-        facts, name=torch.cuda.get_device_name(0), capability=torch.cuda.get_device_capability(0)
+        facts, name=torch.cuda.get_device_name(device), capability=torch.cuda.get_device_capability(device)
     )
 
 

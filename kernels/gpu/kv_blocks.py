@@ -50,7 +50,14 @@ def copy_blocks_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["first_token", "tokens"])  # else nine variants, each compiled while a pull waits
+_COUNTS = [
+    *("first_token", "tokens", "heads", "source_slots", "target_slots"),
+    *(f"{side}_first_{axis}" for side in ("source", "target") for axis in ("layer", "head")),
+]
+"""What differs from pull to pull and from peer to peer: variants would be compiled while a pull waits."""
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def repack_kernel(
     source,
     target,

@@ -116,6 +116,7 @@ def test_captured_steps_draw_what_launched_ones_do(captured: CudaDevice) -> None
             for r, sample in zip(range(count), (LIKELY, SEEDED) * count, strict=False)
         ]
         before = captured.kv.tensor.clone()
+        torch.cuda.synchronize()  # the engine's stream waits for no other
         mine, expected = step(captured, *rows), step(eager, *rows)
         for token, other in zip(mine.rows, expected.rows, strict=True):
             assert token.tokens[0].token_id == other.tokens[0].token_id, f"{count} rows"
@@ -155,10 +156,12 @@ def test_whole_runs_with_two_plans_under_way_draw_what_one_at_a_time_does(captur
 
 def test_a_row_whose_logits_are_no_numbers_fails_alone(captured: CudaDevice) -> None:
     captured.kv.tensor[6].fill_(math.nan)
+    torch.cuda.synchronize()  # the engine's stream waits for no other
     output = step(captured, row("bad", 1, [1], [6]), row("good", 0, [2], [7]))
     assert output.rows[0] == ("bad", (), "logits: NaN in the row")
     assert math.isfinite(output.rows[1].tokens[0].logprob or math.nan)
     captured.kv.tensor[6].zero_()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("w8a8", 0.3), ("w4a16", 1.5)])

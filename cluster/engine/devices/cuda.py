@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,8 +40,10 @@ from ..gpu.model import GpuModel, unsupported
 from ..gpu.part import Part, whole
 from ..gpu.sampling import DeviceSampler, Draws
 from ..gpu.shared_linears import join_part
-from ..gpu.sizing import blocks_to_profile, measure_room, prompt_plan, tuned_sizes
+from ..gpu.sizing import blocks_to_profile, measure_room
 from ..gpu.staging import Staging
+from ..gpu.step_clock import StepClock
+from ..gpu.warm_up import warm_up_plans
 from ..gpu.weights import build_on
 from ..plan import RowOutput, StepOutput, StepPlan
 from ..weight_source import WeightSource
@@ -53,35 +55,8 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 256
 """That a step may sample beyond `max_running`: of what times steps before it serves."""
-
-
-class _Clock:
-    """When a step began and ended on the device, and what tells that it has."""
-
-    def __init__(self, on_gpu: bool) -> None:
-        self._events = None
-        if on_gpu:
-            self._events = tuple(torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-        self._times_s = [0.0, 0.0]
-
-    def begin(self) -> None:
-        self._mark(0)
-
-    def end(self) -> None:
-        self._mark(1)
-
-    def wait_s(self) -> float:
-        """Waits for the end; how long the step took."""
-        if self._events is None:
-            return self._times_s[1] - self._times_s[0]
-        self._events[1].synchronize()
-        return float(self._events[0].elapsed_time(self._events[1])) / 1000
-
-    def _mark(self, which: int) -> None:
-        if self._events is None:
-            self._times_s[which] = time.monotonic()
-        else:
-            self._events[which].record()
+_LOOK_S = 0.0001
+"""Between two looks at a step's end, where something else may end the wait."""
 
 
 @dataclass(slots=True)
@@ -89,7 +64,7 @@ class _UnderWay:
     """A launched plan."""
 
     plan: StepPlan
-    clock: _Clock
+    clock: StepClock
     draws: Draws | None
     """None: made when it is collected, or elsewhere."""
 
@@ -181,6 +156,9 @@ class CudaDevice(Device):
             self.kv: DeviceKVStore = store
             self.num_blocks = store.num_blocks
             self._inputs.clear()
+            if self._stream is not None:
+                store.warm_up()
+                self._stream.synchronize()  # what other streams find was filled on this one
             self._graphs.capture(lambda done: self._say("capturing decode steps", done))
 
     def _make_buffers(self, dtype: torch.dtype, num_blocks: int) -> None:
@@ -214,15 +192,15 @@ class CudaDevice(Device):
         self._sampler.bind(self._wishes.tensor(place))
 
     def _warm_up(self, num_blocks: int, *, tunes: bool) -> None:
-        """Runs prompts over KV that is nobody's yet, so that no request waits for kernels to be compiled or, where
+        """Runs steps over KV that is nobody's yet, so that no request waits for kernels to be compiled or, where
         products are quantized, for the best way to compute them at each size to be found.
         """
         if self._where.type != "cuda":
             return
-        sizes = tuned_sizes(self._limits) if tunes else (self._limits.tokens,)
-        for done, tokens in enumerate(sizes):
-            self._say("warming up", done / len(sizes))
-            self._run_alone(prompt_plan(tokens, self._limits, self._layout.block_size, num_blocks))
+        plans = warm_up_plans(self._limits, self._layout.block_size, num_blocks, self._most_sampled, tunes=tunes)
+        for done, plan in enumerate(plans):
+            self._say("warming up", done / len(plans))
+            self._run_alone(plan)
 
     def _room(self, share: DeviceShare, temporary_bytes: int, name: str) -> int:
         """Blocks that fit beside all that is loaded, in place of the memory to profile with."""
@@ -255,7 +233,7 @@ class CudaDevice(Device):
         sampling = [row.seq_id for row in plan.rows if row.sample is not None]
         if len(sampling) > self._most_sampled:
             raise ValueError(f"plan: {len(sampling)} rows sample, allowed: {self._most_sampled} (max_running)")
-        clock, draws, part = _Clock(self._where.type == "cuda"), None, self._part
+        clock, draws, part = StepClock(self._where.type == "cuda"), None, self._part
         draws_now = part.leads and part.shard.is_last
         with self._on_stream():
             laid_out = self._inputs.lay_out(plan, self._drawn_at, lambda rows: self._graphs.shape_for(rows).rows)
@@ -292,6 +270,20 @@ class CudaDevice(Device):
             else:
                 rows.append(RowOutput(row.seq_id, error=token.reason))
         return StepOutput(step.plan.plan_id, tuple(rows), duration_s)
+
+    def wait(self, wake: threading.Event) -> bool:
+        """As `Device.wait`: what comes meanwhile is launched behind the step. `done` stays False: a plan that is ready
+        is launched first, and then the one before it is collected. Logits that are still to come back tell no end.
+        """
+        if not self._under_way:
+            return False
+        step = self._under_way[0]
+        if self._part.leads and step.draws is None:
+            return True
+        while not step.clock.ended():
+            if wake.wait(_LOOK_S):
+                return step.clock.ended()
+        return True
 
     def _compute(self, laid_out: LaidOut) -> torch.Tensor:
         """Logits [R or more, V], or the residual stream [T, C] that the next stage goes on from."""
@@ -362,7 +354,7 @@ def _pick(kernels: str, device: torch.device, obstacle: str | None) -> Picked:
         raise ValueError(f"device: 'cuda' is not allowed for this model: {obstacle}; allowed: cpu")
     if device.type != "cuda":
         return Picked("triton", "interpreted")
-    return pick_gpu("triton", gpu_facts())
+    return pick_gpu("triton", gpu_facts(device))
 
 
 def _share(device: torch.device, utilization: float) -> DeviceShare:

@@ -17,6 +17,7 @@ no such thing: each rank moves its own part.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
@@ -136,6 +137,9 @@ class RankedCudaDevice(Device):
         output = self._device.collect()
         self._followers.check()  # what was waited for may have been given up
         return output
+
+    def wait(self, wake: threading.Event) -> bool:
+        return self._device is None or self._device.wait(wake)
 
     def watch(self, on_lost: Callable[[BaseException], None]) -> None:
         def lost(error: BaseException) -> None:

@@ -199,7 +199,8 @@ class StepInputs:
             ]
             prefill = plan_prefill(stretches, self._shape, self._prefill_cut)
             prefill_at = [staging.put(t.numpy()) for t in (prefill.rows_R3, prefill.tiles_I2)]
-        table = staging.put(tables)
+        # Apart: kernels are compiled anew for a table that begins anywhere.
+        decode_table, prefill_table = staging.put(tables[:decoding]), staging.put(tables[decoding:])
         staging.upload()
         here: dict[str, Any] = {name: staging.tensor(place) for name, place in put.items()}
         if decode is not None:
@@ -208,14 +209,13 @@ class StepInputs:
         if prefill is not None:
             stretches_R3, tiles = map(staging.tensor, prefill_at)
             prefill = PrefillPlan(stretches_R3, tiles, prefill.tiling)
-        tables_RB = staging.tensor(table)
         batch = DeviceBatch(
             **here,
             decode_rows=decoding,
             decode=decode,
-            decode_tables=tables_RB[:decoding],
+            decode_tables=staging.tensor(decode_table),
             prefill=prefill,
-            prefill_tables=tables_RB[decoding:],
+            prefill_tables=staging.tensor(prefill_table),
         )
         return LaidOut(batch, None)
 

@@ -233,6 +233,24 @@ class DeviceKVStore(KVStore):
         event.record(self.stream)
         return event
 
+    def warm_up(self) -> None:
+        """Has the kernels compiled that blocks are moved with, so that no pull holds the event loop for it. Before any
+        block is somebody's; none is changed.
+        """
+        from ....kernels.gpu import kv_blocks
+
+        layers, heads = self.tensor.shape[1], self.tensor.shape[3]
+        part = kv_blocks.Part(num_layers=layers, num_heads=heads, num_tokens=self.layout.block_size)
+        with self.streaming():
+            none, first = self.sent([-1]), self.sent([0])
+            kv_blocks.copy_blocks(self.tensor, self.tensor, none, none)
+            kv_blocks.repack(self.tensor, self.tensor, first, first, part)
+            if self._by_kernel:
+                kv_blocks.gather_blocks(self._flat, none, self._packed[:1])
+                kv_blocks.scatter_blocks(self._packed[:1], self._flat, none)
+        if self.on_gpu:
+            self.stream.synchronize()
+
     def close(self) -> None:
         """Waits for the device, then frees the memory: no tensor of it may be used any more. Idempotent."""
         if self.on_gpu:

@@ -33,12 +33,6 @@ def prompt_plan(tokens: int, limits: Limits, block_size: int, num_blocks: int) -
     return StepPlan(0, tuple(rows))
 
 
-def tuned_sizes(limits: Limits) -> tuple[int, ...]:
-    """Tokens of steps for each of which a quantized product may be computed in another way, ascending."""
-    powers = [2**power for power in range(limits.tokens.bit_length()) if 2**power < limits.tokens]
-    return (*powers, limits.tokens)
-
-
 def widest_plan(limits: Limits) -> StepPlan:
     """A step of as many decode rows as are captured, all of them in one block."""
     return StepPlan(0, tuple(StepRow(f"row {i}", 0, [0], [0], DEMANDING) for i in range(limits.rows)))

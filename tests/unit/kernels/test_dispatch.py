@@ -135,6 +135,16 @@ def test_facts_of_this_machine_are_told_without_a_gpu() -> None:
         assert dispatch.gpu_problem(facts) is not None
 
 
+def test_facts_are_of_the_gpu_that_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "has_gpu_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {None: "current", torch.device("cuda:1"): "A100"}.get)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {None: (9, 0), torch.device("cuda:1"): (8, 0)}.get)
+    second = dispatch.gpu_facts(torch.device("cuda:1"))
+    assert (second.name, second.capability) == ("A100", (8, 0))
+    assert dispatch.gpu_facts().name == "current"
+
+
 def test_operations_are_the_modules_that_ship_kernels() -> None:
     folder = Path(dispatch.__file__).parent / "gpu"
     ship = {path.stem for path in folder.glob("*.py") if "\nSHIPPED = " in path.read_text()}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +74,12 @@ def step(device: Device, *rows: StepRow, plan_id: int = 0) -> StepOutput:
     return output
 
 
+def settle(where: str) -> None:
+    """What this thread queued is done: the engine's stream does not wait for it."""
+    if where == "cuda":
+        torch.cuda.synchronize()
+
+
 def drawn(output: StepOutput) -> list[list[int]]:
     return [[token.token_id for token in result.tokens] for result in output.rows]
 
@@ -132,6 +140,7 @@ def test_nothing_is_written_but_the_rows_own_slots(where: str) -> None:
     device = cuda_device(where)
     memory = device.kv.tensor  # [N, L, 2, K, S, D]
     memory.fill_(0.25)
+    settle(where)
     step(device, row("a", 4, [1], [6, 2]), row("b", 5, [2], [6, 4]), row("c", 7, [3], [6, 1]))
     step(device, row("d", 0, [1, 2, 3, 4, 5], [9, 3]))
     written = (memory != 0.25).any(dim=(1, 2, 3, 5))
@@ -144,10 +153,26 @@ def test_nothing_is_written_but_the_rows_own_slots(where: str) -> None:
 def test_a_row_whose_logits_are_no_numbers_fails_alone(where: str) -> None:
     device = cuda_device(where)
     device.kv.tensor[6] = math.nan
+    settle(where)
     output = step(device, row("bad", 1, [1], [6]), row("good", 0, [2], [7], LIKELY))
     assert output.rows[0] == ("bad", (), "logits: NaN in the row")
     assert len(output.rows[1].tokens) == 1
     assert not output.rows[1].error
+
+
+def test_a_wait_for_a_step_ends_when_something_else_comes(where: str) -> None:
+    device, wake = cuda_device(where), threading.Event()
+    assert not device.wait(wake)
+    device.launch(StepPlan(0, (row("a", 0, [1, 2], [1]),)))
+    assert device.wait(wake)
+    endless = SimpleNamespace(ended=lambda: False)
+    step = device._under_way[0]  # type: ignore[attr-defined]
+    step.clock, clock = endless, step.clock
+    wake.set()
+    assert not device.wait(wake)
+    step.clock = clock
+    assert device.wait(wake)
+    assert len(device.collect().rows) == 1
 
 
 def test_malformed_rows_are_named(where: str) -> None:

@@ -75,3 +75,21 @@ def test_tokens_find_their_places_in_blocks_of_another_size(block_size: int) -> 
     for index in range(20):
         wanted = token(theirs, source, index) if 3 <= index < 17 else torch.zeros((2, 2, 3, 8), dtype=torch.int16)
         assert torch.equal(token(mine, target, index), wanted), index
+
+
+@pytest.mark.parametrize("alone_bytes", [0, 2**30], ids=["copy engine", "kernels"])
+def test_kernels_are_warmed_up_without_a_block_being_changed(alone_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tandem.kernels.gpu import kv_blocks
+
+    store = DeviceKVStore(LAYOUT, 3, device="cpu", staging_bytes=2 * LAYOUT.block_bytes, copy_alone_bytes=alone_bytes)
+    for block_id in range(3):
+        store.tensor.view(torch.int16)[block_id] = block_id + 1
+    launched = []
+    for name in ("copy_blocks", "repack", "gather_blocks", "scatter_blocks"):
+        kernel = getattr(kv_blocks, name)
+        monkeypatch.setattr(
+            kv_blocks, name, lambda *given, name=name, kernel=kernel: (launched.append(name), kernel(*given))
+        )
+    store.warm_up()
+    assert launched == ["copy_blocks", "repack", "gather_blocks", "scatter_blocks"][: 4 if alone_bytes else 2]
+    assert [store.tensor.view(torch.int16)[i].unique().tolist() for i in range(3)] == [[1], [2], [3]]
