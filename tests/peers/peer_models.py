@@ -11,37 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "common"))  # modules that tests of several folders share
+
 import torch
+from llama_names import hf_name
 from safetensors.torch import save_file
 from tandem.cluster.engine.weight_source import WeightSource, expected_shapes
 from tandem.cluster.engine.weights import open_weights
 from tandem.cluster.models.config import Architecture, ModelConfig
 from tandem.cluster.models.reference import ModelFiles, resolve_model
 
-_GLOBAL = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-_LAYER = {
-    "attention_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "attention_out": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 INT8_MAX = 127
-
-
-def hf_name(name: str) -> str:
-    """The name of one of our tensors (`weight_source`) in a Llama checkpoint."""
-    *prefix, part, kind = name.split(".")
-    if prefix:
-        return f"model.layers.{prefix[1]}.{_LAYER[part]}.{kind}"
-    return f"{_GLOBAL[part]}.{kind}"
 
 
 def hf_config(config: ModelConfig, *, int8: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import gguf as ggml
 import numpy as np
 import pytest
 import torch
+from llama_names import hf_name
 from safetensors.torch import load_file, save_file
 from tandem.cluster.engine.fingerprint import fingerprint, weights_stamp
 from tandem.cluster.engine.gguf_weights import GgufWeights
@@ -22,20 +23,6 @@ from tandem.cluster.models.reference import ModelError, ModelFiles
 from tandem.cluster.models.registry import CONFIGS
 
 TINY = CONFIGS["tiny-llama"]
-HF_NAMES = {
-    "embed": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-    "attention_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "attention_out": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 GGUF_NAMES = {
     "embed": "token_embd",
     "final_norm": "output_norm",
@@ -55,11 +42,6 @@ GGUF_NAMES = {
 def dummy_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
     source = DummyWeights(config)
     return {name: source.read(name) for name in source.shapes()}
-
-
-def hf_name(name: str) -> str:
-    *prefix, part, kind = name.split(".")
-    return f"model.layers.{prefix[1]}.{HF_NAMES[part]}.{kind}" if prefix else f"{HF_NAMES[part]}.{kind}"
 
 
 def gguf_name(name: str) -> str:
@@ -250,7 +232,7 @@ def grown_bytes(source: str, dtype: str) -> int:
     """Peak of a fresh process's memory while it loads `MEMORY_CONFIG`, over what it held before."""
     script = f"""
 import sys, torch
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
+sys.path[:0] = {[str(Path(__file__).parents[3] / "common")]!r}
 import importlib.util
 spec = importlib.util.spec_from_file_location("t", {__file__!r}); t = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(t)

@@ -8,6 +8,7 @@ import gguf as ggml
 import numpy as np
 import pytest
 import torch
+from llama_names import hf_name
 from rank_steps import MODELS
 from safetensors.torch import save_file
 from tandem.cluster.engine.gguf_weights import GgufWeights
@@ -18,18 +19,6 @@ from tandem.cluster.engine.weight_source import WeightSource, expected_shapes
 from tandem.cluster.models.config import ModelConfig
 
 CONFIG = MODELS["llama-untied"]
-HF_NAMES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-HF_LAYER = {
-    "attention_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "attention_out": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 
 
 class Counting(DummyWeights):
@@ -50,11 +39,7 @@ class Counting(DummyWeights):
 
 def hf_weights(folder: Path) -> WeightSource:
     source = DummyWeights(CONFIG)
-    tensors = {}
-    for name in expected_shapes(CONFIG):
-        *prefix, base, kind = name.split(".")
-        stored = f"model.layers.{prefix[1]}.{HF_LAYER[base]}.{kind}" if prefix else f"{HF_NAMES[base]}.{kind}"
-        tensors[stored] = source.read(name).clone()
+    tensors = {hf_name(name): source.read(name).clone() for name in expected_shapes(CONFIG)}
     save_file(tensors, folder / "model.safetensors")
     return HfWeights(folder, CONFIG)
 
