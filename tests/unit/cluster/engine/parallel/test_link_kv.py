@@ -25,6 +25,7 @@ class Links:
 
     def __init__(self) -> None:
         self.on_blocks: dict[int, Callable[[bytes], None]] = {}
+        self.on_kv_lost: list[Callable[[str], None]] = []
         self.requests = 0
         self.store = HostKVStore(SPLIT.rank_layout(1), BLOCKS)
         self.server = BlockServer(self.store, lambda answer: self.on_blocks[1](answer))
@@ -37,7 +38,7 @@ class Links:
             self.server.hear(request)
 
     def lose(self, rank: int, why: str) -> NoReturn:
-        self.lost = RankLost(f"rank {rank}: {why}")
+        self.lost = self.lost or RankLost(f"rank {rank}: {why}")
         raise self.lost
 
     def check(self) -> None:
@@ -85,6 +86,30 @@ def test_a_lost_rank_is_an_error(links: Links, monkeypatch: pytest.MonkeyPatch) 
     links.lost = RankLost("rank 1 has ended")
     with pytest.raises(RankLost, match="rank 1 has ended"):
         blocks.take(blocks.ask([0]))
+
+
+def test_nobody_waits_for_a_rank_that_is_lost_meanwhile(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor until BLOCK_S is over: who waits may be the worker's event loop, which has the loss to tell."""
+
+    why: list[str] = []
+
+    def lost_right_after() -> None:
+        links.lost = RankLost("rank 1 has ended")
+        for on_lost in links.on_kv_lost:
+            on_lost("rank 1 has ended")
+
+    def lose(rank: int, reason: str) -> NoReturn:
+        why.append(reason)
+        Links.lose(links, rank, reason)
+
+    monkeypatch.setattr(link_kv, "BLOCK_S", 0.05)
+    monkeypatch.setattr(links.server, "hear", lambda request: None)
+    monkeypatch.setattr(links, "check", lost_right_after)
+    monkeypatch.setattr(links, "lose", lose)
+    blocks = blocks_of(links)
+    with pytest.raises(RankLost, match="rank 1 has ended"):
+        blocks.take(blocks.ask([0]))
+    assert why == ["the worker has lost a rank"], "nobody waited for an answer"
 
 
 def test_an_answer_that_comes_too_late_is_nobody_elses(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
