@@ -6,7 +6,9 @@
    are compared again: as the pool raises a generation before it hands a block out, equal means that what was copied is
    what was offered. Then, in one go, GO is said and every rank told to send; so both ends have one order of messages on
    every pair. Blocks are not held meanwhile, and no lease is needed for what is on its way.
-3. What is staged is bounded, over all sessions (`MAX_STAGED_BYTES`); reads beyond it wait.
+3. A read names the blocks of one batch at most, and what is staged is bounded, over all sessions
+   (`MAX_STAGED_BYTES`); reads beyond it wait. One counts until its answer is written: a reader that does not take what
+   it is told ends its session, and nothing piles up for it.
 4. A pair that breaks, a reader that goes or breaks a rule ends the session on both sides. The next one has groups of
    its own: a peer that comes back meets no remains.
 """
@@ -19,6 +21,7 @@ import hmac
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 
 from ...cluster.types import BlockRef
@@ -27,8 +30,9 @@ from ..source import SourceDriver
 from ..ticket import HandoffRefused, RefusalReason
 from . import messages as m
 from .commands import Answer, Discard, Done, Failed, Join, Joined, Key, Send, Stage
-from .plan import BATCH_BYTES
+from .plan import batch_blocks, moved_block_bytes
 from .ports import WorkerRanks
+from .staging import StagedBytes
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,8 @@ MAX_SESSIONS = 64
 MAX_READS = 4
 """Of a session, that are not written yet. The holder may hear later than the reader that one is over."""
 MAX_STAGED_BYTES = 256 * 2**20
+MAX_KEYS = 64
+"""That a rank of the reader may put in for each pair, to meet."""
 Write = Callable[[bytes], Awaitable[None]]
 
 
@@ -57,8 +63,7 @@ class CollectiveHolder:
         self._ranks = ranks
         self._epoch = epoch
         self._sessions = 0
-        whole = ranks.split.layout.block_bytes
-        self._staged = asyncio.Semaphore(max(1, MAX_STAGED_BYTES // max(BATCH_BYTES, whole)))
+        self._staged = StagedBytes(max(MAX_STAGED_BYTES, ranks.split.layout.block_bytes))
 
     @property
     def sessions(self) -> int:
@@ -77,7 +82,9 @@ class CollectiveHolder:
         try:
             await self._serve(said, write)
         except HandoffRefused as refusal:
-            await write(m.encode(m.End(refusal=refusal)))
+            with suppress(TimeoutError):  # of a reader that takes nothing
+                async with asyncio.timeout(self._ranks.timeout_s):
+                    await write(m.encode(m.End(refusal=refusal)))
         finally:
             self._sessions -= 1
 
@@ -98,6 +105,9 @@ class CollectiveHolder:
             reshape = Reshape(self._ranks.split, opened.split)
         except ValueError as error:
             raise HandoffRefused(RefusalReason.LAYOUT_MISMATCH, str(error)) from error
+        if (one_bytes := moved_block_bytes(reshape)) > self._staged.limit_bytes:
+            text = f"a block is {one_bytes} bytes for all ranks of the reader, more than {self._staged.limit_bytes}"
+            raise HandoffRefused(RefusalReason.LIMIT, text)
         session = _Session(self._source, self._ranks, self._staged, opened, reshape)
         try:
             await session.run(said, write)
@@ -110,7 +120,7 @@ class _Session:
         self,
         source: SourceDriver,
         ranks: WorkerRanks,
-        staged: asyncio.Semaphore,
+        staged: StagedBytes,
         opened: m.Open,
         reshape: Reshape,
     ) -> None:
@@ -119,7 +129,12 @@ class _Session:
         self._staged = staged
         self._opened = opened
         self._reshape = reshape
-        self._out: asyncio.Queue[bytes | HandoffRefused] = asyncio.Queue()
+        self._out: asyncio.Queue[tuple[bytes, asyncio.Future[None] | None]] = asyncio.Queue()
+        """What is to be written, with who waits for that. A reader can make no more of it than it has reads."""
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._most_blocks = batch_blocks(reshape)
+        self._block_bytes = moved_block_bytes(reshape)
+        self._keys_left = MAX_KEYS * len(reshape.routes)
         self._reads: dict[int, asyncio.Task[None]] = {}
         self._waits: dict[int, asyncio.Event] = {}
         self._left: dict[int, set[int]] = {}
@@ -128,7 +143,7 @@ class _Session:
     async def run(self, said: AsyncIterator[bytes], write: Write) -> None:
         """Until one of the two ends it; `HandoffRefused` says why."""
         answered = m.Opened(secret=os.urandom(m.NONCE_BYTES))
-        self._out.put_nowait(m.encode(answered))
+        self._tell(answered)
         self._ranks.attend(self._opened.session, self._heard)
         for pair, route in enumerate(self._reshape.routes):
             self._ranks.say(
@@ -146,10 +161,10 @@ class _Session:
         writing = asyncio.create_task(self._write(write))
         listening = asyncio.create_task(self._listen(said))
         try:
-            await asyncio.wait((writing, listening), return_when=asyncio.FIRST_COMPLETED)
-            for task in (listening, writing):
-                if task.done():
-                    task.result()
+            await asyncio.wait((writing, listening, self._broken), return_when=asyncio.FIRST_COMPLETED)
+            for over in (listening, writing, self._broken):
+                if over.done():
+                    over.result()
         finally:
             for task in (writing, listening):
                 task.cancel()
@@ -159,20 +174,32 @@ class _Session:
         """Ends what is under way; the ranks leave."""
         for task in self._reads.values():
             task.cancel()
+        self._broken.cancel()
         self._ranks.ignore(self._opened.session)
         self._ranks.leave(self._opened.session)
 
     async def _write(self, write: Write) -> None:
         while True:
-            message = await self._out.get()
-            if isinstance(message, HandoffRefused):
-                raise message
+            message, written = await self._out.get()
             await write(message)
+            if written is not None and not written.done():
+                written.set_result(None)
+
+    def _tell(self, message: m.Message, written: asyncio.Future[None] | None = None) -> None:
+        self._out.put_nowait((m.encode(message), written))
+
+    def _break(self, why: HandoffRefused) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(why)
+            self._broken.exception()  # the session may end for another reason: nobody need ask
 
     async def _listen(self, said: AsyncIterator[bytes]) -> None:
         async for data in said:
             message = m.decode(data)
             if isinstance(message, m.PairKey) and message.pair < len(self._reshape.routes):
+                self._keys_left -= 1
+                if self._keys_left < 0:
+                    raise HandoffRefused(RefusalReason.LIMIT, f"more than {MAX_KEYS} keys for each pair")
                 key = Key(session=self._opened.session, pair=message.pair, key=message.key, value=message.value)
                 self._ranks.say(self._reshape.routes[message.pair].source_rank, key)
             elif isinstance(message, m.Read):
@@ -186,6 +213,9 @@ class _Session:
         known = all(block_id < self._ranks.num_blocks for block_id in read.block_ids)
         if read.first_token >= read.end_token or len(read.block_ids) != blocks or not known:
             raise HandoffRefused(RefusalReason.CORRUPT, f"batch {read.batch} does not name its blocks")
+        if blocks > self._most_blocks:
+            text = f"batch {read.batch} names {blocks} blocks, a batch has at most {self._most_blocks}"
+            raise HandoffRefused(RefusalReason.LIMIT, text)
         if len(self._reads) >= 2 * MAX_READS or read.batch in self._reads:
             raise HandoffRefused(RefusalReason.LIMIT, f"more than {2 * MAX_READS} reads of a session, or one twice")
         task = self._reads[read.batch] = asyncio.create_task(self._answer(read))
@@ -195,33 +225,37 @@ class _Session:
         self._reads.pop(batch, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a read of a session failed unexpectedly", exc_info=error)
-            self._out.put_nowait(HandoffRefused(RefusalReason.PEER_LOST, f"{type(error).__name__}: {error}"))
+            self._break(HandoffRefused(RefusalReason.PEER_LOST, f"{type(error).__name__}: {error}"))
 
     async def _answer(self, read: m.Read) -> None:
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        async with self._staged.room(len(read.block_ids) * self._block_bytes):
+            try:
+                await self._send(read, written)
+            except HandoffRefused as refusal:
+                self._tell(m.No(batch=read.batch, refusal=refusal), written)
+        await written
+
+    async def _send(self, read: m.Read, written: asyncio.Future[None]) -> None:
+        """Returns when the batch is sent. `HandoffRefused`: nothing of it is, and nothing stays staged."""
         refs = tuple(BlockRef(*pair) for pair in zip(read.block_ids, read.generations, strict=True))
         session, routes = self._opened.session, self._reshape.routes
-        async with self._staged:
-            try:
-                self._source.check_read(read.ticket, refs)
-            except HandoffRefused as refusal:
-                self._out.put_nowait(m.encode(m.No(batch=read.batch, refusal=refusal)))
-                return
-            tokens = {"first_token": read.first_token, "end_token": read.end_token}
+        self._source.check_read(read.ticket, refs)
+        tokens = {"first_token": read.first_token, "end_token": read.end_token}
+        for pair, route in enumerate(routes):
+            stage = Stage(session=session, pair=pair, batch=read.batch, block_ids=read.block_ids, **tokens)
+            self._ranks.say(route.source_rank, stage)
+        await self._all_done(read.batch)
+        try:
+            self._source.check_read(read.ticket, refs)
+        except HandoffRefused:
             for pair, route in enumerate(routes):
-                stage = Stage(session=session, pair=pair, batch=read.batch, block_ids=read.block_ids, **tokens)
-                self._ranks.say(route.source_rank, stage)
-            await self._all_done(read.batch)
-            try:
-                self._source.check_read(read.ticket, refs)
-            except HandoffRefused as refusal:
-                for pair, route in enumerate(routes):
-                    self._ranks.say(route.source_rank, Discard(session=session, pair=pair, batch=read.batch))
-                self._out.put_nowait(m.encode(m.No(batch=read.batch, refusal=refusal)))
-                return
-            self._out.put_nowait(m.encode(m.Go(batch=read.batch)))
-            for pair, route in enumerate(routes):
-                self._ranks.say(route.source_rank, Send(session=session, pair=pair, batch=read.batch))
-            await self._all_done(read.batch)
+                self._ranks.say(route.source_rank, Discard(session=session, pair=pair, batch=read.batch))
+            raise
+        self._tell(m.Go(batch=read.batch), written)
+        for pair, route in enumerate(routes):
+            self._ranks.say(route.source_rank, Send(session=session, pair=pair, batch=read.batch))
+        await self._all_done(read.batch)
 
     async def _all_done(self, batch: int) -> None:
         self._left[batch] = set(range(len(self._reshape.routes)))
@@ -234,7 +268,7 @@ class _Session:
     def _heard(self, rank: int, answer: Answer) -> None:
         match answer:
             case Key():
-                self._out.put_nowait(m.encode(m.PairKey(pair=answer.pair, key=answer.key, value=answer.value)))
+                self._tell(m.PairKey(pair=answer.pair, key=answer.key, value=answer.value))
             case Done():
                 left = self._left.get(answer.batch)
                 if left is not None:
@@ -242,6 +276,6 @@ class _Session:
                     if not left:
                         self._waits[answer.batch].set()
             case Failed():
-                self._out.put_nowait(m.lost("the prefill worker", answer.message))
+                self._break(m.lost("the prefill worker", answer.message))
             case Joined():
                 log.debug("pair %d of session %s has met", answer.pair, answer.session.hex())

@@ -22,8 +22,8 @@ from ..wire import MAX_BLOCKS_PER_MESSAGE
 
 Int64s = NDArray[np.int64]
 BATCH_BYTES = 4 * 2**20
-"""Of the whole model's KV that one batch moves at most; a bigger block goes alone. Large enough for the few messages
-between the two ends not to count, small enough for one batch to be gathered while another travels."""
+"""That one batch moves at most, over all pairs; a bigger block goes alone. Large enough for the few messages between
+the two ends not to count, small enough for one batch to be gathered while another travels."""
 _MAX_CACHED = 64
 
 
@@ -57,6 +57,18 @@ class Rows:
         return self.row_bytes * len(self.rows)
 
 
+def moved_block_bytes(reshape: Reshape) -> int:
+    """What a block of the holder is on all pairs together: heads that several ranks of the reader hold go to each."""
+    target = reshape.target
+    whole = sum(target.rank_layout(rank).block_bytes for rank in range(target.num_ranks))
+    return whole // target.layout.block_size * reshape.source.layout.block_size
+
+
+def batch_blocks(reshape: Reshape, batch_bytes: int = BATCH_BYTES) -> int:
+    """Blocks of the holder that a batch may name."""
+    return max(1, min(MAX_BLOCKS_PER_MESSAGE - 1, batch_bytes // moved_block_bytes(reshape)))
+
+
 class PullPlan:
     """Cuts one pull into batches as the holder's blocks become readable."""
 
@@ -67,7 +79,7 @@ class PullPlan:
         self._end = reshape.covered_tokens(num_tokens)
         self._blocks = reshape.target.layout.blocks_for(num_tokens)
         self._next = min(first_block * self._mine, self._end)
-        self._most = max(1, min(MAX_BLOCKS_PER_MESSAGE - 1, batch_bytes // reshape.source.layout.block_bytes))
+        self._most = batch_blocks(reshape, batch_bytes)
         self.first_source_block: int = min(first_block * self._mine, num_tokens) // self._theirs
         """Of the holder's, that is asked for first."""
 

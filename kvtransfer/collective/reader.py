@@ -82,8 +82,6 @@ class ReaderSession:
         self._over: HandoffRefused | None = None
         self._ended = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
-        self.pulls = 0
-        """That use it now."""
 
     @property
     def alive(self) -> bool:
@@ -148,9 +146,11 @@ class ReaderSession:
         if reading.receiving or reading.forgotten:
             await _bounded(reading.settled)
 
-    async def close(self) -> None:
-        """Ends it; returns when no rank will write anything of it. Idempotent."""
-        self._end(HandoffRefused(RefusalReason.CLOSED, "the decode worker is shutting down"))
+    async def close(self, why: HandoffRefused | None = None) -> None:
+        """Ends it; returns when no rank will write anything of it. Idempotent. `why`: to whoever still uses it; by
+        default that this worker is shutting down.
+        """
+        self._end(why or HandoffRefused(RefusalReason.CLOSED, "the decode worker is shutting down"))
         if self._work is not None:
             self._work.cancel()
             await asyncio.gather(self._work, return_exceptions=True)

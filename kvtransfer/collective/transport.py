@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..reshape import Reshape
 from ..ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from ..transport import EndFrame, KVFrames, KVTransport, PullRequest, RefFrame, WrittenBlocks
 from .holder import MAX_READS
-from .messages import Offer, decode_offer
+from .messages import Offer, decode_offer, lost
 from .plan import Batch, PullPlan
 from .ports import WorkerRanks
 from .reader import ReaderSession, Reading
@@ -46,6 +46,8 @@ class CollectiveKVTransport(KVTransport):
         self._me: Hello | None = None
         self._theirs: OrderedDict[Peer, KVSplit] = OrderedDict()
         self._sessions: OrderedDict[Peer, ReaderSession] = OrderedDict()
+        self._users: Counter[Peer] = Counter()
+        """Pulls that use a session, or wait for one."""
         self._meeting: dict[Peer, asyncio.Task[ReaderSession]] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -75,11 +77,8 @@ class CollectiveKVTransport(KVTransport):
         if theirs is None:
             raise HandoffRefused(RefusalReason.PEER_LOST, f"{peer.worker_id} has not been met")
         reshape = Reshape(theirs, self._ranks.split)
-        session = await self._session(peer, reshape)
-        session.pulls += 1
-        pull = _Pull(session, request, reshape)
-        wanted = replace(request, first_block=pull.plan.first_source_block, mapped=True, checksum=False, into=())
-        try:
+        async with self._session(peer, reshape) as session, aclosing(_Pull(session, request, reshape)) as pull:
+            wanted = replace(request, first_block=pull.plan.first_source_block, mapped=True, checksum=False, into=())
             async with aclosing(self._control.references(peer, wanted, timeout_s=timeout_s)) as messages:
                 while True:
                     following = asyncio.ensure_future(anext(messages))
@@ -99,9 +98,6 @@ class CollectiveKVTransport(KVTransport):
                 yield written
             age_s = refs.prefill_end_age_s + time.monotonic() - came_s
             yield replace(refs, prefill_end_age_s=age_s, transport=self._ranks.backend)
-        finally:
-            session.pulls -= 1
-            await pull.settle()
 
     async def confirm(self, peer: Peer, ticket: Ticket, *, timeout_s: float) -> None:
         await self._control.confirm(peer, ticket, timeout_s=timeout_s)
@@ -119,8 +115,19 @@ class CollectiveKVTransport(KVTransport):
 
     # Within
 
-    async def _session(self, peer: Peer, reshape: Reshape) -> ReaderSession:
-        """The one with this life of a peer; opened where there is none, or it broke."""
+    @asynccontextmanager
+    async def _session(self, peer: Peer, reshape: Reshape) -> AsyncGenerator[ReaderSession, None]:
+        """The one with this life of a peer, in use from now on: who waits until it is open uses it as well."""
+        self._users[peer] += 1
+        try:
+            yield await self._met(peer, reshape)
+        finally:
+            self._users[peer] -= 1
+            if not self._users[peer]:
+                del self._users[peer]
+
+    async def _met(self, peer: Peer, reshape: Reshape) -> ReaderSession:
+        """Opens a session where there is none, or it broke."""
         session = self._sessions.get(peer)
         if session is not None and session.alive:
             self._sessions.move_to_end(peer)
@@ -148,10 +155,11 @@ class CollectiveKVTransport(KVTransport):
         self._sessions[peer] = task.result()
         self._sessions.move_to_end(peer)
         gone = [one for one, session in self._sessions.items() if not session.alive]
-        idle = [one for one, session in self._sessions.items() if not session.pulls and one != peer]
+        idle = [one for one in self._sessions if one not in self._users and one != peer]
         surplus = len(self._sessions) - len(gone) - self._max_sessions
         for one in dict.fromkeys((*gone, *idle[: max(0, surplus)])):
-            ending = asyncio.create_task(self._sessions.pop(one).close())
+            why = lost(one.worker_id, "nobody pulls from them, and others are met")
+            ending = asyncio.create_task(self._sessions.pop(one).close(why))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
 
@@ -200,7 +208,7 @@ class _Pull:
             async for written in self._oldest():
                 yield written
 
-    async def settle(self) -> None:
+    async def aclose(self) -> None:
         """Nothing is written into the reader's blocks any more when this returns."""
         if self._finishing is not None:
             self._finishing.cancel()

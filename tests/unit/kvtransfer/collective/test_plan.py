@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem.kvtransfer.collective.plan import PairMap, PullPlan
+from tandem.kvtransfer.collective.plan import PairMap, PullPlan, moved_block_bytes
 from tandem.kvtransfer.layout import KVGroup, KVLayout, KVSplit
 from tandem.kvtransfer.reshape import Reshape, repack_reference
 
@@ -56,6 +56,9 @@ def test_batches_bring_every_slot_once(pair: tuple[KVSplit, KVSplit], data: st.D
             complete = batch.complete
             here = [ids[0][i] for i in batch.source_blocks]
             there = [ids[1][i] for i in batch.target_blocks]
+            moved = sum(pair_map.total_bytes(batch.first_token, batch.end_token) for pair_map in maps)
+            assert moved <= len(batch.source_blocks) * moved_block_bytes(reshape)
+            assert moved <= batch_bytes or len(batch.source_blocks) == 1
             for pair_map, route in zip(maps, reshape.routes, strict=True):
                 out = pair_map.source_rows(batch.first_token, batch.end_token, here)
                 into = pair_map.target_rows(batch.first_token, batch.end_token, there)

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ends import NUM_BLOCKS, TOKEN, Holder, Reader, play, reblocked, split, until
+from ends import NUM_BLOCKS, PATIENCE_S, TOKEN, Holder, Reader, play, reblocked, split, until
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem.kvtransfer.collective import commands, messages
 from tandem.kvtransfer.collective.commands import Begin, Command, Join, Receive, Send, Stage
+from tandem.kvtransfer.collective.holder import MAX_KEYS
+from tandem.kvtransfer.collective.plan import batch_blocks
+from tandem.kvtransfer.collective.reader import ReaderSession
 from tandem.kvtransfer.layout import KVSplit
+from tandem.kvtransfer.reshape import Reshape
 from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, Ticket
 
 NCCL = messages.Offer(backend="nccl", tensor_parallel=1, pipeline_stages=1)
@@ -228,6 +232,51 @@ def test_idle_sessions_end_where_there_are_too_many() -> None:
     play(scene, ONE, ONE)
 
 
+def test_a_session_that_somebody_waits_for_is_not_idle() -> None:
+    """Two are opened at once where one is the most: the second ends no session that the first is about to use."""
+
+    async def scene(holder: Holder, reader: Reader) -> None:
+        other, transport = Holder(ONE, 9), reader.transport
+        await other.start()
+        opened, opened_both = [], asyncio.Event()
+        opening = transport._open
+
+        async def open_together(peer: Peer, reshape: Reshape) -> ReaderSession:
+            session = await opening(peer, reshape)
+            opened.append(session)
+            if len(opened) == 2:
+                opened_both.set()
+            await opened_both.wait()
+            return session
+
+        transport._open = open_together
+        transport._max_sessions = 1
+        try:
+            whole = done(holder, "r1", 1), done(other, "r2", 2)
+            mine = BLOCKS, list(range(32, 64))
+            keys = [
+                reader.submit(there.peer, f"r{index}", TOKENS, mine[index - 1])
+                for index, there in enumerate((holder, other), 1)
+            ]
+            for key, blocks, expected in zip(keys, mine, whole, strict=True):
+                assert (await reader.ready(key)).retries == 0
+                np.testing.assert_array_equal(reader.whole(blocks), expected)
+            third = Holder(ONE, 10)
+            await third.start()
+            done(third, "r3", 3)
+            reader.sink.on_first_step(keys[0])
+            await reader.ready(reader.submit(third.peer, "r3", TOKENS, BLOCKS))
+            assert transport.sessions == 1
+            assert {str(session._over) for session in opened[:2]} == {
+                "peer_lost: ranks of p: nobody pulls from them, and others are met"
+            }
+            await third.stop()
+        finally:
+            await other.stop()
+
+    play(scene, ONE, ONE)
+
+
 async def talk(holder: Holder, *said: bytes) -> list[messages.Message]:
     """What a session answers, to its end."""
     answers: list[messages.Message] = []
@@ -278,6 +327,11 @@ def test_who_breaks_the_rules_of_a_session_ends_it() -> None:
             (RefusalReason.CORRUPT, [messages.encode(OPEN), messages.encode(replace(READ, block_ids=(NUM_BLOCKS,)))]),
             (RefusalReason.LIMIT, [messages.encode(OPEN), messages.encode(READ), messages.encode(READ)]),
         ]
+        many = batch_blocks(Reshape(ONE, ONE)) + 1
+        read = replace(READ, end_token=16 * many, block_ids=tuple(range(many)), generations=(1,) * many)
+        cases.append((RefusalReason.LIMIT, [messages.encode(OPEN), messages.encode(read)]))
+        key = messages.encode(messages.PairKey(pair=0, key="x", value=b""))
+        cases.append((RefusalReason.LIMIT, [messages.encode(OPEN), *[key] * (MAX_KEYS + 1)]))
         group = replace(ONE.layout.groups[0], num_layers=5)
         other = replace(ONE, layout=replace(ONE.layout, groups=(group,)))
         cases.append((RefusalReason.LAYOUT_MISMATCH, [messages.encode(replace(OPEN, split=other))]))
@@ -286,6 +340,35 @@ def test_who_breaks_the_rules_of_a_session_ends_it() -> None:
             assert isinstance(last, messages.End)
             assert last.refusal.reason is reason, said
         assert holder.sessions.sessions == 0
+
+    play(scene, ONE, ONE, timeout_s=0.5)
+
+
+def test_who_asks_and_does_not_take_the_answers_ends_the_session() -> None:
+    """Nothing piles up: a read counts until its answer is written."""
+
+    async def scene(holder: Holder, _: Reader) -> None:
+        answered: list[messages.Message] = []
+
+        async def saying() -> AsyncIterator[bytes]:
+            yield messages.encode(OPEN)
+            for batch in range(100):
+                yield messages.encode(replace(READ, batch=batch))
+                for _ in range(10):
+                    await asyncio.sleep(0)  # a read of a ticket that is not known is answered by then
+            await asyncio.Event().wait()
+
+        async def write(message: bytes) -> None:
+            answered.append(messages.decode(message))
+            if isinstance(answered[-1], messages.No):
+                await asyncio.Event().wait()
+
+        async with asyncio.timeout(PATIENCE_S):
+            await holder.sessions.serve(saying(), write)
+        last = answered[-1]
+        assert isinstance(last, messages.End)
+        assert last.refusal.reason is RefusalReason.LIMIT
+        assert len([answer for answer in answered if isinstance(answer, messages.No)]) == 1
 
     play(scene, ONE, ONE, timeout_s=0.5)
 
