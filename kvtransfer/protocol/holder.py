@@ -17,8 +17,9 @@ from __future__ import annotations
 from ...cluster.types import BlockRef, SampledToken, Side, seq_id
 from ..ticket import RefusalReason, Ticket
 from .actions import AbortPrefill, HolderAction, Outcome, Refuse, ReleaseBlocks, Revoke, Serve, Wake
+from .holder_past import PastTickets
 from .holder_state import HolderCounts, HolderState, Owed, Reader, ReaderView, Record, Tombstone
-from .memory import AbortFloors, BoundedMemory, ChoiceKey
+from .memory import ChoiceKey
 
 
 class HandoffHolder:
@@ -47,11 +48,7 @@ class HandoffHolder:
         self._records: dict[str, Record] = {}
         self._readers: dict[int, Reader] = {}
         self._next_reader_id = 1
-        self._tombstones: BoundedMemory[str, Tombstone] = BoundedMemory(limit=max_tombstones, ttl_s=tombstone_ttl_s)
-        self._floors = AbortFloors(limit=max_tombstones, ttl_s=tombstone_ttl_s)
-        self._unmet: BoundedMemory[str, tuple[int, int]] = BoundedMemory(limit=max_tombstones, ttl_s=tombstone_ttl_s)
-        """Newest (decode attempt, pull) of tickets whose readers went away before their prefill came."""
-        self._max_tombstones = max_tombstones
+        self._past = PastTickets(limit=max_tombstones, ttl_s=tombstone_ttl_s)
 
     # The engine's events
 
@@ -63,7 +60,7 @@ class HandoffHolder:
         """
         key, name = seq_id(request_id, choice, Side.PREFILL, prefill_attempt), ChoiceKey(request_id, choice)
         record = self._records.get(key)
-        if self._floors.covers(name, prefill_attempt) or key in self._tombstones:
+        if self._past.aborted(name, prefill_attempt) or key in self._past:
             return [Refuse(key, RefusalReason.ABORTED)]
         if record is not None and record.state is not HolderState.AWAITED:
             reason = record.reason if record.state is HolderState.REVOKED else RefusalReason.DUPLICATE
@@ -73,7 +70,7 @@ class HandoffHolder:
         actions: list[HolderAction] = []
         if record is None:
             record = Record(key, name, prefill_attempt, HolderState.QUEUED, num_tokens)
-            record.decode_attempt, record.pull_index = self._unmet.get(key) or (-1, -1)
+            record.decode_attempt, record.pull_index = self._past.newest_reader(key)
             self._records[key] = record
         elif record.num_tokens != num_tokens:
             actions += self._revoke_readers(record, RefusalReason.WRONG_TOKENS)
@@ -143,7 +140,6 @@ class HandoffHolder:
         """Someone wants the blocks from `first_block` on: `Serve`, or `Refuse` with the reason."""
         key = ticket.prefill_key
         reason = self._refusal(ticket)
-        newest = self._unmet.get(key) or (-1, -1)
         if reason is None and not 0 <= first_block <= self._blocks_for(ticket.num_tokens):
             reason = RefusalReason.INVALID
         record = self._records.get(key)
@@ -155,7 +151,7 @@ class HandoffHolder:
             elif ticket.num_tokens != record.num_tokens:
                 reason = RefusalReason.WRONG_TOKENS
         if reason is None and record is None:
-            if (ticket.decode_attempt, pull_index) <= newest:
+            if (ticket.decode_attempt, pull_index) <= self._past.newest_reader(key):
                 reason = RefusalReason.STALE_ATTEMPT
             elif self._awaited_tickets() >= self._max_tickets:
                 reason = RefusalReason.LIMIT
@@ -206,7 +202,7 @@ class HandoffHolder:
             return []
         if record.state is HolderState.AWAITED:
             del self._records[record.key]
-            self._unmet.put(record.key, (record.decode_attempt, record.pull_index), now_s)
+            self._past.reader_left(record.key, (record.decode_attempt, record.pull_index), now_s)
             return []
         return self._bury(record, now_s) if record.state is HolderState.REVOKED else []
 
@@ -233,7 +229,7 @@ class HandoffHolder:
     def confirm(self, ticket: Ticket, now_s: float) -> list[HolderAction]:
         """The current decode attempt has done its first step. Again, for a confirmed ticket, is no error."""
         key = ticket.prefill_key
-        tombstone = self._tombstones.get(key)
+        tombstone = self._past.tombstone(key)
         if tombstone is not None and tombstone.outcome is Outcome.CONFIRMED:
             same = ticket.epoch == self._epoch and ticket.decode_attempt == tombstone.decode_attempt
             return [] if same else [Refuse(key, RefusalReason.STALE_ATTEMPT)]
@@ -258,7 +254,7 @@ class HandoffHolder:
         """The decode attempt is over. The current one takes the handoff with it; an older one is refused."""
         key = ticket.prefill_key
         record = self._records.get(key)
-        tombstone = self._tombstones.get(key)
+        tombstone = self._past.tombstone(key)
         if ticket.epoch != self._epoch or ticket.prefill_worker != self._worker_id:
             return [Refuse(key, RefusalReason.WRONG_EPOCH)]
         current = record.decode_attempt if record is not None else tombstone.decode_attempt if tombstone else -1
@@ -267,7 +263,7 @@ class HandoffHolder:
         if record is None:
             if tombstone is None:
                 buried = Tombstone(Outcome.ABORTED, RefusalReason.ABORTED, ticket.decode_attempt)
-                self._tombstones.put(key, buried, now_s)
+                self._past.bury(key, buried, now_s)
             return []
         record.decode_attempt = ticket.decode_attempt
         if record.state is HolderState.REVOKED:
@@ -279,7 +275,7 @@ class HandoffHolder:
     def abort_attempt(self, request_id: str, choice: int, prefill_attempt: int, now_s: float) -> list[HolderAction]:
         """Ends this prefill attempt and all before it, at any state, even before they came; idempotent."""
         name = ChoiceKey(request_id, choice)
-        self._floors.raise_to(name, prefill_attempt, now_s)
+        self._past.abort_attempts(name, prefill_attempt, now_s)
         actions: list[HolderAction] = []
         for record in [r for r in self._records.values() if r.choice == name and r.attempt <= prefill_attempt]:
             if record.state is not HolderState.REVOKED:
@@ -295,9 +291,7 @@ class HandoffHolder:
             awaited = record.state is HolderState.AWAITED
             reason = RefusalReason.UNKNOWN_TICKET if awaited else RefusalReason.EXPIRED
             actions += self._end(record, Outcome.EXPIRED, reason, now_s)
-        self._tombstones.expire(now_s)
-        self._unmet.expire(now_s)
-        self._floors.expire(now_s)
+        self._past.expire(now_s)
         return actions
 
     # What it says about itself
@@ -307,7 +301,7 @@ class HandoffHolder:
         record = self._records.get(key)
         if record is not None:
             return record.state
-        return HolderState.DONE if key in self._tombstones else HolderState.ABSENT
+        return HolderState.DONE if key in self._past else HolderState.ABSENT
 
     def counts(self) -> HolderCounts:
         """Tickets by state, readers, leases, tombstones."""
@@ -320,20 +314,19 @@ class HandoffHolder:
             revoked=by_state.count(HolderState.REVOKED),
             readers=len(self._readers),
             leases=sum(r.state is HolderState.HELD and r.deadline_s is not None for r in self._records.values()),
-            tombstones=len(self._tombstones),
+            tombstones=len(self._past),
         )
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a reader, a lease or a count does not add up."""
         assert self._readers == {i: r for record in self._records.values() for i, r in record.readers.items()}
-        assert len(self._tombstones) <= self._max_tombstones
-        assert len(self._floors) <= self._max_tombstones
+        self._past.check_integrity()
         assert self._engine_tickets() <= self._max_tickets
         awaited = sum(record.state is HolderState.AWAITED for record in self._records.values())
         assert awaited <= self._max_tickets  # beside those that failed under a reader
         for key, record in self._records.items():
             assert record.key == key
-            assert key not in self._tombstones
+            assert key not in self._past
             assert record.state not in (HolderState.ABSENT, HolderState.DONE)
             assert 0 <= record.watermark_tokens <= record.num_tokens
             assert sum(r.revoked is None for r in record.readers.values()) <= 1
@@ -353,14 +346,7 @@ class HandoffHolder:
             return RefusalReason.WRONG_EPOCH
         if ticket.fingerprint != self._fingerprint:
             return RefusalReason.FINGERPRINT_MISMATCH
-        tombstone = self._tombstones.get(ticket.prefill_key)
-        if tombstone is not None:
-            stale = ticket.decode_attempt < tombstone.decode_attempt
-            return RefusalReason.STALE_ATTEMPT if stale else tombstone.reason
-        if len(self._floors):
-            name = ChoiceKey(ticket.request_id, ticket.choice)
-            return RefusalReason.ABORTED if self._floors.covers(name, ticket.prefill_attempt) else None
-        return None
+        return self._past.refusal(ticket)
 
     def _renew(self, record: Record, now_s: float) -> None:
         if record.state is HolderState.HELD:
@@ -386,10 +372,10 @@ class HandoffHolder:
         assert not record.readers
         del self._records[record.key]
         if record.reason is RefusalReason.UNKNOWN_TICKET:  # its prefill may still come, for another decode attempt
-            self._unmet.put(record.key, (record.decode_attempt, record.pull_index), now_s)
+            self._past.reader_left(record.key, (record.decode_attempt, record.pull_index), now_s)
         else:
             buried = Tombstone(record.outcome, record.reason, record.decode_attempt)
-            self._tombstones.put(record.key, buried, now_s)
+            self._past.bury(record.key, buried, now_s)
         if record.owed is Owed.RELEASE:
             return [ReleaseBlocks(record.key, record.outcome)]
         return [AbortPrefill(record.key)] if record.owed is Owed.ABORT else []
