@@ -278,7 +278,7 @@ def _write_plan(
     from .config import ConfigError
     from .config_file import load_config
     from .launch.checks import check_engines
-    from .planner.plan_file import plan_file
+    from .planner.plan_file import device_of, on_gpus, plan_file
 
     path, chosen = given["output"], _chosen(result, given["choose"])
     if chosen is None:
@@ -288,6 +288,8 @@ def _write_plan(
     file = plan_file(problem, setting, result, chosen, name=Path(path).stem, device=given["device"], command=command())
     file.save(path)
     display.line(f"written     {path}" + "".join(f", {name}" for name in file.profiles))
+    if on_gpus(problem) and device_of(problem, given["device"]) == "paced":
+        display.line("rehearsal   its workers compute nothing, they take the time predicted; --device cuda for GPUs")
     try:
         check_engines(load_config(path), setting.device.facts.config)
     except ConfigError as error:

@@ -26,7 +26,7 @@ from ..models.reference import DUMMY_PREFIX
 from ..models.registry import CONFIGS
 from ..types import Role
 from ..workload.spec import WorkloadSpec
-from .nodes import nodes_of
+from .nodes import gpus_of, nodes_of
 from .place import replicas_of
 from .problem import Problem, SearchLimits
 from .result import Candidate, Evaluation, PlanResult, Pool, Quantiles
@@ -77,6 +77,14 @@ def device_of(problem: Problem, wanted: str | None = None) -> str:
     return "cpu" if problem.device_hardware().kind is DeviceKind.CPU else "paced"
 
 
+def on_gpus(problem: Problem) -> bool:
+    """Whether it was planned for GPUs, measured or not."""
+    measured = problem.measured()
+    if measured is not None:
+        return measured.measured.device == "cuda"
+    return problem.device_hardware().kind is not DeviceKind.CPU
+
+
 def plan_file(
     problem: Problem,
     setting: Setting,
@@ -104,6 +112,8 @@ def plan_file(
             file = f"{name}.{role.value}.json"
             profiles[file] = _steps(problem, setting, pool)
             engine["paced_profile"] = file
+        elif kind == "cuda":
+            engine["gpus"] = list(gpus_of(setting, chosen.candidate)[role])
         document[role.value] = {"workers": pool.count, "engine": engine}
     workers = sum(pool.count for pool in chosen.candidate.pools)
     if kind == "paced":
@@ -111,7 +121,7 @@ def plan_file(
     document["router"] = _router(problem)
     document["plan"] = _prediction(problem, setting, result, chosen)
     ending = [f"made with   {shlex.join(command)}"] if command else []
-    ending += _uses(chosen, kind, f"{name}.yaml", several_nodes=setting.nodes > 1)
+    ending += _uses(chosen, kind, f"{name}.yaml", several_nodes=setting.nodes > 1, gpus=on_gpus(problem))
     head = _head(problem, setting, result, chosen, kind, ending)
     body = yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=_WIDTH, allow_unicode=True)
     return PlanFile(text=f"{head}\n{body}", profiles=profiles)
@@ -140,10 +150,14 @@ def _head(
     return "\n".join(f"# {line}".rstrip() for line in wrapped)
 
 
-def _uses(chosen: Evaluation, kind: str, file: str, *, several_nodes: bool) -> list[str]:
-    """How it is started, where it can be, and how its prediction is seen again."""
+def _uses(chosen: Evaluation, kind: str, file: str, *, several_nodes: bool, gpus: bool) -> list[str]:
+    """How it is started, where it can be, and how its prediction is seen again; of a rehearsal of GPUs (`gpus`), how
+    it becomes more.
+    """
     seen = "as predicted: nobody is refused; without --no-refuse as its router, which refuses what is lost anyway"
     uses = [f"simulate    tandem simulate --cluster {file} --no-refuse  ({seen})"]
+    if kind == "paced" and gpus:
+        uses.append(f"on GPUs     tandem plan --config {file} --device cuda --output {file}")
     if kind == "paced" and any(pool.pipeline_stages > 1 for pool in chosen.candidate.pools):
         return [*uses, "not served  the paced device has no pipelines; tandem plan --max-pp 1 plans without them"]
     if several_nodes:

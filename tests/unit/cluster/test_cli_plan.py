@@ -195,6 +195,7 @@ def test_files_are_written(
     said = capsys.readouterr().out
     assert "Disaggregate: no colocated plan is possible here" in said
     assert f"start it    tandem serve --config {plan}" in said
+    assert "rehearsal   its workers compute nothing" in said
     config = load_config(plan)
     assert (config.prefill, config.decode) == (1, 1)
     assert "tandem plan --model opt-13b" in plan.read_text().replace("\n#  ", "")

@@ -14,9 +14,10 @@ from tandem.cluster.latency.links import LinkTerms
 from tandem.cluster.latency.measured import MeasuredProfile, MeasuredStep, Measurement
 from tandem.cluster.latency.profile import DecodeTerms, StepProfile, read_profile
 from tandem.cluster.models.registry import CONFIGS
+from tandem.cluster.planner.nodes import gpus_of
 from tandem.cluster.planner.plan_file import PlanFile, device_of, plan_file
 from tandem.cluster.planner.problem import Problem, load_problem
-from tandem.cluster.planner.result import Evaluation
+from tandem.cluster.planner.result import Affinity, Evaluation
 from tandem.cluster.planner.setting import setting_of
 from tandem.cluster.sim.compose import cluster_spec
 from tandem.cluster.sim.from_cluster import cluster_values
@@ -234,8 +235,28 @@ def test_a_plan_for_gpus_that_compute(tmp_path: Path) -> None:
     config = loaded(tmp_path, written(opt(), evaluated(split(), 6.0), device="cuda"))
     engine = config.engine_of(Role.PREFILL)
     assert (engine.device, engine.paced_profile) == ("cuda", None)
+    assert [worker.engine.gpus for worker in config.workers()] == [(0, 1), (2,)], "each on its own"
     assert engine.kv_cache_bytes > 2**30
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_stages_take_gpus_of_the_nodes_that_they_are_planned_on() -> None:
+    """Two cells of two stages: one stage of a cell fills a node of two GPUs, both of them one of four."""
+    candidate = split(2, 2, 1, 1, affinity=Affinity.LOW, cells=2)
+    deep = replace(candidate, pools=tuple(replace(pool, pipeline_stages=2) for pool in candidate.pools))
+    small, large = (setting_of(opt(nodes=4, gpus_per_node=size)) for size in (2, 4))
+    assert gpus_of(small, deep) == {Role.PREFILL: (0, 0, 0, 0), Role.DECODE: (1, 1, 1, 1)}
+    assert gpus_of(large, deep) == {Role.PREFILL: (0, 2, 0, 2), Role.DECODE: (1, 3, 1, 3)}
+    two_nodes = setting_of(opt(nodes=2, gpus_per_node=2))
+    assert gpus_of(two_nodes, split(1, 2)) == {Role.PREFILL: (0, 1), Role.DECODE: (0, 1)}
+
+
+def test_a_rehearsal_says_how_it_is_written_for_gpus(tmp_path: Path) -> None:
+    advice = "# on GPUs     tandem plan --config plan.yaml --device cuda --output plan.yaml"
+    assert advice in written(opt(), evaluated(split(), 6.0)).text.splitlines()
+    assert advice not in written(opt(), evaluated(split(), 6.0), device="cuda").text
+    laptop = written(profiled(tmp_path), evaluated(split(prefill_tp=1), 3.0), device="paced")
+    assert "on GPUs" not in laptop.text
 
 
 def test_a_device_that_there_is_not() -> None:
