@@ -55,7 +55,7 @@ class Report:
     def left_out(self) -> None:
         """There was no time for the rest."""
         print(f"{self.name}: out of time, the rest is left out")
-        self._keep({"failure": "out of time, the rest is left out"})
+        self._keep({"cut": "out of time, the rest is left out"})
 
     def _keep(self, entry: dict[str, Any]) -> None:
         if self._path is not None:

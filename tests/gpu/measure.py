@@ -7,11 +7,14 @@ larger than the last-level cache is written between two repetitions, so that inp
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -57,16 +60,50 @@ class Bounds:
 
 
 def _captured(run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as a graph's replay, or itself where it waits for the device or cannot be captured for another reason."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
+    """`run` as a graph's replay, or itself where it waits for the device or cannot be captured for another reason. What
+    fails leaves the stream, the current stream and the allocator as they were: `torch.cuda.graph` would not.
+    """
+    if _waits(run):
         return run
-    return graph.replay
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    complete = True
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            run()
+        except RuntimeError:
+            complete = False
+        finally:
+            complete = _ended(graph, stream, pool) and complete
+    torch.cuda.synchronize()
+    return graph.replay if complete else run
+
+
+def _waits(run: Callable[[], object]) -> bool:
+    """Whether a call waits for the device: it would break a capture. Or fails anyway, for want of memory."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def _ended(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> bool:
+    """Ends a capture; False: it was broken, and the allocator, which has not heard of it, has been told."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        for tell in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with contextlib.suppress(RuntimeError, AttributeError):
+                getattr(torch._C, tell)(stream.device_index, pool)
+        return False
+    return True
 
 
 def time_s(run: Callable[[], object], repetitions: int = 20, warm_up: int = 3) -> float:

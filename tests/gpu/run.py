@@ -1,11 +1,12 @@
 """Everything that wants a GPU, in minutes: `make test-gpu bench-gpu`, or this file by itself.
 
-`run.py [tests] [bench]`: both by default. Every file of tests and of benchmarks runs in a process of its own (a fault
-on the device ends only what shares a process with it), tests several at a time, benchmarks one after another; what
-fails or hangs does not keep the rest from running. What came of it stands in the folder `--out` (`$OUT` where that is
-set, else `gpu-results`) as it comes: `tests.json`, `lines.json`, `bench.json`, and in the end `results-*.md`, tables
-for people with device, versions, command and date. Exit status 1 where anything failed. One file with all the minutes:
-`run.py bench --only engine --bench-minutes 8`.
+`run.py [tests] [bench]`: both by default, in nine minutes on a machine that has compiled nothing yet. Every file of
+tests and of benchmarks runs in a process of its own (a fault on the device ends only what shares a process with it),
+tests several at a time, benchmarks one after another; what fails or hangs does not keep the rest from running, and what
+is killed for want of time has left all that it had found. What came of it stands in the folder `--out` (`$OUT` where
+that is set, else `gpu-results`) as it comes: `tests.json`, `lines.json`, `bench.json`, and `results-*.md`, tables for
+people with device, versions, command and date, and what was cut. Exit status 1 where anything failed or was cut. One
+file with all the minutes: `run.py bench --only engine --bench-minutes 8`.
 
 Needs torch and triton, and what `make gpu-deps` puts into a folder of the repository for machines that lack it: pytest,
 hypothesis, and of Tandem's dependencies those of the engine. Without a GPU, tests are interpreted and nothing is
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,15 +33,17 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ALONE = "tests/gpu"
-"""Tests that look at the device's memory as a whole: one file at a time, ahead of the others."""
-_ALONE_SHARE = 0.3
-"""Of the time that is left, for each of them."""
-TEST_FOLDERS = (ALONE, "tests/unit/kernels/gpu", "tests/unit/cluster/engine/gpu")
-TEST_MINUTES, BENCH_MINUTES = 3.7, 4.7
-WEIGHTS = {"engine": 6.0, "attention": 3.0, "gemm": 2.0}
+WHOLE = "tests/gpu"
+"""What only a GPU shows: its files begin first. Tests in them that are marked `alone` look at the device's memory as a
+whole: they run when all others have ended."""
+TOGETHER_SHARE = 0.8
+"""Of the tests' minutes, for those that are not alone: at first everything is compiled, on all processors at once."""
+TEST_FOLDERS = (WHOLE, "tests/unit/kernels/gpu", "tests/unit/cluster/engine/gpu")
+TEST_MINUTES, BENCH_MINUTES = 4.1, 4.6
+WEIGHTS = {"engine": 7.0, "attention": 3.0, "gemm": 2.0}
 """Of the benchmarks' minutes, in the order in which they run; others take 1 and come behind."""
 _LAST_LINES = 15
+NOT_DONE = "not done after"
 
 
 @dataclass(slots=True)
@@ -54,11 +56,13 @@ class Outcome:
     skipped: int = 0
     failures: list[str] = field(default_factory=list)
     """A line each; empty: all is well."""
+    cut: list[str] = field(default_factory=list)
+    """What there was no time for, a line each."""
 
 
 def environment(link: Path) -> dict[str, str]:
     """With the package `tandem` on the path, whatever the folder above is called, and what `make gpu-deps` got."""
-    paths = [str(link), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT / "gpu-deps")]
+    paths = [str(link), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT / "gpu-deps")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
@@ -73,7 +77,7 @@ def run(command: Sequence[str], variables: dict[str, str], log: Path, timeout_s:
         try:
             status = process.wait(max(timeout_s, 1.0))
         except subprocess.TimeoutExpired:
-            return f"not done after {timeout_s:.0f} s"
+            return f"{NOT_DONE} {timeout_s:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -92,64 +96,73 @@ def test_files(words: Sequence[str]) -> list[Path]:
     return [path for path in found if not words or any(word in path.stem for word in words)]
 
 
-def run_tests(path: Path, variables: dict[str, str], folder: Path, until_s: float) -> Outcome:
-    """One file of tests."""
-    name = str(path.relative_to(ROOT))
-    outcome, begin_s = Outcome(name), time.monotonic()
+def run_tests(path: Path, which: str, variables: dict[str, str], folder: Path, until_s: float) -> Outcome:
+    """One file's tests; `which`: as pytest's `-m`."""
+    outcome = Outcome(str(path.relative_to(ROOT)) + (" (alone)" if which == "alone" else ""))
+    begin_s = time.monotonic()
     if begin_s > until_s:
-        outcome.failures.append("out of time: not begun")
+        outcome.cut.append("not begun")
         return outcome
-    report, log = folder / f"{path.stem}.xml", folder / f"{path.parent.name}-{path.stem}.log"
+    name = f"{path.parent.name}-{path.stem}-{which.replace(' ', '-')}"
+    told, log = folder / f"{name}.json", folder / f"{name}.log"
+    told.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(HERE / "pytest.ini"), f"--confcutdir={path.parent}"]
-    problem = run([*command, f"--junitxml={report}", str(path)], variables, log, until_s - begin_s)
+    command += ["-p", "outcomes", "-m", which, str(path)]
+    problem = run(command, variables | {"TANDEM_GPU_OUTCOMES": str(told)}, log, until_s - begin_s)
     outcome.seconds = time.monotonic() - begin_s
-    if report.exists():
-        read_junit(report, outcome)
-        report.unlink()
-    if problem is not None and not outcome.failures:
+    count_tests(read_lines(told), problem, outcome)
+    if problem is not None and not outcome.failures and not outcome.cut:
         outcome.failures.append(f"{problem}: {last_lines(log)}")
     return outcome
 
 
-def read_junit(report: Path, outcome: Outcome) -> None:
-    """Counts a finished run's tests."""
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        wrong = [entry for kind in ("failure", "error") for entry in case.findall(kind)]
-        if wrong:
-            message = " ".join((wrong[0].get("message") or "").split())
-            outcome.failures.append(f"{case.get('name')}: {message[:400]}")
-        elif case.find("skipped") is not None:
-            outcome.skipped += 1
-        else:
-            outcome.passed += 1
+def count_tests(told: Sequence[dict[str, Any]], problem: str | None, outcome: Outcome) -> None:
+    """What `outcomes` wrote of a file's tests, all of them or those before `problem`."""
+    ended: dict[str, str] = {}
+    for entry in told:
+        if "outcome" in entry:
+            name = entry["test"].rpartition("::")[2]
+            ended[entry["test"]] = entry["outcome"]
+            if entry["outcome"] == "failed":
+                outcome.failures.append(f"{name}: {entry['message']}")
+    outcome.passed = sum(came == "passed" for came in ended.values())
+    outcome.skipped = sum(came == "skipped" for came in ended.values())
+    collected = [name for entry in told for name in entry.get("collected", ())]
+    begun = [entry["begun"] for entry in told if "begun" in entry]
+    left = [name.rpartition("::")[2] for name in collected if name not in ended]
+    if problem is None:
+        return
+    at = f", in {begun[-1].rpartition('::')[2]}" if begun and begun[-1] not in ended else ""
+    rest = f"{len(left)} of {len(collected)} tests have not ended"
+    if problem.startswith(NOT_DONE):
+        outcome.cut.append(f"{problem}{at}: {rest if told else 'its tests have not been collected'}")
+    elif at:
+        outcome.failures.append(f"{problem}{at}; {rest}")
 
 
-def tests(options: argparse.Namespace, variables: dict[str, str]) -> list[Outcome]:
-    """All files, several at a time but for those that want the device alone; written as they end."""
-    until_s = time.monotonic() + 60 * options.test_minutes
+def tests(options: argparse.Namespace, variables: dict[str, str]) -> Iterator[Outcome]:
+    """All files, several at a time, then what wants the device alone; as they end."""
+    begin_s, seconds = time.monotonic(), 60 * options.test_minutes
     logs = options.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    outcomes: list[Outcome] = []
-
-    def take(outcome: Outcome) -> None:
-        outcomes.append(outcome)
-        print(f"{outcome.name}: {outcome.passed} passed, {outcome.skipped} skipped, {outcome.seconds:.0f} s")
-        for failure in outcome.failures:
-            print(f"  FAILED {failure}", flush=True)
-        write_json(options.out / "tests.json", outcomes)
-
     paths = test_files(options.only)
-    alone = [path for path in paths if path.parent == ROOT / ALONE]
-    for path in alone:
-        now_s = time.monotonic()
-        take(run_tests(path, variables, logs, now_s + _ALONE_SHARE * (until_s - now_s)))
     with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
-        under_way = [pool.submit(run_tests, path, variables, logs, until_s) for path in paths if path not in alone]
+        given = (variables, logs, begin_s + TOGETHER_SHARE * seconds)
+        under_way = [pool.submit(run_tests, path, "not alone", *given) for path in paths]
         for done in concurrent.futures.as_completed(under_way):
-            take(done.result())
-    outcomes.sort(key=lambda outcome: outcome.name)
-    write_json(options.out / "tests.json", outcomes)
-    return outcomes
+            yield printed(done.result())
+    for path in paths:
+        if path.parent == ROOT / WHOLE and "mark.alone" in path.read_text():
+            yield printed(run_tests(path, "alone", variables, logs, begin_s + seconds))
+
+
+def printed(outcome: Outcome) -> Outcome:
+    """Told at once."""
+    print(f"{outcome.name}: {outcome.passed} passed, {outcome.skipped} skipped, {outcome.seconds:.0f} s", flush=True)
+    for kind, lines in (("FAILED", outcome.failures), ("CUT", outcome.cut)):
+        for line in lines:
+            print(f"  {kind} {line}", flush=True)
+    return outcome
 
 
 def bench_names(folder: Path, words: Sequence[str]) -> list[str]:
@@ -159,8 +172,8 @@ def bench_names(folder: Path, words: Sequence[str]) -> list[str]:
     return [name for name in order if name in names and (not words or any(word in name for word in words))]
 
 
-def bench(options: argparse.Namespace, variables: dict[str, str]) -> tuple[list[Outcome], list[dict[str, Any]]]:
-    """All files, one after another, each with its share of what time is left; and every line that they wrote."""
+def bench(options: argparse.Namespace, variables: dict[str, str]) -> Iterator[Outcome]:
+    """All files, one after another, each with its share of what time is left; as they end."""
     until_s = time.monotonic() + 60 * options.bench_minutes
     names = bench_names(options.folder, options.only)
     lines, bounds = options.out / "lines.json", options.out / "bounds.json"
@@ -168,7 +181,6 @@ def bench(options: argparse.Namespace, variables: dict[str, str]) -> tuple[list[
     logs.mkdir(parents=True, exist_ok=True)
     lines.unlink(missing_ok=True)
     bounds.unlink(missing_ok=True)
-    outcomes = []
     for index, name in enumerate(names):
         weights = [WEIGHTS.get(other, 1.0) for other in names[index:]]
         left_s = until_s - time.monotonic()
@@ -182,12 +194,13 @@ def bench(options: argparse.Namespace, variables: dict[str, str]) -> tuple[list[
         mine = [line for line in read_lines(lines) if line["file"] == name]
         outcome.passed = sum("cells" in line for line in mine)
         outcome.failures = [line["failure"] for line in mine if "failure" in line]
-        if problem is not None and not outcome.failures:
+        outcome.cut = [line["cut"] for line in mine if "cut" in line]
+        if problem is not None and problem.startswith(NOT_DONE):
+            outcome.cut.append(f"{problem}: {last_lines(log)}")
+        elif problem is not None and not outcome.failures:
             outcome.failures.append(f"{problem}: {last_lines(log)}")
-        outcomes.append(outcome)
         print(log.read_text(errors="replace"), flush=True)
-    write_json(options.out / "bench.json", outcomes, lines=read_lines(lines))
-    return outcomes, read_lines(lines)
+        yield outcome
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -201,23 +214,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def write_json(path: Path, outcomes: Sequence[Outcome], **more: Any) -> None:
-    path.write_text(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes], **more}, indent=1) + "\n")
+def write_json(path: Path, outcomes: Sequence[Outcome]) -> None:
+    path.write_text(json.dumps({"outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1) + "\n")
 
 
 def markdown(head: str, tested: Sequence[Outcome], measured: Sequence[Outcome], lines: Sequence[dict[str, Any]]) -> str:
     """Tables for people."""
     parts = [head]
     if tested:
-        rows = [(o.name, str(o.passed), str(o.skipped), str(len(o.failures)), f"{o.seconds:.0f}") for o in tested]
-        parts += ["## Tests", *table(("file", "passed", "skipped", "failed", "seconds"), rows)]
+        rows = [
+            (o.name, str(o.passed), str(o.skipped), str(len(o.failures)), "yes" if o.cut else "", f"{o.seconds:.0f}")
+            for o in tested
+        ]
+        parts += ["## Tests", *table(("file", "passed", "skipped", "failed", "cut", "seconds"), rows)]
     titles = list(dict.fromkeys((line["file"], line["title"]) for line in lines if "cells" in line))
     for name, title in titles:
         mine = [line for line in lines if line["file"] == name and line.get("title") == title]
         parts += [f"## {title}", *table(mine[0]["heads"], [line["cells"] for line in mine])]
-    failed = [f"- {o.name}: {failure}" for o in (*tested, *measured) for failure in o.failures]
-    if failed:
-        parts += ["## What failed", *failed]
+    told = (*tested, *measured)
+    for title, entries in (
+        ("## What failed", [f"- {o.name}: {failure}" for o in told for failure in o.failures]),
+        ("## What was cut for want of time", [f"- {o.name}: {cut}" for o in told for cut in o.cut]),
+    ):
+        parts += [title, *entries] if entries else []
     return "\n".join(parts) + "\n"
 
 
@@ -246,9 +265,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", nargs="*", help="tests, bench; both where nothing is said")
     parser.add_argument("--only", action="append", default=[], help="files whose names have this word; may be repeated")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-results"))
-    parser.add_argument("--test-minutes", type=float, default=TEST_MINUTES, help="begin no test after this long")
+    parser.add_argument("--test-minutes", type=float, default=TEST_MINUTES, help="end all tests after this long")
     parser.add_argument("--bench-minutes", type=float, default=BENCH_MINUTES, help="measure nothing after this long")
-    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="files of tests at a time")
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="files of tests at a time")
     parser.add_argument("--folder", type=Path, default=HERE, help="where the benchmarks' files are")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: benchmarks once, on the host")
     options = parser.parse_args(arguments)
@@ -266,17 +285,28 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = parsed(arguments)
-    what = options.what
+    command = " ".join(["tests/gpu/run.py", *(sys.argv[1:] if arguments is None else arguments)])
+    report = options.out / f"results-{'-'.join(options.what)}.md"
+    tested: list[Outcome] = []
+    measured: list[Outcome] = []
     with tempfile.TemporaryDirectory() as link:
         (Path(link) / "tandem").symlink_to(ROOT)
         variables = environment(Path(link))
-        tested = tests(options, variables) if "tests" in what else []
-        measured, lines = bench(options, variables) if "bench" in what else ([], [])
-        command = " ".join(["tests/gpu/run.py", *(sys.argv[1:] if arguments is None else arguments)])
-        told = markdown(head(variables, command), tested, measured, lines)
-    (options.out / f"results-{'-'.join(what)}.md").write_text(told)
-    print(f"\n{told}\n{options.out}")
-    return 1 if any(outcome.failures for outcome in (*tested, *measured)) else 0
+        machine = head(variables, command)
+
+        def tell() -> None:
+            told = markdown(machine, tested, measured, read_lines(options.out / "lines.json") if measured else ())
+            report.write_text(told)
+
+        tell()
+        for what, outcomes, begin in (("tests", tested, tests), ("bench", measured, bench)):
+            for outcome in begin(options, variables) if what in options.what else ():
+                outcomes.append(outcome)
+                outcomes.sort(key=lambda one: one.name if what == "tests" else "")
+                write_json(options.out / f"{what}.json", outcomes)
+                tell()
+    print(f"\n{report.read_text()}\n{options.out}")
+    return 1 if any(outcome.failures or outcome.cut for outcome in (*tested, *measured)) else 0
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ Run by `make test-gpu`; skipped where there is no GPU.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,36 +19,12 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent))
 
 import engine_rig
+from random_engine import LIKELY, SEEDED, files, make, prompts, row, step
 from tandem.cluster.engine.devices.cpu import CpuDevice
 from tandem.cluster.engine.devices.cuda import CudaDevice
-from tandem.cluster.engine.gpu.weights import DeviceDummyWeights
-from tandem.cluster.engine.plan import SampleSpec, StepOutput, StepPlan, StepRow
+from tandem.cluster.engine.plan import StepPlan
 from tandem.cluster.latency.memory import DoesNotFit
-from tandem.cluster.models.reference import ModelFiles
-from tandem.cluster.models.registry import CONFIGS
-from tandem.cluster.types import SampledToken, SamplingParams
-
-CONFIG = dataclasses.replace(CONFIGS["llama-3.1-8b"], num_layers=2, vocab_size=32_000, max_model_len=4096)
-LIKELY = SamplingParams(temperature=0.0, top_logprobs=20)
-SEEDED = SamplingParams(temperature=0.8, top_p=0.9, seed=7)
-
-
-def files() -> ModelFiles:
-    return ModelFiles(name="random", kind="dummy", path=None, config=CONFIG)
-
-
-def make(**changes: object) -> CudaDevice:
-    """With weights drawn on the GPU, the same each time."""
-    options = {
-        "dtype": "bfloat16",
-        "block_size": 16,
-        "kv_cache_bytes": 2**29,
-        "max_batched_tokens": 2048,
-        "max_running": 32,
-        "source": DeviceDummyWeights(CONFIG, torch.device("cuda"), torch.bfloat16),
-        **changes,
-    }
-    return CudaDevice(files(), **options)
+from tandem.cluster.types import SampledToken
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +32,6 @@ def captured() -> Iterator[CudaDevice]:
     device = make()
     yield device
     device.close()
-
-
-def row(
-    name: str, start: int, tokens: Sequence[int], blocks: Sequence[int], sample: SamplingParams | None = LIKELY
-) -> StepRow:
-    return StepRow(name, start, tokens, blocks, None if sample is None else SampleSpec(sample, 0, tokens, []))
-
-
-def step(device: CudaDevice | CpuDevice, *rows: StepRow) -> StepOutput:
-    plan = StepPlan(0, rows)
-    device.launch(plan)
-    output = device.collect()
-    output.check_answers(plan)
-    return output
-
-
-def prompts(count: int, length: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    ids: list[list[int]] = torch.randint(1, CONFIG.vocab_size, (count, length), generator=generator).tolist()
-    return ids
 
 
 def apart(ours: SampledToken, theirs: SampledToken) -> float:
@@ -164,20 +119,7 @@ def test_a_row_whose_logits_are_no_numbers_fails_alone(captured: CudaDevice) -> 
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize(("quantization", "tolerance"), [("w8a8", 0.3), ("w4a16", 1.5)])
-def test_narrow_weights(captured: CudaDevice, quantization: str, tolerance: float) -> None:
-    device = make(quantization=quantization, max_running=4, max_batched_tokens=512)
-    (prompt,) = prompts(1, 100)
-    rows = (row("a", 0, prompt, list(range(100, 107))),)
-    wide, narrow = step(captured, *rows), step(device, *rows)
-    known = dict(wide.rows[0].tokens[0].top)
-    shared = [abs(value - known[i]) for i, value in narrow.rows[0].tokens[0].top if i in known]
-    assert len(shared) >= 3
-    assert max(shared) < tolerance
-    assert len(step(device, row("a", 100, [5], list(range(100, 107)))).rows[0].tokens) == 1
-    device.close()
-
-
+@pytest.mark.alone
 def test_kv_takes_what_is_left_of_the_workers_share() -> None:
     """And no more: what PyTorch and we hold stays within it."""
     torch.cuda.empty_cache()

@@ -129,6 +129,7 @@ def test_what_is_staged_is_what_is_there(copy_alone_bytes: int, shared: bool) ->
         store.close()
 
 
+@pytest.mark.alone
 def test_a_closed_store_gives_its_memory_back() -> None:
     torch.cuda.synchronize()
     torch.zeros(1, device="cuda")

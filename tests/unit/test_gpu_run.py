@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +71,7 @@ def test_what_fails_does_not_keep_the_next_from_being_measured(
 
     late = bench.Report("late", path)
     bench.run_file(module, "late", torch.device("cpu"), None, late, time.monotonic() - 1)
-    assert run.read_lines(path)[-1] == {"file": "late", "failure": "out of time, the rest is left out"}
+    assert run.read_lines(path)[-1] == {"file": "late", "cut": "out of time, the rest is left out"}
 
 
 def test_a_process_that_hangs_or_fails_is_told(run: ModuleType, tmp_path: Path) -> None:
@@ -80,24 +83,154 @@ def test_a_process_that_hangs_or_fails_is_told(run: ModuleType, tmp_path: Path) 
     assert run.run([sys.executable, "-c", "raise SystemExit(5)"], {}, log, 20) is None
 
 
-def test_results_are_counted_and_written_for_people(run: ModuleType, tmp_path: Path) -> None:
-    junit = tmp_path / "junit.xml"
-    junit.write_text(
-        "<testsuites><testsuite><testcase name='a'/><testcase name='b'><skipped/></testcase>"
-        "<testcase name='c'><failure message='assert 1 ==\n 2'/></testcase>"
-        "<testcase name='d'><error message='boom'/></testcase></testsuite></testsuites>"
-    )
-    outcome = run.Outcome("tests/x.py", 3.4)
-    run.read_junit(junit, outcome)
-    assert (outcome.passed, outcome.skipped) == (1, 1)
-    assert outcome.failures == ["c: assert 1 == 2", "d: boom"]
+def test_results_are_written_for_people(run: ModuleType, tmp_path: Path) -> None:
+    outcome = run.Outcome("tests/x.py", 3.4, passed=1, skipped=1, failures=["c: assert 1 == 2"])
     lines = tmp_path / "lines.json"
     entry = {"file": "rows", "title": "rows", "heads": ["what", "µs"], "cells": ["a | b", "1.5"]}
     lines.write_text(json.dumps(entry) + "\n" + '{"file": "rows", "ti')
-    told = run.markdown("H100\n", [outcome], [run.Outcome("gemm", failures=["out"])], run.read_lines(lines))
-    assert "| tests/x.py | 1 | 1 | 2 | 3 |" in told
+    measured = [run.Outcome("gemm", failures=["out"], cut=["the rest"])]
+    told = run.markdown("H100\n", [outcome], measured, run.read_lines(lines))
+    assert "| tests/x.py | 1 | 1 | 1 |  | 3 |" in told
     assert "## rows\n| what | µs |\n|---|---|\n| a \\| b | 1.5 |" in told
-    assert told.endswith("## What failed\n- tests/x.py: c: assert 1 == 2\n- tests/x.py: d: boom\n- gemm: out\n")
+    assert told.endswith(
+        "## What failed\n- tests/x.py: c: assert 1 == 2\n- gemm: out\n"
+        "## What was cut for want of time\n- gemm: the rest\n"
+    )
+
+
+TESTS = """
+import os, pytest
+def test_a(): pass
+def test_b(): pytest.skip("no")
+def test_c(): assert 1 == 2, "unequal"
+@pytest.fixture
+def broken():
+    yield
+    raise ValueError("boom")
+def test_d(broken): pass
+@pytest.mark.alone
+def test_alone(): pass
+def test_e(): LAST
+def test_f(): pass
+"""
+
+
+@pytest.fixture
+def ran(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], Any]:
+    """Runs a file of tests whose last but one does something."""
+
+    def go(last: str, seconds: float) -> Any:
+        path = tmp_path / "test_some.py"
+        path.write_text(TESTS.replace("LAST", last))
+        (tmp_path / "conftest.py").write_text((run.HERE / "conftest.py").read_text())
+        here = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        monkeypatch.setattr(run, "ROOT", tmp_path)
+        variables = here | {"PYTHONPATH": str(run.HERE)}
+        return run.run_tests(path, "not alone", variables, tmp_path, time.monotonic() + seconds)
+
+    return go
+
+
+def test_each_test_is_told_as_it_ends(ran: Callable[[str, float], Any]) -> None:
+    outcome = ran("pass", 60)
+    assert (outcome.passed, outcome.skipped, outcome.cut) == (3, 1, [])
+    assert [failure.partition("\n")[0] for failure in outcome.failures] == [
+        "test_c: AssertionError: unequal assert 1 == 2",
+        "test_d: ValueError: boom",
+    ]
+
+
+def test_what_had_ended_before_a_crash_counts(ran: Callable[[str, float], Any]) -> None:
+    outcome = ran("os._exit(7)", 60)
+    assert (outcome.passed, outcome.skipped, outcome.cut) == (1, 1, [])
+    assert outcome.failures[-1] == "exit status 7, in test_e; 2 of 6 tests have not ended"
+
+
+def test_what_there_was_no_time_for_is_cut_and_told(ran: Callable[[str, float], Any]) -> None:
+    outcome = ran("pass", -1)
+    assert (outcome.passed, outcome.failures, outcome.cut) == (0, [], ["not begun"])
+
+
+def test_a_file_that_is_killed_at_its_limit_keeps_what_it_found(run: ModuleType) -> None:
+    outcome = run.Outcome("tests/x.py")
+    told = [
+        {"collected": ["x::a", "x::b", "x::c"]},
+        {"begun": "x::a"},
+        {"test": "x::a", "outcome": "passed", "message": ""},
+        {"begun": "x::b"},
+    ]
+    run.count_tests(told, "not done after 66 s", outcome)
+    assert (outcome.passed, outcome.failures) == (1, [])
+    assert outcome.cut == ["not done after 66 s, in b: 2 of 3 tests have not ended"]
+    silent = run.Outcome("tests/y.py")
+    run.count_tests([], "not done after 66 s", silent)
+    assert silent.cut == ["not done after 66 s: its tests have not been collected"]
+
+
+class _Graph:
+    """A capture that something broke."""
+
+    def __init__(self) -> None:
+        self.under_way = False
+
+    def capture_begin(self, **options: Any) -> None:
+        self.under_way = True
+
+    def capture_end(self) -> None:
+        self.under_way = False
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self) -> None: ...
+
+
+@pytest.fixture
+def measure(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    streams: list[object] = []
+
+    @contextlib.contextmanager
+    def on_stream(stream: object) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "streams_in_use", streams, raising=False)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(device_index=0))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    for name in ("synchronize", "empty_cache", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: None)
+    return load(repository, "measure", monkeypatch)
+
+
+def test_a_broken_capture_leaves_nothing_behind(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(
+            torch._C, name, lambda device, pool, name=name: told.append((name, device, pool)), raising=False
+        )
+    calls = []
+
+    def run() -> None:
+        calls.append(len(torch.cuda.streams_in_use))  # type: ignore[attr-defined]
+        if len(calls) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert measure._captured(run) is run
+    assert calls == [0, 1]  # as it is, then captured
+    assert torch.cuda.streams_in_use == []  # type: ignore[attr-defined]
+    assert told == [("_cuda_endAllocateToPool", 0, (0, 1)), ("_cuda_releasePool", 0, (0, 1))]
+
+
+def test_what_waits_for_the_device_is_not_captured(measure: ModuleType) -> None:
+    calls = []
+
+    def run() -> None:
+        calls.append(1)
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert measure._captured(run) is run
+    assert calls == [1]
 
 
 def test_files_are_found_and_what_matters_most_runs_first(run: ModuleType, repository: Path) -> None:
