@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def engine(
     command: typer.Context,
     model: Model = "smollm2-135m",
-    device: Annotated[str, typer.Option(help="cpu; the paced device computes nothing and is refused.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; the paced device computes nothing and is refused.")] = "cpu",
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
     kernels: Kernels = "auto",
@@ -58,10 +58,10 @@ def engine(
 def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | None, save_trace: str | None) -> None:
     """Builds the engine with KV memory for the largest cell, measures it, prints and writes."""
     import json
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
     from pathlib import Path
 
-    from .bench.engine import blocks_needed, cells, check_device, run_engine_bench
+    from .bench.engine import cells, check_device, run_engine_bench, with_room
     from .bench.engine_show import HEAD, bounds_line, header, machine_facts, row_line
     from .cli_display import Display
     from .engine.devices.kv_memory import kv_layout
@@ -73,12 +73,12 @@ def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | N
     found = cells(options)
     check_device(config, files.config, found)
     block_bytes = kv_layout(files.config, config.dtype, config.block_size).block_bytes
-    config = replace(config, kv_cache_bytes=blocks_needed(found, config.block_size) * block_bytes)
+    config = with_room(config, found, block_bytes)
     display = Display()
     built = build_device(config, files, None)
     try:
-        picked = built.picked  # type: ignore[attr-defined]  # a CpuDevice: check_device lets no other pass
-        machine = machine_facts()
+        picked = built.picked  # type: ignore[attr-defined]  # check_device lets no device pass that has none
+        machine = machine_facts(config.device)
         line = header(config, (picked.kernels, picked.reason), machine)
         display.line(line)
         display.line(HEAD)
@@ -93,7 +93,7 @@ def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | N
         result = run_engine_bench(config, files.config, options, built, lambda row: display.line(row_line(row)), facts)
     finally:
         built.close()
-    display.line(bounds_line(result.bounds, config.threads))
+    display.line(bounds_line(result.bounds, config))
     if save_result is not None:
         Path(save_result).write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
         display.line(f"saved       {save_result}")

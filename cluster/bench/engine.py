@@ -16,7 +16,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..config import ConfigError, EngineConfig
@@ -26,6 +27,7 @@ from ..models.config import ModelConfig
 from ..types import SamplingParams
 from ..workload.chrome_trace import TraceEvent
 from .engine_bounds import Bounds, measure_bounds
+from .engine_bounds_gpu import measure_gpu_bounds
 from .engine_cost import RowShape, StepCost, step_cost, step_weight_bytes
 from .engine_step import fill_kv, timed_step
 
@@ -161,12 +163,24 @@ def blocks_needed(found: Sequence[Cell], block_size: int) -> int:
     return max(cell.batch * -(-(cell.context + 1) // block_size) + -(-cell.prompt // block_size) for cell in found)
 
 
+def with_room(config: EngineConfig, found: Sequence[Cell], block_bytes: int) -> EngineConfig:
+    """The engine that holds the largest row and computes the largest step, and no more."""
+    return replace(
+        config,
+        kv_cache_bytes=blocks_needed(found, config.block_size) * block_bytes,
+        max_running=max(cell.batch + (cell.prompt > 0) for cell in found),
+        max_batched_tokens=max(cell.batch + cell.chunk for cell in found),
+    )
+
+
 def check_device(config: EngineConfig, model: ModelConfig, found: Sequence[Cell]) -> None:
-    """ConfigError where there is nothing to measure: a device that computes nothing, a context beyond the model's."""
-    if config.device != "cpu":
-        raise ConfigError(
-            "device", config.device, "cpu: the paced device computes nothing, make bench-gpu measures GPUs"
-        )
+    """ConfigError where there is nothing to measure, or to measure by: a device that computes nothing, a context beyond
+    the model's, weights that are not counted.
+    """
+    if config.device == "paced":
+        raise ConfigError("device", config.device, "cpu or cuda: the paced device computes nothing")
+    if config.quantization == "w4a16":
+        raise ConfigError("quantization", "w4a16", "w8a8 or none: what w4a16 reads at least is not counted here")
     longest = max(cell.longest for cell in found)
     limit = model.max_model_len if config.max_model_len is None else config.max_model_len
     if longest > limit:
@@ -251,11 +265,12 @@ def run_engine_bench(
     device: Device,
     on_row: Callable[[CellResult], None] = lambda row: None,
     facts: dict[str, Any] | None = None,
-    bounds_of: Callable[[int], Bounds] = measure_bounds,
+    bounds_of: Callable[[], Bounds] | None = None,
 ) -> EngineBenchResult:
     """Measures all rows of `options` on `device`, which was built from `config` with room for `blocks_needed`.
 
-    The bounds are measured before and after the rows, and the higher ones hold. `on_row` is called with each row as it
+    The bounds, of `bounds_of` or the config's device, are measured before and after the rows, and the higher ones hold.
+    `on_row` is called with each row as it
     is there, its shares by the bounds of before. Raises ConfigError, ValueError.
     """
     found = cells(options)
@@ -265,7 +280,8 @@ def run_engine_bench(
     kv_token_bytes = device.kv.layout.block_bytes // config.block_size
     fill_kv(device, blocks_needed(found, config.block_size), options.seed)
     steps = Steps(device, config.block_size, options.seed)
-    bounds = bounds_of(config.threads)
+    bounds_of = bounds_of or _bounds_on(config)
+    bounds = bounds_of()
 
     def with_shares(cell: Cell, times_s: tuple[float, ...], count: int) -> CellResult:
         cost = cell_cost(cell, model, weight_bytes=weight_bytes, kv_token_bytes=kv_token_bytes)
@@ -279,13 +295,19 @@ def run_engine_bench(
         times_s, count = _measure_row(steps, cell, options)
         measured.append((cell, times_s, count))
         on_row(with_shares(cell, times_s, count))
-    bounds = bounds.best(bounds_of(config.threads))
+    bounds = bounds.best(bounds_of())
     return EngineBenchResult(
         facts=facts or {},
         bounds=bounds,
         rows=tuple(with_shares(*row) for row in measured),
         events=tuple(steps.events),
     )
+
+
+def _bounds_on(config: EngineConfig) -> Callable[[], Bounds]:
+    if config.device == "cuda":
+        return measure_gpu_bounds
+    return partial(measure_bounds, config.threads)
 
 
 def _measure_row(steps: Steps, cell: Cell, options: EngineBenchOptions) -> tuple[tuple[float, ...], int]:

@@ -17,13 +17,15 @@ HEAD = (
 )
 
 
-def machine_facts() -> dict[str, Any]:
-    """What timings depend on, for the header and the saved result."""
+def machine_facts(device: str) -> dict[str, Any]:
+    """What timings on `device` depend on, for the header and the saved result."""
     import torch
 
     from ... import __version__
 
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
     return {
+        **gpu,
         "machine": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -36,19 +38,25 @@ def machine_facts() -> dict[str, Any]:
 def header(config: EngineConfig, picked: tuple[str, str], machine: dict[str, Any]) -> str:
     """One line: model, precision, threads, kernels picked and why, machine."""
     precision = config.dtype if config.quantization is None else f"{config.quantization} ({config.dtype} KV)"
-    threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}"
+    threads = _computes(config)
     kernels, reason = picked
     place = f"{machine['machine']}, {machine['cores']} cores, {machine['instructions']}"
+    place = f"{machine['gpu']}, CUDA {machine['cuda']}; {place}" if "gpu" in machine else place
     return f"{config.model}, {precision}, {threads}, {kernels} kernels ({reason}); {place}"
 
 
-def bounds_line(bounds: Bounds, threads: int) -> str:
+def _computes(config: EngineConfig) -> str:
+    if config.device == "cuda":
+        return "one GPU"
+    return f"{config.threads} thread{'s' if config.threads > 1 else ''}"
+
+
+def bounds_line(bounds: Bounds, config: EngineConfig) -> str:
     """What the machine reached beside the engine."""
     int8 = f"{bounds.int8_ops / 1e9:.0f} GOP/s" if bounds.int8_ops else "no product here"
     floats = f"float32 {bounds.float32_flops / 1e9:.0f} GFLOP/s, bfloat16 {bounds.bfloat16_flops / 1e9:.0f} GFLOP/s"
     return (
-        f"bounds with {threads} thread{'s' if threads > 1 else ''}: reading {bounds.read_bytes / 1e9:.1f} GB/s; "
-        f"products {floats}, int8 {int8}"
+        f"bounds with {_computes(config)}: reading {bounds.read_bytes / 1e9:.1f} GB/s; products {floats}, int8 {int8}"
     )
 
 
@@ -57,8 +65,9 @@ def row_line(row: CellResult) -> str:
     cell = row.cell
     numbers = (cell.batch, cell.context if cell.batch else 0, cell.prompt, cell.chunk)
     shown = [str(number) if number else "-" for number in numbers]
-    spread = f"{min(row.times_s) * 1e3:.1f} … {max(row.times_s) * 1e3:.1f}"
+    digits = 1 if row.median_s >= 0.01 else 3
+    spread = f"{min(row.times_s) * 1e3:.{digits}f} … {max(row.times_s) * 1e3:.{digits}f}"
     return (
-        f"{cell.kind:<8}{shown[0]:>6}{shown[1]:>9}{shown[2]:>8}{shown[3]:>7}  {row.median_s * 1e3:>9.1f} {spread:>19}"
-        f"{row.tokens_per_s:>10.0f}{row.memory_share:>8.0%}{row.arithmetic_share:>8.0%}"
+        f"{cell.kind:<8}{shown[0]:>6}{shown[1]:>9}{shown[2]:>8}{shown[3]:>7}  {row.median_s * 1e3:>9.{digits}f} "
+        f"{spread:>19}{row.tokens_per_s:>10.0f}{row.memory_share:>8.0%}{row.arithmetic_share:>8.0%}"
     )

@@ -57,8 +57,10 @@ def test_a_chunked_prompt_reads_the_weights_once_per_chunk():
 
 def test_what_computes_nothing_or_does_not_fit_is_refused():
     model = resolve_model("dummy:tiny-llama").config
-    with pytest.raises(ConfigError, match="device: 'paced' is not allowed; allowed: cpu: the paced device computes"):
+    with pytest.raises(ConfigError, match="device: 'paced' is not allowed; allowed: cpu or cuda: the paced device"):
         check_device(EngineConfig(device="paced"), model, [Cell(1, 1)])
+    with pytest.raises(ConfigError, match="quantization: 'w4a16' is not allowed; allowed: w8a8 or none"):
+        check_device(EngineConfig(device="cuda", quantization="w4a16"), model, [Cell(1, 1)])
     with pytest.raises(ConfigError, match=f"context: {model.max_model_len + 1} is not allowed"):
         check_device(EngineConfig(), model, [Cell(1, model.max_model_len)])
     with pytest.raises(ValueError, match="batch_sizes: no row is left"):
@@ -71,21 +73,16 @@ def test_all_rows_of_a_small_model():
     files = resolve_model("dummy:tiny-llama")
     config = EngineConfig(model="dummy:tiny-llama", block_size=4, kernels="torch", kv_cache_bytes=2**20)
     device = CpuDevice(files, dtype=config.dtype, block_size=4, kv_cache_bytes=2**20, kernels="torch")
-    asked = []
     fast = Bounds(1e12, 1e12, 1e12, 0.0)
     bounds = iter([replace(fast, read_bytes=2e12), fast])
 
-    def bounds_of(threads: int) -> Bounds:
-        asked.append(threads)
-        return next(bounds)
-
     seen = []
     try:
-        result = run_engine_bench(config, files.config, OPTIONS, device, seen.append, bounds_of=bounds_of)
+        result = run_engine_bench(config, files.config, OPTIONS, device, seen.append, bounds_of=lambda: next(bounds))
     finally:
         device.close()
     assert [row.cell for row in result.rows] == [row.cell for row in seen] == list(cells(OPTIONS))
-    assert asked == [1, 1]
+    assert list(bounds) == [], "before and after"
     assert result.bounds == replace(fast, read_bytes=2e12)  # the higher of before and after
     assert [row.steps for row in result.rows] == [1, 1, 1, 3, 2, 1, 1, 1, 1]
     assert all(len(row.times_s) == 3 and min(row.times_s) > 0 for row in result.rows)

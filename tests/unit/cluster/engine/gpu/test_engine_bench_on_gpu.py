@@ -1,0 +1,44 @@
+"""`bench engine` measures the GPU's device as it measures any other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from tandem.cluster.bench.engine import EngineBenchOptions, cells, run_engine_bench, with_room
+from tandem.cluster.bench.engine_bounds_gpu import measure_gpu_bounds
+from tandem.cluster.config import EngineConfig
+from tandem.cluster.engine.devices.cuda import CudaDevice
+from tandem.cluster.engine.devices.kv_memory import kv_layout
+from tandem.cluster.models.reference import ModelFiles
+from tandem.cluster.models.registry import CONFIGS
+
+MODEL = dataclasses.replace(CONFIGS["tiny-llama"], num_layers=1, vocab_size=300, max_model_len=64)
+OPTIONS = EngineBenchOptions(
+    batch_sizes=(2,), contexts=(5,), prompt_lens=(6,), chunk_sizes=(4,), mixed=True, warmups=0, repeats=1
+)
+
+
+@pytest.mark.usefixtures("few_multiprocessors")
+def test_all_kinds_of_rows(where: str) -> None:
+    block_bytes = kv_layout(MODEL, "float32", 4).block_bytes
+    config = with_room(EngineConfig(device="cuda", dtype="float32", block_size=4), cells(OPTIONS), block_bytes)
+    assert (config.max_running, config.max_batched_tokens) == (3, 6)
+    device = CudaDevice(
+        ModelFiles(name="tiny", kind="dummy", path=None, config=MODEL),
+        dtype=config.dtype,
+        block_size=config.block_size,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_batched_tokens=config.max_batched_tokens,
+        max_running=config.max_running,
+        device=where,
+    )
+    try:
+        found = run_engine_bench(
+            config, MODEL, OPTIONS, device, bounds_of=lambda: measure_gpu_bounds(where, read_bytes=2**20, matrix=64)
+        )
+    finally:
+        device.close()
+    assert [(row.cell.kind, row.steps) for row in found.rows] == [("decode", 1), ("prefill", 2), ("mixed", 1)]
+    assert all(row.memory_share > 0 and row.arithmetic_share > 0 for row in found.rows)
+    assert min(found.bounds.read_bytes, found.bounds.float32_flops, found.bounds.bfloat16_flops) > 0
