@@ -39,6 +39,8 @@ whole: they run when all others have ended."""
 TOGETHER_SHARE = 0.8
 """Of the tests' minutes, for those that are not alone: at first everything is compiled, on all processors at once."""
 TEST_FOLDERS = (WHOLE, "tests/unit/kernels/gpu", "tests/unit/cluster/engine/gpu")
+LAST = ("test_cubin",)
+"""Of files of tests: it compiles everything, for devices that are not here too."""
 TEST_MINUTES, BENCH_MINUTES = 4.1, 4.6
 WEIGHTS = {"engine": 7.0, "attention": 3.0, "gemm": 2.0}
 """Of the benchmarks' minutes, in the order in which they run; others take 1 and come behind."""
@@ -93,6 +95,7 @@ def last_lines(log: Path) -> str:
 def test_files(words: Sequence[str]) -> list[Path]:
     """Those whose names have one of the words, all without words."""
     found = [path for folder in TEST_FOLDERS for path in sorted((ROOT / folder).glob("test_*.py"))]
+    found.sort(key=lambda path: path.stem in LAST)
     return [path for path in found if not words or any(word in path.stem for word in words)]
 
 

@@ -38,12 +38,16 @@ class Rig:
         self.columns.copy_(torch.from_numpy(buffer))
         with np.errstate(invalid="ignore"):
             tokens = self.sampler.draw(draws, torch.from_numpy(logits.copy()).to(self.device))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # `read` wants the device to be done
+        self.settle()
         drawn = self.sampler.read(draws)
         for token, given in zip(drawn, tokens.tolist(), strict=True):
             assert not isinstance(token, SampledToken) or token.token_id == given
         return drawn
+
+    def settle(self) -> None:
+        """`read` wants the device to be done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def compare(found: Sequence[SampledToken | SampleFailure], expected: Sequence[SampledToken | SampleFailure]) -> None:
@@ -131,6 +135,7 @@ def test_steps_may_overlap_up_to_a_depth(where: str) -> None:
         packed.append(draws)
     with pytest.raises(AssertionError, match="an older step"):
         rig.sampler.pack([row("a")], buffer)
+    rig.settle()
     for seed, draws in zip((1, 2), packed, strict=True):
         specs = [row("a", seed=seed, top_logprobs=2)[1], row("b", seed=seed, top_k=2)[1]]
         compare(rig.sampler.read(draws), Sampler().sample(z.cpu().numpy(), specs))

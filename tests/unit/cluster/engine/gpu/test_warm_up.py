@@ -49,6 +49,7 @@ def test_every_kernel_of_a_step_is_launched(where: str, monkeypatch: pytest.Monk
         kv_cache_bytes=2**15,
         max_batched_tokens=8,
         max_running=2,
+        enforce_eager=True,
         device=where,
     )
     launched.clear()
