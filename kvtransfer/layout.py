@@ -5,7 +5,7 @@ exchanged when workers first meet; a pair that differs in more than the block si
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgpack
@@ -48,6 +48,8 @@ class KVLayout:
     block_size: int
     """Token slots in a block."""
     groups: tuple[KVGroup, ...]
+    block_bytes: int = field(init=False, repr=False, compare=False)
+    """Of one block over all groups."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
@@ -60,13 +62,10 @@ class KVLayout:
             for name in ("num_layers", "num_kv_heads", "head_dim"):
                 if not 1 <= getattr(group, name) <= MAX_EXTENT:
                     raise ValueError(f"{name}: {getattr(group, name)} of group {group.name!r} is not in 1…{MAX_EXTENT}")
+        # Once: every block that is written or read asks for it.
+        object.__setattr__(self, "block_bytes", sum(self.block_size * group.slot_bytes() for group in self.groups))
         if self.block_bytes > MAX_BLOCK_BYTES:
             raise ValueError(f"groups: a block of {self.block_bytes} bytes is more than {MAX_BLOCK_BYTES}")
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over all groups."""
-        return sum(self.block_size * group.slot_bytes() for group in self.groups)
 
     def segments(self) -> tuple[Segment, ...]:
         """The groups' stretches inside one block, in order."""
