@@ -149,6 +149,7 @@ class CudaDevice(Device):
             if share is not None:
                 blocks = part.smallest("blocks", self._room(share, store.tensor.nbytes, files.name))
                 self._model.kv = torch.empty(0)
+                store.close()
                 del store
                 torch.cuda.empty_cache()
                 store = self._kv_store(blocks, shared=True)
@@ -211,6 +212,7 @@ class CudaDevice(Device):
             self._layout,
             self._limits,
             model=name,
+            most_sampled=self._most_sampled,
             temporary_bytes=temporary_bytes,
             graphs=self._num_graphs,
             run=self._run_alone,

@@ -33,9 +33,9 @@ def prompt_plan(tokens: int, limits: Limits, block_size: int, num_blocks: int) -
     return StepPlan(0, tuple(rows))
 
 
-def widest_plan(limits: Limits) -> StepPlan:
-    """A step of as many decode rows as are captured, all of them in one block."""
-    return StepPlan(0, tuple(StepRow(f"row {i}", 0, [0], [0], DEMANDING) for i in range(limits.rows)))
+def decode_plan(rows: int) -> StepPlan:
+    """Rows of one token that are all sampled, all of them in one block."""
+    return StepPlan(0, tuple(StepRow(f"row {i}", 0, [0], [0], DEMANDING) for i in range(rows)))
 
 
 def measure_room(
@@ -45,22 +45,25 @@ def measure_room(
     limits: Limits,
     *,
     model: str,
+    most_sampled: int,
     temporary_bytes: int,
     graphs: int,
     run: Callable[[StepPlan], object],
 ) -> KVRoom:
-    """The KV that fits beside what is loaded now. `temporary_bytes`: of the KV memory to profile with, which goes
-    again; `graphs`: how many decode steps will be captured; `run` computes a plan to its end.
+    """The KV that fits beside what is loaded now. `most_sampled`: rows that a step samples at most;
+    `temporary_bytes`: of the KV memory to profile with, which goes again; `graphs`: how many decode steps will be
+    captured; `run` computes a plan to its end.
 
     Raises DoesNotFit with the arithmetic.
     """
     weights = held_bytes(device) - temporary_bytes
     largest = prompt_plan(limits.tokens, limits, layout.block_size, blocks_to_profile(limits, layout.block_size))
     activations = step_peak_bytes(device, lambda: run(largest))
-    widest = step_peak_bytes(device, lambda: run(widest_plan(limits)))
+    drawn = step_peak_bytes(device, lambda: run(decode_plan(most_sampled)))
+    widest = step_peak_bytes(device, lambda: run(decode_plan(limits.rows)))
     taken = StepMemory(
         weight_bytes=weights,
-        activation_bytes=max(activations, widest),
+        activation_bytes=max(activations, drawn, widest),
         graph_bytes=graph_bytes(widest, graphs),
         max_batched_tokens=limits.tokens,
     )

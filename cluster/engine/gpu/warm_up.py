@@ -7,8 +7,7 @@ from __future__ import annotations
 from ...types import SamplingParams
 from ..plan import SampleSpec, StepPlan, StepRow
 from .inputs import Limits
-from .sampling import DEMANDING
-from .sizing import prompt_plan
+from .sizing import decode_plan, prompt_plan
 
 PENALIZED = SampleSpec(SamplingParams(repetition_penalty=1.1, top_k=40, top_p=0.9, top_logprobs=1), 0, (0,), ())
 """A row whose logits are changed and put back."""
@@ -24,14 +23,9 @@ def warm_up_plans(
     sampled = _sizes(most_sampled) if tunes else (1,)
     return [
         *(prompt_plan(tokens, limits, block_size, num_blocks) for tokens in prompts),
-        *(_decode_plan(rows) for rows in sampled),
+        *(decode_plan(rows) for rows in sampled),
         StepPlan(0, (StepRow("penalized", 0, [0], [0], PENALIZED),)),
     ]
-
-
-def _decode_plan(rows: int) -> StepPlan:
-    """Rows of one token, which all write over each other's KV."""
-    return StepPlan(0, tuple(StepRow(f"row {i}", 0, [0], [0], DEMANDING) for i in range(rows)))
 
 
 def _sizes(most: int) -> tuple[int, ...]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tandem.cluster.engine.gpu import sizing
+from tandem.cluster.engine.gpu.inputs import Limits
 from tandem.cluster.engine.gpu.memory import GRAPH_OVERHEAD_BYTES, DeviceShare, StepMemory, graph_bytes, kv_room
 from tandem.cluster.latency.memory import DoesNotFit
+from tandem.kvtransfer.layout import KVGroup, KVLayout
 
 GIB = 2**30
 BLOCK = 2 * 2**20  # Llama-3.1-8B: 16 tokens of 128 KiB
@@ -81,3 +87,26 @@ def test_what_does_not_fit_says_the_sum_and_what_would_help() -> None:
 def test_graphs_share_one_pool() -> None:
     assert graph_bytes(GIB, 0) == 0
     assert graph_bytes(GIB, 35) == GIB + 35 * GRAPH_OVERHEAD_BYTES
+
+
+def test_steps_that_sample_more_rows_than_are_captured_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken_bytes = {64: 8, 4: 4, 32: 2}  # by rows that sample, or of a prompt by its tokens
+
+    def peak(device: torch.device, run: Callable[[], int]) -> int:
+        return taken_bytes[run()] * GIB
+
+    monkeypatch.setattr(sizing, "held_bytes", lambda device: 10 * GIB)
+    monkeypatch.setattr(sizing, "step_peak_bytes", peak)
+    group = KVGroup(name="layers", num_layers=1, num_kv_heads=1, head_dim=16, dtype="float32")
+    room = sizing.measure_room(
+        torch.device("cpu"),
+        share(1.0),
+        KVLayout(block_size=16, groups=(group,)),
+        Limits(rows=4, tokens=32, table_width=8),
+        model="m",
+        most_sampled=64,
+        temporary_bytes=GIB,
+        graphs=1,
+        run=lambda plan: sum(len(row.token_ids) for row in plan.rows),
+    )
+    assert "9.00 GiB weights - 8.00 GiB activations (32 tokens) - 4.00 GiB graphs" in room.arithmetic
