@@ -57,7 +57,7 @@ def summary(profile: MeasuredProfile) -> str:
     ]
     halves = [(terms.decode, "decode")]
     if terms.large_decode != terms.decode:
-        halves.append((terms.large_decode, f"from {terms.large_batch_rows} rows"))
+        halves.append((terms.large_decode, f"{terms.large_batch_rows}+ rows"))
     lines += [
         f"{name:<12}{half.step_s * 1e3:.3g} ms + {half.row_s * 1e3:.3g} ms a row "
         f"+ {half.context_token_s * 1e6:.3g} us a token of context"

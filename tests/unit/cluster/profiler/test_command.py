@@ -153,7 +153,7 @@ def test_a_summary_has_terms_errors_links_and_what_is_missing() -> None:
     starts = (
         "prompts",
         "decode",
-        "from 16 rows",
+        "16+ rows",
         "engine",
         "mapped",
         "error",
