@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,6 +47,8 @@ WEIGHTS = {"engine": 7.0, "attention": 3.0, "gemm": 2.0}
 """Of the benchmarks' minutes, in the order in which they run; others take 1 and come behind."""
 _LAST_LINES = 15
 NOT_DONE = "not done after"
+_under_way: set[subprocess.Popen[bytes]] = set()
+_ended = threading.Event()
 
 
 @dataclass(slots=True)
@@ -70,21 +73,47 @@ def environment(link: Path) -> dict[str, str]:
 
 def run(command: Sequence[str], variables: dict[str, str], log: Path, timeout_s: float) -> str | None:
     """Runs a process; what is wrong with how it ended, None: nothing (pytest's 5: no test was there). Ends what it
-    started where it takes too long.
+    started where it takes too long, or where this command is ended.
     """
+    begin_s = time.monotonic()
     with log.open("wb") as file:
+        # A group of its own, but of this session: whoever ends the session, unasked, ends it too.
         process = subprocess.Popen(
-            command, env=variables, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=variables,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
+        _under_way.add(process)
         try:
-            status = process.wait(max(timeout_s, 1.0))
+            status = None if _ended.is_set() else process.wait(max(timeout_s, 1.0))
         except subprocess.TimeoutExpired:
             return f"{NOT_DONE} {timeout_s:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process)
             process.wait()
+            _under_way.discard(process)
+    if _ended.is_set():
+        return f"{NOT_DONE} {time.monotonic() - begin_s:.0f} s, when the command was ended"
     return None if status in (0, 5) else f"exit status {status}"
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """A process, and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def end(*_: object) -> None:
+    """This command is to end: so do the processes under way, and those to come as they begin; then what they had found
+    is told as ever.
+    """
+    _ended.set()
+    for process in list(_under_way):
+        kill_group(process)
 
 
 def last_lines(log: Path) -> str:
@@ -289,6 +318,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = parsed(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
     command = " ".join(["tests/gpu/run.py", *(sys.argv[1:] if arguments is None else arguments)])
     report = options.out / f"results-{'-'.join(options.what)}.md"
     tested: list[Outcome] = []

@@ -6,6 +6,8 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -81,6 +83,51 @@ def test_a_process_that_hangs_or_fails_is_told(run: ModuleType, tmp_path: Path) 
     assert run.last_lines(log) == "begun"
     assert run.run([sys.executable, "-c", "raise SystemExit(3)"], {}, log, 20) == "exit status 3"
     assert run.run([sys.executable, "-c", "raise SystemExit(5)"], {}, log, 20) is None
+
+
+HANGS = """
+import os, signal, subprocess, sys, time
+def cases(device):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with open(os.environ["BEGUN"], "w") as file:
+        file.write(f"{os.getpid()} {child.pid}\\n")
+    time.sleep(600)
+    yield
+"""
+
+
+def test_who_ends_the_command_ends_what_it_started(repository: Path, tmp_path: Path) -> None:
+    folder, begun = tmp_path / "benches", tmp_path / "begun"
+    folder.mkdir()
+    for name in ("hangs", "later"):
+        (folder / f"bench_{name}.py").write_text(HANGS)
+    command = [sys.executable, str(repository / "tests/gpu/run.py"), "bench", "--dry-run"]
+    command += [f"--folder={folder}", f"--out={tmp_path / 'out'}"]
+    ran = subprocess.Popen(command, env=os.environ | {"BEGUN": str(begun)}, stdout=subprocess.DEVNULL)
+    try:
+        until_s = time.monotonic() + 60
+        while not begun.exists() or not begun.read_text().endswith("\n"):
+            assert time.monotonic() < until_s, "the benchmark has not begun"
+            time.sleep(0.05)
+        ran.send_signal(signal.SIGTERM)
+        assert ran.wait(60) == 1
+    finally:
+        ran.kill()
+        ran.wait()
+    pids = [int(pid) for pid in begun.read_text().split()]
+    assert not [pid for pid in pids if runs(pid)]
+    told = json.loads((tmp_path / "out" / "bench.json").read_text())["outcomes"]
+    assert [outcome["name"] for outcome in told] == ["hangs", "later"]
+    assert all("when the command was ended" in outcome["cut"][0] for outcome in told)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and is more than an entry that nobody has waited for."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_results_are_written_for_people(run: ModuleType, tmp_path: Path) -> None:
