@@ -30,13 +30,17 @@ _UNFOLDED = tl.constexpr(256.0)
 
 
 @triton.jit
-def widened(stored, like, FORM: tl.constexpr):
-    """A tile of the KV memory in the dtype of `like`, times 1 / `unfolded`. Exact; NaN stays NaN."""
+def widened(stored, like, FORM: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile of the KV memory in the dtype of `like`, times 1 / `_UNFOLDED` where FORM is FP8_BITS. Exact; NaN stays
+    NaN. PRECISION `wide`: Triton's interpreter takes integers for bits of bfloat16.
+    """
     if FORM == 2:
         bits = stored.to(tl.int16)
         magnitude = bits & 0x7F
         half = ((bits & 0x80) << 8) | tl.where(magnitude == 0x7F, 0x7FFF, magnitude << 7)
         wide = half.to(tl.int16).to(tl.float16, bitcast=True).to(like.dtype)
+    elif FORM == 1 and PRECISION == "wide":
+        wide = stored.to(tl.float32).to(like.dtype)
     else:
         wide = stored.to(like.dtype)
     return wide
@@ -120,7 +124,7 @@ def attend(
     else:
         k = tl.load(place)
         v = tl.load(place + layer_side)
-    scores = product(q, tl.trans(widened(k, q, FORM)), None, PRECISION) * scale
+    scores = product(q, tl.trans(widened(k, q, FORM, PRECISION)), None, PRECISION) * scale
     if MASKED:
         seen = present[None, :] & (keys[None, :] <= position[:, None])
         if WINDOW:
@@ -131,7 +135,7 @@ def attend(
     weights = tl.exp2(scores - base[:, None])
     fade = tl.exp2(top - base)
     total = total * fade + tl.sum(weights, 1)
-    acc = product(weights.to(q.dtype), widened(v, q, FORM), acc * fade[:, None], PRECISION)
+    acc = product(weights.to(q.dtype), widened(v, q, FORM, PRECISION), acc * fade[:, None], PRECISION)
     return acc, new_top, total
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import architecture
+from .attend import architecture, precision, product
 from .cubin import Build
 from .gemm import Cut, candidates, finish, finish_kernel, tile_place
 from .tuning import Tuner, bucket
@@ -35,12 +35,16 @@ WIDE_CUTS = (Cut(128, 128, 1, 1, 8, 3),)
 
 
 @triton.jit
-def levels_of(nibbles, dtype: tl.constexpr):
+def levels_of(nibbles, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """Nibbles (int16, 0 to 15) -> nibble - 8, exact. They become the low bits of a number whose last place is 1,
     which costs no conversion: 128 in bfloat16, 1024 in float16 (Kim et al. 2022, "Who Says Elephants Can't Run").
+    PRECISION: as in `attend.product`.
     """
     if dtype == tl.bfloat16:
-        levels = (nibbles | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+        raised = (nibbles | 0x4300).to(tl.bfloat16, bitcast=True)
+        if PRECISION == "wide":
+            raised = raised.to(tl.float32)
+        levels = raised - 136.0
     else:
         levels = (nibbles | 0x6400).to(tl.float16, bitcast=True) - 1032.0
     return levels.to(dtype)
@@ -64,6 +68,7 @@ def w4a16_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One tile of one split, a group (2 * HALF inputs) at a time. With SPLITS > 1, `out` [SPLITS, M, N] float32 takes
     sums.
@@ -79,10 +84,11 @@ def w4a16_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for group in range(split, groups, SPLITS):
         pairs = tl.load(packed_row + group * HALF).to(tl.int16)
-        low, high = levels_of(pairs & 15, x.dtype.element_ty), levels_of(pairs >> 4, x.dtype.element_ty)
-        product = tl.dot(tl.load(x_row + group * 2 * HALF), low)
-        product = tl.dot(tl.load(x_row + group * 2 * HALF + HALF), high, product)
-        total += product * tl.load(scales_row + group)[None, :]
+        low = levels_of(pairs & 15, x.dtype.element_ty, PRECISION)
+        high = levels_of(pairs >> 4, x.dtype.element_ty, PRECISION)
+        sums = product(tl.load(x_row + group * 2 * HALF), low, None, PRECISION)
+        sums = product(tl.load(x_row + group * 2 * HALF + HALF), high, sums, PRECISION)
+        total += sums * tl.load(scales_row + group)[None, :]
     inside = (row < m)[:, None] & (column < n)[None, :]
     if SPLITS > 1:
         place = out + (split * m.to(tl.int64) + row[:, None]) * n + column[None, :]
@@ -158,6 +164,7 @@ def _launch(
         ROWS=cut.rows,
         COLUMNS=cut.columns,
         HALF=k // groups // 2,
+        PRECISION=precision(x.dtype),
         num_warps=cut.warps,
         num_stages=cut.stages,
     )
@@ -184,6 +191,7 @@ def _build(cut: Cut, dtype: str, group: int, architectures: tuple[int, ...] = (8
             "ROWS": cut.rows,
             "COLUMNS": cut.columns,
             "HALF": group // 2,
+            "PRECISION": precision(torch.bfloat16),
         },
         num_warps=cut.warps,
         num_stages=cut.stages,

@@ -65,6 +65,8 @@ def test_equals_the_reference(device, lengths, heads, head_dim, block_size, wind
         pytest.param([130], (2, 1), 16, 128, None, id="large blocks"),
         pytest.param([131_072], (2, 1), 16, 16, 20, id="the end of a long context"),
         pytest.param([9], (2, 1), 80, 16, None, id="a head dim that is no power of two"),
+        pytest.param([19], (4, 2), 128, 16, None, id="head dim 128"),
+        pytest.param([19], (2, 1), 256, 16, None, id="head dim 256"),
         pytest.param([9], (17, 1), 16, 16, None, id="more query heads than a small tile has rows"),
     ],
 )
@@ -86,6 +88,17 @@ def test_pieces_and_padding_change_nothing(device) -> None:
     torch.testing.assert_close(attended(given, lengths, 2, capacity=9), cut, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("places", "pieces"), [(18, 36), (1, 2)])
+def test_long_contexts_are_merged_in_several_turns(device, places, pieces) -> None:
+    """As 128k contexts on an H100: the likeliest key may be of any turn."""
+    lengths, shape, cut = [4500], AttentionShape(2, 1, 16, 16), Tiling(16, 128, 4, 2)
+    given = one_each(lengths, shape, device)
+    given.q.mul_(4.0)
+    assert pieces == len(plan_decode(lengths, shape, cut, places).work_W4)
+    assert places == 1 or pieces > 2 * module._MERGED
+    given.check(attended(given, lengths, places, cut))
+
+
 def test_not_a_number_stays_with_its_row(device) -> None:
     lengths = [40, 40]
     given = one_each(lengths, AttentionShape(1, 1, 16, 4), device)
@@ -95,9 +108,10 @@ def test_not_a_number_stays_with_its_row(device) -> None:
     assert not out[1].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
-def test_narrow_memory_has_a_scale_per_side_and_head(device, stored) -> None:
-    given = one_each([37], AttentionShape(4, 2, 16, 4), device)
+def test_narrow_memory_has_a_scale_per_side_and_head(device, stored, dtype) -> None:
+    given = one_each([37], AttentionShape(4, 2, 16, 4), device, dtype)
     layer, scales, held = narrowed(given, stored)
     given.check(attended(given, [37], 3, layer=layer, scales_2K=scales), held)
 

@@ -57,12 +57,22 @@ def test_equals_the_reference(device, stretches, heads, head_dim, block_size, wi
         pytest.param((40, 2), (2, 1), 16, 64, 5, id="a window smaller than a block"),
         pytest.param((5, 2), (16, 1), 16, 16, None, id="sixteen query heads for one"),
         pytest.param((3, 2), (1, 1), 80, 16, None, id="a head dim that is no power of two"),
+        pytest.param((17, 3), (4, 2), 128, 16, None, id="head dim 128"),
+        pytest.param((17, 3), (2, 1), 256, 16, None, id="head dim 256"),
+        pytest.param((126, 5), (2, 1), 16, 128, None, id="over a boundary of large blocks"),
+        pytest.param((200, 3), (2, 1), 16, 128, 150, id="a window over large blocks"),
         pytest.param((131_070, 2), (2, 1), 16, 16, 20, id="far into a context"),
     ],
 )
 def test_edges(device, stretch, heads, head_dim, block_size, window) -> None:
     given = batch([stretch], AttentionShape(*heads, head_dim, block_size, window), device)
     given.check(attended(given))
+
+
+def test_a_long_context_is_seen_to_its_beginning(device) -> None:
+    given = batch([(4000, 3)], AttentionShape(2, 1, 16, 16), device)
+    given.q.mul_(4.0)
+    given.check(attended(given, Tiling(16, 128, 4, 2)))
 
 
 def test_what_is_shipped_runs(device) -> None:
@@ -84,9 +94,10 @@ def test_writes_only_its_rows(device) -> None:
     ).numel()
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
-def test_narrow_memory_has_a_scale_per_side_and_head(device, stored) -> None:
-    given = batch([(9, 4)], AttentionShape(4, 2, 16, 4), device)
+def test_narrow_memory_has_a_scale_per_side_and_head(device, stored, dtype) -> None:
+    given = batch([(9, 4)], AttentionShape(4, 2, 16, 4), device, dtype)
     layer, scales, held = narrowed(given, stored)
     given.check(attended(given, layer=layer, scales_2K=scales), held)
 
