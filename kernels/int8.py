@@ -14,7 +14,8 @@ def quantize_rows_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """
     x = x.float()
     largest = x.abs().nan_to_num(nan=0.0).amax(-1, keepdim=True)
-    factor = torch.where(largest > 0, 127.0 / torch.where(largest > 0, largest, 1.0), 0.0)
+    divisor = torch.where(largest > 0, largest, 1.0)  # a number divided by a tensor is, to torch, times its reciprocal
+    factor = torch.where(largest > 0, torch.full_like(divisor, 127.0) / divisor, 0.0)
     integers = (x * factor).clamp(-127, 127).round().nan_to_num(nan=0.0)
     return integers.to(torch.int8), (largest / 127.0).squeeze(-1) + (x * 0.0).sum(-1)
 
