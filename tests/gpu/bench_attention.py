@@ -1,7 +1,8 @@
 """Attention over paged KV against `scaled_dot_product_attention` (on keys and values that lie dense) and FlashInfer.
 
-Llama-3.1-8B's layer: 32 query heads, 8 kv heads, head dim 128. Bytes are those that must move at least: keys, values,
-queries and results once; prefill's note tells what its tiles move, caches included, and what standard attention would.
+Llama-3.1-8B's layer: 32 query heads, 8 kv heads, head dim 128; then Mistral-7B's window, int8 and float8 KV, other
+sizes of blocks. Bytes are those that must move at least: keys, values, queries and results once; prefill's note tells
+what its tiles move, caches included, and what standard attention would.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import importlib
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
-from measure import Case, time_s
+from measure import Case, library, time_s
 from tandem.kernels.gpu import decode_attention as decode
 from tandem.kernels.gpu import prefill_attention as prefill
-from tandem.kernels.gpu.attend import PLAIN, Tiling, architecture, form_of
+from tandem.kernels.gpu.attend import Tiling, architecture, form_of
 from tandem.kernels.paged_attention import AttentionRow, AttentionShape
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,6 +27,11 @@ from torch.nn.functional import scaled_dot_product_attention
 DTYPE = torch.bfloat16
 PREFILLS = [((0, 2048),), ((0, 8192),), ((0, 1024),) * 8, ((6144, 2048),), ((0, 32768),)]
 DECODES = [(1, 1024), (8, 1024), (32, 1024), (128, 1024), (1, 8192), (8, 8192), (32, 8192), (128, 8192), (1, 131_072)]
+VARIED_DECODE, VARIED_PREFILL = ((8191, 1),) * 32, ((6144, 2048),)
+"""At which blocks and windows are varied."""
+BLOCK_SIZES = (64, 128, 32)
+WINDOW = 4096
+NARROW = (torch.int8, torch.float8_e4m3fn)
 _WORKSPACE_BYTES = 2**28
 
 
@@ -61,12 +68,16 @@ class Setting:
         k, v = gathered.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[..., :context, :].contiguous()
         return k, v
 
-    def narrow(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer in int8 or float8, with its scales."""
-        largest = self.layer.abs().amax(dim=(0, 3, 4)).float()
-        scales = largest / (127.0 if dtype == torch.int8 else 448.0)
-        scaled = self.layer / scales[None, :, :, None, None].to(DTYPE)
-        return (scaled.round().clamp(-127, 127) if dtype == torch.int8 else scaled.clamp(-448, 448)).to(dtype), scales
+    def narrow(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, Setting]:
+        """The layer in int8 or float8, with its scales (all heads' are alike, because FlashInfer takes one); and what
+        that layer then holds.
+        """
+        largest = self.layer.abs().amax(dim=(0, 2, 3, 4)).float()
+        scales = (largest / (127.0 if dtype == torch.int8 else 448.0)).to(DTYPE)[None, :, None, None, None]
+        scaled = self.layer / scales
+        stored = (scaled.round().clamp(-127, 127) if dtype == torch.int8 else scaled.clamp(-448, 448)).to(dtype)
+        wide = replace(self, layer=stored.to(DTYPE) * scales)
+        return stored, scales.float().view(2, 1).repeat(1, self.shape.num_kv_heads), wide
 
 
 def held(
@@ -77,53 +88,86 @@ def held(
     return run
 
 
-def prefill_cases(given: Setting) -> list[Case]:
-    """One ragged batch of equal stretches."""
-    shape, count = given.shape, len(given.rows)
+def prefill_cases(given: Setting, narrow: bool = False) -> list[Case]:
+    """One ragged batch of equal stretches; `narrow`: then the same over narrow memories."""
+    shape, count, device = given.shape, len(given.rows), given.q.device
     start, length = given.rows[0].start, given.rows[0].length
-    cut = prefill.tiling(shape.head_dim, DTYPE, PLAIN, architecture(given.q.device))
-    plan = prefill.plan_prefill(given.rows, shape, cut)
-    here = plan.on(given.q.device)
-    k, v = given.dense()
-    q = given.q.view(count, length, shape.num_heads, -1).transpose(1, 2)
-    mask = None if start == 0 else causal_lower_right(length, start + length)
-
-    def dense() -> torch.Tensor:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-
+    dense = _dense_prefill(given)
     expected = dense().transpose(1, 2)
-    pairs = sum(row.length * row.start + row.length * (row.length + 1) // 2 for row in given.rows)
-    tiled, standard = prefill.moved_bytes(plan, shape, 2), prefill.standard_bytes(plan, shape, 2)
+
+    def planned(layer: torch.Tensor) -> prefill.PrefillPlan:
+        cut = prefill.tiling(shape.head_dim, DTYPE, form_of(layer, DTYPE), architecture(device))
+        return prefill.plan_prefill(given.rows, shape, cut)
+
+    def ours(layer: torch.Tensor, scales: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
+        plan = planned(layer).on(device)
+        return lambda: prefill.prefill_attention(given.q, layer, given.tables, plan, shape, scales_2K=scales)
+
+    tiled, standard = (moved(planned(given.layer), shape, 2) for moved in (prefill.moved_bytes, prefill.standard_bytes))
+    queries, vectors = 2 * 2 * given.q.numel(), count * _seen(given, length) * shape.num_kv_heads * shape.head_dim * 2
     common = {
-        "what": f"prefill {count} x {length} tokens behind {start}",
-        "moved_bytes": 2 * (2 * given.q.numel() + k.numel() + v.numel()),
-        "operations": 4 * pairs * shape.num_heads * shape.head_dim,
+        "what": f"prefill {count} x {length} tokens behind {start}{_told(shape)}",
+        "moved_bytes": queries + 2 * vectors,
+        "operations": 4 * _pairs(given) * shape.num_heads * shape.head_dim,
     }
-
-    def ours() -> torch.Tensor:
-        return prefill.prefill_attention(given.q, given.layer, given.tables, here, shape)
-
     note = f"tiles move {tiled / 1e9:.2f} GB, standard attention {standard / 1e9:.2f}"
     cases = [
-        Case(who="tandem", run=held(ours, expected), note=note, **common),
+        Case(who="tandem", run=held(ours(given.layer), expected), note=note, **common),
         Case(who="sdpa, dense", run=dense, **common),
     ]
-    if library := flashinfer_prefill(given):
-        cases.append(Case(who="flashinfer", run=held(library, expected), **common))
+    if flashinfer_is_here():
+        run = library(lambda: held(flashinfer_prefill(given, given.layer), expected))
+        cases.append(Case(who="flashinfer", run=run, **common))
+    for dtype in NARROW if narrow else ():
+        layer, scales, wide = given.narrow(dtype)
+        known, common["moved_bytes"] = _dense_prefill(wide)().transpose(1, 2), queries + vectors
+        mine = held(ours(layer, scales), known)
+        cases.append(Case(who=f"tandem, {str(dtype)[6:]} KV", run=mine, **common))
+        if flashinfer_is_here() and dtype == torch.float8_e4m3fn:
+            theirs = library(partial(_held_narrow, flashinfer_prefill, given, layer, scales, known))
+            cases.append(Case(who="flashinfer, float8_e4m3fn KV", run=theirs, **common))
     return cases
 
 
-def decode_cases(given: Setting) -> list[Case]:
-    """One query each at the end of equal contexts; then the same over narrow memories."""
+def _dense_prefill(given: Setting) -> Callable[[], torch.Tensor]:
+    """Torch's, [rows, H, length, D]. With a window, heads are repeated: then there is a kernel that takes a mask."""
+    shape, (start, length) = given.shape, (given.rows[0].start, given.rows[0].length)
+    k, v = given.dense()
+    q = given.q.view(len(given.rows), length, shape.num_heads, -1).transpose(1, 2)
+    if shape.window is not None:
+        k, v = (x.repeat_interleave(shape.num_heads // shape.num_kv_heads, 1) for x in (k, v))
+        seen = torch.ones(length, start + length, dtype=torch.bool, device=q.device)
+        seen = seen.tril(start).triu(start - shape.window + 1)
+        return lambda: scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    mask = None if start == 0 else causal_lower_right(length, start + length)
+    return lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
+def _seen(given: Setting, queries: int) -> int:
+    """Keys that a row's last so many queries see."""
+    context, window = given.rows[0].start + given.rows[0].length, given.shape.window
+    return context if window is None else min(context, window + queries - 1)
+
+
+def _pairs(given: Setting) -> int:
+    """Queries times the keys that each sees."""
+    window = given.shape.window or 2**62
+    return sum(min(position + 1, window) for row in given.rows for position in range(row.start, row.start + row.length))
+
+
+def _told(shape: AttentionShape) -> str:
+    """What of a layer is not as in most cases."""
+    window = "" if shape.window is None else f", window {shape.window}"
+    return window + ("" if shape.block_size == 16 else f", blocks of {shape.block_size}")
+
+
+def decode_cases(given: Setting, narrow: bool = False) -> list[Case]:
+    """One query each at the end of equal contexts; `narrow`: then the same over narrow memories."""
     shape, device = given.shape, given.q.device
     lengths = [row.start + 1 for row in given.rows]
-    k, v = given.dense()
-
-    def dense() -> torch.Tensor:
-        return scaled_dot_product_attention(given.q[:, :, None], k, v, enable_gqa=True)
-
+    dense = _dense_decode(given)
     expected = dense()[:, :, 0]
-    what = f"decode {len(lengths)} x {lengths[0]} context, blocks of {shape.block_size}"
+    what = f"decode {len(lengths)} x {lengths[0]} context{_told(shape)}"
     plain_bytes, narrow_bytes = decode.moved_bytes(lengths, shape, 2), decode.moved_bytes(lengths, shape, 2, 1)
 
     def ours(layer: torch.Tensor, scales: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
@@ -136,13 +180,39 @@ def decode_cases(given: Setting) -> list[Case]:
         Case(what=what, who="tandem", run=held(ours(given.layer), expected), moved_bytes=plain_bytes),
         Case(what=what, who="sdpa, dense", run=dense, moved_bytes=plain_bytes),
     ]
-    if library := flashinfer_decode(given):
-        cases.append(Case(what=what, who="flashinfer", run=held(library, expected), moved_bytes=plain_bytes))
-    if len(lengths) >= 32:
-        for dtype in (torch.int8, torch.float8_e4m3fn):
-            run = held(ours(*given.narrow(dtype)), expected, 0.1)
-            cases.append(Case(what=what, who=f"tandem, {str(dtype)[6:]} KV", run=run, moved_bytes=narrow_bytes))
+    if flashinfer_is_here():
+        run = library(lambda: held(flashinfer_decode(given, given.layer), expected))
+        cases.append(Case(what=what, who="flashinfer", run=run, moved_bytes=plain_bytes))
+    for dtype in NARROW if narrow else ():
+        layer, scales, wide = given.narrow(dtype)
+        known = _dense_decode(wide)()[:, :, 0]
+        mine = held(ours(layer, scales), known)
+        cases.append(Case(what=what, who=f"tandem, {str(dtype)[6:]} KV", run=mine, moved_bytes=narrow_bytes))
+        if flashinfer_is_here() and dtype == torch.float8_e4m3fn:
+            theirs = library(partial(_held_narrow, flashinfer_decode, given, layer, scales, known))
+            cases.append(Case(what=what, who="flashinfer, float8_e4m3fn KV", run=theirs, moved_bytes=narrow_bytes))
     return cases
+
+
+def _dense_decode(given: Setting) -> Callable[[], torch.Tensor]:
+    """Torch's, [rows, H, 1, D], over the keys that are seen."""
+    k, v = (x[:, :, -_seen(given, 1) :] for x in given.dense())
+    return lambda: scaled_dot_product_attention(given.q[:, :, None], k, v, enable_gqa=True)
+
+
+def flashinfer_is_here() -> bool:
+    """Whether it is installed."""
+    return importlib.util.find_spec("flashinfer") is not None
+
+
+def _held_narrow(
+    make: Callable[..., Callable[[], torch.Tensor]],
+    given: Setting,
+    layer: torch.Tensor,
+    scales: torch.Tensor,
+    expected: torch.Tensor,
+) -> Callable[[], torch.Tensor]:
+    return held(make(given, layer, k_scale=float(scales[0, 0]), v_scale=float(scales[1, 0])), expected, 0.05)
 
 
 def _pages(given: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -156,45 +226,56 @@ def _pages(given: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return firsts, given.tables.flatten(), last
 
 
-def flashinfer_prefill(given: Setting) -> Callable[[], torch.Tensor] | None:
-    """FlashInfer over the same memory, whose layout it calls HND; None where it is not installed."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return None
-    library, shape = importlib.import_module("flashinfer"), given.shape
+def flashinfer_prefill(given: Setting, layer: torch.Tensor, **scales: float) -> Callable[[], torch.Tensor]:
+    """FlashInfer over the same memory, whose layout it calls HND."""
+    flashinfer = importlib.import_module("flashinfer")
     workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=given.q.device)
-    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
     starts = torch.tensor([row.offset for row in given.rows] + [len(given.q)], dtype=torch.int32, device=given.q.device)
-    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size)
-    wrapper.plan(starts, *_pages(given), *heads, causal=True, q_data_type=DTYPE, kv_data_type=DTYPE)
-    return lambda: wrapper.run(given.q, given.layer)
+    wrapper.plan(starts, *_pages(given), *_heads(given.shape), causal=True, **_kinds(given, layer))
+    return lambda: wrapper.run(given.q, layer, **scales)
 
 
-def flashinfer_decode(given: Setting) -> Callable[[], torch.Tensor] | None:
+def flashinfer_decode(given: Setting, layer: torch.Tensor, **scales: float) -> Callable[[], torch.Tensor]:
     """As `flashinfer_prefill`; with matrix units, which it advises for grouped heads."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return None
-    library, shape = importlib.import_module("flashinfer"), given.shape
+    flashinfer = importlib.import_module("flashinfer")
     workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=given.q.device)
-    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size)
-    wrapper.plan(*_pages(given), *heads, q_data_type=DTYPE, kv_data_type=DTYPE)
-    return lambda: wrapper.run(given.q, given.layer)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+    wrapper.plan(*_pages(given), *_heads(given.shape), **_kinds(given, layer))
+    return lambda: wrapper.run(given.q, layer, **scales)
 
 
-def llama(block_size: int = 16) -> AttentionShape:
-    """A layer of Llama-3.1-8B."""
-    return AttentionShape(32, 8, 128, block_size)
+def _heads(shape: AttentionShape) -> tuple[int, int, int, int]:
+    return shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size
+
+
+def _kinds(given: Setting, layer: torch.Tensor) -> dict[str, object]:
+    """Dtypes, and how many keys before its own a query sees (-1: all)."""
+    window = given.shape.window
+    return {"q_data_type": DTYPE, "kv_data_type": layer.dtype, "window_left": -1 if window is None else window - 1}
+
+
+def llama(block_size: int = 16, window: int | None = None) -> AttentionShape:
+    """A layer of Llama-3.1-8B; with a window, of Mistral-7B."""
+    return AttentionShape(32, 8, 128, block_size, window)
 
 
 def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
-    """Decode first: it is what most time goes to."""
+    """Decode first: it is what most time goes to. What varies the same comes last."""
     for batch, context in DECODES:
-        yield lambda batch=batch, context=context: decode_cases(  # type: ignore[misc]
-            Setting.make([(context - 1, 1)] * batch, llama(), device)
-        )
-    yield lambda: decode_cases(Setting.make([(8191, 1)] * 32, llama(64), device))
+        yield partial(_cases, ((context - 1, 1),) * batch, llama(), device, batch >= 32)
     for stretches in PREFILLS:
-        yield lambda stretches=stretches: prefill_cases(Setting.make(stretches, llama(), device))  # type: ignore[misc]
+        yield partial(_cases, stretches, llama(), device, stretches == ((0, 8192),))
+    for shape in (llama(window=WINDOW), *map(llama, BLOCK_SIZES)):
+        for stretches in (VARIED_DECODE, VARIED_PREFILL):
+            yield partial(_cases, stretches, shape, device)
+
+
+def _cases(
+    stretches: Sequence[tuple[int, int]], shape: AttentionShape, device: torch.device, narrow: bool = False
+) -> list[Case]:
+    given = Setting.make(stretches, shape, device)
+    return decode_cases(given, narrow) if stretches[0][1] == 1 else prefill_cases(given, narrow)
 
 
 def tune(device: torch.device) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Quantized products against torch's: bf16, and its own int8 product (cuBLAS, without the scales). Llama-3.1-8B's
-layers. Few rows are bound by the bytes of the weights, many by arithmetic; `of peak` is of the measured bf16 peak,
-which int8 may exceed. Cuts are tuned first, and kept where tuning keeps them.
+"""Quantized products against torch's: bf16, its own int8 product (cuBLAS, without the scales), its own product of 4-bit
+weights with groups. Llama-3.1-8B's layers. Few rows are bound by the bytes of the weights, many by arithmetic; `of
+peak` is of the measured bf16 peak, which int8 may exceed. Cuts are tuned first, and kept where tuning keeps them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import Case
+from measure import Case, library
 from tandem.kernels.gpu.tuning import Tuner
 from tandem.kernels.gpu.w4a16 import w4a16_linear
 from tandem.kernels.gpu.w8a8 import w8a8_linear
@@ -24,7 +24,7 @@ GROUP = 128
 
 def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
     """One list a shape."""
-    tuner = Tuner.of_device(device)
+    tuner = Tuner.of_device(device) if device.type == "cuda" else None
     for n, k in SHAPES:
         dense = torch.randn(n, k, device=device, dtype=torch.bfloat16)
         for m in ROWS:
@@ -79,16 +79,26 @@ def _of_int4(
     run = lambda: w4a16_linear(x, packed, scales, tuner=tuner)  # noqa: E731
     wide = (unpack_int4(packed, GROUP).float() * scales.repeat_interleave(GROUP, 1)).to(x.dtype)
     torch.testing.assert_close(run().float(), (x @ wide.t()).float(), rtol=0.05, atol=1.0)
-    bf16 = lambda: x @ dense.t()  # noqa: E731
+
+    def theirs() -> Callable[[], torch.Tensor]:
+        made = _int4_of_torch(x, packed, scales)
+        torch.testing.assert_close(made().float(), (x @ wide.t()).float(), rtol=0.05, atol=1.0)
+        return made
+
+    narrow_bytes = moved + packed.nbytes + scales.nbytes
     return [
-        Case(
-            what=f"{what}, W4A16",
-            who="tandem",
-            run=run,
-            moved_bytes=moved + packed.nbytes + scales.nbytes,
-            operations=operations,
-        ),
-        Case(
-            what=f"{what}, W4A16", who="torch bf16", run=bf16, moved_bytes=moved + dense.nbytes, operations=operations
-        ),
+        Case(what=f"{what}, W4A16", who=who, run=product, moved_bytes=moved_bytes, operations=operations)
+        for who, product, moved_bytes in (
+            ("tandem", run, narrow_bytes),
+            ("torch int4", library(theirs), narrow_bytes),
+            ("torch bf16", lambda: x @ dense.t(), moved + dense.nbytes),
+        )
     ]
+
+
+def _int4_of_torch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """It wants neighbors in a byte, the first in the high bits, and scales and zeros [groups, N, 2] in x's dtype."""
+    nibbles = (unpack_int4(packed, GROUP) + 8).to(torch.uint8)
+    weight = torch._convert_weight_to_int4pack(nibbles[:, ::2] << 4 | nibbles[:, 1::2], 8)
+    both = torch.stack((scales, torch.zeros_like(scales)), 2).transpose(0, 1).contiguous().to(x.dtype)
+    return lambda: torch._weight_int4pack_mm(x, weight, GROUP, both)

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import Case
-from tandem.kernels.gpu.activation import activation, activation_int8
-from tandem.kernels.gpu.kv_blocks import Part, gather_blocks, repack
+from measure import Case, library
+from tandem.kernels.gpu.activation import activation, activation_int8, quantize_rows
+from tandem.kernels.gpu.kv_blocks import Part, copy_blocks, gather_blocks, repack, scatter_blocks
 from tandem.kernels.gpu.kv_write import kv_write
-from tandem.kernels.gpu.norm import rms_norm, rms_norm_int8
+from tandem.kernels.gpu.norm import layer_norm, rms_norm, rms_norm_int8
+from tandem.kernels.gpu.rotary import rotary
 from tandem.kernels.int8 import quantize_rows_reference
 from tandem.kernels.rotary import rotary_cpu, rotary_tables
+from torch.nn.functional import layer_norm as torch_layer_norm
 from torch.nn.functional import rms_norm as torch_rms_norm
 from torch.nn.functional import silu
 
@@ -27,12 +29,15 @@ HANDED_TOKENS = 2048
 
 
 def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
-    """One list a shape and operation."""
+    """One list a shape and operation; what a Llama's step needs comes first."""
     for tokens in TOKENS:
         for make in (_norm, _activation, _kv_write):
             yield partial(make, tokens, device)
-    yield partial(_gather, device)
-    yield partial(_repack, device)
+    for make in (_gather, _scatter, _repack, _copy):
+        yield partial(make, device)
+    for tokens in TOKENS[1:]:
+        for make in (_quantize, _layer_norm, _rotary):
+            yield partial(make, tokens, device)
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -59,17 +64,14 @@ def _norm(tokens: int, device: torch.device) -> list[Case]:
         Case(what=what, who="torch", run=two_kernels, moved_bytes=4 * x.nbytes, note="not fused"),
     ]
     if importlib.util.find_spec("flashinfer"):
-        import flashinfer
 
-        y = x.clone()
-        found.append(
-            Case(
-                what=what,
-                who="FlashInfer",
-                run=lambda: flashinfer.norm.fused_add_rmsnorm(y, residual, weight, 1e-5),
-                moved_bytes=4 * x.nbytes,
-            )
-        )
+        def theirs() -> Callable[[], object]:
+            import flashinfer
+
+            y = x.clone()
+            return lambda: flashinfer.norm.fused_add_rmsnorm(y, residual, weight, 1e-5)
+
+        found.append(Case(what=what, who="FlashInfer", run=library(theirs), moved_bytes=4 * x.nbytes))
     what = f"RMS norm to int8, {tokens} x {WIDTH}"
     found += [
         Case(what=what, who="tandem", run=lambda: rms_norm_int8(x, weight, 1e-5), moved_bytes=x.nbytes + x.nbytes // 2),
@@ -99,10 +101,13 @@ def _activation(tokens: int, device: torch.device) -> list[Case]:
         ),
     ]
     if importlib.util.find_spec("flashinfer"):
-        import flashinfer
 
-        run = lambda: flashinfer.activation.silu_and_mul(x)  # noqa: E731
-        found.append(Case(what=what, who="FlashInfer", run=run, moved_bytes=moved))
+        def theirs() -> Callable[[], object]:
+            import flashinfer
+
+            return lambda: flashinfer.activation.silu_and_mul(x)
+
+        found.append(Case(what=what, who="FlashInfer", run=library(theirs), moved_bytes=moved))
     what = f"SiLU x up to int8, {tokens} x {MLP}"
     run_int8 = lambda: activation_int8(x, "silu", gated=True)  # noqa: E731
     found.append(Case(what=what, who="tandem", run=run_int8, moved_bytes=x.nbytes * 5 // 4))
@@ -153,6 +158,36 @@ def _gather(device: torch.device) -> list[Case]:
     ]
 
 
+def _scatter(device: torch.device) -> list[Case]:
+    count = HANDED_TOKENS // 16
+    packed = torch.randn(count, LAYERS, 2, KV_HEADS, 16, HEAD_DIM, device=device, dtype=DTYPE)
+    kv = torch.zeros(2 * count, *packed.shape[1:], device=device, dtype=DTYPE)
+    ids = torch.randperm(2 * count, device=device)[:count]
+    scatter_blocks(packed, kv, ids)
+    assert torch.equal(kv[ids], packed)
+    what, moved = f"scatter of KV, {HANDED_TOKENS} tokens of {LAYERS} layers", 2 * packed.nbytes
+    return [
+        Case(what=what, who="tandem", run=lambda: scatter_blocks(packed, kv, ids), moved_bytes=moved),
+        Case(what=what, who="torch", run=lambda: kv.index_copy_(0, ids, packed), moved_bytes=moved),
+    ]
+
+
+def _copy(device: torch.device) -> list[Case]:
+    count = HANDED_TOKENS // 16
+    source = torch.randn(count, LAYERS, 2, KV_HEADS, 16, HEAD_DIM, device=device, dtype=DTYPE)
+    target = torch.zeros_like(source)
+    source_ids, target_ids = (torch.randperm(count, device=device) for _ in range(2))
+    copy_blocks(source, target, source_ids, target_ids)
+    assert torch.equal(target[target_ids], source[source_ids])
+    what, moved = f"copy of KV blocks, {HANDED_TOKENS} tokens of {LAYERS} layers", 2 * source.nbytes
+    run = lambda: copy_blocks(source, target, source_ids, target_ids)  # noqa: E731
+    in_torch = lambda: target.index_copy_(0, target_ids, source.index_select(0, source_ids))  # noqa: E731
+    return [
+        Case(what=what, who="tandem", run=run, moved_bytes=moved),
+        Case(what=what, who="torch", run=in_torch, moved_bytes=moved, note="not fused"),
+    ]
+
+
 def _repack(device: torch.device) -> list[Case]:
     """From a worker that has half of the heads in blocks of 16 to one that has all of them in blocks of 32."""
     count = HANDED_TOKENS // 16
@@ -176,3 +211,71 @@ def _repack(device: torch.device) -> list[Case]:
         Case(what=what, who="tandem", run=run, moved_bytes=2 * source.nbytes),
         Case(what=what, who="torch", run=in_torch, moved_bytes=2 * source.nbytes, note="a strided copy"),
     ]
+
+
+def _quantize(tokens: int, device: torch.device) -> list[Case]:
+    x = torch.randn(tokens, WIDTH, device=device, dtype=DTYPE)
+    for mine, theirs in zip(quantize_rows(x), quantize_rows_reference(x), strict=True):
+        assert torch.equal(mine, theirs)
+    what, moved = f"rows to int8, {tokens} x {WIDTH}", x.nbytes * 3 // 2
+    in_torch = lambda: quantize_rows_reference(x)  # noqa: E731
+    return [
+        Case(what=what, who="tandem", run=lambda: quantize_rows(x), moved_bytes=moved),
+        Case(what=what, who="torch", run=in_torch, moved_bytes=moved, note="not fused"),
+    ]
+
+
+def _layer_norm(tokens: int, device: torch.device) -> list[Case]:
+    x, residual = (torch.randn(tokens, WIDTH, device=device, dtype=DTYPE) for _ in range(2))
+    weight, bias = (torch.randn(WIDTH, device=device, dtype=DTYPE) for _ in range(2))
+    in_torch = lambda: torch_layer_norm(x, (WIDTH,), weight, bias)  # noqa: E731
+    _close(layer_norm(x, weight, bias, 1e-5), in_torch())
+    plain, fused = f"layer norm, {tokens} x {WIDTH}", f"layer norm + residual, {tokens} x {WIDTH}"
+    two_kernels = lambda: torch_layer_norm(residual.add_(x), (WIDTH,), weight, bias)  # noqa: E731
+    return [
+        Case(what=plain, who="tandem", run=lambda: layer_norm(x, weight, bias, 1e-5), moved_bytes=2 * x.nbytes),
+        Case(what=plain, who="torch", run=in_torch, moved_bytes=2 * x.nbytes),
+        Case(
+            what=fused,
+            who="tandem",
+            run=lambda: layer_norm(x, weight, bias, 1e-5, residual),
+            moved_bytes=4 * x.nbytes,
+        ),
+        Case(what=fused, who="torch", run=two_kernels, moved_bytes=4 * x.nbytes, note="not fused"),
+    ]
+
+
+def _rotary(tokens: int, device: torch.device) -> list[Case]:
+    """Of queries and keys, each a launch."""
+    q, k = (torch.randn(tokens, heads, HEAD_DIM, device=device, dtype=DTYPE) for heads in (HEADS, KV_HEADS))
+    frequencies = 10_000.0 ** -(torch.arange(HEAD_DIM // 2, device=device) / (HEAD_DIM // 2))
+    positions = torch.arange(tokens, device=device)
+    cos, sin = rotary_tables(positions, frequencies)
+    run = lambda: (rotary(q, cos, sin), rotary(k, cos, sin))  # noqa: E731
+    in_torch = lambda: [rotary_cpu(x, cos, sin).to(DTYPE) for x in (q, k)]  # noqa: E731
+    expected = in_torch()
+    for mine, theirs in zip(run(), expected, strict=True):
+        _close(mine, theirs)
+    what, moved = f"rotary of q and k, {tokens} tokens", 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
+    found = [
+        Case(what=what, who="tandem", run=run, moved_bytes=moved),
+        Case(what=what, who="torch", run=in_torch, moved_bytes=moved, note="not fused"),
+    ]
+    if importlib.util.find_spec("flashinfer"):
+        angles = positions[:, None] * frequencies
+        theirs = library(partial(_rotary_of_flashinfer, positions, q, k, angles, expected))
+        found.append(Case(what=what, who="FlashInfer", run=theirs, moved_bytes=moved))
+    return found
+
+
+def _rotary_of_flashinfer(
+    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor, expected: list[torch.Tensor]
+) -> Callable[[], object]:
+    import flashinfer
+
+    both = torch.cat((angles.cos(), angles.sin()), 1).float()
+    wide_q, wide_k = q.flatten(1), k.flatten(1)
+    run = lambda: flashinfer.apply_rope_with_cos_sin_cache(positions, wide_q, wide_k, HEAD_DIM, both)  # noqa: E731
+    for theirs, known in zip(run(), expected, strict=True):
+        _close(theirs.view_as(known), known)
+    return run

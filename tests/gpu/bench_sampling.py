@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import Case
+from measure import Case, library
 from tandem.kernels.gpu.logprobs import logprobs
 from tandem.kernels.gpu.penalties import Penalties, penalize
 from tandem.kernels.gpu.sampling import probabilities, sample
@@ -74,13 +74,15 @@ def _sampled(logits: torch.Tensor, name: str, cuts: dict[str, float]) -> list[Ca
         Case(what=what, who="torch", run=lambda: _sorted_in_torch(logits, cuts), moved_bytes=logits.nbytes),
     ]
     if "top_p" in cuts and importlib.util.find_spec("flashinfer"):
-        import flashinfer
 
-        def theirs() -> torch.Tensor:
-            top_k, drawn = int(cuts.get("top_k", SIZE)), logits.softmax(1)
-            return flashinfer.sampling.top_k_top_p_sampling_from_probs(drawn, top_k, cuts["top_p"])
+        def theirs() -> Callable[[], torch.Tensor]:
+            import flashinfer
 
-        found.append(Case(what=what, who="FlashInfer", run=theirs, moved_bytes=logits.nbytes, note="and softmax"))
+            draw, top_k = flashinfer.sampling.top_k_top_p_sampling_from_probs, int(cuts.get("top_k", SIZE))
+            return lambda: draw(logits.softmax(1), top_k, cuts["top_p"])
+
+        run = library(theirs)
+        found.append(Case(what=what, who="FlashInfer", run=run, moved_bytes=logits.nbytes, note="and softmax"))
     return found
 
 

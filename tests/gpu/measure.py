@@ -39,6 +39,28 @@ class Case:
     note: str = ""
 
 
+class LeftOutError(Exception):
+    """A library cannot be measured at this; says why."""
+
+
+def library(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """What `make` makes, once it has run; where either fails, what raises LeftOutError: another's refusal costs its own
+    line, not ours.
+    """
+    try:
+        run = make()
+        run()
+    except Exception as error:  # whatever a library finds wrong, or is found wrong with it
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:100]}"
+    else:
+        return run
+
+    def refuse() -> object:
+        raise LeftOutError(reason)
+
+    return refuse
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """One line of a table of its own."""
@@ -169,6 +191,9 @@ def rows(cases: Sequence[Case], bounds: Bounds) -> Iterator[tuple[str, ...]]:
             taken_s = time_s(case.run)
         except torch.OutOfMemoryError:
             yield (case.what, case.who, "out of memory", *[""] * 6)
+            continue
+        except LeftOutError as error:
+            yield (case.what, case.who, "left out", *[""] * 5, str(error))
             continue
         if case.who == "tandem":
             ours[case.what] = taken_s
