@@ -280,6 +280,19 @@ def test_what_waits_for_the_device_is_not_captured(measure: ModuleType) -> None:
     assert calls == [1]
 
 
+def test_what_another_library_refuses_costs_its_own_line(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses() -> None:
+        raise NotImplementedError("no such kernel\non this device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    runs = (("tandem", list), ("theirs", measure.library(lambda: refuses)), ("others", measure.library(lambda: list)))
+    cases = [measure.Case(what="sum", who=who, run=run, moved_bytes=8) for who, run in runs]
+    lines = list(measure.rows(cases, measure.Bounds(copy_bytes_per_s=1.0, products_per_s=1.0)))
+    assert [line[1] for line in lines] == ["tandem", "theirs", "others"]
+    assert lines[1] == ("sum", "theirs", "left out", *[""] * 5, "NotImplementedError: no such kernel")
+    assert lines[2][7].endswith("x")
+
+
 def test_files_are_found_and_what_matters_most_runs_first(run: ModuleType, repository: Path) -> None:
     found = [str(path.relative_to(repository)) for path in run.test_files(["penalties", "graphs"])]
     assert found == ["tests/unit/kernels/gpu/test_penalties.py", "tests/unit/cluster/engine/gpu/test_graphs.py"]
