@@ -21,7 +21,6 @@ import hmac
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 
 from ...cluster.types import BlockRef
@@ -81,10 +80,8 @@ class CollectiveHolder:
         self._sessions += 1
         try:
             await self._serve(said, write)
-        except HandoffRefused as refusal:
-            with suppress(TimeoutError):  # of a reader that takes nothing
-                async with asyncio.timeout(self._ranks.timeout_s):
-                    await write(m.encode(m.End(refusal=refusal)))
+        except HandoffRefused as refusal:  # of OPEN: nothing has been written yet
+            await write(m.encode(m.End(refusal=refusal)))
         finally:
             self._sessions -= 1
 
@@ -134,6 +131,7 @@ class _Session:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._most_blocks = batch_blocks(reshape)
         self._block_bytes = moved_block_bytes(reshape)
+        self._closed = False
         self._keys_left = MAX_KEYS * len(reshape.routes)
         self._reads: dict[int, asyncio.Task[None]] = {}
         self._waits: dict[int, asyncio.Event] = {}
@@ -141,7 +139,7 @@ class _Session:
         """Pairs that have not done what they were told last about a batch."""
 
     async def run(self, said: AsyncIterator[bytes], write: Write) -> None:
-        """Until one of the two ends it; `HandoffRefused` says why."""
+        """Until one of the two ends it, or the reader breaks a rule: END is the last message then."""
         answered = m.Opened(secret=os.urandom(m.NONCE_BYTES))
         self._tell(answered)
         self._ranks.attend(self._opened.session, self._heard)
@@ -165,13 +163,28 @@ class _Session:
             for over in (listening, writing, self._broken):
                 if over.done():
                     over.result()
+        except HandoffRefused as refusal:
+            listening.cancel()
+            self.close()
+            await self._say_last(refusal, writing)
         finally:
             for task in (writing, listening):
                 task.cancel()
             await asyncio.gather(writing, listening, return_exceptions=True)
 
+    async def _say_last(self, refusal: HandoffRefused, writing: asyncio.Task[None]) -> None:
+        """END, behind what is being written: gRPC takes no message beside one that was given up half-way, and the
+        reader would never hear of the end.
+        """
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tell(m.End(refusal=refusal), written)
+        await asyncio.wait((written, writing), timeout=self._ranks.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
     def close(self) -> None:
-        """Ends what is under way; the ranks leave."""
+        """Ends what is under way; the ranks leave. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         for task in self._reads.values():
             task.cancel()
         self._broken.cancel()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..layout import KVSplit
-from .commands import Answer, Begin, Command, Failed, Leave
+from .commands import Answer, Begin, Command, Failed, Leave, Left
 
 log = logging.getLogger(__name__)
 Hear = Callable[[int, Answer], None]
@@ -88,9 +88,12 @@ class WorkerRanks:
             await asyncio.to_thread(port.close)
 
     def _lose(self, rank: int, why: str) -> None:
-        """Every session has lost its pairs of this rank."""
+        """Every session has lost its pairs of this rank, which writes nothing any more: one that was told to leave as
+        it ended does not say so.
+        """
         for session, hear in list(self._heard_by.items()):
             hear(rank, Failed(session=session, pair=0, message=why))
+            hear(rank, Left(session=session))
 
     def _route(self, rank: int, answer: Answer) -> None:
         hear = self._heard_by.get(answer.session)

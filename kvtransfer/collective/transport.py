@@ -59,6 +59,8 @@ class CollectiveKVTransport(KVTransport):
     async def hello(self, peer: Peer, mine: Hello, *, timeout_s: float) -> Hello:
         theirs = await self._control.hello(peer, mine, timeout_s=timeout_s)
         self._me = mine
+        if theirs.protocol_version != mine.protocol_version:
+            return theirs  # whose other fields mean nothing here: the caller refuses it
         offer = decode_offer(theirs.ranks)
         if offer is None or offer.backend != self._ranks.backend:
             has = "is not set to" if offer is None else f"is set to {offer.backend!r}, not to"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +14,8 @@ from ends import NUM_BLOCKS, PATIENCE_S, TOKEN, Holder, Reader, play, reblocked,
 from hypothesis import given
 from hypothesis import strategies as st
 from tandem.kvtransfer.collective import commands, messages
-from tandem.kvtransfer.collective.commands import Begin, Command, Join, Receive, Send, Stage
+from tandem.kvtransfer.collective import reader as reader_end
+from tandem.kvtransfer.collective.commands import Begin, Command, Join, Leave, Receive, Send, Stage
 from tandem.kvtransfer.collective.holder import MAX_KEYS
 from tandem.kvtransfer.collective.plan import batch_blocks
 from tandem.kvtransfer.collective.reader import ReaderSession
@@ -160,43 +159,47 @@ def test_a_rank_that_does_not_answer_is_given_up_within_the_lease() -> None:
     play(scene, ONE, ONE, timeout_s=0.3)
 
 
-def test_a_killed_holder_is_noticed_and_its_next_life_met_anew() -> None:
-    """kill -9 of the process while half of a sequence is through."""
+def test_a_rank_that_ends_as_it_is_told_to_leave_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never says that it has left; that it is lost says as much."""
+    monkeypatch.setattr(reader_end, "SETTLE_S", 10 * PATIENCE_S)
+    shape = split(tensor_parallel=2)
 
-    async def scene(_: Holder, reader: Reader) -> None:
-        epochs = (21, 22)
-        lives = await asyncio.gather(*(start_process(epoch) for epoch in epochs))
+    async def scene(holder: Holder, reader: Reader) -> None:
+        done(holder, "r", 1)
+        await reader.ready(reader.submit(holder.peer, "r", TOKENS, BLOCKS))
+        ending = reader.ports[1]
+        ending.before = lambda command: isinstance(command, Leave)
+        (session,) = reader.transport._sessions.values()
+        closing = asyncio.create_task(session.close())
+        await until(lambda: bool(ending.kept))
+        reader.ranks._lose(1, "rank 1 has ended")
         try:
-            for epoch, (process, peer) in zip(epochs, lives, strict=True):
-                key = reader.submit(peer, f"r{epoch}", TOKENS, BLOCKS)
-                half = reader.sink._sequences[key]
-                await until(lambda half=half: half.received_blocks >= 16)
-                process.kill()
-                await until(lambda key=key: reader.failure(key) is not None)
-                assert reader.failure(key)[2] is RefusalReason.PEER_LOST
-                np.testing.assert_array_equal(reader.whole(BLOCKS[:16]), epoch)
-                assert ("writer_done", key) in reader.said
+            await asyncio.wait_for(closing, PATIENCE_S)
         finally:
-            for process, _ in lives:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+            ending.go_on()
+
+    play(scene, shape, shape)
+
+
+def test_a_session_that_breaks_as_it_begins_says_so_at_once() -> None:
+    """Its first message is still being written then."""
+
+    async def scene(holder: Holder, reader: Reader) -> None:
+        done(holder, "r", 1)
+        lose = partial(holder.ranks._lose, 0, "rank 0 has ended")
+
+        def break_it(command: Command) -> bool:
+            if isinstance(command, Join):
+                asyncio.get_running_loop().call_soon(lose)
+            return False
+
+        holder.ports[0].before = break_it
+        key = reader.submit(holder.peer, "r", TOKENS, BLOCKS)
+        await until(lambda: reader.failure(key) is not None)
+        assert "rank 0 has ended" in reader.failure(key)[3]
+        assert holder.sessions.sessions == 0
 
     play(scene, ONE, ONE)
-
-
-async def start_process(epoch: int) -> tuple[asyncio.subprocess.Process, Peer]:
-    """A holder in a process of its own; it has prefilled half of `r<epoch>`, and goes no further."""
-    program = str(Path(__file__).parent / "holder_process.py")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, program, str(epoch), stdout=asyncio.subprocess.PIPE, env=os.environ | {"PYTHONPATH": _path()}
-    )
-    assert process.stdout is not None
-    return process, Peer("p", epoch, (await process.stdout.readline()).decode().strip())
-
-
-def _path() -> str:
-    return os.pathsep.join(filter(None, sys.path))
 
 
 def test_peers_that_cannot_meet_are_refused_for_good() -> None:
@@ -345,7 +348,7 @@ def test_who_breaks_the_rules_of_a_session_ends_it() -> None:
 
 
 def test_who_asks_and_does_not_take_the_answers_ends_the_session() -> None:
-    """Nothing piles up: a read counts until its answer is written."""
+    """Nothing piles up: a read counts until its answer is written. END has no place behind one that is not taken."""
 
     async def scene(holder: Holder, _: Reader) -> None:
         answered: list[messages.Message] = []
@@ -365,10 +368,9 @@ def test_who_asks_and_does_not_take_the_answers_ends_the_session() -> None:
 
         async with asyncio.timeout(PATIENCE_S):
             await holder.sessions.serve(saying(), write)
-        last = answered[-1]
-        assert isinstance(last, messages.End)
-        assert last.refusal.reason is RefusalReason.LIMIT
+        assert isinstance(answered[-1], messages.No)
         assert len([answer for answer in answered if isinstance(answer, messages.No)]) == 1
+        assert holder.sessions.sessions == 0
 
     play(scene, ONE, ONE, timeout_s=0.5)
 
