@@ -108,13 +108,15 @@ class PairGroup:
         self._rank, self._other = (0, 1) if sends else (1, 0)
         self._timeout_s = timeout_s
         self._device = device
+        self._polls = backend == NCCL
+        self._group: Any = None
         rendezvous.begin()
         store = PrefixStore(name, rendezvous.store)
         try:
-            self._polls = backend == NCCL
-            self._group: Any = _group(store, self._rank, backend, host, timeout_s)
+            self._group = _group(store, self._rank, backend, host, timeout_s)
             self._prove(proof)
         except RuntimeError as error:
+            self.abort()
             raise PairLost(f"the other rank was not met: {error}") from error
 
     def send(self, data: torch.Tensor) -> Any:

@@ -1,16 +1,21 @@
 """A rank's KV memory as a collective reads and writes it: equal rows of bytes, gathered into one message or scattered
-from one. Loads torch.
+from one; and the memory that messages travel in. Loads torch.
 """
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
+from collections import deque
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from .plan import Rows
+
+MAX_FREE_BYTES = 64 * 2**20
+"""Of a rank: what four sessions have under way, of batches of 4 MiB. `holder` and `reader` bound what is in use."""
 
 
 class RankMemory(ABC):
@@ -92,3 +97,50 @@ class DeviceRankMemory(RankMemory):
     def _finish(self) -> None:
         if self._ids_on_device:
             torch.cuda.current_stream(self.device).synchronize()
+
+
+class MessageBuffers:
+    """What messages of a rank travel in: what one has left is kept for the next, whichever pair of ranks either is of,
+    so that what is kept hangs on no number of sessions. Used by the threads of all pairs.
+    """
+
+    def __init__(self, memory: RankMemory, limit_bytes: int = MAX_FREE_BYTES) -> None:
+        self._memory = memory
+        self._limit_bytes = limit_bytes
+        self._free: deque[torch.Tensor] = deque()
+        """In the order in which they were given back."""
+        self._free_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def free_bytes(self) -> int:
+        """Kept now."""
+        return self._free_bytes
+
+    def take(self, size: int) -> torch.Tensor:
+        """[size] bytes: of the smallest buffer that is free and large enough, else new."""
+        with self._lock:
+            fitting = [index for index, buffer in enumerate(self._free) if _whole_bytes(buffer) >= size]
+            if fitting:
+                index = min(fitting, key=lambda index: _whole_bytes(self._free[index]))
+                buffer = self._free[index]
+                del self._free[index]
+                self._free_bytes -= _whole_bytes(buffer)
+                return torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage())[:size]
+        return self._memory.empty(size)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Nothing reads or writes it any more, on no stream either. The oldest go where too many are kept."""
+        size = _whole_bytes(buffer)
+        if size > self._limit_bytes:
+            return
+        with self._lock:
+            self._free.append(buffer)
+            self._free_bytes += size
+            while self._free_bytes > self._limit_bytes:
+                self._free_bytes -= _whole_bytes(self._free.popleft())
+
+
+def _whole_bytes(buffer: torch.Tensor) -> int:
+    """It may have had a longer message before."""
+    return buffer.untyped_storage().nbytes()

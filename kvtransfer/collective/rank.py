@@ -8,7 +8,8 @@
    unless blocks are being written just then; the answer means that no more will be.
 4. A pair that breaks says `Failed` and is over; its worker ends the session, and makes another.
 
-Staging is bounded by what its worker has under way (`holder`, `reader`) and kept for the next messages. Loads torch.
+Staging is bounded by what its worker has under way (`holder`, `reader`), and kept for the next messages within a bound
+(`memory`). Loads torch.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from .commands import (
     Stage,
 )
 from .groups import PairGroup, PairLost, Rendezvous
-from .memory import RankMemory
+from .memory import MessageBuffers, RankMemory
 from .plan import PairMap
 from .ports import RankPort
 
@@ -55,8 +56,6 @@ UNDER_WAY = 2
 """Messages of a pair that were begun and have not ended."""
 MAX_PAIRS = 512
 """Of one rank; a session beyond them is refused by its failure."""
-_MAX_FREE = 4
-"""Buffers that a pair keeps."""
 _Wire = tuple[Any, torch.Tensor, "Send | Receive"]
 
 
@@ -68,6 +67,7 @@ class RankTransfers:
         self._memory = memory
         self._begin = begin
         self._say = say
+        self._buffers = MessageBuffers(memory)
         self._pairs: dict[tuple[bytes, int], _Pair] = {}
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         """Of pairs, also of those that were left and have not ended."""
@@ -89,7 +89,7 @@ class RankTransfers:
                     text = f"{MAX_PAIRS} pairs of ranks are open"
                     self._say(Failed(session=command.session, pair=command.pair, message=text))
                     return
-                pair = self._pairs[name] = _Pair(self._memory, self._begin, command, self._say)
+                pair = self._pairs[name] = _Pair(self._memory, self._buffers, self._begin, command, self._say)
                 self._threads.add(pair.thread)
             return
         told = self._pairs.get(name)
@@ -111,8 +111,16 @@ class RankTransfers:
 
 
 class _Pair:
-    def __init__(self, memory: RankMemory, begin: Begin, join: Join, say: Callable[[Answer], None]) -> None:
+    def __init__(
+        self,
+        memory: RankMemory,
+        buffers: MessageBuffers,
+        begin: Begin,
+        join: Join,
+        say: Callable[[Answer], None],
+    ) -> None:
         self._memory = memory
+        self._buffers = buffers
         self._begin = begin
         self._join = join
         self._say = say
@@ -121,7 +129,6 @@ class _Pair:
         self._map: PairMap | None = None
         self._staged: dict[int, torch.Tensor] = {}
         self._wires: deque[_Wire] = deque()
-        self._free: list[torch.Tensor] = []
         self._writing = threading.Lock()
         self._due: set[int] = set()
         """Batches that are to be written."""
@@ -163,11 +170,10 @@ class _Pair:
                 self._answer(Failed, message=f"{type(error).__name__}: {error}"[:1000])
         finally:
             self._rendezvous.end()
-            self._wires.clear()
             if self._group is not None:
-                self._group.abort()
+                self._group.abort()  # first: until then, what is on a wire may still be written into
+            self._wires.clear()
             self._staged.clear()
-            self._free.clear()
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         """Work on a GPU goes beside the engine's."""
@@ -210,7 +216,7 @@ class _Pair:
         match command:
             case Stage():
                 rows = self._map.source_rows(command.first_token, command.end_token, command.block_ids)
-                message = self._room(rows.total_bytes)
+                message = self._buffers.take(rows.total_bytes)
                 self._memory.gather(rows, message)
                 self._staged[command.batch] = message
                 self._answer(Done, batch=command.batch)
@@ -218,19 +224,20 @@ class _Pair:
                 message = self._staged.pop(command.batch)
                 self._wires.append((self._group.send(message), message, command))
             case Discard():
-                self._keep(self._staged.pop(command.batch))
+                self._buffers.give(self._staged.pop(command.batch))
             case Receive():
-                message = self._room(self._map.total_bytes(command.first_token, command.end_token))
+                message = self._buffers.take(self._map.total_bytes(command.first_token, command.end_token))
                 self._wires.append((self._group.receive(message), message, command))
 
     def _finish(self) -> None:
-        """Ends the oldest message under way."""
+        """Ends the oldest message under way. One that breaks stays there until its group is given up."""
         assert self._group is not None
-        work, message, command = self._wires.popleft()
+        work, message, command = self._wires[0]
         self._group.finish(work)
+        self._wires.popleft()
         if isinstance(command, Receive):
             self._write(command, message)
-        self._keep(message)
+        self._buffers.give(message)
         self._answer(Done, batch=command.batch)
 
     def _write(self, command: Receive, message: torch.Tensor) -> None:
@@ -244,18 +251,6 @@ class _Pair:
             self._memory.scatter(message, rows)
             if command.cleared_from is not None:
                 self._memory.clear(self._map.cleared_rows(command.block_ids[-1], command.cleared_from))
-
-    def _room(self, size: int) -> torch.Tensor:
-        """A buffer of `size` bytes, one that was used before where it fits."""
-        for index, buffer in enumerate(self._free):
-            if buffer.untyped_storage().nbytes() >= size:
-                del self._free[index]
-                return torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage())[:size]
-        return self._memory.empty(size)
-
-    def _keep(self, buffer: torch.Tensor) -> None:
-        if len(self._free) < _MAX_FREE:
-            self._free.append(buffer)
 
     def _answer(self, kind: Any, **values: Any) -> None:
         self._say(kind(session=self._join.session, pair=self._join.pair, **values))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from ends import split
-from tandem.kvtransfer.collective.memory import DeviceRankMemory, HostRankMemory
+from tandem.kvtransfer.collective.memory import DeviceRankMemory, HostRankMemory, MessageBuffers
 from tandem.kvtransfer.collective.plan import PairMap
 from tandem.kvtransfer.reshape import Reshape
 
@@ -37,3 +37,20 @@ def test_the_rows_of_a_tensor_are_those_of_its_bytes(where: str) -> None:
     assert not whole[2, :, :, :, 4:].any()
     assert whole[4, :2, :, 2:, 4:].eq(kv[3]).all()
     assert whole[2, :2, :, 2:, :4].eq(kv[1]).all()
+
+
+def test_messages_travel_in_what_earlier_ones_have_left() -> None:
+    buffers = MessageBuffers(HostRankMemory(memoryview(bytearray(1))), limit_bytes=100)
+    large, small, longer = buffers.take(60), buffers.take(30), buffers.take(31)
+    for buffer in (large, small):
+        buffers.give(buffer)
+    assert buffers.free_bytes == 90
+    again = buffers.take(20)
+    assert (len(again), again.data_ptr()) == (20, small.data_ptr())
+    assert buffers.take(31).data_ptr() == large.data_ptr()
+    assert buffers.free_bytes == 0
+    for buffer in (large, again, longer):  # the oldest goes
+        buffers.give(buffer)
+    assert buffers.free_bytes == 30 + 31
+    buffers.give(buffers.take(101))  # more than is kept at all
+    assert buffers.free_bytes == 30 + 31
