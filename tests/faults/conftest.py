@@ -60,6 +60,13 @@ def moved_lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
     yield from _lanes(runner, tmp_path_factory, 2, kv_mover="process", **grants)
 
 
+@pytest.fixture(scope="module")
+def gloo_lanes(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Rig]]:
+    """A pair of workers whose KV goes from rank to rank."""
+    grants = {"lease_s": 120.0, "pull_wait_s": 120.0, "credit_ttl_s": 120.0}
+    yield from _lanes(runner, tmp_path_factory, 1, transport="gloo", **grants)
+
+
 @pytest.fixture
 def start(runner: asyncio.Runner, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     """Clusters that end with the test."""
