@@ -193,22 +193,30 @@ async def run_transfers(
         async with _holder(spec) as holder:
             known: set[int] = set()
             for name in options.transports:
-                transport = await _transport(name, layout, store)
-                try:
+                async with _transport(name, layout, store) as transport:
                     for count in counts:
                         cell = await _measure(options, name, transport, store, holder, count, first=count not in known)
                         known.add(count)
                         cells.append(cell)
                         on_cell(cell)
-                finally:
-                    await transport.close()
     return cells
 
 
-async def _transport(name: str, layout: KVLayout, store: KVStore) -> KVTransport:
+@asynccontextmanager
+async def _transport(name: str, layout: KVLayout, store: KVStore) -> AsyncIterator[KVTransport]:
     control = GrpcKVTransport(block_bytes=layout.block_bytes)
-    if name in COLLECTIVE_TRANSPORTS:
-        return CollectiveKVTransport(control, await join_rank(store, name))
+    ranks = await join_rank(store, name) if name in COLLECTIVE_TRANSPORTS else None
+    transport = CollectiveKVTransport(control, ranks) if ranks is not None else _without_ranks(name, control, store)
+    try:
+        yield transport
+    finally:
+        await transport.close()
+        if ranks is not None:
+            await ranks.close()  # a thread that were inside of a backend at the end would take the process with it
+
+
+def _without_ranks(name: str, control: GrpcKVTransport, store: KVStore) -> KVTransport:
+    layout = store.layout
     if name in ("grpc", "grpc-nosum"):
         return control
     if name == "mapped":

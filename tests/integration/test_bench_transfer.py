@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def test_staged_memory_goes_over_grpc() -> None:
     (cell,) = asyncio.run(run_transfers(options))
     assert (cell.transport, cell.memory, cell.blocks) == ("grpc", "staged", 300)
     assert "300" in table([cell])
+
+
+def test_ranks_hand_it_on() -> None:
+    options = TransferOptions(transports=("gloo",), block_kib=(16,), blocks=(40,), seconds=0.01)
+    (cell,) = asyncio.run(run_transfers(options))
+    assert (cell.transport, cell.memory, cell.blocks) == ("gloo", "host", 40)
+    assert cell.bytes_per_s > 0
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("KV ")]
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

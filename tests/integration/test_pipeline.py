@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
+import meeting_stage
 import pytest
+from meeting_stage import PLANS, Meetings
 from tandem.cluster.clock import MonotonicClock
 from tandem.cluster.engine.block_pool import BlockPool
 from tandem.cluster.engine.devices.cpu import CpuDevice
 from tandem.cluster.engine.parallel.messages import RankLost
+from tandem.cluster.engine.parallel.rank_process import Recruit, _Child, children
 from tandem.cluster.engine.policies import policy_for
 from tandem.cluster.engine.prefix_cache import PrefixCache
 from tandem.cluster.engine.scheduler import Scheduler
@@ -24,7 +30,7 @@ WAIT_S = 60.0
 PROMPTS = [[(7 * i + 11 * j) % 500 + 3 for j in range(length)] for i, length in enumerate((5, 31, 64, 100, 40))]
 
 
-def device(stages: int) -> CpuDevice:
+def device(stages: int, recruit: Recruit = children) -> CpuDevice:
     return CpuDevice(
         resolve_model("dummy:tiny-llama"),
         dtype="float32",
@@ -32,6 +38,7 @@ def device(stages: int) -> CpuDevice:
         block_size=16,
         kv_cache_bytes=4 * 2**20,
         pipeline_stages=stages,
+        recruit=recruit,
     )
 
 
@@ -78,13 +85,35 @@ class Run:
 
 
 @pytest.fixture
-def pipeline() -> Iterator[CpuDevice]:
-    two = device(2)
+def meetings() -> Iterator[tuple[Meetings, socket.socket]]:
+    """The first stage's end, and the other one."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Meetings(ours, stage=0), theirs
+
+
+@pytest.fixture
+def pipeline(meetings: tuple[Meetings, socket.socket]) -> Iterator[CpuDevice]:
+    """Of two stages, which go to meetings."""
+
+    def recruit(num_ranks: int) -> list[_Child]:
+        link, theirs = socket.socketpair()
+        numbers = (theirs.fileno(), meetings[1].fileno())
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-P", meeting_stage.__file__, *map(str, numbers)]
+        with theirs:
+            return [_Child(1, subprocess.Popen(command, pass_fds=numbers, env=paths), link)]
+
+    two = device(2, recruit)
+    runner = two._forward._runner._runner  # type: ignore[union-attr]
+    runner.run = meetings[0].within(runner.run)
     yield two
     two.close()
 
 
-def test_answers_are_those_of_one_rank_and_a_rank_that_dies_mid_flight_ends_the_worker(pipeline: CpuDevice) -> None:
+def test_stages_compute_at_once_what_one_rank_does_and_a_rank_that_dies_mid_flight_ends_the_worker(
+    pipeline: CpuDevice, meetings: tuple[Meetings, socket.socket]
+) -> None:
     assert pipeline.plans_ahead == 2
     one = device(1)
     alone, together = Run(one, 12), Run(pipeline, 12)
@@ -93,6 +122,7 @@ def test_answers_are_those_of_one_rank_and_a_rank_that_dies_mid_flight_ends_the_
         assert not run.failures
         run.thread.stop(WAIT_S)
     assert together.answers == alone.answers
+    assert meetings[0].held == [0, *PLANS]
     one.close()
     # The other stage stops, so that plans stay under way, and is killed.
     (pid,) = pipeline._forward.pids  # type: ignore[union-attr]

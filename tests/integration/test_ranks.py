@@ -70,6 +70,7 @@ def kill_while_it_sends(cluster: Any, holder: Any, wait: Callable[..., None]) ->
     def kill(rank: int, command: object) -> None:
         say(rank, command)
         if isinstance(command, Send):
+            ranks.say = say  # once: the number may be another process's then
             os.kill(pid, signal.SIGKILL)
 
     ranks.say = kill
