@@ -1,4 +1,6 @@
-"""A worker of two ranks on a Ray of its own: each is an actor, and they begin and end as one."""
+"""Workers of two ranks on a Ray of their own, one of two stages and one whose layers are split: each rank is an actor,
+and those of a worker begin and end as one.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,15 @@ SETTINGS = {
     "engine.dtype": "float32",
     "engine.kernels": "torch",
     "engine.kv_cache_bytes": KV_BYTES,
-    "engine.pipeline_stages": 2,
-    "prefill": 0,
-    "decode": 0,
-    "mixed": 1,
+    "prefill.engine.tensor_parallel": 2,
+    "decode.engine.pipeline_stages": 2,
     "router.http_port": 0,
     "router.grpc_port": 0,
     "router.registry_port": 0,
     "router.api_key": KEY,
     "router.slo.ttft_s": 60,
     "router.slo.tpot_s": 10,
+    "router.unready_wait_s": 60,
 }
 WAIT_S = 120.0
 
@@ -57,8 +58,9 @@ def of_one_rank() -> list[int]:
 
 def answer(endpoints: Endpoints) -> list[int]:
     with TandemClient(endpoints.grpc, api_key=KEY, timeout_s=60) as client:
-        asked = client.generate(token_ids=PROMPT, max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
-        return list(asked.collect().token_ids)
+        asked = client.generate(token_ids=PROMPT, max_tokens=OUTPUT, temperature=0.0, ignore_eos=True).collect()
+        assert asked.timings.path == "split"
+        return list(asked.token_ids)
 
 
 def wait_for(what: str, condition: Callable[[], bool]) -> None:
@@ -75,8 +77,8 @@ def gone(pid: int) -> bool:
         return True
 
 
-def worker(cluster: RayCluster) -> MemberState:
-    return next(view.state for view in cluster.members() if view.name == "mixed-0")
+def worker(cluster: RayCluster, name: str) -> MemberState:
+    return next(view.state for view in cluster.members() if view.name == name)
 
 
 def test_ranks_are_actors_that_begin_and_end_with_their_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,15 +86,15 @@ def test_ranks_are_actors_that_begin_and_end_with_their_worker(tmp_path: Path, m
     expected, reports = of_one_rank(), list[str]()
     cluster = RayCluster(build_config(None, SETTINGS), report=reports.append)
 
-    def again(old: MemberState) -> None:
+    def again(name: str, old: MemberState) -> None:
         """It is back as a whole, and answers as before."""
 
         def back() -> bool:
-            now = worker(cluster)
+            now = worker(cluster, name)
             return now.phase is Phase.READY and now.epoch != old.epoch
 
-        wait_for("the worker is back", back)
-        new = worker(cluster)
+        wait_for(f"{name} is back", back)
+        new = worker(cluster, name)
         assert not {new.pid, *new.rank_pids} & {old.pid, *old.rank_pids}
         assert gone(old.pid)
         assert all(map(gone, old.rank_pids))
@@ -101,21 +103,22 @@ def test_ranks_are_actors_that_begin_and_end_with_their_worker(tmp_path: Path, m
     try:
         endpoints = cluster.start()
         assert answer(endpoints) == expected
-        first = worker(cluster)
-        (rank,) = first.rank_pids
-        assert Path(f"/proc/{rank}/cmdline").read_bytes().startswith(b"ray::")
+        split, staged = worker(cluster, "prefill-0"), worker(cluster, "decode-0")
+        for state in (split, staged):
+            (rank,) = state.rank_pids
+            assert Path(f"/proc/{rank}/cmdline").read_bytes().startswith(b"ray::")
 
+        (rank,) = split.rank_pids
         os.kill(rank, signal.SIGKILL)
-        again(first)
-        assert reports[0].startswith(f"mixed-0 died (rank 1 (pid {rank}"), reports
+        again("prefill-0", split)
+        assert reports[0].startswith(f"prefill-0 died (rank 1 (pid {rank}"), reports
 
-        second = worker(cluster)
-        os.kill(second.pid, signal.SIGKILL)
-        again(second)
+        os.kill(staged.pid, signal.SIGKILL)
+        again("decode-0", staged)
 
-        third = worker(cluster)
+        last = [worker(cluster, name) for name in ("prefill-0", "decode-0")]
         assert cluster.drain()
         cluster.stop()
-        wait_for("nothing is left", lambda: all(map(gone, (third.pid, *third.rank_pids))))
+        wait_for("nothing is left", lambda: all(map(gone, [pid for m in last for pid in (m.pid, *m.rank_pids)])))
     finally:
         cluster.stop(at_once=True)
