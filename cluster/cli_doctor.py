@@ -160,18 +160,22 @@ def _kernels() -> tuple[str, str]:
 
 
 def _gpu() -> tuple[str, str]:
-    """What Triton kernels could run on, and what to do where a GPU is here that they cannot."""
-    from ..kernels.dispatch import GPU_OPERATIONS, gpu_facts, gpu_problem, pick_gpu
+    """Who would compute on the GPU that is here, and what to do where that is not Triton's kernels, or nobody."""
+    from ..kernels.dispatch import GPU_OPERATIONS, OLDEST_CAPABILITY, gpu_facts, gpu_problem, pick_gpu
 
     facts = gpu_facts()
     there = f"{len(GPU_OPERATIONS)} operations in Triton"
+    install = "pip install 'tandem-serve[gpu]'"
     problem = gpu_problem(facts)
+    if problem is not None and facts.name:
+        return problem, install
     if problem is not None:
         hint = "make the environment with a torch that is built for this GPU" if facts.driver else ""
         return f"{problem}; {there} wait for one", hint
     picked = pick_gpu("auto", facts)
-    hint = "" if picked.kernels == "triton" else "pip install 'tandem-serve[gpu]'"
-    return f"{picked.kernels}: {picked.reason}; {there}, for engine.device: cuda", hint
+    what = there if picked.kernels == "triton" else "torch's operations"
+    hint = install if picked.kernels != "triton" and facts.capability >= OLDEST_CAPABILITY else ""
+    return f"{picked.kernels}: {picked.reason}; {what}, for engine.device: cuda", hint
 
 
 def _python_allowed() -> str:

@@ -94,8 +94,8 @@ class EngineConfig:
                     raise ConfigError(name, getattr(self, name), allowed)
 
     def _check_cuda(self) -> None:
-        if self.kernels not in ("auto", "triton"):
-            raise ConfigError("kernels", self.kernels, "auto or triton on cuda")
+        if self.kernels == "compiled":
+            raise ConfigError("kernels", self.kernels, "auto, triton, torch or reference on cuda")
         if len(self.gpus) % self.num_ranks:
             allowed = f"{self.num_ranks}, or a multiple of that: one for each rank of a worker"
             raise ConfigError("gpus", list(self.gpus), allowed)

@@ -2,7 +2,8 @@
 
 `pick` decides who computes a model on a CPU: the kernels of `kernels.compiled`, torch's operations, or the plain
 formulas that tests hold both against. `operations` and `make_linear` are what the latter two are made of. `pick_gpu`
-decides the same for a GPU, whose kernels are `kernels.gpu`'s, from facts (`gpu_facts`).
+decides the same for a GPU, whose kernels are `kernels.gpu`'s, from facts (`gpu_facts`); `gpu_operations` is what the
+engine calls there, whoever computes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from .gpu.logprobs import Logprobs
     from .linear import Linear
 
 KERNELS = ("auto", "compiled", "triton", "torch", "reference")
@@ -142,6 +144,18 @@ def gpu_facts(device: torch.device | None = None) -> GpuFacts:
     )
 
 
+def interpreter() -> GpuFacts:
+    """What stands for a GPU where Triton's interpreter computes, on CPU tensors: in tests."""
+    return GpuFacts(
+        driver=True,
+        torch=_version("torch"),
+        cuda="none",
+        name="interpreter",
+        capability=OLDEST_CAPABILITY,
+        triton=_version("triton"),
+    )
+
+
 def gpu_problem(facts: GpuFacts) -> str | None:
     """Why nothing can compute on a GPU here, or None."""
     if not facts.driver:
@@ -152,13 +166,13 @@ def gpu_problem(facts: GpuFacts) -> str | None:
         return f"torch {facts.torch} is built without CUDA"
     if not facts.name:
         return f"no GPU: torch {facts.torch} (CUDA {facts.cuda}) sees no device"
+    if not facts.triton:  # whoever computes: plans of steps and moves of KV are in modules that load it
+        return "triton is not installed (pip install 'tandem-serve[gpu]')"
     return None
 
 
 def triton_problem(facts: GpuFacts) -> str | None:
     """Why the Triton kernels cannot run on the GPU that is here, or None."""
-    if not facts.triton:
-        return "triton is not installed (pip install 'tandem-serve[gpu]')"
     if _release(facts.triton) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {facts.triton} is older than {oldest} (pip install 'tandem-serve[gpu]')"
@@ -168,7 +182,7 @@ def triton_problem(facts: GpuFacts) -> str | None:
     return None
 
 
-def pick_gpu(kernels: str, facts: GpuFacts, unsupported: str | None = None) -> Picked:
+def pick_gpu(kernels: str, facts: GpuFacts, quantization: str | None = None, unsupported: str | None = None) -> Picked:
     """The implementation for a GPU. `kernels`: one of ON_GPU; `unsupported`: why the Triton kernels cannot run the
     model, None: they can.
 
@@ -180,17 +194,19 @@ def pick_gpu(kernels: str, facts: GpuFacts, unsupported: str | None = None) -> P
     absent = gpu_problem(facts)
     if absent is not None:
         raise ValueError(f"device: 'cuda' is not allowed: {absent}; allowed: cpu, paced")
-    if kernels == "reference":
-        return Picked("reference", "asked for")
-    if kernels == "torch":
-        return Picked("torch", "asked for")
     obstacle = triton_problem(facts) or unsupported
-    if obstacle is None:
+    if kernels == "triton" and obstacle is not None:
+        raise ValueError(f"kernels: 'triton' is not allowed: {obstacle}; allowed: auto, torch, reference")
+    if kernels in ("auto", "triton") and obstacle is None:
         major, minor = facts.capability
         return Picked("triton", f"{facts.name}, sm_{major}{minor}, triton {facts.triton}, CUDA {facts.cuda}")
-    if kernels == "triton":
-        raise ValueError(f"kernels: 'triton' is not allowed: {obstacle}; allowed: auto, torch, reference")
-    return Picked("torch", f"Triton kernels cannot run here: {obstacle}")
+    if quantization is not None:
+        why = obstacle if kernels == "auto" else f"kernels is {kernels!r}"
+        raise ValueError(f"quantization: {quantization!r} is not allowed: it needs Triton kernels, and {why}")
+    eager = "; decode steps are not captured"
+    if kernels == "auto":
+        return Picked("torch", f"Triton kernels cannot run here: {obstacle}{eager}")
+    return Picked(kernels, f"asked for{eager}")
 
 
 def _version(distribution: str) -> str:
@@ -242,6 +258,79 @@ def operations(kernels: str) -> Operations:
             paged_attention.paged_attention_reference,
         )
     raise ValueError(f"kernels: {kernels!r} is not one of ['reference', 'torch']")
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Operations:
+    """Those whose results a product takes as integers: (int8 [T, C], float32 scales [T])."""
+
+    rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    activation: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuOperations:
+    """One implementation of what a step on a GPU launches between its products; signatures are those of `kernels.gpu`'s
+    functions of the same names.
+    """
+
+    rms_norm: Callable[..., torch.Tensor]
+    layer_norm: Callable[..., torch.Tensor]
+    activation: Callable[..., torch.Tensor]
+    kv_write: Callable[..., torch.Tensor]
+    decode_attention: Callable[..., torch.Tensor]
+    prefill_attention: Callable[..., torch.Tensor]
+    sample: Callable[..., torch.Tensor]
+    penalize: Callable[..., None]
+    restore: Callable[..., None]
+    logprobs: Callable[..., Logprobs]
+    int8: Int8Operations | None = None
+    """None: there are no quantized products beside it."""
+
+
+@functools.cache
+def gpu_operations(kernels: str) -> GpuOperations:
+    """Those of `triton`, `torch` or `reference`. ValueError for others."""
+    if kernels == "triton":
+        return _triton_operations()
+    by = operations(kernels)
+    from .on_device import attention, draws, rows
+
+    attend, change = attention.attend_reference, draws.change_reference
+    if kernels == "torch":
+        attend, change = attention.attend_torch, draws.change_torch
+        by = dataclasses.replace(by, rms_norm=rows.fused_rms_norm)
+    return GpuOperations(
+        rms_norm=functools.partial(rows.rms_norm, by),
+        layer_norm=functools.partial(rows.layer_norm, by),
+        activation=functools.partial(rows.activation, by),
+        kv_write=functools.partial(rows.kv_write, by),
+        decode_attention=functools.partial(attention.decode_attention, attend),
+        prefill_attention=functools.partial(attention.prefill_attention, attend),
+        sample=draws.sample,
+        penalize=functools.partial(draws.penalize, change),
+        restore=draws.restore,
+        logprobs=draws.logprobs,
+    )
+
+
+def _triton_operations() -> GpuOperations:
+    from .gpu import activation, decode_attention, kv_write, logprobs, norm, penalties, prefill_attention, sampling
+
+    return GpuOperations(
+        rms_norm=norm.rms_norm,
+        layer_norm=norm.layer_norm,
+        activation=activation.activation,
+        kv_write=kv_write.kv_write,
+        decode_attention=decode_attention.decode_attention,
+        prefill_attention=prefill_attention.prefill_attention,
+        sample=sampling.sample,
+        penalize=penalties.penalize,
+        restore=penalties.restore,
+        logprobs=logprobs.logprobs,
+        int8=Int8Operations(norm.rms_norm_int8, norm.layer_norm_int8, activation.activation_int8),
+    )
 
 
 @functools.cache

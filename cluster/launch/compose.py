@@ -92,7 +92,7 @@ def build_device(
 def _cuda_device(config: EngineConfig, files: ModelFiles, progress: Progress | None, recruit: Recruit) -> Device:
     from ...kernels.dispatch import gpu_facts, pick_gpu
 
-    pick_gpu("triton", gpu_facts())  # before what would fail without saying why is imported
+    pick_gpu("auto", gpu_facts())  # before what would fail without saying why is imported
     from ..engine.devices.cuda import CudaDevice
     from ..engine.parallel.messages import GpuSetup
 

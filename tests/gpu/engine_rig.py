@@ -24,6 +24,7 @@ from tandem.cluster.engine.scheduler import Scheduler
 from tandem.cluster.engine.scheduler_events import TokensEmitted
 from tandem.cluster.models.config import ModelConfig
 from tandem.cluster.types import Handoff, SamplingParams, SequenceSpec
+from tandem.kernels.dispatch import gpu_operations
 from tandem.kernels.gpu.sampling import sample
 from tandem.kernels.gpu.wants import Wants
 
@@ -55,7 +56,7 @@ class Rig:
             kv = torch.empty(shape, dtype=torch.bfloat16, device=device)
             for block in kv.split(max(1, self.num_blocks // 64)):
                 block.normal_()
-            self.model = GpuModel(weights, kv, torch.bfloat16)
+            self.model = GpuModel(weights, kv, torch.bfloat16, gpu_operations("triton"))
             self.inputs = StepInputs(
                 config, self.model.shape, torch.bfloat16, device, limits, num_blocks=self.num_blocks, turns=1
             )

@@ -40,10 +40,11 @@ def apart(ours: SampledToken, theirs: SampledToken) -> float:
     return max(abs(value - known[token_id]) for token_id, value in ours.top if token_id in known)
 
 
-def test_float32_is_the_cpus() -> None:
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_float32_is_the_cpus(kernels: str) -> None:
     """A prompt in chunks beside decode rows, then decode, at a real width."""
     common = {"dtype": "float32", "block_size": 16, "kv_cache_bytes": 2**27}
-    ours = CudaDevice(files(), max_batched_tokens=512, max_running=8, **common)
+    ours = CudaDevice(files(), kernels=kernels, max_batched_tokens=512, max_running=8, **common)
     theirs = CpuDevice(files(), kernels="torch", threads=8, **common)
     (prompt,) = prompts(1, 300)
     blocks = list(range(40, 60))

@@ -12,6 +12,9 @@ of the second may go on from the token that the first is drawing: it finds it on
 Of a worker of several GPUs (`devices.cuda_ranks`) each rank has one such device for its `part` of the model, all are
 given the same plans, and the first draws for all (`engine.gpu.part`).
 
+Who computes between the products (`kernels.dispatch`): Triton's kernels, or torch's operations or the plain formulas,
+which wait for the device in `launch` and are never captured.
+
 `device="cpu"` computes the same on CPU tensors, in Triton's interpreter: the tests' way, and nobody else's.
 """
 
@@ -27,7 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ....kernels.dispatch import Picked, gpu_facts, pick_gpu
+from ....kernels.dispatch import Picked, gpu_facts, gpu_operations, interpreter, pick_gpu
+from ...models.config import ModelConfig
 from ...models.reference import ModelFiles
 from ...types import SampledToken
 from ..fingerprint import fingerprint
@@ -36,7 +40,7 @@ from ..gpu.graphs import DecodeGraphs, DecodeShape, decode_shapes
 from ..gpu.inputs import LaidOut, Limits, StepInputs
 from ..gpu.kv_store import DeviceKVStore
 from ..gpu.memory import DeviceShare, device_share
-from ..gpu.model import GpuModel, unsupported
+from ..gpu.model import GpuModel, beyond_triton, unsupported
 from ..gpu.part import Part, whole
 from ..gpu.sampling import DeviceSampler, Draws
 from ..gpu.shared_linears import join_part
@@ -104,7 +108,9 @@ class CudaDevice(Device):
         if dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r} is not allowed; allowed: one of {', '.join(sorted(DTYPES))}")
         self._where = torch.device(device)
-        self.picked = _pick(kernels, self._where, unsupported(files.config))
+        self.picked = _pick(kernels, self._where, files.config, quantization)
+        logger.info("kernels: %s (%s)", self.picked.kernels, self.picked.reason)
+        self._operations = gpu_operations(self.picked.kernels)
         self._say = stage or (lambda what, share: None)
         self._stream = torch.cuda.Stream(self._where) if self._where.type == "cuda" else None
         self._config = files.config
@@ -116,7 +122,7 @@ class CudaDevice(Device):
         """Of a pipeline's leader, whose first stage is at the next plan when logits come back."""
         whole_layout = kv_layout(files.config, dtype, block_size)
         self._layout = kv_layout(part.shard.local, dtype, block_size)
-        self._enforce_eager = enforce_eager
+        self._enforce_eager = enforce_eager or self.picked.kernels != "triton"
         longest = min(max_model_len or files.config.max_model_len, files.config.max_model_len)
         self._limits = Limits(max_running, max_batched_tokens, -(-longest // block_size))
         self.fingerprint = fingerprint(files, dtype, quantization)
@@ -127,7 +133,7 @@ class CudaDevice(Device):
         with self._on_stream():
             share = None
             if not kv_cache_bytes:
-                share = _share(self._where, gpu_memory_utilization)
+                share = _share(self._where, gpu_memory_utilization, self.picked.kernels)
             weights = build_on(
                 self._where,
                 files.config,
@@ -143,7 +149,7 @@ class CudaDevice(Device):
                 size = whole_layout.block_bytes
                 raise ValueError(f"kv_cache_bytes: {kv_cache_bytes} do not hold one block ({size} bytes)")
             store = self._kv_store(few, shared=share is None)
-            self._model: GpuModel | None = GpuModel(weights, store.tensor, DTYPES[dtype])
+            self._model: GpuModel | None = GpuModel(weights, store.tensor, DTYPES[dtype], self._operations)
             self._make_buffers(DTYPES[dtype], few)
             self._warm_up(few, tunes=quantization is not None)
             if share is not None:
@@ -185,7 +191,9 @@ class CudaDevice(Device):
         self._graphs = DecodeGraphs(self._decode, shapes, where, enforce_eager=self._enforce_eager)
 
     def _make_sampler(self) -> None:
-        self._sampler = DeviceSampler(self.vocab_size, self._most_sampled, self._where, depth=self.plans_ahead)
+        self._sampler = DeviceSampler(
+            self.vocab_size, self._most_sampled, self._where, self._operations, depth=self.plans_ahead
+        )
         self._wishes = Staging(self._where, self._sampler.input_bytes, self.plans_ahead)
         """What is wanted of the draws."""
         self._wishes.begin()
@@ -196,7 +204,7 @@ class CudaDevice(Device):
         """Runs steps over KV that is nobody's yet, so that no request waits for kernels to be compiled or, where
         products are quantized, for the best way to compute them at each size to be found.
         """
-        if self._where.type != "cuda":
+        if self._where.type != "cuda" or self.picked.kernels != "triton":
             return
         plans = warm_up_plans(self._limits, self._layout.block_size, num_blocks, self._most_sampled, tunes=tunes)
         for done, plan in enumerate(plans):
@@ -348,18 +356,21 @@ class CudaDevice(Device):
                     yield
 
 
-def _pick(kernels: str, device: torch.device, obstacle: str | None) -> Picked:
-    """ValueError where the kernels cannot run the model, or not here."""
-    if kernels not in ("auto", "triton"):
-        raise ValueError(f"kernels: {kernels!r} is not allowed on cuda; allowed: auto, triton")
+def _pick(kernels: str, device: torch.device, config: ModelConfig, quantization: str | None) -> Picked:
+    """ValueError where what is asked for cannot run the model, or not here."""
+    obstacle = unsupported(config)
     if obstacle is not None:
         raise ValueError(f"device: 'cuda' is not allowed for this model: {obstacle}; allowed: cpu")
-    if device.type != "cuda":
-        return Picked("triton", "interpreted")
-    return pick_gpu("triton", gpu_facts(device))
+    facts = gpu_facts(device) if device.type == "cuda" else interpreter()
+    return pick_gpu(kernels, facts, quantization, beyond_triton(config))
 
 
-def _share(device: torch.device, utilization: float) -> DeviceShare:
+def _share(device: torch.device, utilization: float, kernels: str) -> DeviceShare:
+    if kernels == "reference":
+        raise ValueError(
+            "kv_cache_bytes: 0 is not allowed with kernels 'reference', whose steps are too slow to profile one; "
+            "allowed: bytes of a block and more"
+        )
     if device.type != "cuda":
         raise ValueError(
             "kv_cache_bytes: 0 is not allowed without a GPU to measure; allowed: bytes of a block and more"

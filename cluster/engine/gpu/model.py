@@ -1,4 +1,5 @@
-"""The forward pass of a step on a GPU, over the kernels of `kernels.gpu`: Llama, Mistral, Qwen2, Qwen3, OPT.
+"""The forward pass of a step on a GPU, over the kernels of `kernels.gpu` or what stands for them (`GpuOperations`):
+Llama, Mistral, Qwen2, Qwen3, OPT.
 
 The weights are an `engine.model.Model`, the same object as on processors with the device's own linears; the pass is
 another one, because what is worth fusing differs. A sum into the residual stream, the norm behind it and, for int8
@@ -9,7 +10,8 @@ Legend: T tokens of a step, B decode rows (the first tokens), R rows that sample
 heads, K kv heads, D head dim, N blocks, L layers, S slots. The residual stream is float32 in every precision, as on
 processors; everything else between two products has the model's dtype.
 
-Nothing here waits for the device or lets data decide a shape, so that a step of decode rows alone can be captured.
+Nothing here waits for the device or lets data decide a shape, so that a step of decode rows alone can be captured where
+the operations do neither (Triton's).
 """
 # ruff: noqa: N803, N815
 
@@ -19,11 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ....kernels.gpu.activation import activation, activation_int8
-from ....kernels.gpu.decode_attention import DecodePlan, decode_attention
-from ....kernels.gpu.kv_write import kv_write
-from ....kernels.gpu.norm import layer_norm, layer_norm_int8, rms_norm, rms_norm_int8
-from ....kernels.gpu.prefill_attention import PrefillPlan, prefill_attention
+from ....kernels.dispatch import GpuOperations, Int8Operations
+from ....kernels.gpu.decode_attention import DecodePlan
+from ....kernels.gpu.prefill_attention import PrefillPlan
 from ....kernels.linear import Linear
 from ....kernels.rotary import rotary_tables
 from ...models.config import ModelConfig
@@ -32,6 +32,8 @@ from ..positions import OPT_POSITION_OFFSET, inverse_frequencies
 from .linears import DeviceLinear, Rows
 
 ACTIVATIONS = ("silu", "relu", "gelu")
+_MOST_HEAD_DIM = 256
+"""That the Triton kernels compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,11 @@ class DeviceBatch:
 
 
 def unsupported(config: ModelConfig) -> str | None:
-    """Why the kernels cannot run a model; None: they can."""
+    """Why the pass cannot run a model, whatever computes; None: it can."""
     if config.activation not in ACTIVATIONS:
         return f"activation {config.activation!r} is not one of {', '.join(ACTIVATIONS)}"
-    if config.head_dim % 2 or config.head_dim > 256:
-        return f"head_dim {config.head_dim} is not an even number up to 256"
+    if config.head_dim % 2:
+        return f"head_dim {config.head_dim} is not an even number"
     if not config.norm_before:
         return "the model normalizes behind its sums (OPT-350m)"
     if config.num_heads % config.num_kv_heads or config.num_heads // config.num_kv_heads > 32:
@@ -72,16 +74,24 @@ def unsupported(config: ModelConfig) -> str | None:
     return None
 
 
+def beyond_triton(config: ModelConfig) -> str | None:
+    """Why the Triton kernels cannot run a model that the pass can; None: they can."""
+    if config.head_dim > _MOST_HEAD_DIM:
+        return f"head_dim {config.head_dim} is more than {_MOST_HEAD_DIM}"
+    return None
+
+
 class GpuModel:
     """A loaded model over one KV memory. Called from one thread, under `torch.inference_mode`."""
 
-    def __init__(self, model: Model, kv: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, model: Model, kv: torch.Tensor, dtype: torch.dtype, operations: GpuOperations) -> None:
         """`kv`: [N, L, 2, K, S, D] on the device of the weights."""
         self.weights = model
         self.kv = kv
         self.shape = model.attention_shape(kv.shape[4])
         self._config = model.config
         self._dtype = dtype
+        self._operations = operations
         frequencies = torch.from_numpy(inverse_frequencies(model.config).copy())
         self._frequencies = frequencies.to(kv.device)
 
@@ -98,10 +108,10 @@ class GpuModel:
             waiting = drawn.index_select(0, batch.sources_T.clamp(min=0)).clamp(min=0)
             x = self._embed(torch.where(batch.sources_T < 0, batch.tokens_T, waiting), batch.positions_T)
             residual = x.float()
-            normed = _norm(layers[0].attention_norm, x, None, layers[0].qkv)
+            normed = self._norm(layers[0].attention_norm, x, None, layers[0].qkv)
         else:
             nothing = torch.zeros_like(residual, dtype=self._dtype)
-            normed = _norm(layers[0].attention_norm, nothing, residual, layers[0].qkv)
+            normed = self._norm(layers[0].attention_norm, nothing, residual, layers[0].qkv)
         rope = None
         if not self._config.learned_positions:
             rope = rotary_tables(batch.positions_T, self._frequencies)
@@ -110,10 +120,10 @@ class GpuModel:
             y = self._attention(layer, index, normed, batch, rope)
             if index == last and narrow is not None:  # all KV is written: the rest is for sampled tokens only
                 y, residual = y.index_select(0, narrow), residual.index_select(0, narrow)
-            hidden = _linear(layer.up).of(_norm(layer.mlp_norm, y, residual, layer.up))
+            hidden = _linear(layer.up).of(self._norm(layer.mlp_norm, y, residual, layer.up))
             y = _linear(layer.down).of(self._activation(hidden, layer.down))
             if index < last:
-                normed = _norm(layers[index + 1].attention_norm, y, residual, layers[index + 1].qkv)
+                normed = self._norm(layers[index + 1].attention_norm, y, residual, layers[index + 1].qkv)
         return residual.add_(y) if self.weights.head is None else self._logits(y, residual)
 
     def _embed(self, tokens_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
@@ -135,34 +145,58 @@ class GpuModel:
         rope: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """[T, C] -> [T, C]; writes the layer's keys and values."""
-        c, memory = self._config, self.kv[:, index]
+        c, memory, operations = self._config, self.kv[:, index], self._operations
         heads = _linear(layer.qkv).of(normed).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = _head_norm(layer.q_norm, q), _head_norm(layer.k_norm, k)
-        q = kv_write(q, k, v, rope, memory, batch.blocks_T, batch.slots_T)
+            q, k = self._head_norm(layer.q_norm, q), self._head_norm(layer.k_norm, k)
+        q = operations.kv_write(q, k, v, rope, memory, batch.blocks_T, batch.slots_T)
         out = torch.empty_like(q)
         if batch.decode is not None:
             rows = batch.decode_rows
-            decode_attention(q[:rows], memory, batch.decode_tables, batch.decode, self.shape, out[:rows])
+            operations.decode_attention(q[:rows], memory, batch.decode_tables, batch.decode, self.shape, out[:rows])
         if batch.prefill is not None:
-            prefill_attention(q, memory, batch.prefill_tables, batch.prefill, self.shape, out)
+            operations.prefill_attention(q, memory, batch.prefill_tables, batch.prefill, self.shape, out)
         return _linear(layer.attention_out).of(out.flatten(1))
 
     def _activation(self, hidden: torch.Tensor, down: Linear) -> Rows:
         c = self._config
         if _fuses_int8(down):
-            return activation_int8(hidden, c.activation, gated=c.gated_mlp)
-        return activation(hidden, c.activation, gated=c.gated_mlp)
+            return self._int8.activation(hidden, c.activation, gated=c.gated_mlp)
+        return self._operations.activation(hidden, c.activation, gated=c.gated_mlp)
 
     def _logits(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         weights = self.weights
         assert weights.head is not None
         assert weights.final_norm is not None
         if weights.project_out is not None:
-            y = weights.project_out(_plain_norm(weights.final_norm, y, residual))
+            y = weights.project_out(self._plain_norm(weights.final_norm, y, residual))
             return _linear(weights.head).logits(y)
-        return _linear(weights.head).logits(_norm(weights.final_norm, y, residual, weights.head))
+        return _linear(weights.head).logits(self._norm(weights.final_norm, y, residual, weights.head))
+
+    def _norm(self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None, into: Linear) -> Rows:
+        """`x` added to the residual stream, normalized, as `into` takes it. `residual` is changed."""
+        if not _fuses_int8(into):
+            return self._plain_norm(norm, x, residual)
+        if norm.bias is None:
+            return self._int8.rms_norm(x, norm.weight, norm.eps, residual)
+        return self._int8.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
+
+    def _plain_norm(self, norm: Norm, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        if norm.bias is None:
+            return self._operations.rms_norm(x, norm.weight, norm.eps, residual)
+        return self._operations.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
+
+    def _head_norm(self, norm: Norm, x_THD: torch.Tensor) -> torch.Tensor:
+        """Each head's channels alone."""
+        flat = x_THD.reshape(-1, x_THD.shape[2])
+        return self._operations.rms_norm(flat, norm.weight, norm.eps).view(x_THD.shape)
+
+    @property
+    def _int8(self) -> Int8Operations:
+        int8 = self._operations.int8
+        assert int8 is not None, "who computes has no quantized products: `dispatch.pick_gpu` refuses them"
+        return int8
 
 
 def _linear(linear: Linear) -> DeviceLinear:
@@ -173,24 +207,3 @@ def _linear(linear: Linear) -> DeviceLinear:
 def _fuses_int8(linear: Linear) -> bool:
     """Whether its input comes quantized: an observer wants to see it before."""
     return _linear(linear).takes_int8 and linear.observer is None
-
-
-def _norm(norm: Norm, x: torch.Tensor, residual: torch.Tensor | None, into: Linear) -> Rows:
-    """`x` added to the residual stream, normalized, as `into` takes it. `residual` is changed."""
-    if not _fuses_int8(into):
-        return _plain_norm(norm, x, residual)
-    if norm.bias is None:
-        return rms_norm_int8(x, norm.weight, norm.eps, residual)
-    return layer_norm_int8(x, norm.weight, norm.bias, norm.eps, residual)
-
-
-def _plain_norm(norm: Norm, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    if norm.bias is None:
-        return rms_norm(x, norm.weight, norm.eps, residual)
-    return layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
-
-
-def _head_norm(norm: Norm, x_THD: torch.Tensor) -> torch.Tensor:
-    """Each head's channels alone."""
-    flat = x_THD.reshape(-1, x_THD.shape[2])
-    return rms_norm(flat, norm.weight, norm.eps).view(x_THD.shape)

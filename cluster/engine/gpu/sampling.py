@@ -1,12 +1,14 @@
 """All draws of a step on the device: from the plan's `SampleSpec`s to tokens, logprobs and failures, as
-`cluster.engine.sampler` makes them (its steps, its order, its words), without a row of logits leaving the device.
+`cluster.engine.sampler` makes them (its steps, its order, its words), without a row of logits leaving the device
+where Triton's kernels draw.
 
 Life of a step's draws:
 
 1. `pack` writes what every row wants into the host buffer whose copy `bind` named on the device (a fixed number of
    bytes, `input_bytes`), and what few rows ask for beside (biases, bans, penalties, logprobs) into staging of its own.
 2. `draw` launches: rows that ask are changed in place (`kernels.gpu.penalties`), all rows are drawn, changed rows are
-   put back where logprobs are asked of them, logprobs are taken, results copied to the host. It waits for nothing.
+   put back where logprobs are asked of them, logprobs are taken, results copied to the host. It waits for nothing
+   (other operations than Triton's do).
 3. `read`, once the device has passed an event recorded behind `draw`: the tokens.
 
 Between `draw` and `read` of a step, `depth` - 1 others may be packed and drawn. A row whose token is still being drawn
@@ -25,9 +27,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ....kernels.gpu.logprobs import logprobs
-from ....kernels.gpu.penalties import Penalties, penalize, restore
-from ....kernels.gpu.sampling import INFINITE, NOT_A_NUMBER, NOTHING, TILE, sample
+from ....kernels.dispatch import GpuOperations
+from ....kernels.gpu.penalties import Penalties
+from ....kernels.gpu.sampling import INFINITE, NOT_A_NUMBER, NOTHING, TILE
 from ....kernels.gpu.wants import Wants
 from ...types import SampledToken, SamplingParams
 from ..plan import SampleSpec
@@ -80,12 +82,20 @@ class DeviceSampler:
     """One thread."""
 
     def __init__(
-        self, vocab_size: int, max_rows: int, device: torch.device, *, depth: int = 2, tile: int = TILE
+        self,
+        vocab_size: int,
+        max_rows: int,
+        device: torch.device,
+        operations: GpuOperations,
+        *,
+        depth: int = 2,
+        tile: int = TILE,
     ) -> None:
         """`max_rows`: that a step samples at most; `depth`: steps that may be between `draw` and `read`."""
         self._vocab_size = vocab_size
         self._max_rows = max_rows
         self._device = device
+        self._operations = operations
         self._tile = tile
         self._offsets: dict[str, int] = {}
         used = 0
@@ -139,20 +149,20 @@ class DeviceSampler:
             [R] int32 on the device: the tokens; below 0 where a row has none.
         """
         assert self._wants is not None, "bind comes first"
-        logits = logits[: draws.rows]
+        logits, operations = logits[: draws.rows], self._operations
         staged = self._staging[draws.slot].on_device(draws.parts)
         asked = None
         if staged:
             rows, repetitions, spans, ids, values = staged[2:]
             floats = (repetitions.view(torch.float32), ids, values.view(torch.float32))
             asked = Penalties(rows, spans.view(-1, 3), *floats, torch.empty_like(floats[2]))
-            penalize(logits, asked, self._tile)
-        tokens = sample(logits, self._wants, self._tile, cuts=draws.cuts)
+            operations.penalize(logits, asked, self._tile)
+        tokens = operations.sample(logits, self._wants, self._tile, cuts=draws.cuts)
         if asked is not None and draws.restores:
-            restore(logits, asked, self._tile)
+            operations.restore(logits, asked, self._tile)
         results = [tokens]
         if draws.asking:
-            found = logprobs(logits, tokens, staged[0], staged[1], draws.most, tile=self._tile)
+            found = operations.logprobs(logits, tokens, staged[0], staged[1], draws.most, tile=self._tile)
             results += [found.normalizers_Q, found.chosen_Q, found.ids_QM, found.values_QM]
         self._results[draws.slot].keep(results)
         self._drawn += 1

@@ -18,6 +18,7 @@ from tandem.cluster.config import (
 from tandem.cluster.config_file import build_config
 from tandem.cluster.config_schema import nearest
 from tandem.cluster.types import SLO, Role
+from tandem.kernels.dispatch import ON_GPU
 
 BAD_ENGINE = [
     ("model", ""),
@@ -59,8 +60,7 @@ BAD_ENGINE = [
 ]
 
 ON_A_GPU = [
-    ({"kernels": "compiled"}, "kernels: 'compiled' is not allowed; allowed: auto or triton on cuda"),
-    ({"kernels": "torch"}, "kernels: 'torch' is not allowed; allowed: auto or triton on cuda"),
+    ({"kernels": "compiled"}, "kernels: 'compiled' is not allowed; allowed: auto, triton, torch or reference on cuda"),
     ({"gpus": (0, 1, 2), "tensor_parallel": 2}, "gpus: .* allowed: 2, or a multiple of that: one for each rank"),
 ]
 
@@ -278,6 +278,11 @@ def test_only_what_is_near_is_suggested(word: str, found: str) -> None:
 def test_what_a_gpu_does_not_have_is_refused(wanted: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(device="cuda", **wanted)  # type: ignore[arg-type]
+
+
+def test_what_computes_on_a_gpu_is_ones_choice() -> None:
+    for kernels in ON_GPU:
+        assert EngineConfig(device="cuda", kernels=kernels).kernels == kernels
 
 
 def test_kv_memory_that_nobody_names_is_the_devices_own_choice() -> None:

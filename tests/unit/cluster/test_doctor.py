@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tandem.cluster.cli_doctor_live import Live, Security, check_live
 from tandem.cluster.config import SecurityConfig
 from tandem.cluster.launch import runtime_file
 from tandem.cluster.launch.runtime_file import RunningCluster
+from tandem.kernels import dispatch
 
 MACHINE = Machine(
     python="3.11.7",
@@ -129,6 +131,34 @@ def test_what_is_wrong_with_a_machine(changes: dict[str, Any], name: str, level:
     found = about(check_machine(replace(MACHINE, **changes)), name)
     assert (found.level, text in found.text) == (level, True), found
     assert found.do
+
+
+T4 = {"name": "Tesla T4", "capability": (7, 5)}
+INSTALL = "pip install 'tandem-serve[gpu]'"
+
+
+@pytest.mark.parametrize(
+    ("lacks", "text", "hint"),
+    [
+        ({}, r"triton: NVIDIA H100, sm_90, .*; \d+ operations in Triton, for engine.device: cuda", ""),
+        (T4, "torch: Triton .* Tesla T4 is sm_75, .*; decode steps are not captured; torch's operations, for", ""),
+        ({"triton": "3.3.1"}, "torch: Triton kernels cannot run here: triton 3.3.1 is older than ", INSTALL),
+        ({"triton": ""}, "triton is not installed ", INSTALL),
+        ({"cuda": "", "name": ""}, "torch 2.11.0 is built without CUDA; ", "make the environment with a torch that is"),
+        ({"driver": False, "cuda": "", "name": ""}, "no GPU: ", ""),
+    ],
+)
+def test_who_computes_on_the_gpu_is_said(
+    lacks: dict[str, Any], text: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h100 = dispatch.GpuFacts(
+        driver=True, torch="2.11.0", cuda="13.0", name="NVIDIA H100", capability=(9, 0), triton="3.6.0"
+    )
+    monkeypatch.setattr(dispatch, "gpu_facts", lambda: replace(h100, **lacks))
+    said, advised = cli_doctor._gpu()
+    assert re.match(text, said), said
+    assert advised.startswith(hint)
+    assert bool(advised) == bool(hint)
 
 
 P, D = worker("prefill-0", "prefill", "a"), worker("decode-0", "decode", "b")

@@ -72,6 +72,7 @@ H100 = dispatch.GpuFacts(
         ({"torch": ""}, "torch is not installed (pip install 'tandem-serve[engine,gpu]')"),
         ({"torch": "2.13.0+cpu", "cuda": ""}, "torch 2.13.0+cpu is built without CUDA"),
         ({"name": ""}, "no GPU: torch 2.11.0 (CUDA 13.0) sees no device"),
+        ({"triton": ""}, "triton is not installed (pip install 'tandem-serve[gpu]')"),
     ],
 )
 def test_without_a_gpu_nothing_is_picked_for_one(lacks: dict[str, Any], problem: str) -> None:
@@ -93,7 +94,6 @@ def test_a_gpu_is_computed_on_by_triton() -> None:
 @pytest.mark.parametrize(
     ("lacks", "unsupported", "problem"),
     [
-        ({"triton": ""}, None, "triton is not installed (pip install 'tandem-serve[gpu]')"),
         ({"triton": "3.3.1"}, None, "triton 3.3.1 is older than 3.4 (pip install 'tandem-serve[gpu]')"),
         ({"triton": "odd"}, None, "triton odd is older than 3.4 (pip install 'tandem-serve[gpu]')"),
         ({"name": "Tesla T4", "capability": (7, 5)}, None, "Tesla T4 is sm_75, older than sm_80"),
@@ -102,16 +102,27 @@ def test_a_gpu_is_computed_on_by_triton() -> None:
 )
 def test_where_triton_cannot_run_torch_does(lacks: dict[str, Any], unsupported: str | None, problem: str) -> None:
     facts = dataclasses.replace(H100, **lacks)
-    picked = dispatch.pick_gpu("auto", facts, unsupported)
-    assert picked == dispatch.Picked("torch", f"Triton kernels cannot run here: {problem}")
+    picked = dispatch.pick_gpu("auto", facts, None, unsupported)
+    reason = f"Triton kernels cannot run here: {problem}; decode steps are not captured"
+    assert picked == dispatch.Picked("torch", reason)
     with pytest.raises(ValueError, match="kernels: 'triton' is not allowed: ") as refused:
-        dispatch.pick_gpu("triton", facts, unsupported)
+        dispatch.pick_gpu("triton", facts, None, unsupported)
     assert str(refused.value).endswith(f"{problem}; allowed: auto, torch, reference")
+    with pytest.raises(
+        ValueError, match="quantization: 'w8a8' is not allowed: it needs Triton kernels, and "
+    ) as refused:
+        dispatch.pick_gpu("auto", facts, "w8a8", unsupported)
+    assert str(refused.value).endswith(problem)
 
 
-def test_what_is_asked_for_is_picked_on_a_gpu() -> None:
-    assert dispatch.pick_gpu("torch", H100) == dispatch.Picked("torch", "asked for")
-    assert dispatch.pick_gpu("reference", H100) == dispatch.Picked("reference", "asked for")
+@pytest.mark.parametrize("kernels", ["torch", "reference"])
+def test_what_is_asked_for_is_picked_on_a_gpu(kernels: str) -> None:
+    reason = "asked for; decode steps are not captured"
+    assert dispatch.pick_gpu(kernels, H100) == dispatch.Picked(kernels, reason)
+    for quantization in ("w8a8", "w4a16"):
+        assert dispatch.pick_gpu("auto", H100, quantization).kernels == "triton"
+        with pytest.raises(ValueError, match=f"'{quantization}' is not allowed: .* and kernels is '{kernels}'"):
+            dispatch.pick_gpu(kernels, H100, quantization)
 
 
 def test_kernels_of_another_device_are_named_so() -> None:

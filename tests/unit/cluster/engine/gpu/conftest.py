@@ -21,6 +21,12 @@ def where() -> str:
     return WHERE
 
 
+@pytest.fixture(params=["triton", "torch", "reference"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Who computes between the products."""
+    return str(request.param)
+
+
 @pytest.fixture
 def few_multiprocessors(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Padding of an interpreted decode step's work list is computed one program after another: for two instead of 132

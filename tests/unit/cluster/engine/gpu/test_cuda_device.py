@@ -21,6 +21,7 @@ from tandem.cluster.models.config import ModelConfig
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.models.registry import CONFIGS
 from tandem.cluster.types import SampledToken, SamplingParams
+from tandem.kernels.dispatch import Picked
 
 BLOCK_SIZE = 4
 GREEDY = SamplingParams(temperature=0.0)
@@ -101,8 +102,10 @@ def close(token: SampledToken, expected: SampledToken, tolerance: float) -> None
     assert values == pytest.approx([value for _, value in expected.top], abs=tolerance)
 
 
-def test_chunks_mixed_steps_and_padded_decode_draw_the_cpus_tokens(where: str) -> None:
-    ours, theirs = cuda_device(where), cpu_device()
+def test_chunks_mixed_steps_and_padded_decode_draw_the_cpus_tokens(where: str, kernels: str) -> None:
+    ours, theirs = cuda_device(where, kernels=kernels), cpu_device()
+    assert ours.picked.kernels == kernels
+    assert bool(ours._num_graphs) == (kernels == "triton"), "what waits for the device is not captured"
     penalized = dataclasses.replace(SEEDED, repetition_penalty=1.3, presence_penalty=0.4, logit_bias=((7, 3.0),))
     plans = [
         [row("a", 0, range(10, 16), [7, 3], LIKELY)],
@@ -119,8 +122,8 @@ def test_chunks_mixed_steps_and_padded_decode_draw_the_cpus_tokens(where: str) -
         assert_alike(step(ours, *rows, plan_id=number), step(theirs, *rows, plan_id=number), 2e-4)
 
 
-def test_a_row_goes_on_from_the_token_that_is_being_drawn(where: str) -> None:
-    device = cuda_device(where)
+def test_a_row_goes_on_from_the_token_that_is_being_drawn(where: str, kernels: str) -> None:
+    device = cuda_device(where, kernels=kernels)
     prompt = row("a", 0, range(10, 13), [7, 3])
     expected = drawn(step(device, prompt))[0]
     for at in range(3, 5):
@@ -135,9 +138,9 @@ def test_a_row_goes_on_from_the_token_that_is_being_drawn(where: str) -> None:
     assert again == expected
 
 
-def test_nothing_is_written_but_the_rows_own_slots(where: str) -> None:
+def test_nothing_is_written_but_the_rows_own_slots(where: str, kernels: str) -> None:
     """Not by padding rows either: three rows are computed as four."""
-    device = cuda_device(where)
+    device = cuda_device(where, kernels=kernels)
     memory = device.kv.tensor  # [N, L, 2, K, S, D]
     memory.fill_(0.25)
     settle(where)
@@ -150,11 +153,12 @@ def test_nothing_is_written_but_the_rows_own_slots(where: str) -> None:
     assert torch.equal(written, expected)
 
 
-def test_a_row_whose_logits_are_no_numbers_fails_alone(where: str) -> None:
-    device = cuda_device(where)
-    device.kv.tensor[6] = math.nan
+def test_a_row_whose_logits_are_no_numbers_fails_alone(where: str, kernels: str) -> None:
+    """Nor do others see slots that nobody has written, of a block of theirs or behind the end of their table."""
+    device = cuda_device(where, kernels=kernels)
+    device.kv.tensor[[0, 6, 7]] = math.nan
     settle(where)
-    output = step(device, row("bad", 1, [1], [6]), row("good", 0, [2], [7], LIKELY))
+    output = step(device, row("bad", 9, [1], [2, 6, 3]), row("good", 0, [2], [7], LIKELY))
     assert output.rows[0] == ("bad", (), "logits: NaN in the row")
     assert len(output.rows[1].tokens) == 1
     assert not output.rows[1].error
@@ -204,19 +208,37 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(where: str, family: str) -> None:
+def test_families(where: str, family: str, kernels: str) -> None:
     config = FAMILIES[family]
-    ours, theirs = cuda_device(where, config), cpu_device(config)
+    ours, theirs = cuda_device(where, config, kernels=kernels), cpu_device(config)
     prompt = row("a", 0, range(5, 11), [3, 1], LIKELY)
     assert_alike(step(ours, prompt), step(theirs, prompt), 2e-4)
     later = row("a", 6, [17], [3, 1], LIKELY, output=[17])
     assert_alike(step(ours, later), step(theirs, later), 2e-4)
 
 
-@pytest.mark.parametrize(("quantization", "tolerance"), [(None, 0.03), ("w8a8", 0.06), ("w4a16", 0.5)])
-def test_narrow_weights(where: str, quantization: str | None, tolerance: float) -> None:
+def test_torch_computes_heads_that_triton_cannot(where: str) -> None:
+    config = dataclasses.replace(LLAMA, head_dim=258, num_heads=2, num_kv_heads=1)
+    ours, theirs = cuda_device(where, config, kv_cache_bytes=2**18), cpu_device(config)
+    reason = "Triton kernels cannot run here: head_dim 258 is more than 256; decode steps are not captured"
+    assert ours.picked == Picked("torch", reason)
+    prompt = row("a", 0, range(5, 11), [3, 1], LIKELY)
+    assert_alike(step(ours, prompt), step(theirs, prompt), 2e-4)
+    with pytest.raises(ValueError, match="kernels: 'triton' is not allowed: head_dim 258 is more than 256"):
+        cuda_device(where, config, kernels="triton")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "quantization", "tolerance"),
+    [
+        *((kernels, None, 0.03) for kernels in ("triton", "torch", "reference")),
+        ("auto", "w8a8", 0.06),
+        ("auto", "w4a16", 0.5),
+    ],
+)
+def test_narrow_weights(where: str, kernels: str, quantization: str | None, tolerance: float) -> None:
     """Against 16-bit weights on a processor: by how much a logprob may differ."""
-    ours = cuda_device(where, dtype="bfloat16", quantization=quantization)
+    ours = cuda_device(where, dtype="bfloat16", kernels=kernels, quantization=quantization)
     prompt = row("a", 0, range(5, 11), [3, 1], SamplingParams(temperature=0.0, top_logprobs=20))
     (mine,), (expected,) = (step(device, prompt).rows for device in (ours, cpu_device(dtype="bfloat16")))
     theirs = dict(expected.tokens[0].top)
@@ -230,7 +252,12 @@ def test_narrow_weights(where: str, quantization: str | None, tolerance: float) 
     [
         ({"dtype": "float16"}, "dtype: 'float16' is not allowed; allowed: one of bfloat16, float32"),
         ({"kv_cache_bytes": 100}, "kv_cache_bytes: 100 do not hold one block"),
-        ({"kernels": "torch"}, "kernels: 'torch' is not allowed on cuda; allowed: auto, triton"),
+        ({"kernels": "compiled"}, "kernels: 'compiled' is not allowed on a GPU; allowed: one of auto, triton"),
+        ({"kernels": "reference", "kv_cache_bytes": 0}, "kv_cache_bytes: 0 is not allowed with"),
+        (
+            {"kernels": "torch", "quantization": "w8a8"},
+            "quantization: 'w8a8' is not allowed: it needs Triton kernels, and kernels is 'torch'",
+        ),
         ({"quantization": "w4a16"}, "quantization: 'w4a16' is not allowed with dtype float32; allowed: bfloat16"),
     ],
 )

@@ -43,7 +43,9 @@ def one_multiprocessor(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def ranked(tensor: int, stages: int, config: ModelConfig = TWO_LAYERS) -> Iterator[RankedCudaDevice]:
+def ranked(
+    tensor: int, stages: int, config: ModelConfig = TWO_LAYERS, kernels: str = "auto"
+) -> Iterator[RankedCudaDevice]:
     device = RankedCudaDevice(
         files_of(config),
         GPU,
@@ -51,6 +53,7 @@ def ranked(tensor: int, stages: int, config: ModelConfig = TWO_LAYERS) -> Iterat
         pipeline_stages=stages,
         dtype="float32",
         block_size=BLOCK_SIZE,
+        kernels=kernels,
         recruit=interpreted,
     )
     try:
@@ -121,6 +124,14 @@ def test_two_stages_compute_one_ranks_numbers_two_plans_at_a_time(alone: Compute
         assert isinstance(told[0], RankLost)
         with pytest.raises(RankLost):
             step(device, row("e", 0, [1], [11]))
+
+
+def test_ranks_that_compute_by_torch_have_one_ranks_numbers(alone: Computed) -> None:
+    with ranked(2, 1, kernels="torch") as device:
+        assert device.picked.kernels == "torch"
+        outputs, _ = compute(device, len(plans()))
+        for ours, theirs in zip(outputs, alone[0], strict=True):
+            assert_alike(ours, theirs, 2e-4)
 
 
 def test_two_stages_of_two_ranks_that_have_the_same_kv_head_compute_one_ranks_numbers() -> None:

@@ -13,6 +13,7 @@ from tandem.cluster.engine.gpu.sampling import DeviceSampler
 from tandem.cluster.engine.plan import SampleSpec
 from tandem.cluster.engine.sampler import SampleFailure, Sampler
 from tandem.cluster.types import SampledToken, SamplingParams
+from tandem.kernels.dispatch import gpu_operations
 
 V, TILE = 300, 64
 PROMPT = (5, 17, 17, 80, 200, 299, 400)
@@ -26,9 +27,9 @@ def row(seq_id: str, outputs: Sequence[int] = (), banned: tuple[int, ...] = (), 
 class Rig:
     """A sampler with the memory that its device would give it."""
 
-    def __init__(self, where: str, max_rows: int = 16) -> None:
+    def __init__(self, where: str, kernels: str = "triton", max_rows: int = 16) -> None:
         self.device = torch.device(where)
-        self.sampler = DeviceSampler(V, max_rows, self.device, tile=TILE)
+        self.sampler = DeviceSampler(V, max_rows, self.device, gpu_operations(kernels), tile=TILE)
         self.columns = torch.zeros(self.sampler.input_bytes, dtype=torch.uint8, device=self.device)
         self.sampler.bind(self.columns)
 
@@ -73,6 +74,7 @@ ROWS = [
     row("almost", temperature=9.999e-6, top_k=3, seed=1),
     row("drawn", seed=2**64 - 1, choice=3, top_logprobs=0),
     row("cut", seed=7, temperature=0.7, top_k=40, min_p=0.01, top_p=0.9, top_logprobs=5),
+    row("likely", seed=11, temperature=3.0, min_p=0.9),
     row("biased", temperature=0.0, logit_bias=((9, 50.0), (299, -100.0)), top_logprobs=2),
     row("banned", OUTPUT, (9, 3, 10**6), temperature=0.0, logit_bias=((9, 100.0),)),
     row("repeats", OUTPUT, temperature=0.0, repetition_penalty=1.7, top_logprobs=3),
@@ -83,12 +85,12 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_every_kind_of_row_is_the_processors(where: str) -> None:
+def test_every_kind_of_row_is_the_processors(where: str, kernels: str) -> None:
     z = logits(len(ROWS))
-    compare(Rig(where).sample(z, ROWS), Sampler().sample(z, [spec for _, spec in ROWS]))
+    compare(Rig(where, kernels).sample(z, ROWS), Sampler().sample(z, [spec for _, spec in ROWS]))
 
 
-def test_failures_are_the_processors_and_stay_in_their_rows(where: str) -> None:
+def test_failures_are_the_processors_and_stay_in_their_rows(where: str, kernels: str) -> None:
     rows = [row(str(r), OUTPUT, (4,), temperature=r % 2, frequency_penalty=0.5, top_logprobs=1) for r in range(6)]
     rows += [row("plain", top_logprobs=1), row("outside", logit_bias=((V, 1.0),)), row("fine", temperature=0.0)]
     z = logits(len(rows))
@@ -98,7 +100,7 @@ def test_failures_are_the_processors_and_stay_in_their_rows(where: str) -> None:
     z[6, 0], z[7, 0] = np.inf, np.nan
     with np.errstate(invalid="ignore"):
         expected = Sampler().sample(z, [spec for _, spec in rows])
-    found = Rig(where).sample(z, rows)
+    found = Rig(where, kernels).sample(z, rows)
     assert [type(token) for token in expected] == [SampleFailure] * 5 + [SampledToken] + [SampleFailure] * 2 + [
         SampledToken
     ]

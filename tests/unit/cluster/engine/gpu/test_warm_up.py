@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from tandem.cluster.engine.devices.cuda import CudaDevice
-from tandem.cluster.engine.gpu import model, sampling
+from tandem.cluster.engine.devices import cuda
 from tandem.cluster.engine.gpu.inputs import Limits
 from tandem.cluster.engine.gpu.warm_up import warm_up_plans
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.models.registry import CONFIGS
+from tandem.kernels import dispatch
 from tandem.kernels.gpu.tuning import bucket
 
 CONFIG = dataclasses.replace(CONFIGS["tiny-llama"], num_layers=1, vocab_size=300, max_model_len=16)
@@ -29,20 +31,21 @@ def test_products_of_every_size_are_tuned_the_heads_too() -> None:
 @pytest.mark.usefixtures("few_multiprocessors")
 def test_every_kernel_of_a_step_is_launched(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = set()
-    of_step = {
-        model: ("activation", "decode_attention", "kv_write", "prefill_attention", "rms_norm"),
-        sampling: ("logprobs", "penalize", "restore", "sample"),
-    }
-    for module, names in of_step.items():
-        for name in names:
-            kernel = getattr(module, name)
+    operations = dispatch.gpu_operations("triton")
+    of_step = {field.name for field in dataclasses.fields(operations)} - {"layer_norm", "int8"}
 
-            def noted(*given, name=name, kernel=kernel, **named):
-                launched.add(name)
-                return kernel(*given, **named)
+    def noting(name: str) -> Callable[..., Any]:
+        kernel = getattr(operations, name)
 
-            monkeypatch.setattr(module, name, noted)
-    device = CudaDevice(
+        def noted(*given: Any, **named: Any) -> Any:
+            launched.add(name)
+            return kernel(*given, **named)
+
+        return noted
+
+    noted = dataclasses.replace(operations, **{name: noting(name) for name in of_step})
+    monkeypatch.setattr(cuda, "gpu_operations", {"triton": noted}.get)
+    device = cuda.CudaDevice(
         ModelFiles(name="tiny", kind="dummy", path=None, config=CONFIG),
         dtype="float32",
         block_size=4,
@@ -57,4 +60,4 @@ def test_every_kernel_of_a_step_is_launched(where: str, monkeypatch: pytest.Monk
         device.launch(plan)
         device.collect()
     device.close()
-    assert launched == {name for names in of_step.values() for name in names}
+    assert launched == of_step
