@@ -21,7 +21,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 GPU_PYTHON_VERSION ?= 3.12
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: test-gpu bench-gpu gpu-deps fuzz peers peers-served help venv dev demo serve test soak faults paper lint fmt type proto clean
+.PHONY: test-gpu bench-gpu gpu-deps gpu-flashinfer fuzz peers peers-served help venv dev demo serve test soak faults paper lint fmt type proto clean
 
 help:
 	@echo "make demo    install, start a local cluster, answer a prompt, measure a short load, stop"
@@ -83,6 +83,8 @@ test-gpu:
 	$(GPU_PYTHON) tests/gpu/run.py tests $(ARGS)
 
 bench-gpu:
+	$(if $(wildcard gpu-wheels/*.whl),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade \
+	  --target gpu-deps gpu-wheels/*.whl)
 	$(GPU_PYTHON) tests/gpu/run.py bench $(ARGS)
 
 ifneq ($(filter bench-gpu,$(MAKECMDGOALS)),)
@@ -97,6 +99,13 @@ gpu-deps: $(VENV)/.created
 	  gguf tqdm msgpack safetensors 'xxhash<5' pyyaml uvloop tokenizers 'grpcio<2' 'protobuf<7' typing_extensions httptools orjson \
 	  grpcio-health-checking==1.74.0 grpcio-reflection==1.74.0 grpcio-status==1.74.0 googleapis-common-protos
 	-find $@ -name '*.so' -exec strip --strip-unneeded {} +
+
+# What attention is held against, as wheels (17 MB, over 100 unpacked): `bench-gpu` there unpacks them. FlashInfer compiles
+# its kernels at first use, with the machine's nvcc and ninja: minutes (ARGS="--only attention" leaves it the time).
+gpu-flashinfer: $(VENV)/.created
+	$(PIP) download --quiet --dest gpu-wheels --python-version $(GPU_PYTHON_VERSION) --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  --only-binary=:all: --no-deps flashinfer-python==0.6.13 'apache-tvm-ffi>=0.1.9,<0.2'
 
 lint: dev .typing/tandem
 	$(BIN)/ruff check $(SOURCES)
@@ -115,7 +124,7 @@ proto: dev
 	$(BIN)/python -m tandem.cluster.proto.generate
 
 clean:
-	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .fuzz gpu-deps gpu-results
+	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .fuzz gpu-deps gpu-wheels gpu-results
 
 # mypy wants the folder above the files to be named like the package.
 .typing/tandem:
