@@ -31,6 +31,7 @@ def transfer(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     import uvloop
 
+    from ..kernels.dispatch import gpu_facts, gpu_problem
     from ..kvtransfer.freed_memory import keep_freed_memory
     from .bench.transfer import TransferCell, TransferOptions, run_transfers, table
     from .cli_display import Display
@@ -49,6 +50,9 @@ def transfer(
         most_mib=most_mib,
         seconds=seconds,
     )
+    problem = gpu_problem(gpu_facts()) if memory == "cuda" else None
+    if problem is not None:
+        raise ValueError(f"memory: 'cuda' is not allowed; allowed: host, staged: {problem}")
     keep_freed_memory()
     display = Display()
     display.line("no engine: source, transport, checks and memory are a worker's; one pull at a time")

@@ -70,7 +70,7 @@ class Display:
             def advance() -> None:
                 nonlocal done
                 done += 1
-                report(who, f"{done} of {total}" if self.live else "requests", done / total)
+                report(who, f"{done} of {total}" if self.live else "done", done / total)
 
             yield advance
 

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import PurePath
 
 from .cli_display import Display
@@ -109,7 +110,7 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
         f"print(OpenAI(base_url={base + '/v1'!r}, api_key={openai_key}).chat.completions.create(model={model!r}, "
         f"messages={messages!r}, max_tokens=64, temperature=0).choices[0].message.content)"
     )
-    python = shlex.quote(sys.executable)
+    python, trust = shlex.quote(sys.executable), "SSL_CERT_FILE=$TANDEM_CA " if tls else ""
     return "\n".join(
         [
             *_warnings(config),
@@ -120,7 +121,7 @@ def welcome(config: ClusterConfig, endpoints: Endpoints) -> str:
             f"  curl -N{ca} {base}/v1/chat/completions -H {_JSON}{bearer} -d {shlex.quote(chat)}",
             f"  grpcurl {plaintext}{bearer} -d {shlex.quote(generate)} {endpoints.grpc} tandem.v1.Tandem/Generate",
             f"  {python} -c {_quote(grpc_line)}",
-            f"  {'SSL_CERT_FILE=$TANDEM_CA ' if tls else ''}{python} -c {_quote(openai_line)}",
+            *([f"  {trust}{python} -c {_quote(openai_line)}"] if find_spec("openai") else []),
             f"  {tandem_command()} chat --url {base}",
             "",
             "Ctrl-C drains and stops.",

@@ -83,6 +83,8 @@ class EngineConfig:
             self._check_cuda()
         elif self.gpus:
             raise ConfigError("gpus", list(self.gpus), f"none on {self.device}")
+        elif self.enforce_eager:
+            raise ConfigError("enforce_eager", True, f"false on {self.device}, where no steps are captured")
         elif self.quantization == "w4a16":
             raise ConfigError("quantization", self.quantization, f"w8a8 or none on {self.device}: w4a16 wants a GPU")
         if self.kernels == "triton" and self.device == "cpu":

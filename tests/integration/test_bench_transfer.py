@@ -11,6 +11,7 @@ import pytest
 from tandem.cluster import cli
 from tandem.cluster.bench.transfer import TransferOptions, run_transfers, table
 from tandem.cluster.bench.transfer_memory import layout_of, plain_copy
+from tandem.kernels import dispatch
 
 
 def test_every_transport_of_host_memory_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,3 +62,9 @@ def test_plain_copies_have_a_pace() -> None:
     assert layout_of(2 * 2**20).groups[0].num_layers == 64
     for transport in ("grpc", "mapped"):
         assert plain_copy(transport, "host", 4096, 64) > 0
+
+
+@pytest.mark.skipif(dispatch.has_gpu_driver(), reason="a GPU is here")
+def test_memory_of_a_gpu_wants_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "transfer", "--memory", "cuda"]) == 2
+    assert "memory: 'cuda' is not allowed; allowed: host, staged: no GPU" in capsys.readouterr().err

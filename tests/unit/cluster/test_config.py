@@ -33,6 +33,7 @@ BAD_ENGINE = [
     ("gpu_memory_utilization", 0.0),
     ("gpu_memory_utilization", 1.1),
     ("enforce_eager", 1),
+    ("enforce_eager", True),
     ("max_model_len", 0),
     ("max_batched_tokens", 0),
     ("max_running", 0),
