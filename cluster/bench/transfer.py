@@ -106,6 +106,19 @@ class TransferCell:
         """By the median pull."""
         return self.block_bytes * self.blocks / self.pull_s
 
+    def figures(self) -> tuple[str, ...]:
+        """For people, from the number of blocks on (`HEADS`)."""
+        return (
+            f"{self.blocks}",
+            f"{self.block_bytes * self.blocks / 2**20:g}",
+            f"{self.pull_s * 1e3:.2f}",
+            f"{self.bytes_per_s / 1e9:.2f}",
+            f"{self.plain_bytes_per_s / 1e9:.2f}",
+            f"{self.bytes_per_s / self.plain_bytes_per_s:.0%}",
+            f"{self.reader_cpu_s * 1e3:.2f}",
+            f"{self.holder_cpu_s * 1e3:.2f}",
+        )
+
     def row(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"bytes_per_s": self.bytes_per_s, "of_plain": self.bytes_per_s / self.plain_bytes_per_s}
@@ -296,21 +309,14 @@ HEADS = (
 
 def table(cells: list[TransferCell]) -> str:
     """Aligned columns."""
-    lines = [HEADS]
+    lines: list[tuple[str, ...]] = [HEADS]
     for cell in cells:
         lines.append(
             (
                 cell.transport,
                 cell.memory,
                 f"{cell.block_bytes / 1024:g} KiB",
-                f"{cell.blocks}",
-                f"{cell.block_bytes * cell.blocks / 2**20:g}",
-                f"{cell.pull_s * 1e3:.2f}",
-                f"{cell.bytes_per_s / 1e9:.2f}",
-                f"{cell.plain_bytes_per_s / 1e9:.2f}",
-                f"{cell.bytes_per_s / cell.plain_bytes_per_s:.0%}",
-                f"{cell.reader_cpu_s * 1e3:.2f}",
-                f"{cell.holder_cpu_s * 1e3:.2f}",
+                *cell.figures(),
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADS))]

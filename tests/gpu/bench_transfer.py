@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from measure import Bounds, Line
-from tandem.cluster.bench.transfer import TransferCell, TransferOptions, run_transfers
+from tandem.cluster.bench.transfer import TransferOptions, run_transfers
 from tandem.kvtransfer.freed_memory import keep_freed_memory
 
 TITLE = "KV between two processes on one GPU"
@@ -44,20 +44,6 @@ def lines(device: torch.device, bounds: Bounds) -> Iterator[Line]:
             seconds=0.5 if on_gpu else 0.01,
         )
         for cell in asyncio.run(run_transfers(options)):
-            yield Line(title=TITLE, heads=HEADS, cells=cells_of(cell))
-
-
-def cells_of(cell: TransferCell) -> tuple[str, ...]:
-    """One line of the table."""
-    return (
-        cell.transport,
-        f"{cell.block_bytes / 1024:g}",
-        f"{cell.blocks}",
-        f"{cell.block_bytes * cell.blocks / 2**20:g}",
-        f"{cell.pull_s * 1e3:.2f}",
-        f"{cell.bytes_per_s / 1e9:.2f}",
-        f"{cell.plain_bytes_per_s / 1e9:.2f}",
-        f"{cell.bytes_per_s / cell.plain_bytes_per_s:.0%}",
-        f"{cell.reader_cpu_s * 1e3:.2f}",
-        f"{cell.holder_cpu_s * 1e3:.2f}",
-    )
+            yield Line(
+                title=TITLE, heads=HEADS, cells=(cell.transport, f"{cell.block_bytes / 1024:g}", *cell.figures())
+            )

@@ -11,25 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from one_rank import greedy_of_one_rank
 from tandem.cluster.config_file import build_config
-from tandem.cluster.engine.devices.cpu import CpuDevice
-from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
 from tandem.cluster.launch.ray_cluster import RayCluster
 from tandem.cluster.launch.state import Endpoints, MemberState, Phase
-from tandem.cluster.models.reference import resolve_model
-from tandem.cluster.types import SamplingParams
 from tandem.router.client import TandemClient
 
 MODEL = "dummy:tiny-llama"
 KEY = "open-sesame-and-more"
 PROMPT = [(7 * i + 11) % 500 + 3 for i in range(77)]
 OUTPUT = 8
-KV_BYTES = 4 * 2**20
 SETTINGS = {
     "model": MODEL,
     "engine.dtype": "float32",
     "engine.kernels": "torch",
-    "engine.kv_cache_bytes": KV_BYTES,
+    "engine.kv_cache_bytes": 4 * 2**20,
     "prefill.engine.tensor_parallel": 2,
     "decode.engine.pipeline_stages": 2,
     "router.http_port": 0,
@@ -41,19 +37,6 @@ SETTINGS = {
     "router.unready_wait_s": 60,
 }
 WAIT_S = 120.0
-
-
-def of_one_rank() -> list[int]:
-    device = CpuDevice(resolve_model(MODEL), dtype="float32", kernels="torch", block_size=16, kv_cache_bytes=KV_BYTES)
-    tokens, start = list(PROMPT), 0
-    for step in range(OUTPUT):
-        sample = SampleSpec(SamplingParams(temperature=0.0), step, PROMPT, tokens[len(PROMPT) :])
-        device.launch(StepPlan(step, (StepRow("s", start, tokens[start:], list(range(8)), sample),)))
-        (row,) = device.collect().rows
-        start = len(tokens)
-        tokens.append(row.tokens[0].token_id)
-    device.close()
-    return tokens[len(PROMPT) :]
 
 
 def answer(endpoints: Endpoints) -> list[int]:
@@ -83,7 +66,7 @@ def worker(cluster: RayCluster, name: str) -> MemberState:
 
 def test_ranks_are_actors_that_begin_and_end_with_their_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    expected, reports = of_one_rank(), list[str]()
+    expected, reports = greedy_of_one_rank(MODEL, PROMPT, OUTPUT), list[str]()
     cluster = RayCluster(build_config(None, SETTINGS), report=reports.append)
 
     def again(name: str, old: MemberState) -> None:

@@ -17,10 +17,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 
 from drive import OUTPUT, PROMPT
-from tandem.cluster.engine.devices.cpu import CpuDevice
-from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
-from tandem.cluster.models.reference import resolve_model
-from tandem.cluster.types import SamplingParams
+from one_rank import greedy_of_one_rank
 from two_nodes import FAR, NEAR, TwoNodes, why_not
 
 WHY_NOT = why_not()
@@ -101,16 +98,7 @@ class Driver:
 @pytest.fixture(scope="module")
 def expected() -> list[int]:
     """What one rank answers."""
-    device = CpuDevice(resolve_model(MODEL), dtype="float32", kernels="torch", block_size=16, kv_cache_bytes=8 * 2**20)
-    tokens, start = list(PROMPT), 0
-    for step in range(OUTPUT):
-        sample = SampleSpec(SamplingParams(temperature=0.0), step, PROMPT, tokens[len(PROMPT) :])
-        device.launch(StepPlan(step, (StepRow("s", start, tokens[start:], list(range(8)), sample),)))
-        (row,) = device.collect().rows
-        start = len(tokens)
-        tokens.append(row.tokens[0].token_id)
-    device.close()
-    return tokens[len(PROMPT) :]
+    return greedy_of_one_rank(MODEL, PROMPT, OUTPUT)
 
 
 def configured(nodes: TwoNodes, path: Path, **worker: str) -> Path:
