@@ -59,8 +59,16 @@ _OPT_LAYER = {
     "fc1": "up",
     "fc2": "down",
 }
-_IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)")
-"""Buffers that old checkpoints carry; they follow from the config."""
+_IGNORED = re.compile(
+    r".*\.(rotary_emb\.inv_freq|masked_bias|self_attn\.(attn\.)?(q|prob)_scale|q_proj\.output_scale|prob_output_scale)"
+)
+"""Buffers that old checkpoints carry, which follow from the config; scales of narrow queries and probabilities."""
+_KV_SCALE = re.compile(
+    r"(?:model\.)?(?:decoder\.)?layers\.(\d{1,6})\.self_attn\."
+    r"(?:(?:attn\.|qkv_proj\.)?([kv])_scale|([kv])_proj\.(?:\3_scale|output_scale)|(kv_scale))"
+)
+"""Scales of KV memory as vLLM reads them (`maybe_remap_kv_scale_name`): `k_scale` of compressed-tensors, that of a
+projection of ModelOpt, `output_scale` of Quark, `kv_scale` (one for both) of old files."""
 _TABLES = ("embed.weight", "head.weight", "positions.weight")
 _LAYER_NAME = re.compile(r"model\.(?:decoder\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -72,6 +80,7 @@ class HfWeights(WeightSource):
         self._opt = config.architecture is Architecture.OPT
         self._where: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._kv_scales: dict[tuple[int, int], tuple[Path, str]] = {}
         self._open: dict[Path, Any] = {}
         for path in _shards(folder):
             self._index(path)
@@ -85,15 +94,30 @@ class HfWeights(WeightSource):
         for stored in file.keys():  # noqa: SIM118 (not a dict)
             if _IGNORED.fullmatch(stored):
                 continue
-            name = self._canonical(stored, path)
+            scale = _KV_SCALE.fullmatch(stored)
+            name = self._canonical(stored, path) if scale is None else ""
             if name in self._where:
                 raise ModelError(f"tensor {stored!r} comes twice: in {self._where[name][0].name} and {path.name}")
             found = file.get_slice(stored)
             if found.get_dtype() not in FLOAT_TYPES:
                 allowed = ", ".join(FLOAT_TYPES)
                 raise ModelError(f"{path}: tensor {stored!r} has type {found.get_dtype()}, allowed: {allowed}")
+            if scale is not None:
+                self._index_kv_scale(scale, path)
+                continue
             self._where[name] = (path, stored)
             self._shapes[name] = tuple(found.get_shape())
+
+    def _index_kv_scale(self, found: re.Match[str], path: Path) -> None:
+        for kind in found[2] or found[3] or "kv":
+            key = (int(found[1]), "kv".index(kind))
+            if key in self._kv_scales:
+                raise ModelError(f"{path}: {found[0]!r} and {self._kv_scales[key][1]!r} are scales of the same KV")
+            self._kv_scales[key] = (path, found[0])
+
+    def kv_scales(self) -> dict[tuple[int, int], tuple[str, torch.Tensor]]:
+        """Of (layer, 0 for keys or 1 for values), where the files have scales of KV memory: stored name and tensor."""
+        return {key: (stored, self._handle(path).get_tensor(stored)) for key, (path, stored) in self._kv_scales.items()}
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
