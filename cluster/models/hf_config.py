@@ -51,8 +51,9 @@ def parse_hf_config(
     model_type = fields.get("model_type", str)
     if model_type not in ARCHITECTURES:
         raise fields.refuse("model_type", model_type, ", ".join(ARCHITECTURES))
-    if fields.get("quantization_config", dict) is not None:
-        raise fields.refuse("quantization_config", "set", "unquantized safetensors (float32, float16, bfloat16)")
+    if not _quantizes_only_kv(fields.get("quantization_config", dict, {})):
+        allowed = "unquantized safetensors (float32, float16, bfloat16), with or without scales for KV in fp8"
+        raise fields.refuse("quantization_config", "set", allowed)
     default_eos = DEFAULT_EOS.get(model_type)
     eos = _token_ids((generation or {}).get("eos_token_id", config.get("eos_token_id", default_eos)), fields)
     if ARCHITECTURES[model_type] is Architecture.OPT:
@@ -109,6 +110,19 @@ class _Fields:
         if name not in ACTIVATIONS:
             raise self.refuse(field, name, ", ".join(ACTIVATIONS))
         return ACTIVATIONS[name]
+
+
+def _quantizes_only_kv(quantization: Mapping[str, Any]) -> bool:
+    """Whether there is nothing, or a `kv_cache_scheme` (compressed-tensors, ModelOpt) of fixed scales for e4m3 alone:
+    weights are then as ever, and `engine.kv_scales` reads the scales.
+    """
+    if not quantization:
+        return True
+    scheme = quantization.get("kv_cache_scheme")
+    if not isinstance(scheme, dict) or quantization.get("config_groups") or quantization.get("quant_algo"):
+        return False
+    kind = (scheme.get("type"), scheme.get("num_bits"), scheme.get("dynamic", False), scheme.get("symmetric", True))
+    return kind == ("float", 8, False, True)
 
 
 def _parse_llama_like(fields: _Fields, model_type: str, eos: tuple[int, ...]) -> ModelConfig:

@@ -14,6 +14,7 @@ from tandem.cluster.models.errors import ModelError
 from tandem.cluster.models.gguf import gguf_tokenizer, open_gguf
 from tandem.cluster.models.gguf_config import gguf_config
 from tandem.cluster.models.hf_config import load_hf_config
+from tandem.cluster.models.reference import ModelFiles
 from tandem.router.chat_template import compile_chat_template
 from tandem.router.gguf_tokenizer import build_gguf_backend
 from tandem.router.hf_tokenizer import read_hf_tokenizer
@@ -122,6 +123,13 @@ worker: {lease_s: 10}
 TRACE_JSON = b'{"timestamp": 0, "input_length": 700, "output_length": 5, "hash_ids": [1, 2]}\n' * 2
 TRACE_CSV = b"arrival_s,input_tokens,output_tokens,prefix_hashes\n0.0,10,2,1 2\n0.5,20,3,\n"
 PROMPTS = b'{"prompt": "a"}\n{"turns": ["b"]}\n{"messages": [{"role": "user", "content": "c"}]}\n"d"\n'
+KV_SCALES = {
+    "format": "tandem-kv-scales",
+    "version": 1,
+    "model": "tiny",
+    "made_by": "hand",
+    "layers": [{"keys": [1.5, 0.0], "values": [2.0, 3e38]}] * 2,
+}
 KEYS = b"# clients\nabcdefghijklmnop\nqrstuvwxyz012345\n"
 
 
@@ -131,25 +139,37 @@ def safetensors_seed() -> bytes:
             "__metadata__": {"format": "pt"},
             "model.norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
             "lm_head.weight": {"dtype": "BF16", "shape": [2, 4], "data_offsets": [16, 32]},
+            "model.layers.0.self_attn.kv_scale": {"dtype": "BF16", "shape": [2], "data_offsets": [32, 36]},
+            "model.layers.1.self_attn.k_scale": {"dtype": "F16", "shape": [], "data_offsets": [36, 38]},
+            "model.layers.1.self_attn.v_proj.v_scale": {"dtype": "F16", "shape": [1], "data_offsets": [38, 40]},
         }
     )
     out = io.BytesIO()
     out.write(struct.pack("<Q", len(header)))
     out.write(header)
-    out.write(bytes(32))
+    out.write(bytes(range(40)))
     return out.getvalue()
 
 
 def safetensors_file(path: Path) -> None:
     from tandem.cluster.engine.hf_weights import HfWeights
+    from tandem.cluster.engine.kv_scales import checkpoint_scales
     from tandem.cluster.engine.weight_source import check_shapes
     from tandem.cluster.models.registry import CONFIGS
 
     config = CONFIGS["tiny-llama"]
+    checkpoint_scales(ModelFiles(name="fuzz", kind="hf", path=path.parent, config=config))
     weights = HfWeights(path.parent, config)
     for name in weights.shapes():
         weights.read(name)
     check_shapes(config, weights)
+
+
+def kv_scales_file(path: Path) -> None:
+    from tandem.cluster.engine.kv_scales import KVScales
+    from tandem.cluster.models.registry import CONFIGS
+
+    KVScales.load(path, CONFIGS["tiny-llama"]).scales("int8")
 
 
 def api_keys_file(path: Path) -> None:

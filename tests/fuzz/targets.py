@@ -26,6 +26,7 @@ from of_doors import (
 )
 from of_files import (
     KEYS,
+    KV_SCALES,
     LLAMA,
     OPT,
     PROMPTS,
@@ -40,6 +41,7 @@ from of_files import (
     hf_file,
     hf_generation,
     hf_tokenizer_config,
+    kv_scales_file,
     safetensors_file,
     safetensors_seed,
 )
@@ -122,6 +124,7 @@ def targets() -> dict[str, Target]:
             (as_json({"bos_token": {"content": "<s>"}, "chat_template": [{"name": "default", "template": "x"}]}),),
         ),
         "yaml": Target(in_file("cluster.yaml", load_config), (ConfigError,), (YAML,)),
+        "kv_scales": Target(in_file("kv_scales.json", kv_scales_file), value, (as_json(KV_SCALES),)),
         "prompts": Target(in_file("prompts.jsonl", read_prompts), value, (PROMPTS,)),
         "trace": Target(in_file("trace", read_trace), value, (TRACE_JSON, TRACE_CSV)),
         "events": Target(answer_events, (), (EVENTS,)),

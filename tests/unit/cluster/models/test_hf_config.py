@@ -146,6 +146,33 @@ def test_what_we_cannot_run_is_refused(base: dict[str, Any], changes: dict[str, 
         parse(base, **changes)
 
 
+KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+def test_what_is_quantized_for_kv_alone_is_read() -> None:
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": KV_SCHEME}
+    assert parse(LLAMA, quantization_config=quantization) == parse(LLAMA)
+    assert parse(LLAMA, quantization_config={}) == parse(LLAMA)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_cache_scheme": None},
+        {"kv_cache_scheme": KV_SCHEME | {"type": "int"}},
+        {"kv_cache_scheme": KV_SCHEME | {"num_bits": 4}},
+        {"kv_cache_scheme": KV_SCHEME | {"dynamic": True}},
+        {"kv_cache_scheme": KV_SCHEME | {"symmetric": False}},
+        {"config_groups": {"group_0": {"targets": ["Linear"]}}},
+        {"quant_algo": "FP8"},
+    ],
+)
+def test_what_is_quantized_beside_kv_is_refused(changes: dict[str, Any]) -> None:
+    quantization = {"quant_method": "compressed-tensors", "kv_cache_scheme": KV_SCHEME} | changes
+    with pytest.raises(ModelError, match=r"quantization_config is 'set', allowed: unquantized .* scales for KV in fp8"):
+        parse(LLAMA, quantization_config=quantization)
+
+
 def test_broken_json(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for content, message in [(b"{", "not valid JSON"), (b"[1]", "list"), (b"\xff\xfe", "not valid JSON")]:
