@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from .gpu.logprobs import Logprobs
+    from .gpu_plans.draws import Logprobs
     from .linear import Linear
 
 KERNELS = ("auto", "compiled", "triton", "torch", "reference")
@@ -166,7 +166,7 @@ def gpu_problem(facts: GpuFacts) -> str | None:
         return f"torch {facts.torch} is built without CUDA"
     if not facts.name:
         return f"no GPU: torch {facts.torch} (CUDA {facts.cuda}) sees no device"
-    if not facts.triton:  # whoever computes: plans of steps and moves of KV are in modules that load it
+    if not facts.triton:  # whoever computes: it moves KV blocks
         return "triton is not installed (pip install 'tandem-serve[gpu]')"
     return None
 

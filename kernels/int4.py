@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import torch
 
+GROUPS = (32, 64, 128)
+"""Inputs that share a scale, as the GPU's kernel has them."""
+
 
 def quantize_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, K] -> (packed, scales), nearest: the largest magnitude of a group becomes 7 (or -7). ValueError naming

@@ -11,19 +11,16 @@ float32; weights are rounded to the queries' dtype for the product with the valu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from ..gpu_plans.tiling import FP8, FP8_BITS, INT8, PLAIN, Tiling
 from ..paged_attention import AttentionShape
 from .cubin import Build
 
-PLAIN, INT8, FP8_BITS, FP8 = 0, 1, 2, 3
-"""How the KV memory holds a number: as queries are; int8; float8 e4m3fn taken apart by us (sm_80 has no conversion); or
-by the hardware (from sm_89 on). Stored = value / scale, a scale per side and head."""
 LOG2_E = 1.4426950408889634
 _UNFOLDED = tl.constexpr(256.0)
 """What `widened` leaves out of numbers in FP8_BITS: the exponents' biases differ by 15 - 7, which is 2^8."""
@@ -139,34 +136,9 @@ def attend(
     return acc, new_top, total
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a kernel is cut: rows of queries (M) and keys (N) of a tile, warps, and stages of the software pipeline."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 STORED = {INT8: "i8", FP8_BITS: "u8", FP8: "fp8e4nv"}
 """Triton's names, for the configurations that are compiled without a GPU."""
-
-
-def form_of(layer: torch.Tensor, dtype: torch.dtype) -> int:
-    """How a KV memory holds numbers. Raises ValueError where queries of `dtype` cannot be computed with it."""
-    if layer.dtype == dtype and dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return PLAIN
-    if layer.dtype == torch.int8:
-        return INT8
-    if layer.dtype == torch.float8_e4m3fn:
-        native = layer.is_cuda and torch.cuda.get_device_capability(layer.device) >= (8, 9)
-        return FP8 if native else FP8_BITS
-    raise ValueError(
-        f"kv dtype: {layer.dtype} is not allowed with queries of {dtype}; "
-        "allowed: the queries' own bfloat16, float16 or float32, or int8, or float8_e4m3fn"
-    )
 
 
 def check_shapes(
@@ -202,14 +174,6 @@ def precision(dtype: torch.dtype) -> str:
     if triton.knobs.runtime.interpret:
         return "wide"
     return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability as two digits; for the interpreter, the newest that is shipped for."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 def padded(head_dim: int) -> int:

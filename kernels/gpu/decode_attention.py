@@ -1,49 +1,27 @@
 """Attention of one query per sequence over paged KV on a GPU: bound by memory, so every multiprocessor must read.
 
 Flash-decoding (Dao, Haziza, Massa, Sizov 2023): a sequence's keys are cut into pieces, a program computes one piece for
-all query heads of a KV head (each key is read once), and a second launch merges what the pieces of a sequence found.
-`plan_decode` cuts: what a program should read is the batch's keys over the programs that run at a time, so one long
-sequence among short ones is cut, and a large batch of equal ones is not; sequences in one piece skip the merge. The
-work is data, so a captured CUDA graph replays with another batch's plan: `capacity` pads it.
+all query heads of a KV head (each key is read once), and a second launch merges what the pieces of a sequence found;
+sequences in one piece skip the merge. `kernels.gpu_plans.decode` cuts.
 
 Reference: `kernels.paged_attention.paged_attention_reference` over rows of length 1. Shapes: B sequences, H query
 heads, K kv heads, D head dim, N blocks, S slots, W pieces.
 """
-# ruff: noqa: N803, N815
+# ruff: noqa: N803
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from ..gpu_plans.decode import DecodePlan, tiling
+from ..gpu_plans.tiling import FP8, FP8_BITS, INT8, PLAIN, form_of
 from ..paged_attention import AttentionShape
-from .attend import (
-    FP8,
-    FP8_BITS,
-    INT8,
-    LOG2_E,
-    PLAIN,
-    Tiling,
-    attend,
-    build_of,
-    check_shapes,
-    constants_of,
-    form_of,
-    padded,
-    scale_of,
-)
+from .attend import LOG2_E, attend, build_of, check_shapes, constants_of, padded, scale_of
 from .cubin import Build
-
-_PROGRAMS_PER_MULTIPROCESSOR = 2
-_LEAST_KEYS = 256
-"""A piece is not smaller: what it reads should outweigh its launch and its part of the merge."""
 
 
 @triton.jit(do_not_specialize=["table_row"])  # a table of another width must not cost a compilation
@@ -158,100 +136,6 @@ def merge_kernel(
     tl.store(out + row * out_token + head * out_head + channel, result.to(out.dtype.element_ty), mask=channel < D)
 
 
-def tiling(group: int, head_dim: int, dtype: torch.dtype, form: int, arch: int) -> Tiling:
-    """What is launched: two programs at a time on a multiprocessor, each with two tiles of 32 KiB under way.
-
-    Loads wait for the block table's entries, so two stages of the pipeline are one tile under way: 5 are two.
-    """
-    rows = max(16, triton.next_power_of_2(group))  # what a matrix instruction takes at least
-    if dtype == torch.float32:
-        return Tiling(rows, 32, 4, 5)
-    keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-    if form == PLAIN:
-        return Tiling(rows, keys, 4, 5)
-    return Tiling(rows, min(keys, 64 if arch >= 90 else 32), 4, 7)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """A step's sequences and their pieces, for every layer. Tensors of int32, on one device."""
-
-    lengths_B: torch.Tensor
-    """Tokens of the context, the query's own included; 0: the row's result is 0."""
-    work_W4: torch.Tensor
-    """Row, first tile of keys, the tile behind the last, pieces of the row; rows of -1 pad."""
-    spans_B2: torch.Tensor
-    """First piece of a row, and how many."""
-    merges: bool
-    """Whether any row may have several pieces."""
-    tiling: Tiling
-
-    def on(self, device: torch.device) -> DecodePlan:
-        """The same on `device`, copied without waiting."""
-        lengths, work, spans = (
-            tensor.to(device, non_blocking=True) for tensor in (self.lengths_B, self.work_W4, self.spans_B2)
-        )
-        return DecodePlan(lengths, work, spans, self.merges, self.tiling)
-
-
-def most_pieces(batch: int, num_kv_heads: int, multiprocessors: int) -> int:
-    """A capacity that no plan of `batch` sequences exceeds."""
-    return batch + _at_a_time(num_kv_heads, multiprocessors)
-
-
-def _at_a_time(num_kv_heads: int, multiprocessors: int) -> int:
-    """Pieces that run at a time: each is a program for every KV head."""
-    return max(1, multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // num_kv_heads)
-
-
-def plan_decode(
-    lengths: Sequence[int],
-    shape: AttentionShape,
-    cut: Tiling,
-    multiprocessors: int,
-    capacity: int | None = None,
-) -> DecodePlan:
-    """Cuts contexts into pieces of tiles of keys. Pure; one call per step.
-
-    A row is cut where it has over one and a half times the keys that each place of the device gets when all are shared
-    out evenly, into even pieces of at most that many; rows with the most keys come first. `capacity`: pad to that many
-    pieces, for a captured graph; ValueError where it is too small.
-    """
-    length = np.asarray(lengths, np.int64).reshape(-1)
-    begin = np.zeros_like(length) if shape.window is None else np.maximum(length - shape.window, 0) // cut.keys
-    tiles = -(-length // cut.keys) - begin
-    share = max(-(-int(tiles.sum()) // _at_a_time(shape.num_kv_heads, multiprocessors)), -(-_LEAST_KEYS // cut.keys))
-    pieces = np.where(2 * tiles > 3 * share, -(-tiles // share), 1)
-    order = np.argsort(-tiles, kind="stable")
-    rows = np.repeat(order, pieces[order])
-    firsts = np.zeros(len(length), np.int64)
-    firsts[order] = np.cumsum(pieces[order]) - pieces[order]
-    index = np.arange(len(rows)) - firsts[rows]
-    size = -(-tiles // pieces)
-    first = begin[rows] + index * size[rows]
-    last = np.minimum(first + size[rows], (begin + tiles)[rows])
-    work = np.stack([rows, np.minimum(first, last), last, pieces[rows]], 1).astype(np.int32)
-    if capacity is not None:
-        if len(work) > capacity:
-            raise ValueError(f"capacity: {capacity} is less than the {len(work)} pieces of this batch (most_pieces)")
-        padding = np.tile(np.array([[-1, 0, 0, 0]], np.int32), (capacity - len(work), 1))
-        work = np.concatenate([work, padding])
-    return DecodePlan(
-        torch.from_numpy(length.astype(np.int32)),
-        torch.from_numpy(work),
-        torch.from_numpy(np.stack([firsts, pieces], 1).astype(np.int32)),
-        capacity is not None or bool((pieces > 1).any()),
-        cut,
-    )
-
-
-def moved_bytes(lengths: Sequence[int], shape: AttentionShape, element_bytes: int, kv_bytes: int | None = None) -> int:
-    """Bytes that one layer's attention must move at least: keys and values once, queries and results."""
-    seen = sum(length if shape.window is None else min(length, shape.window) for length in lengths)
-    vectors = seen * shape.num_kv_heads * (kv_bytes or element_bytes) + len(lengths) * shape.num_heads * element_bytes
-    return 2 * shape.head_dim * vectors
-
-
 def decode_attention(
     q_BHD: torch.Tensor,
     layer_N2KSD: torch.Tensor,
@@ -294,12 +178,6 @@ def decode_attention(
 
 _MERGED = 16
 """Pieces that the merge loads at a time."""
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; for the interpreter, an H100's."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _build(

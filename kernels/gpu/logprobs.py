@@ -5,18 +5,17 @@ tokens, all of the model's own distribution, in one launch. The reference is `ke
 Shapes: R rows of logits [R, V] float32, V vocabulary; Q rows that ask. The logprob of token t of row r is logits[r, t]
 minus the row's normalizer.
 """
-# ruff: noqa: N803, N815
+# ruff: noqa: N803
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from ..gpu_plans.draws import TILE, Logprobs
 from .cubin import Build
-from .sampling import TILE, WARPS, best_of
+from .sampling import WARPS, best_of
 
 _NONE = tl.constexpr(0x7FFFFFFF)
 
@@ -73,21 +72,6 @@ def logprobs_kernel(
         last, last_id = next_likely(z, size, last, last_id, TILE)
         tl.store(ids + program * most + n, tl.where(last > float("-inf"), last_id, -1))
         tl.store(values + program * most + n, last)
-
-
-@dataclass(frozen=True, slots=True)
-class Logprobs:
-    """Of Q rows, on the device."""
-
-    normalizers_Q: torch.Tensor
-    """float64; NaN: the row has NaN, +inf or nothing that is finite."""
-    chosen_Q: torch.Tensor
-    """float32: the logit of the token that was drawn; NaN where none was."""
-    ids_QM: torch.Tensor
-    """int32: the likeliest tokens, largest first, equal ones by lower id; -1 where fewer are finite. Of row q, its
-    count's first ones; the rest is not written."""
-    values_QM: torch.Tensor
-    """float32: their logits."""
 
 
 def logprobs(

@@ -8,18 +8,17 @@ same memory afterwards.
 
 Shapes: R rows, V vocabulary; logits [R, V] float32; P rows that ask, E entries of all their lists.
 """
-# ruff: noqa: N803, N815
+# ruff: noqa: N803
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from ..gpu_plans.draws import TILE, Penalties
 from .cubin import Build
-from .sampling import TILE, WARPS, best_of
+from .sampling import WARPS, best_of
 
 
 @triton.jit
@@ -70,24 +69,6 @@ def restore_kernel(logits, rows, spans, ids, saved, row_stride, TILE: tl.constex
         i = first + lane
         token = tl.load(ids + i, mask=i < middle, other=0)
         tl.store(z + token, tl.load(saved + i, mask=i < middle, other=0.0), mask=i < middle)
-
-
-@dataclass(frozen=True, slots=True)
-class Penalties:
-    """What P rows of a step ask for, on the device."""
-
-    rows_P: torch.Tensor
-    """int32: which rows of the logits."""
-    spans_P3: torch.Tensor
-    """int32: as `penalize_kernel` has it."""
-    repetitions_P: torch.Tensor
-    """float32: repetition penalties; 1: none."""
-    ids_E: torch.Tensor
-    """int32, all within the vocabulary."""
-    values_E: torch.Tensor
-    """float32: what is added, of the context what is subtracted."""
-    saved_E: torch.Tensor
-    """float32: scratch for the way back."""
 
 
 def penalize(logits: torch.Tensor, asked: Penalties, tile: int = TILE) -> None:

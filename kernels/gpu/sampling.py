@@ -26,19 +26,16 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpu_plans.draws import GREEDY_TEMPERATURE, INFINITE, NOT_A_NUMBER, NOTHING, TILE, Wants
 from .cubin import Build
 from .draws import SAMPLE, uniform
-from .wants import GREEDY_TEMPERATURE, Wants
 
-TILE = 1024
 WARPS = 8
 _POINTS = tl.constexpr(16)
 _GREEDY = tl.constexpr(GREEDY_TEMPERATURE)
 _ALL = tl.constexpr(0x7F800000)
 """The key of -inf: at or before it is every token."""
 _NONE = tl.constexpr(0x7FFFFFFF)
-NOTHING, INFINITE, NOT_A_NUMBER = -1, -2, -3
-"""In place of the token of a row that is no distribution: every logit is -inf; one is +inf; one is NaN."""
 _NOTHING, _INFINITE, _NOT_A_NUMBER = (tl.constexpr(code) for code in (NOTHING, INFINITE, NOT_A_NUMBER))
 
 

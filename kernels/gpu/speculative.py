@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpu_plans.draws import TILE
 from .cubin import Build
 from .draws import ACCEPT, RESIDUAL, SAMPLE, uniform
-from .sampling import TILE, WARPS
+from .sampling import WARPS
 
 _NONE = tl.constexpr(0x7FFFFFFF)
 

@@ -15,12 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import architecture, precision, product
+from ..gpu_plans.tiling import architecture
+from ..int4 import GROUPS
+from .attend import precision, product
 from .cubin import Build
 from .gemm import Cut, candidates, finish, finish_kernel, tile_place
 from .tuning import Tuner, bucket
 
-GROUPS = (32, 64, 128)
 CUTS = (
     Cut(16, 32, 1, 1, 4, 5),
     Cut(16, 64, 1, 1, 4, 4),

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import architecture
+from ..gpu_plans.tiling import architecture
 from .cubin import Build
 from .gemm import CUTS, WIDE_CUTS, Cut, candidates, finish, finish_kernel, tile_place
 from .tuning import Tuner, bucket

@@ -1,4 +1,4 @@
-"""Attention over paged KV from the plans of `kernels.gpu`, whose lists of work are not looked at.
+"""Attention over paged KV from `kernels.gpu_plans`, whose lists of work are not looked at.
 
 Legend: T tokens, R rows, B rows of one length, Q queries of each, H query heads, K kv heads, G = H / K, D head dim, N
 blocks in memory, W columns of the block tables, S slots, L keys of a piece.
@@ -11,15 +11,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from ..gpu_plans.decode import DecodePlan
+from ..gpu_plans.prefill import PrefillPlan
 from ..paged_attention import AttentionPlan, AttentionRow, AttentionShape, paged_attention_reference
-
-if TYPE_CHECKING:
-    from ..gpu.decode_attention import DecodePlan
-    from ..gpu.prefill_attention import PrefillPlan
 
 Attend = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Sequence[AttentionRow], AttentionShape, torch.Tensor], None

@@ -13,10 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..gpu.logprobs import Logprobs
-from ..gpu.penalties import Penalties
-from ..gpu.sampling import INFINITE, NOT_A_NUMBER, NOTHING
-from ..gpu.wants import GREEDY_TEMPERATURE, Wants
+from ..gpu_plans.draws import (
+    GREEDY_TEMPERATURE,
+    INFINITE,
+    NOT_A_NUMBER,
+    NOTHING,
+    Logprobs,
+    Penalties,
+    Wants,
+)
 from ..penalties import penalize_reference
 from ..philox import uniform_batch
 from ..sampling import draw, log_normalizer, most_likely, truncate

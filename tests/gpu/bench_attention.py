@@ -17,9 +17,10 @@ from functools import partial
 import torch
 import triton
 from measure import Case, library, time_s
-from tandem.kernels.gpu import decode_attention as decode
-from tandem.kernels.gpu import prefill_attention as prefill
-from tandem.kernels.gpu.attend import Tiling, architecture, form_of
+from tandem.kernels.gpu.decode_attention import decode_attention
+from tandem.kernels.gpu.prefill_attention import prefill_attention
+from tandem.kernels.gpu_plans import decode, prefill
+from tandem.kernels.gpu_plans.tiling import Tiling, architecture, form_of, multiprocessors
 from tandem.kernels.paged_attention import AttentionRow, AttentionShape
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -101,7 +102,7 @@ def prefill_cases(given: Setting, narrow: bool = False) -> list[Case]:
 
     def ours(layer: torch.Tensor, scales: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
         plan = planned(layer).on(device)
-        return lambda: prefill.prefill_attention(given.q, layer, given.tables, plan, shape, scales_2K=scales)
+        return lambda: prefill_attention(given.q, layer, given.tables, plan, shape, scales_2K=scales)
 
     tiled, standard = (moved(planned(given.layer), shape, 2) for moved in (prefill.moved_bytes, prefill.standard_bytes))
     queries, vectors = 2 * 2 * given.q.numel(), count * _seen(given, length) * shape.num_kv_heads * shape.head_dim * 2
@@ -173,8 +174,8 @@ def decode_cases(given: Setting, narrow: bool = False) -> list[Case]:
     def ours(layer: torch.Tensor, scales: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
         group = shape.num_heads // shape.num_kv_heads
         cut = decode.tiling(group, shape.head_dim, DTYPE, form_of(layer, DTYPE), architecture(device))
-        plan = decode.plan_decode(lengths, shape, cut, decode.multiprocessors(device)).on(device)
-        return lambda: decode.decode_attention(given.q, layer, given.tables, plan, shape, scales_2K=scales)
+        plan = decode.plan_decode(lengths, shape, cut, multiprocessors(device)).on(device)
+        return lambda: decode_attention(given.q, layer, given.tables, plan, shape, scales_2K=scales)
 
     cases = [
         Case(what=what, who="tandem", run=held(ours(given.layer), expected), moved_bytes=plain_bytes),
@@ -294,8 +295,8 @@ def _decoding(given: Setting) -> Callable[[Tiling], Callable[[], torch.Tensor]]:
     lengths, device = [row.start + 1 for row in given.rows], given.q.device
 
     def make(cut: Tiling) -> Callable[[], torch.Tensor]:
-        plan = decode.plan_decode(lengths, given.shape, cut, decode.multiprocessors(device)).on(device)
-        return lambda: decode.decode_attention(given.q, given.layer, given.tables, plan, given.shape)
+        plan = decode.plan_decode(lengths, given.shape, cut, multiprocessors(device)).on(device)
+        return lambda: decode_attention(given.q, given.layer, given.tables, plan, given.shape)
 
     return make
 
@@ -303,7 +304,7 @@ def _decoding(given: Setting) -> Callable[[Tiling], Callable[[], torch.Tensor]]:
 def _prefilling(given: Setting) -> Callable[[Tiling], Callable[[], torch.Tensor]]:
     def make(cut: Tiling) -> Callable[[], torch.Tensor]:
         plan = prefill.plan_prefill(given.rows, given.shape, cut).on(given.q.device)
-        return lambda: prefill.prefill_attention(given.q, given.layer, given.tables, plan, given.shape)
+        return lambda: prefill_attention(given.q, given.layer, given.tables, plan, given.shape)
 
     return make
 

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from measure import Case, library
 from tandem.kernels.gpu.logprobs import logprobs
-from tandem.kernels.gpu.penalties import Penalties, penalize
+from tandem.kernels.gpu.penalties import penalize
 from tandem.kernels.gpu.sampling import probabilities, sample
 from tandem.kernels.gpu.speculative import verify
-from tandem.kernels.gpu.wants import Wants
+from tandem.kernels.gpu_plans.draws import Penalties, Wants
 
 SIZE = 128_256
 ROWS = (1, 32, 128)

@@ -26,7 +26,7 @@ from tandem.cluster.models.config import ModelConfig
 from tandem.cluster.types import Handoff, SamplingParams, SequenceSpec
 from tandem.kernels.dispatch import gpu_operations
 from tandem.kernels.gpu.sampling import sample
-from tandem.kernels.gpu.wants import Wants
+from tandem.kernels.gpu_plans.draws import Wants
 
 BLOCK_SIZE = 16
 GREEDY = SamplingParams(temperature=0.0)

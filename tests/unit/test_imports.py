@@ -125,6 +125,18 @@ for module in {pure_modules(repository)!r}:
     assert result.returncode == 0, result.stderr
 
 
+def test_only_gpu_kernels_and_quantized_products_load_triton(repository: Path) -> None:
+    needs = ("kernels.gpu", "cluster.engine.gpu.quantized_linears")
+    program = f"""
+import importlib, sys
+sys.modules["triton"] = None
+for module in {[module for module in modules(repository) if not within(module, needs)]!r}:
+    importlib.import_module("tandem." + module)
+"""
+    result = run(program)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_package_itself_loads_nothing() -> None:
     result = run("import sys, tandem; print(sorted(name for name in sys.modules if name.startswith('tandem')))")
     assert result.stdout.strip() == "['tandem']", result.stderr

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ....kernels.gpu.attend import PLAIN, architecture
-from ....kernels.gpu.decode_attention import DecodePlan, most_pieces, multiprocessors, plan_decode
-from ....kernels.gpu.decode_attention import tiling as decode_tiling
-from ....kernels.gpu.prefill_attention import PrefillPlan, plan_prefill
-from ....kernels.gpu.prefill_attention import tiling as prefill_tiling
+from ....kernels.gpu_plans.decode import DecodePlan, most_pieces, plan_decode
+from ....kernels.gpu_plans.decode import tiling as decode_tiling
+from ....kernels.gpu_plans.prefill import PrefillPlan, plan_prefill
+from ....kernels.gpu_plans.prefill import tiling as prefill_tiling
+from ....kernels.gpu_plans.tiling import PLAIN, architecture, multiprocessors
 from ....kernels.paged_attention import AttentionRow, AttentionShape
 from ...models.config import ModelConfig
 from ..plan import DRAWN, StepPlan, StepRow

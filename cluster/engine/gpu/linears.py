@@ -1,8 +1,8 @@
 """Linear layers on a GPU: y = x W^T + b with x [T, I] and y [T, O] in the model's dtype, logits in float32.
 
 16-bit and float32 products are the vendor's library's, which is at the hardware's bound for them; int8 and 4-bit ones
-are `kernels.gpu`'s. Inputs of int8 products come quantized from the kernel before, where there is one that does that
-(`Rows`), else they are quantized here.
+are `quantized_linears`'. Inputs of int8 products come quantized from the kernel before, where there is one that does
+that (`Rows`).
 """
 # ruff: noqa: N812
 
@@ -13,10 +13,6 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ....kernels.gpu.activation import quantize_rows
-from ....kernels.gpu.tuning import Tuner
-from ....kernels.gpu.w4a16 import w4a16_linear
-from ....kernels.gpu.w8a8 import w8a8_linear
 from ....kernels.linear import EmbeddingTable, Linear
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -50,60 +46,6 @@ class DeviceLinear(Linear):
         if self._bias is None and x.dtype != torch.float32 and _has_wide_product(x.device, x.dtype):
             return torch.mm(x, self._weight.t(), out_dtype=torch.float32)
         return self(x).float()
-
-
-class Int8Linear(DeviceLinear):
-    """W8A8: int8 weights with a scale an output channel."""
-
-    takes_int8 = True
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        tuner: Tuner | None = None,
-    ) -> None:
-        """`weight` int8 [O, I], `scales` float32 [O]; `dtype`: of the model."""
-        super().__init__(weight, bias)
-        self.resident_bytes += scales.nbytes
-        self._scales = scales
-        self._dtype = dtype
-        self._tuner = tuner
-
-    def of(self, x: Rows, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if isinstance(x, torch.Tensor):
-            if self.observer is not None:
-                self.observer(x)
-            x = quantize_rows(x)
-        integers, scales = x
-        return w8a8_linear(
-            integers, scales, self._weight, self._scales, self._bias, dtype=dtype or self._dtype, tuner=self._tuner
-        )
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self.of(x)
-
-    def logits(self, x: Rows) -> torch.Tensor:
-        return self.of(x, torch.float32)
-
-
-class Int4Linear(DeviceLinear):
-    """W4A16: 4-bit weights with a scale for each group of inputs."""
-
-    def __init__(
-        self, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, tuner: Tuner | None = None
-    ) -> None:
-        """`packed` uint8 [O, I / 2], `scales` float32 [O, groups] (`kernels.int4`)."""
-        super().__init__(packed, bias)
-        self.in_features = 2 * packed.shape[1]
-        self.resident_bytes += scales.nbytes
-        self._scales = scales
-        self._tuner = tuner
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return w4a16_linear(x, self._weight, self._scales, self._bias, tuner=self._tuner)
 
 
 class DeviceTable(EmbeddingTable):

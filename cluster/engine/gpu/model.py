@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 
 from ....kernels.dispatch import GpuOperations, Int8Operations
-from ....kernels.gpu.decode_attention import DecodePlan
-from ....kernels.gpu.prefill_attention import PrefillPlan
+from ....kernels.gpu_plans.decode import DecodePlan
+from ....kernels.gpu_plans.prefill import PrefillPlan
 from ....kernels.linear import Linear
 from ....kernels.rotary import rotary_tables
 from ...models.config import ModelConfig

@@ -28,9 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from ....kernels.dispatch import GpuOperations
-from ....kernels.gpu.penalties import Penalties
-from ....kernels.gpu.sampling import INFINITE, NOT_A_NUMBER, NOTHING, TILE
-from ....kernels.gpu.wants import Wants
+from ....kernels.gpu_plans.draws import INFINITE, NOT_A_NUMBER, NOTHING, TILE, Penalties, Wants
 from ...types import SampledToken, SamplingParams
 from ..plan import SampleSpec
 from ..sampler import SampleFailure, bad_peak, is_greedy

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
-from ....kernels.gpu.tuning import Tuner
-from ....kernels.gpu.w4a16 import GROUPS
-from ....kernels.int4 import quantize_int4
+from ....kernels.int4 import GROUPS, quantize_int4
 from ....kernels.int8 import quantize_rows_reference
 from ....kernels.linear import EmbeddingTable, Linear
 from ...models.config import ModelConfig
@@ -24,7 +23,10 @@ from ..parallel.shard import Shard
 from ..parallel.weights import ShardedWeights
 from ..weight_source import WeightSource, check_shapes, expected_shapes, stretches
 from ..weights import DTYPES, Builder, assemble
-from .linears import DeviceLinear, DeviceTable, Int4Linear, Int8Linear
+from .linears import DeviceLinear, DeviceTable
+
+if TYPE_CHECKING:
+    from ....kernels.gpu.tuning import Tuner
 
 QUANTIZATIONS = (None, "w8a8", "w4a16")
 _QUANTIZED_ROWS = 4096
@@ -93,8 +95,7 @@ class DeviceBuilder(Builder):
         super().__init__(config, source, dtype, progress)
         self._device = device
         self._quantization = quantization
-        quantized = quantization is not None and device.type == "cuda"
-        self._tuner = Tuner.of_device(device) if quantized else None
+        self._tuner = _tuner(device) if quantization is not None and device.type == "cuda" else None
 
     def table(self, name: str) -> EmbeddingTable:
         return DeviceTable(self._matrix(name))
@@ -140,13 +141,21 @@ class DeviceBuilder(Builder):
 
     def _linear(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         kind = self._kind(name)
+        if kind is None:
+            return DeviceLinear(weight, bias)
+        from .quantized_linears import Int4Linear, Int8Linear
+
         if kind == "w8a8":
             return Int8Linear(*_quantized(weight), bias, self.dtype, self._tuner)
-        if kind == "w4a16":
-            group = _group(weight.shape[1])
-            assert group is not None
-            return Int4Linear(*quantize_int4(weight, group), bias, self._tuner)
-        return DeviceLinear(weight, bias)
+        group = _group(weight.shape[1])
+        assert group is not None
+        return Int4Linear(*quantize_int4(weight, group), bias, self._tuner)
+
+
+def _tuner(device: torch.device) -> Tuner:
+    from ....kernels.gpu.tuning import Tuner
+
+    return Tuner.of_device(device)
 
 
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,16 +7,10 @@ import torch
 from attention_cases import TOLERANCE, batch, far_apart, narrowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tandem.kernels.gpu import decode_attention as module
-from tandem.kernels.gpu.attend import PLAIN, Tiling
-from tandem.kernels.gpu.decode_attention import (
-    decode_attention,
-    most_pieces,
-    moved_bytes,
-    multiprocessors,
-    plan_decode,
-    tiling,
-)
+from tandem.kernels.gpu.decode_attention import _MERGED, decode_attention
+from tandem.kernels.gpu_plans import decode as plans
+from tandem.kernels.gpu_plans.decode import most_pieces, moved_bytes, plan_decode, tiling
+from tandem.kernels.gpu_plans.tiling import PLAIN, Tiling, multiprocessors
 from tandem.kernels.paged_attention import AttentionShape
 
 SMALL = Tiling(16, 16, 4, 2)
@@ -24,7 +18,7 @@ SMALL = Tiling(16, 16, 4, 2)
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LEAST_KEYS", 16)
+    monkeypatch.setattr(plans, "_LEAST_KEYS", 16)
 
 
 def one_each(lengths, shape, device, dtype=torch.float32, seed=0):
@@ -95,7 +89,7 @@ def test_long_contexts_are_merged_in_several_turns(device, places, pieces) -> No
     given = one_each(lengths, shape, device)
     given.q.mul_(4.0)
     assert pieces == len(plan_decode(lengths, shape, cut, places).work_W4)
-    assert places == 1 or pieces > 2 * module._MERGED
+    assert places == 1 or pieces > 2 * _MERGED
     given.check(attended(given, lengths, places, cut))
 
 
@@ -145,7 +139,7 @@ def test_a_plan_holds_every_tile_once(lengths, kv_heads, window) -> None:
 
 
 def test_how_a_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LEAST_KEYS", 256)
+    monkeypatch.setattr(plans, "_LEAST_KEYS", 256)
     shape, cut = AttentionShape(32, 8, 128, 16), Tiling(16, 64, 4, 5)
     pieces = {
         name: plan_decode(lengths, shape, cut, 132).spans_B2[:, 1].tolist()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tandem.kernels.gpu.penalties import Penalties, penalize, restore
+from tandem.kernels.gpu.penalties import penalize, restore
+from tandem.kernels.gpu_plans.draws import Penalties
 from tandem.kernels.penalties import penalize_reference
 
 TILE = 32

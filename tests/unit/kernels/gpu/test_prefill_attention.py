@@ -7,14 +7,9 @@ import torch
 from attention_cases import TOLERANCE, Batch, batch, far_apart, narrowed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tandem.kernels.gpu.attend import Tiling, form_of
-from tandem.kernels.gpu.prefill_attention import (
-    moved_bytes,
-    plan_prefill,
-    prefill_attention,
-    standard_bytes,
-    tiling,
-)
+from tandem.kernels.gpu.prefill_attention import prefill_attention
+from tandem.kernels.gpu_plans.prefill import moved_bytes, plan_prefill, standard_bytes, tiling
+from tandem.kernels.gpu_plans.tiling import Tiling, form_of
 from tandem.kernels.paged_attention import AttentionRow, AttentionShape
 
 SMALL = Tiling(16, 16, 4, 2)

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from tandem.kernels.gpu.draws import uniforms
 from tandem.kernels.gpu.logprobs import logprobs
-from tandem.kernels.gpu.sampling import INFINITE, NOT_A_NUMBER, NOTHING, probabilities, sample
-from tandem.kernels.gpu.wants import Wants
+from tandem.kernels.gpu.sampling import probabilities, sample
+from tandem.kernels.gpu_plans.draws import INFINITE, NOT_A_NUMBER, NOTHING, Wants
 from tandem.kernels.philox import Purpose, uniform_batch
 from tandem.kernels.sampling import draw, log_normalizer, most_likely, truncate
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from tandem.kernels.gpu.sampling import probabilities, sample
 from tandem.kernels.gpu.speculative import verify
-from tandem.kernels.gpu.wants import Wants
+from tandem.kernels.gpu_plans.draws import Wants
 from tandem.kernels.philox import Purpose, uniform
 from tandem.kernels.speculative import verify_reference
 

@@ -1,4 +1,9 @@
-"""What is wanted of the rows of a step when they are sampled, as the kernels take it: columns on the device."""
+"""What a step's draws are told and what they answer, on the device: wants, penalties, logprobs.
+
+Shapes: R rows of logits; P rows that ask for penalties, E entries of all their lists; Q rows that ask for logprobs, M
+likeliest tokens of each.
+"""
+# ruff: noqa: N815
 
 from __future__ import annotations
 
@@ -10,6 +15,10 @@ import torch
 
 GREEDY_TEMPERATURE = 1e-5
 """Below it, the likeliest token is taken (as vLLM's `_SAMPLING_EPS`)."""
+NOTHING, INFINITE, NOT_A_NUMBER = -1, -2, -3
+"""In place of the token of a row that is no distribution: every logit is -inf; one is +inf; one is NaN."""
+TILE = 1024
+"""Tokens that Triton's kernels look at together, if nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,39 @@ class Wants:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """In the order in which kernels take them."""
         return (self.temperature, self.top_k, self.min_p_log, self.top_p, self.seed, self.choice, self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """What P rows of a step ask for, on the device."""
+
+    rows_P: torch.Tensor
+    """int32: which rows of the logits."""
+    spans_P3: torch.Tensor
+    """int32: its first entry, the first of its context, the one behind the last."""
+    repetitions_P: torch.Tensor
+    """float32: repetition penalties; 1: none."""
+    ids_E: torch.Tensor
+    """int32, all within the vocabulary."""
+    values_E: torch.Tensor
+    """float32: what is added, of the context what is subtracted."""
+    saved_E: torch.Tensor
+    """float32: scratch for the way back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of Q rows, on the device."""
+
+    normalizers_Q: torch.Tensor
+    """float64; NaN: the row has NaN, +inf or nothing that is finite."""
+    chosen_Q: torch.Tensor
+    """float32: the logit of the token that was drawn; NaN where none was."""
+    ids_QM: torch.Tensor
+    """int32: the likeliest tokens, largest first, equal ones by lower id; -1 where fewer are finite. Of row q, its
+    count's first ones; the rest is not written."""
+    values_QM: torch.Tensor
+    """float32: their logits."""
 
 
 def _signed(value: int, bits: int) -> int:

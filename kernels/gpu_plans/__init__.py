@@ -1,0 +1,3 @@
+"""What a step on a GPU is told, whoever computes it (`kernels.gpu` or `kernels.on_device`): plans of attention's work,
+what draws ask and answer. Plain data in torch tensors and the host code that makes it; nothing here loads Triton.
+"""
