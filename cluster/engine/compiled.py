@@ -29,7 +29,6 @@ from .weight_cache import WeightCache
 
 __all__ = ["CompiledForward", "decoder_shape", "unsupported"]
 
-_COMPILING = "kernels (the first start on a machine compiles them)"
 _CACHED_FROM_BYTES = 32 * 2**20
 """Packing less takes no time worth a file."""
 
@@ -87,7 +86,7 @@ class CompiledForward(Forward):
         shape = decoder_shape(files.config)
         weights = _weights(files, shape, kind, f"{fingerprint}-{layout(kind)}-{weights_stamp(files)}", say)
         with once(code_folder(), "decoder", lambda: say("waiting for another worker that compiles the same", None)):
-            say(_COMPILING, None)
+            say("kernels", None)
             self._model = CompiledModel(shape, kind, weights, threads=threads, cpus=cpus)
             self._warm()
         self.resident_bytes = self._model.resident_bytes

@@ -31,6 +31,7 @@ from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
+from .compiling import told
 from .file_lock import Wait, alone
 
 MAGIC = b"TANDEMC1"
@@ -68,10 +69,11 @@ class CodeCache(NullCache):  # type: ignore[misc]  # numba has no types
             payload = _checked(_read_own(path), path.name)
             return CompileResult._rebuild(target_context, *pickle.loads(payload))
         except FileNotFoundError:
-            return None
+            pass
         except Exception as error:  # whatever unpickling a foreign version's objects raises
             logger.warning("compiled code %s is not used: %s: %s", path, type(error).__name__, error)
-            return None
+        told()
+        return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keeps a compiled function, where that can be done."""

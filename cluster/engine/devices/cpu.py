@@ -15,10 +15,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ....kernels.compiled.compiling import telling
 from ....kernels.dispatch import Picked, numba_problem, pick
 from ....kvtransfer.collective.ports import RankPort
 from ....kvtransfer.layout import KVSplit
@@ -47,6 +49,11 @@ def _check_processors(cpus: Sequence[int]) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     if not set(cpus) <= set(allowed):
         raise ValueError(f"cpus: {tuple(cpus)} are not all among this process's processors {allowed}")
+
+
+def _compiling(stage: Stage | None) -> AbstractContextManager[None]:
+    """Inside, `stage` hears when kernels are compiled that were not kept."""
+    return nullcontext() if stage is None else telling(lambda: stage("compiling kernels", None))
 
 
 def _obstacle(config: ModelConfig) -> str | None:
@@ -126,7 +133,8 @@ class CpuDevice(Device):
             check_split(files.config, tensor_parallel, pipeline_stages)
             self.picked: Picked = _pick_for_ranks(kernels, quantization)
         else:
-            self.picked = pick(kernels, quantization, None if kernels in _TORCH else _obstacle(files.config))
+            with _compiling(stage):
+                self.picked = pick(kernels, quantization, None if kernels in _TORCH else _obstacle(files.config))
         self.fingerprint = fingerprint(files, dtype, quantization)
         self.vocab_size = files.config.vocab_size
         self.num_blocks = num_blocks
@@ -139,7 +147,9 @@ class CpuDevice(Device):
             self._store = store
             store.commit()
             self._sampler = Sampler()
-            self._forward: Forward | None = self._load(files, dtype, quantization, store, processes, threads, stage)
+            with _compiling(stage):
+                forward = self._load(files, dtype, quantization, store, processes, threads, stage)
+            self._forward: Forward | None = forward
         except BaseException:
             dismiss(processes)
             raise

@@ -7,11 +7,13 @@ import threading
 
 import pytest
 import torch
+from tandem.cluster.engine.compiled import CompiledForward
 from tandem.cluster.engine.devices.cpu import CpuDevice
 from tandem.cluster.engine.devices.kv_memory import kv_layout
 from tandem.cluster.engine.plan import SampleSpec, StepOutput, StepPlan, StepRow
 from tandem.cluster.models.reference import ModelFiles, resolve_model
 from tandem.cluster.types import SamplingParams
+from tandem.kernels.compiled.compiling import told
 
 BLOCK_SIZE = 4
 GREEDY = SamplingParams(temperature=0.0)
@@ -61,6 +63,17 @@ def test_facts(files: ModelFiles, kernels: str, dtype: str) -> None:
     assert device.kv.num_blocks == device.num_blocks == 2**20 // layout.block_bytes
     assert device.fingerprint == make_device(files, kernels, dtype).fingerprint
     assert device.fingerprint != make_device(files, kernels, {"float32": "bfloat16"}.get(dtype, "float32")).fingerprint
+
+
+def test_a_start_says_that_it_compiles_only_where_it_does(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_device(files, "compiled").close()  # whatever was not compiled is now
+    stages: list[str] = []
+    make_device(files, "compiled", stage=lambda what, share: stages.append(what)).close()
+    assert "kernels" in stages
+    assert "compiling kernels" not in stages
+    monkeypatch.setattr(CompiledForward, "_warm", lambda self: told())  # as one that was not kept
+    make_device(files, "compiled", stage=lambda what, share: stages.append(what)).close()
+    assert stages[-1] == "compiling kernels"
 
 
 def test_outputs_follow_the_plan(files: ModelFiles, kernels: str) -> None:

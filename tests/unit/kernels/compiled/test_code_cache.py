@@ -15,6 +15,7 @@ import numba
 import pytest
 from tandem.kernels.compiled import code_cache, file_lock
 from tandem.kernels.compiled.code_cache import CodeCache, once, prune
+from tandem.kernels.compiled.compiling import telling
 from tandem.kernels.compiled.file_lock import alone
 
 
@@ -47,6 +48,20 @@ def test_code_is_found_again_by_signature(tmp_path: Path) -> None:
     assert len(code_files(tmp_path / "code")) == 2
     again = compiled(tmp_path / "code")
     assert (again(3), again(1.5), hits(again)) == (9, 4.5, 2)
+
+
+def test_what_is_compiled_is_told_and_what_was_kept_is_not(tmp_path: Path) -> None:
+    told: list[str] = []
+    with telling(lambda: told.append("compiles")):
+        compiled(tmp_path)(2)
+        assert told == ["compiles"]
+        compiled(tmp_path)(2)
+        assert told == ["compiles"]
+        (path,) = code_files(tmp_path)
+        path.write_bytes(b"")
+        compiled(tmp_path)(2)
+    compiled(tmp_path)(2.5)
+    assert told == ["compiles", "compiles"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "garbage", "foreign version", "another kernel's"])
