@@ -13,7 +13,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = "tandem.kv.v1.KV"
 MAX_PULL_S = 3600.0
-"""Server's own bound on a pull, for clients that send no deadline."""
+"""Server's own bound on a pull, for clients that send no deadline, or a later one."""
 MAX_CALL_S = 60.0
 FRAME_BYTES = 2**20
 LOOKAHEAD_BYTES = 8 * 2**20
@@ -144,19 +144,20 @@ class GrpcKVServer:
         await self._sessions.serve(said, context.write)
 
     async def _pull(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
-        """Writes messages until the end frame; a refusal is the last message. Cancelled when the reader goes away."""
+        """Writes messages until the end frame; a refusal is the last message. Cancelled when the reader goes away, or
+        its deadline has come.
+        """
         if self._pulls >= self._max_pulls:
             refusal = HandoffRefused(RefusalReason.LIMIT, f"{self._max_pulls} pulls are open")
             await context.write(wire.encode_refused(refusal))
             return
         self._pulls += 1
         try:
-            async with asyncio.timeout(min(context.time_remaining() or MAX_PULL_S, MAX_PULL_S)):
-                await self._send(wire.decode_pull(data), context)
-        except HandoffRefused as refusal:
-            await context.write(wire.encode_refused(refusal))
-        except TimeoutError:
-            await context.write(wire.encode_refused(HandoffRefused(RefusalReason.DEADLINE, "the pull took too long")))
+            async with _bounded(context):
+                try:
+                    await self._send(wire.decode_pull(data), context)
+                except HandoffRefused as refusal:
+                    await context.write(wire.encode_refused(refusal))
         finally:
             self._pulls -= 1
 
@@ -177,6 +178,25 @@ class GrpcKVServer:
                     message = wire.encode_blocks(item.frames)
                 item.verify()
                 await context.write(message)
+
+
+@asynccontextmanager
+async def _bounded(context: grpc.aio.ServicerContext) -> AsyncGenerator[None, None]:
+    """Ends a stream after `MAX_PULL_S` where its client's deadline, which gRPC keeps on both sides, does not before.
+
+    A write may be under way then that the client does not take. gRPC takes no message beside it, but a status, where
+    the stream's head is not part of that write.
+    """
+    left_s = context.time_remaining()
+    if left_s is not None and left_s <= MAX_PULL_S:
+        yield
+        return
+    await context.send_initial_metadata(())
+    try:
+        async with asyncio.timeout(MAX_PULL_S):
+            yield
+    except TimeoutError:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the pull took too long")
 
 
 async def _answer(answer: Callable[[], Awaitable[bytes]]) -> bytes:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterable
 
+import grpc
+import grpc.aio
 import pytest
+from tandem.kvtransfer import grpc_transport, wire
 from tandem.kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
-from tandem.kvtransfer.transport import BlockRun, EndFrame, KVSource, PullRequest
+from tandem.kvtransfer.transport import BlockFrame, BlockRun, EndFrame, KVSource, PullRequest
 
 BLOCK_BYTES = 64
+LARGE_BLOCK_BYTES = 4 * grpc_transport.LOOKAHEAD_BYTES
 TICKET = Ticket(
     request_id="r",
     choice=0,
@@ -85,6 +90,53 @@ def test_a_deadline_ends_the_call_on_both_sides() -> None:
         peer = Peer("p", 1, f"127.0.0.1:{await server.start()}")
         assert await drain(transport, peer, timeout_s=0.2) is RefusalReason.DEADLINE
         await asyncio.wait_for(source.closed.wait(), 30)
+        await transport.close()
+        await server.stop()
+
+    asyncio.run(scene())
+
+
+class EndlessSource(SilentSource):
+    """Has always more to send than a connection takes on its way; what comes first may be little."""
+
+    def __init__(self, first_bytes: int) -> None:
+        super().__init__()
+        self.sizes = (first_bytes, LARGE_BLOCK_BYTES)
+
+    async def open_pull(self, request: PullRequest) -> AsyncGenerator[BlockRun | EndFrame, None]:
+        try:
+            for index in itertools.count():
+                payload = memoryview(bytes(self.sizes[min(index, 1)]))
+                frame = BlockFrame(ticket=TICKET, block_index=index, generation=1, payload=payload, checksum=None)
+                yield BlockRun(frames=(frame,), refs=(), verify=lambda: None)
+        finally:
+            self.closed.set()
+
+
+async def all_of(call: AsyncIterable[bytes]) -> None:
+    """Takes what comes until nothing more does."""
+    async for _ in call:
+        pass
+
+
+@pytest.mark.parametrize("first_bytes", [BLOCK_BYTES, LARGE_BLOCK_BYTES])
+def test_a_reader_that_takes_nothing_hears_that_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, first_bytes: int
+) -> None:
+    """Though a write is under way that it does not take: gRPC has room for one."""
+    monkeypatch.setattr(grpc_transport, "MAX_PULL_S", 0.2)
+
+    async def scene() -> None:
+        source, transport = EndlessSource(first_bytes), GrpcKVTransport(block_bytes=LARGE_BLOCK_BYTES)
+        server = GrpcKVServer(source, block_bytes=LARGE_BLOCK_BYTES)
+        peer = Peer("p", 1, f"127.0.0.1:{await server.start()}")
+        with transport._channel(peer) as channel:
+            call = channel.unary_stream(f"/{grpc_transport.SERVICE}/Pull")(wire.encode_pull(REQUEST))
+            await asyncio.wait_for(source.closed.wait(), 30)
+            taken = asyncio.create_task(all_of(call))
+            await asyncio.wait((taken,), timeout=30)
+            assert isinstance(error := taken.exception(), grpc.aio.AioRpcError)
+            assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, "the pull took too long")
         await transport.close()
         await server.stop()
 
