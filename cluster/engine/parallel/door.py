@@ -5,9 +5,9 @@
    rank of another node by TCP, with two links: one for steps, one for blocks of its KV.
 3. Before anything else is read, both prove that they know the offer's key, which was drawn for this life of the worker,
    and the cluster's secret: each answers the other's challenge by a MAC over both challenges and over what it says.
-   Strangers are not answered, and cannot keep others from coming: those in the door are bounded in number and time,
-   and where no place is left, the address that holds the most of them loses its oldest. Other users of the node take
-   none. A rank that is sent away before it was asked anything comes again.
+   Strangers hear no more than that they are none of the ranks, and cannot keep others from coming: those in the door
+   are bounded in number and time, and where no place is left, the address that holds the most of them loses its
+   oldest. Other users of the node take none. A rank that loses its place so comes again, within its own time.
 4. The door is closed once all are there.
 
 Links over TCP are neither encrypted nor signed after that, nor is what ranks say to each other (Gloo, NCCL): who may
@@ -48,6 +48,8 @@ _UCRED = struct.Struct("3i")
 """Of SO_PEERCRED: process, user, group."""
 _SAYS = struct.Struct("<8sBII32s32s")
 _MAGIC = b"TANDEMR1"
+_NO = bytes(CHALLENGE_BYTES)
+"""What a leader says instead of its own proof to one that is not its rank: it need not come again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,12 +226,16 @@ class RankDoor:
         link.sendall(challenge)
         magic, kind, rank, pid, theirs, proof = _SAYS.unpack(_exactly(link, _SAYS.size, deadline_s))
         said = _said(kind, rank, pid)
+        wrong = ""
         if magic != _MAGIC or not hmac.compare_digest(
             proof, _rank_proof(self._credentials, self._key, challenge, theirs, said)
         ):
-            raise ValueError("it does not know this worker's key and the cluster's secret")
-        if rank not in self._remote or kind not in (STEPS, BLOCKS)[: 1 + self._remote[rank]]:
-            raise ValueError(f"link {kind} of rank {rank} is not expected here")
+            wrong = "it does not know this worker's key and the cluster's secret"
+        elif rank not in self._remote or kind not in (STEPS, BLOCKS)[: 1 + self._remote[rank]]:
+            wrong = f"link {kind} of rank {rank} is not expected here"
+        if wrong:
+            link.sendall(_NO)
+            raise ValueError(wrong)
         if not self._leave(link):
             raise EOFError("others came, and it had not proved itself yet")
         link.sendall(_leader_proof(self._credentials, self._key, challenge, theirs))
@@ -253,19 +259,31 @@ def join(offer: Offer, credentials: MemberCredentials, timeout_s: float) -> tupl
 
 
 def _come(offer: Offer, kind: int, credentials: MemberCredentials, timeout_s: float) -> socket.socket:
+    """A link to the leader, which both ends have proved. Comes again where it is sent away without a word, but not to a
+    door that is closed.
+    """
     deadline_s = time.monotonic() + timeout_s
-    link, challenge = _knock(offer, deadline_s)
+    while True:
+        try:
+            return _proved(offer, kind, credentials, deadline_s)
+        except ConnectionRefusedError:
+            raise
+        except (EOFError, ConnectionError, BlockingIOError) as error:  # the last: too many wait before a Unix socket
+            if time.monotonic() + _COME_AGAIN_S > deadline_s:
+                raise RankLost(f"the leader sent this rank away each time it came: {error}") from error
+            time.sleep(_COME_AGAIN_S)
+
+
+def _proved(offer: Offer, kind: int, credentials: MemberCredentials, deadline_s: float) -> socket.socket:
+    link, challenge = _challenged(offer, deadline_s)
     try:
         ours = secrets.token_bytes(CHALLENGE_BYTES)
         pid = os.getpid()
         proof = _rank_proof(credentials, offer.key, challenge, ours, _said(kind, offer.rank, pid))
         link.sendall(_SAYS.pack(_MAGIC, kind, offer.rank, pid, ours, proof))
-        try:
-            answer = _exactly(link, CHALLENGE_BYTES, deadline_s)
-        except EOFError:
-            raise RankLost(
-                "the leader turned this rank away: is the cluster's secret the same on both nodes?"
-            ) from None
+        answer = _exactly(link, CHALLENGE_BYTES, deadline_s)
+        if answer == _NO:
+            raise RankLost("the leader turned this rank away: is the cluster's secret the same on both nodes?")
         if not hmac.compare_digest(answer, _leader_proof(credentials, offer.key, challenge, ours)):
             raise RankLost("whoever answers is not this rank's leader")
         link.settimeout(None)
@@ -274,21 +292,6 @@ def _come(offer: Offer, kind: int, credentials: MemberCredentials, timeout_s: fl
         link.close()
         raise
     return link
-
-
-def _knock(offer: Offer, deadline_s: float) -> tuple[socket.socket, bytes]:
-    """A link to the leader, and its challenge. Comes again where it is sent away before that, but not to a door that is
-    closed.
-    """
-    while True:
-        try:
-            return _challenged(offer, deadline_s)
-        except ConnectionRefusedError:
-            raise
-        except (EOFError, ConnectionError, BlockingIOError) as error:  # the last: too many wait before a Unix socket
-            if time.monotonic() + _COME_AGAIN_S > deadline_s:
-                raise RankLost(f"the leader sent this rank away each time it came: {error}") from error
-            time.sleep(_COME_AGAIN_S)
 
 
 def _challenged(offer: Offer, deadline_s: float) -> tuple[socket.socket, bytes]:

@@ -79,17 +79,19 @@ def test_a_proof_is_of_no_use_twice(door: RankDoor) -> None:
 
         def listen() -> None:
             with between.accept()[0] as rank, socket.create_connection((offer.host, offer.port)) as leader:
+                between.close()  # nobody is there when it comes again
                 rank.sendall(leader.recv(CHALLENGE_BYTES, socket.MSG_WAITALL))
                 heard.append(rank.recv(4096))
 
         thread = threading.Thread(target=listen)
         thread.start()
-        with pytest.raises(RankLost):
+        with pytest.raises(ConnectionRefusedError):
             join(eager, OURS, WAIT_S)
         thread.join(WAIT_S)
     with socket.create_connection((offer.host, offer.port), WAIT_S) as again:
         again.recv(CHALLENGE_BYTES, socket.MSG_WAITALL)
         again.sendall(heard[0])
+        assert again.recv(CHALLENGE_BYTES, socket.MSG_WAITALL) == bytes(CHALLENGE_BYTES)
         assert again.recv(1) == b""
 
 
@@ -100,7 +102,7 @@ def test_a_leader_that_knows_nothing_is_not_followed(door: RankDoor) -> None:
             with impostor.accept()[0] as link:
                 link.sendall(bytes(CHALLENGE_BYTES))
                 link.recv(4096)
-                link.sendall(bytes(CHALLENGE_BYTES))
+                link.sendall(b"x" * CHALLENGE_BYTES)
                 link.recv(1)
 
         thread = threading.Thread(target=answer)
@@ -148,6 +150,27 @@ def test_silent_strangers_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> No
             stranger.close()
 
 
+def test_a_rank_that_strangers_overtake_comes_again(monkeypatch: pytest.MonkeyPatch, door: RankDoor) -> None:
+    """All places are taken between its challenge and its answer, with which its first connection is gone."""
+    monkeypatch.setattr(module, "MAX_IN_DOOR", 2)
+    offer, strangers = door.offer(2), list[socket.socket]()
+    proof = module._rank_proof
+
+    def overtaken(*arguments: object) -> bytes:
+        if not strangers:
+            strangers.extend(crowd(offer, 2))
+        return proof(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_rank_proof", overtaken)
+    try:
+        for link in join(offer, OURS, WAIT_S):
+            assert link is not None
+            link.close()
+    finally:
+        for stranger in strangers:
+            stranger.close()
+
+
 def test_a_crowd_is_in_nobody_elses_way(monkeypatch: pytest.MonkeyPatch, door: RankDoor) -> None:
     """Who came before it from another address keeps its place."""
     monkeypatch.setattr(module, "PROOF_S", 3600.0)
@@ -180,7 +203,9 @@ def test_another_user_of_the_node_is_asked_nothing(monkeypatch: pytest.MonkeyPat
         join(door.offer(1), OURS, 0.2)
 
 
-def test_a_rank_that_is_sent_away_before_it_was_asked_comes_again(door: RankDoor) -> None:
+@pytest.mark.parametrize(("asked", "heard"), [(0, 0), (CHALLENGE_BYTES, 0), (CHALLENGE_BYTES, 4096)])
+def test_a_rank_that_is_sent_away_comes_again(door: RankDoor, asked: int, heard: int) -> None:
+    """Before it was asked anything, while it answers, and after that."""
     offer = door.offer(1)
     with socket.socket(socket.AF_UNIX) as between, socket.socket(socket.AF_UNIX) as leader:
         between.bind(f"\0{offer.name}-full")
@@ -189,7 +214,10 @@ def test_a_rank_that_is_sent_away_before_it_was_asked_comes_again(door: RankDoor
 
         def listen() -> None:
             for _ in range(2):
-                between.accept()[0].close()
+                with between.accept()[0] as sent_away:
+                    sent_away.sendall(bytes(asked))
+                    if heard:
+                        sent_away.recv(heard)
             with between.accept()[0] as rank:
                 leader.connect(f"\0{offer.name}")
                 rank.sendall(leader.recv(CHALLENGE_BYTES, socket.MSG_WAITALL))
