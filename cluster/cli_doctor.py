@@ -167,8 +167,6 @@ def _gpu() -> tuple[str, str]:
     there = f"{len(GPU_OPERATIONS)} operations in Triton"
     install = "pip install 'tandem-serve[gpu]'"
     problem = gpu_problem(facts)
-    if problem is not None and facts.name:
-        return problem, install
     if problem is not None:
         hint = "make the environment with a torch that is built for this GPU" if facts.driver else ""
         return f"{problem}; {there} wait for one", hint

@@ -166,13 +166,13 @@ def gpu_problem(facts: GpuFacts) -> str | None:
         return f"torch {facts.torch} is built without CUDA"
     if not facts.name:
         return f"no GPU: torch {facts.torch} (CUDA {facts.cuda}) sees no device"
-    if not facts.triton:  # whoever computes: it moves KV blocks
-        return "triton is not installed (pip install 'tandem-serve[gpu]')"
     return None
 
 
 def triton_problem(facts: GpuFacts) -> str | None:
     """Why the Triton kernels cannot run on the GPU that is here, or None."""
+    if not facts.triton:
+        return "triton is not installed (pip install 'tandem-serve[gpu]')"
     if _release(facts.triton) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {facts.triton} is older than {oldest} (pip install 'tandem-serve[gpu]')"
@@ -330,6 +330,37 @@ def _triton_operations() -> GpuOperations:
         restore=penalties.restore,
         logprobs=logprobs.logprobs,
         int8=Int8Operations(norm.rms_norm_int8, norm.layer_norm_int8, activation.activation_int8),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class KvMoves:
+    """One implementation of moves of KV blocks; signatures are those of `kernels.gpu.kv_blocks`'s functions."""
+
+    gather_blocks: Callable[..., torch.Tensor]
+    scatter_blocks: Callable[..., None]
+    copy_blocks: Callable[..., None]
+    repack: Callable[..., None]
+    compiles: bool
+    """Whether the first call of each compiles it."""
+
+
+@functools.cache
+def kv_moves(device: torch.device) -> KvMoves:
+    """Those for memory on `device`: Triton's where its kernels can run there, whoever computes, else torch's. Bytes are
+    the same.
+    """
+    facts = gpu_facts(device) if device.type == "cuda" else interpreter()
+    if triton_problem(facts) is None:
+        from .gpu import kv_blocks
+
+        return KvMoves(
+            kv_blocks.gather_blocks, kv_blocks.scatter_blocks, kv_blocks.copy_blocks, kv_blocks.repack, compiles=True
+        )
+    from .on_device import kv_blocks as by_torch
+
+    return KvMoves(
+        by_torch.gather_blocks, by_torch.scatter_blocks, by_torch.copy_blocks, by_torch.repack, compiles=False
     )
 
 

@@ -9,12 +9,11 @@ The plain loops beside the kernels, `copy_blocks_reference` and `repack_referenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from ..gpu_plans.moves import Part
 from .cubin import Build
 
 BLOCK_WORDS = 1024
@@ -99,21 +98,6 @@ def repack_kernel(
     inside = here[:, None] & (word < words)[None, :]
     value = tl.load(source + origin[:, None] + (token % source_slots)[:, None] * words + word[None, :], mask=inside)
     tl.store(target + goal[:, None] + (token % target_slots)[:, None] * words + word[None, :], value, mask=inside)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What of a source worker's blocks goes where in a target worker's: ranges of equal length on both sides."""
-
-    num_layers: int
-    num_heads: int
-    source_layer: int = 0
-    target_layer: int = 0
-    source_head: int = 0
-    target_head: int = 0
-    first_token: int = 0
-    """Tokens are counted through the ids: token t lies in block ids[t // S], slot t % S."""
-    num_tokens: int
 
 
 def gather_blocks(kv: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...kernels.dispatch import kv_moves
 from .plan import Rows
 
 MAX_FREE_BYTES = 64 * 2**20
@@ -62,7 +63,7 @@ class HostRankMemory(RankMemory):
 
 
 class DeviceRankMemory(RankMemory):
-    """A tensor on a GPU. Rows move through `kernels.gpu.kv_blocks`, on the calling thread's own stream: `Order` in
+    """A tensor on a GPU. Rows move through `dispatch.kv_moves`, on the calling thread's own stream: `Order` in
     `cluster.engine.gpu.kv_store` says why no stream must be waited for.
     """
 
@@ -73,15 +74,15 @@ class DeviceRankMemory(RankMemory):
         self._ids_on_device = tensor.device.type == "cuda"
 
     def gather(self, rows: Rows, message: torch.Tensor) -> None:
-        from ...kernels.gpu.kv_blocks import gather_blocks
-
-        gather_blocks(self._rows(rows.row_bytes), self._ids(rows), message.view(-1, rows.row_bytes))
+        kv_moves(self.device).gather_blocks(
+            self._rows(rows.row_bytes), self._ids(rows), message.view(-1, rows.row_bytes)
+        )
         self._finish()
 
     def scatter(self, message: torch.Tensor, rows: Rows) -> None:
-        from ...kernels.gpu.kv_blocks import scatter_blocks
-
-        scatter_blocks(message.view(-1, rows.row_bytes), self._rows(rows.row_bytes), self._ids(rows))
+        kv_moves(self.device).scatter_blocks(
+            message.view(-1, rows.row_bytes), self._rows(rows.row_bytes), self._ids(rows)
+        )
         self._finish()
 
     def clear(self, rows: Rows) -> None:

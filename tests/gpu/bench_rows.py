@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from measure import Case, library
 from tandem.kernels.gpu.activation import activation, activation_int8, quantize_rows
-from tandem.kernels.gpu.kv_blocks import Part, copy_blocks, gather_blocks, repack, scatter_blocks
+from tandem.kernels.gpu.kv_blocks import copy_blocks, gather_blocks, repack, scatter_blocks
 from tandem.kernels.gpu.kv_write import kv_write
 from tandem.kernels.gpu.norm import layer_norm, rms_norm, rms_norm_int8
 from tandem.kernels.gpu.rotary import rotary
+from tandem.kernels.gpu_plans.moves import Part
 from tandem.kernels.int8 import quantize_rows_reference
 from tandem.kernels.rotary import rotary_cpu, rotary_tables
 from torch.nn.functional import layer_norm as torch_layer_norm

@@ -1,4 +1,4 @@
-"""Another worker's KV on a GPU of this host, copied into this worker's own by kernels (`kernels.gpu.kv_blocks`).
+"""Another worker's KV on a GPU of this host, copied into this worker's own by kernels (`dispatch.kv_moves`).
 
 Copies are queued on the store's stream (`kv_store`: the host orders them and the engine's steps). The kernels are
 launched for whole blocks where both sizes are equal, else for tokens; both take any dtype and 64-bit offsets.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ....kernels.gpu_plans.moves import Part
 from ....kvtransfer.cuda_ipc.driver import Allocation, CudaError
 from ....kvtransfer.cuda_ipc.memory import DeviceCopy, DeviceLost, DeviceMemory, PeerMemory
 from ....kvtransfer.layout import KVLayout
@@ -92,20 +93,18 @@ class GpuPeer(PeerMemory):
             self._allocation.close()
 
     def _launch(self, source_ids: Sequence[int], target_ids: Sequence[int], first: int, count: int) -> None:
-        from ....kernels.gpu import kv_blocks
-
         store, size = self._store, self._blocks.shape[4]
         own = store.layout.block_size
         if size == own and first % size == 0 and count % size == 0:
             begin, end = first // size, (first + count) // size
-            kv_blocks.copy_blocks(
+            store.moves.copy_blocks(
                 self._blocks, store.tensor, store.sent(source_ids[begin:end]), store.sent(target_ids[begin:end])
             )
             return
         layers, heads = self._blocks.shape[1], self._blocks.shape[3]
-        part = kv_blocks.Part(num_layers=layers, num_heads=heads, first_token=first, num_tokens=count)
+        part = Part(num_layers=layers, num_heads=heads, first_token=first, num_tokens=count)
         assert math.prod(self._blocks.shape[1:]) // size == math.prod(store.tensor.shape[1:]) // own
-        kv_blocks.repack(self._blocks, store.tensor, store.sent(source_ids), store.sent(target_ids), part)
+        store.moves.repack(self._blocks, store.tensor, store.sent(source_ids), store.sent(target_ids), part)
 
 
 class _Copy(DeviceCopy):

@@ -10,7 +10,7 @@ when every plan that named it has come back: so no step that is under way reads 
 will be (`begin_read`: the copy and the sending before it overlap), two to write through (the host fills one while the
 device empties the other). Blocks from `COPY_ALONE_BYTES` on travel each by itself, by the copy engine, so that a
 transfer takes no multiprocessor from a step; smaller ones are gathered and scattered by a kernel
-(`kernels.gpu.kv_blocks`), in one call and one copy.
+(`dispatch.kv_moves`), in one call and one copy.
 
 **Sharing.** The memory is allocated with a descriptor (`kvtransfer.cuda_ipc.driver`), so that workers on this host copy
 out of it device to device; generations stand in host memory, in `segment`. Where the driver cannot, the memory is
@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ....kernels.dispatch import KvMoves, kv_moves
+from ....kernels.gpu_plans.moves import Part
 from ....kvtransfer.cuda_ipc.driver import Allocation, CudaUnsupported
 from ....kvtransfer.layout import KVLayout
 from ....kvtransfer.mapped.segment import KVSegment
@@ -210,6 +212,11 @@ class DeviceKVStore(KVStore):
         return torch.from_numpy(np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8))
 
     @property
+    def moves(self) -> KvMoves:
+        """What moves its blocks. Not asked for where the copy engine does: on CPUs nothing loads Triton."""
+        return kv_moves(self.device)
+
+    @property
     def device_index(self) -> int:
         """Of the GPU, as PyTorch counts them."""
         return self.device.index if self.device.index is not None else torch.cuda.current_device()
@@ -237,17 +244,17 @@ class DeviceKVStore(KVStore):
         """Has the kernels compiled that blocks are moved with, so that no pull holds the event loop for it. Before any
         block is somebody's; none is changed.
         """
-        from ....kernels.gpu import kv_blocks
-
+        if not self.moves.compiles:
+            return
         layers, heads = self.tensor.shape[1], self.tensor.shape[3]
-        part = kv_blocks.Part(num_layers=layers, num_heads=heads, num_tokens=self.layout.block_size)
+        part = Part(num_layers=layers, num_heads=heads, num_tokens=self.layout.block_size)
         with self.streaming():
             none, first = self.sent([-1]), self.sent([0])
-            kv_blocks.copy_blocks(self.tensor, self.tensor, none, none)
-            kv_blocks.repack(self.tensor, self.tensor, first, first, part)
+            self.moves.copy_blocks(self.tensor, self.tensor, none, none)
+            self.moves.repack(self.tensor, self.tensor, first, first, part)
             if self._by_kernel:
-                kv_blocks.gather_blocks(self._flat, none, self._packed[:1])
-                kv_blocks.scatter_blocks(self._packed[:1], self._flat, none)
+                self.moves.gather_blocks(self._flat, none, self._packed[:1])
+                self.moves.scatter_blocks(self._packed[:1], self._flat, none)
         if self.on_gpu:
             self.stream.synchronize()
 
@@ -263,9 +270,7 @@ class DeviceKVStore(KVStore):
         count = len(block_ids)
         with self.streaming():
             if self._by_kernel:
-                from ....kernels.gpu.kv_blocks import gather_blocks
-
-                packed = gather_blocks(self._flat, self._sent_ids(buffer, block_ids), self._packed[:count])
+                packed = self.moves.gather_blocks(self._flat, self._sent_ids(buffer, block_ids), self._packed[:count])
                 buffer.bytes[:count].copy_(packed, non_blocking=True)
             else:
                 for place, first, length in _neighbors(block_ids):
@@ -277,11 +282,9 @@ class DeviceKVStore(KVStore):
         count = len(block_ids)
         with self.streaming():
             if self._by_kernel:
-                from ....kernels.gpu.kv_blocks import scatter_blocks
-
                 packed = self._packed[:count]
                 packed.copy_(buffer.bytes[:count], non_blocking=True)
-                scatter_blocks(packed, self._flat, self._sent_ids(buffer, block_ids))
+                self.moves.scatter_blocks(packed, self._flat, self._sent_ids(buffer, block_ids))
             else:
                 for place, first, length in _neighbors(block_ids):
                     stretch = self._flat[first : first + length]

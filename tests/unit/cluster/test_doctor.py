@@ -143,7 +143,7 @@ INSTALL = "pip install 'tandem-serve[gpu]'"
         ({}, r"triton: NVIDIA H100, sm_90, .*; \d+ operations in Triton, for engine.device: cuda", ""),
         (T4, "torch: Triton .* Tesla T4 is sm_75, .*; decode steps are not captured; torch's operations, for", ""),
         ({"triton": "3.3.1"}, "torch: Triton kernels cannot run here: triton 3.3.1 is older than ", INSTALL),
-        ({"triton": ""}, "triton is not installed ", INSTALL),
+        ({"triton": ""}, "torch: Triton kernels cannot run here: triton is not installed ", INSTALL),
         ({"cuda": "", "name": ""}, "torch 2.11.0 is built without CUDA; ", "make the environment with a torch that is"),
         ({"driver": False, "cuda": "", "name": ""}, "no GPU: ", ""),
     ],

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import pytest
 import torch
 from attention_cases import far_apart
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tandem.kernels.gpu.kv_blocks import (
-    Part,
-    copy_blocks,
-    copy_blocks_reference,
-    gather_blocks,
-    repack,
-    repack_reference,
-    scatter_blocks,
-)
+from tandem.kernels.gpu import kv_blocks as by_triton
+from tandem.kernels.gpu.kv_blocks import copy_blocks_reference, repack_reference
 from tandem.kernels.gpu.kv_write import kv_write
+from tandem.kernels.gpu_plans.moves import Part
 from tandem.kernels.kv_write import kv_write_reference
+from tandem.kernels.on_device import kv_blocks as by_torch
 from tandem.kernels.rotary import rotary_reference, rotary_tables
 
 BLOCKS = torch.tensor([0, 3, 3, 6, 1])
@@ -137,32 +133,54 @@ def as_bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+each_way = pytest.mark.parametrize("moves", [by_triton, by_torch], ids=["triton", "torch"])
 
 
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what torch moves: several for any test."""
+    monkeypatch.setattr(by_torch, "_PIECE_BYTES", 256)
+
+
+@each_way
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_go_through_one_buffer(device: torch.device, dtype: torch.dtype) -> None:
+def test_blocks_go_through_one_buffer(device: torch.device, dtype: torch.dtype, moves: ModuleType) -> None:
     kv = filled((6, 2, 2, 1, 4, 10), dtype, device)
     ids = torch.tensor([4, 0, 5], device=device)
-    packed = gather_blocks(kv, ids)
+    packed = moves.gather_blocks(kv, ids)
     assert torch.equal(as_bytes(packed), as_bytes(kv)[ids])
     other = torch.zeros_like(kv)
-    scatter_blocks(packed, other, ids)
+    moves.scatter_blocks(packed, other, ids)
     assert torch.equal(as_bytes(other)[ids], as_bytes(kv)[ids])
     untouched = torch.tensor([1, 2, 3], device=device)
     assert not as_bytes(other)[untouched].any()
 
 
-def test_blocks_go_from_memory_to_memory_and_ids_below_zero_nowhere(device: torch.device) -> None:
+@each_way
+def test_blocks_go_from_memory_to_memory(device: torch.device, moves: ModuleType) -> None:
+    source, target = filled((5, 120), torch.int8, device), torch.zeros(4, 120, dtype=torch.int8, device=device)
+    expected = target.clone()
+    source_ids, target_ids = torch.tensor([2, 4, 0], device=device), torch.tensor([3, 1, 0], device=device)
+    moves.copy_blocks(source, target, source_ids, target_ids)
+    copy_blocks_reference(source, expected, source_ids, target_ids)
+    assert torch.equal(target, expected)
+    moves.copy_blocks(source, target, source_ids[:0], target_ids[:0])
+    assert torch.equal(target, expected)
+    assert moves.gather_blocks(source, source_ids[:0]).shape == (0, 120)
+
+
+def test_blocks_with_ids_below_zero_go_nowhere(device: torch.device) -> None:
+    """How kernels are warmed up."""
     source, target = filled((5, 12), torch.int8, device), torch.zeros(4, 12, dtype=torch.int8, device=device)
     expected = target.clone()
     source_ids, target_ids = torch.tensor([2, -1, 4, 0], device=device), torch.tensor([3, 1, -1, 0], device=device)
-    copy_blocks(source, target, source_ids, target_ids)
+    by_triton.copy_blocks(source, target, source_ids, target_ids)
     copy_blocks_reference(source, expected, source_ids, target_ids)
     assert torch.equal(target, expected)
-    assert gather_blocks(source, source_ids[:0]).shape == (0, 12)
 
 
-@settings(max_examples=12, deadline=None)
+@each_way
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from(DTYPES),
     slots=st.tuples(st.sampled_from((2, 4, 8)), st.sampled_from((2, 4, 8))),
@@ -175,6 +193,7 @@ def test_blocks_go_from_memory_to_memory_and_ids_below_zero_nowhere(device: torc
 @example(torch.bfloat16, (8, 4), (0, 1, 1), (2, 0, 1), (0, 11), 8)
 def test_repack(
     device: torch.device,
+    moves: ModuleType,
     dtype: torch.dtype,
     slots: tuple[int, int],
     layers: tuple[int, int, int],
@@ -196,12 +215,13 @@ def test_repack(
     target = torch.zeros(8, 4, 2, 4, slots[1], width, device=device).to(dtype)
     expected = target.clone()
     source_ids, target_ids = torch.arange(8, device=device).flip(0), torch.arange(8, device=device).roll(3)
-    repack(source, target, source_ids, target_ids, part)
+    moves.repack(source, target, source_ids, target_ids, part)
     repack_reference(source, expected, source_ids, target_ids, part)
     assert torch.equal(as_bytes(target), as_bytes(expected))
 
 
-def test_two_sources_fill_a_target_of_other_shape(device: torch.device) -> None:
+@each_way
+def test_two_sources_fill_a_target_of_other_shape(device: torch.device, moves: ModuleType) -> None:
     """Prefill TP 2 x PP 2, blocks of 4 -> decode TP 1, blocks of 8: the whole arrives, from four parts."""
     whole = filled((3, 4, 2, 2, 8, 6), torch.float32, device)
     arrived = torch.zeros_like(whole)
@@ -211,11 +231,12 @@ def test_two_sources_fill_a_target_of_other_shape(device: torch.device) -> None:
         for block in range(6):
             held[block] = cut[block // 2, :, :, :, block % 2 * 4 : block % 2 * 4 + 4]
         part = Part(num_layers=2, num_heads=1, target_layer=layer, target_head=head, num_tokens=24)
-        repack(held, arrived, torch.arange(6, device=device), torch.arange(3, device=device), part)
+        moves.repack(held, arrived, torch.arange(6, device=device), torch.arange(3, device=device), part)
     assert torch.equal(arrived, whole)
 
 
-def test_offsets_are_64_bit(device: torch.device, seeded: torch.Generator) -> None:
+@each_way
+def test_offsets_are_64_bit(device: torch.device, seeded: torch.Generator, moves: ModuleType) -> None:
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2**35:
         pytest.skip("needs 32 GiB of free GPU memory")
     q, k, v, *_ = projected(seeded, device, 2, 1, 8)
@@ -229,16 +250,16 @@ def test_offsets_are_64_bit(device: torch.device, seeded: torch.Generator) -> No
     assert torch.equal(apart, near)
 
     ids = torch.tensor([2, 0], device=device)
-    assert torch.equal(gather_blocks(apart, ids), near[ids])
-    scatter_blocks(near[ids].flip(0), apart, ids)
+    assert torch.equal(moves.gather_blocks(apart, ids), near[ids])
+    moves.scatter_blocks(near[ids].flip(0), apart, ids)
     assert torch.equal(apart[ids], near[ids].flip(0))
 
     packed, moved = near[:, None].clone(), torch.zeros_like(near)[:, None]
     far = far_apart(near, 2**30 + 16)[:, None]
     part = Part(num_layers=1, num_heads=1, num_tokens=24)
     everything = torch.arange(3, device=device)
-    repack(far, moved, everything, everything, part)
+    moves.repack(far, moved, everything, everything, part)
     assert torch.equal(moved, packed)
     far.zero_()
-    repack(packed, far, everything, everything, part)
+    moves.repack(packed, far, everything, everything, part)
     assert torch.equal(far, packed)

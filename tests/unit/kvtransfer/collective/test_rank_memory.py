@@ -1,10 +1,15 @@
-"""A device's memory is gathered and scattered as the host's is: by kernels, interpreted where there is no GPU."""
+"""A device's memory is gathered and scattered as the host's is: by Triton (interpreted without a GPU) and by torch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 from ends import split
+from tandem.kernels import dispatch
+from tandem.kvtransfer.collective import memory as memory_module
 from tandem.kvtransfer.collective.memory import DeviceRankMemory, HostRankMemory, MessageBuffers
 from tandem.kvtransfer.collective.plan import PairMap
 from tandem.kvtransfer.reshape import Reshape
@@ -12,7 +17,14 @@ from tandem.kvtransfer.reshape import Reshape
 TENSOR = (6, 2, 2, 2, 4, 64)
 
 
-def test_the_rows_of_a_tensor_are_those_of_its_bytes(where: str) -> None:
+@pytest.mark.parametrize("lacks", [{}, {"triton": ""}], ids=["triton", "torch"])
+def test_the_rows_of_a_tensor_are_those_of_its_bytes(
+    where: str, lacks: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = replace(dispatch.interpreter(), **lacks)
+    monkeypatch.setattr(dispatch, "interpreter", lambda: facts)
+    monkeypatch.setattr(dispatch, "gpu_facts", lambda device: facts)
+    monkeypatch.setattr(memory_module, "kv_moves", dispatch.kv_moves.__wrapped__)
     source, target = split(4, tensor_parallel=2, pipeline_stages=2), split(8)
     pairs = PairMap(Reshape(source, target), 1)
     rows = pairs.source_rows(4, 12, [3, 1])

@@ -1,4 +1,4 @@
-"""Another worker's blocks copied by kernels, here in Triton's interpreter: whole blocks, and blocks of another size."""
+"""Another worker's blocks copied here by Triton's interpreter and by torch: whole blocks, and those of another size."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tandem.cluster.engine.gpu import kv_store
 from tandem.cluster.engine.gpu.kv_peers import GpuPeer, block_shape
 from tandem.cluster.engine.gpu.kv_store import DeviceKVStore
+from tandem.kernels import dispatch
 from tandem.kvtransfer.layout import KVGroup, KVLayout
 
 GROUP = KVGroup(name="layers", num_layers=2, num_kv_heads=3, head_dim=8, dtype="bfloat16")
 LAYOUT = KVLayout(block_size=4, groups=(GROUP,))
 
 
-@pytest.fixture(autouse=True)
-def interpreted(where: str) -> None:
+@pytest.fixture(autouse=True, params=["triton", "torch"])
+def moves(request: pytest.FixtureRequest, where: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who moves blocks."""
     if where != "cpu":
         pytest.skip("kernels on CPU tensors want Triton's interpreter; a GPU has tests/gpu/test_kv_on_gpu.py")
+    if request.param == "torch":
+        lacking = replace(dispatch.interpreter(), triton="")
+        monkeypatch.setattr(dispatch, "interpreter", lambda: lacking)
+    monkeypatch.setattr(kv_store, "kv_moves", dispatch.kv_moves.__wrapped__)
+    return str(request.param)
 
 
 def filled(layout: KVLayout, num_blocks: int) -> DeviceKVStore:
@@ -78,18 +86,19 @@ def test_tokens_find_their_places_in_blocks_of_another_size(block_size: int) -> 
 
 
 @pytest.mark.parametrize("alone_bytes", [0, 2**30], ids=["copy engine", "kernels"])
-def test_kernels_are_warmed_up_without_a_block_being_changed(alone_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tandem.kernels.gpu import kv_blocks
-
+def test_kernels_are_warmed_up_without_a_block_being_changed(
+    alone_bytes: int, moves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = DeviceKVStore(LAYOUT, 3, device="cpu", staging_bytes=2 * LAYOUT.block_bytes, copy_alone_bytes=alone_bytes)
     for block_id in range(3):
         store.tensor.view(torch.int16)[block_id] = block_id + 1
-    launched = []
+    launched, recorded = [], {}
     for name in ("copy_blocks", "repack", "gather_blocks", "scatter_blocks"):
-        kernel = getattr(kv_blocks, name)
-        monkeypatch.setattr(
-            kv_blocks, name, lambda *given, name=name, kernel=kernel: (launched.append(name), kernel(*given))
-        )
+        kernel = getattr(store.moves, name)
+        recorded[name] = lambda *given, name=name, kernel=kernel: (launched.append(name), kernel(*given))
+    found = replace(store.moves, **recorded)
+    monkeypatch.setattr(kv_store, "kv_moves", lambda device: found)
     store.warm_up()
-    assert launched == ["copy_blocks", "repack", "gather_blocks", "scatter_blocks"][: 4 if alone_bytes else 2]
+    compiled = (4 if alone_bytes else 2) if moves == "triton" else 0
+    assert launched == ["copy_blocks", "repack", "gather_blocks", "scatter_blocks"][:compiled]
     assert [store.tensor.view(torch.int16)[i].unique().tolist() for i in range(3)] == [[1], [2], [3]]
