@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import BlockSize, Cpus, Dtype, Kernels, Model, Quantization, Threads, engine_of, numbers
+from .cli_options import (
+    BlockSize,
+    Cpus,
+    Dtype,
+    Kernels,
+    KVCacheDtype,
+    KVScalesFile,
+    Model,
+    Quantization,
+    Threads,
+    engine_of,
+    numbers,
+)
 from .cli_typed import as_typed
 
 if TYPE_CHECKING:
@@ -21,6 +33,8 @@ def engine(
     device: Annotated[str, typer.Option(help="cpu or cuda; the paced device computes nothing and is refused.")] = "cpu",
     dtype: Dtype = "bfloat16",
     quantization: Quantization = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    kv_scales: KVScalesFile = None,
     kernels: Kernels = "auto",
     threads: Threads = 1,
     cpus: Cpus = "",
@@ -72,7 +86,7 @@ def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | N
     files = resolve_model(config.model)
     found = cells(options)
     check_device(config, files.config, found)
-    block_bytes = kv_layout(files.config, config.dtype, config.block_size).block_bytes
+    block_bytes = kv_layout(files.config, config.kv_dtype, config.block_size).block_bytes
     config = with_room(config, found, block_bytes)
     display = Display()
     built = build_device(config, files, None)

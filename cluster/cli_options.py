@@ -22,10 +22,25 @@ Ca = Annotated[
 Model = Annotated[str, typer.Option(help="Alias, folder, .gguf, Hugging Face id or dummy:<config>.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 Quantization = Annotated[str | None, typer.Option(help="w8a8: int8 weights and activations.")]
+KVCacheDtype = Annotated[str, typer.Option(help="auto (as --dtype); cuda: int8 or fp8.")]
+KVScalesFile = Annotated[str | None, typer.Option("--kv-scales", metavar="FILE", help="Of int8 or fp8 KV.")]
 Kernels = Annotated[str, typer.Option(help="auto, compiled, torch or reference.")]
 Threads = Annotated[int, typer.Option(help="Compute threads.")]
 Cpus = Annotated[str, typer.Option(help="Processors to pin them to, e.g. 0,1. Default: not pinned.")]
 BlockSize = Annotated[int, typer.Option(help="Token slots of a KV block.")]
+
+_OF_ENGINE = (
+    "model",
+    "device",
+    "dtype",
+    "quantization",
+    "kv_cache_dtype",
+    "kv_scales",
+    "kernels",
+    "threads",
+    "block_size",
+    "paced_profile",
+)
 
 
 def engine_of(given: Mapping[str, Any]) -> EngineConfig:
@@ -35,8 +50,7 @@ def engine_of(given: Mapping[str, Any]) -> EngineConfig:
     from .config import EngineConfig
     from .config_schema import parse_bytes
 
-    names = ("model", "device", "dtype", "quantization", "kernels", "threads", "block_size", "paced_profile")
-    values = {name: given[name] for name in names if name in given}
+    values = {name: given[name] for name in _OF_ENGINE if name in given}
     if "kv_cache" in given:
         try:
             values["kv_cache_bytes"] = parse_bytes(given["kv_cache"])

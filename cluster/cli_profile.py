@@ -218,7 +218,7 @@ def _what_fits(wanted: Wanted, files: ModelFiles) -> tuple[EngineConfig, tuple[P
     from .profiler.points import Places, check_enough, fitting
 
     config = wanted.config
-    block_bytes = kv_layout(files.config, config.dtype, config.block_size).block_bytes
+    block_bytes = kv_layout(files.config, config.kv_dtype, config.block_size).block_bytes
     kv_bytes = config.kv_cache_bytes or _GPU_KV_BYTES
     kv_tokens = kv_bytes // block_bytes * config.block_size
     points, too_large = fitting(
@@ -252,7 +252,7 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
 
     begin_s = time.monotonic()
     config, points, too_large, lost = _what_fits(wanted, files)
-    kv_token_bytes = kv_layout(files.config, config.dtype, config.block_size).block_bytes // config.block_size
+    kv_token_bytes = kv_layout(files.config, config.kv_dtype, config.block_size).block_bytes // config.block_size
     machine = machine_facts(config.device)
     display.line(headline(config, machine, len(points), wanted.repeat.budget_s))
     if too_large:

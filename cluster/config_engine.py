@@ -22,7 +22,7 @@ class EngineConfig:
     device: Annotated[str, OneOf(("cpu", "cuda", "paced"))] = "cpu"
     """`cpu`, `cuda` (one GPU) or `paced`."""
     dtype: Annotated[str, OneOf(("bfloat16", "float32"))] = "bfloat16"
-    """`bfloat16` or `float32`; of weights and KV."""
+    """`bfloat16` or `float32`; of weights, and of KV if nothing else is said of it."""
     quantization: Annotated[str | None, OneOf(("w8a8", "w4a16"))] = None
     """`w8a8`: int8 weights by output channel, int8 activations by token, scales drawn from the data; `w4a16` (`cuda`
     only): 4-bit weights by groups of inputs; None: none."""
@@ -54,6 +54,11 @@ class EngineConfig:
     """Sequences in the running batch."""
     max_waiting: Annotated[int, Within(1, 2**20)] = 256
     """Bounded queue: beyond it, work is refused with RESOURCE_EXHAUSTED."""
+    kv_cache_dtype: Annotated[str, OneOf(("auto", "int8", "fp8"))] = "auto"
+    """`cuda` only: `int8` or `fp8` (e4m3) hold KV in a byte a number, by scales of layers and KV heads; `auto`: as
+    `dtype` says."""
+    kv_scales: Annotated[str | None, Text()] = None
+    """Of narrow KV: a file of `tandem calibrate`. None, with `fp8`: the checkpoint's own, 1 where it has none."""
     prefix_cache: bool = True
     tensor_parallel: Annotated[int, Within(1, 1024)] = 1
     """Devices that share each layer: GPUs, or on `cpu` processes, as many as divide the model's heads. `paced`: any, as
@@ -79,6 +84,7 @@ class EngineConfig:
             object.__setattr__(self, "kv_cache_bytes", _HOST_KV_BYTES)
         if len(set(self.cpus)) != len(self.cpus):
             raise ConfigError("cpus", list(self.cpus), "each processor once")
+        self._check_kv()
         if self.device == "cuda":
             self._check_cuda()
         elif self.gpus:
@@ -95,12 +101,26 @@ class EngineConfig:
                     allowed = f"{allowed_values} for a worker of {self.num_ranks} ranks, which torch computes"
                     raise ConfigError(name, getattr(self, name), allowed)
 
+    def _check_kv(self) -> None:
+        narrow = self.kv_cache_dtype
+        if narrow != "auto" and self.device != "cuda":
+            raise ConfigError("kv_cache_dtype", narrow, f"auto on {self.device}: narrow KV wants a GPU")
+        if narrow == "auto" and self.kv_scales is not None:
+            raise ConfigError("kv_scales", self.kv_scales, "none with kv_cache_dtype auto, whose KV has no scales")
+        if narrow == "int8" and self.kv_scales is None:
+            raise ConfigError("kv_scales", None, "a file with kv_cache_dtype int8: `tandem calibrate` makes it")
+
     def _check_cuda(self) -> None:
         if self.kernels == "compiled":
             raise ConfigError("kernels", self.kernels, "auto, triton, torch or reference on cuda")
         if len(self.gpus) % self.num_ranks:
             allowed = f"{self.num_ranks}, or a multiple of that: one for each rank of a worker"
             raise ConfigError("gpus", list(self.gpus), allowed)
+
+    @property
+    def kv_dtype(self) -> str:
+        """Of KV memory, as `KVLayout` names it."""
+        return {"auto": self.dtype, "fp8": "float8_e4m3"}.get(self.kv_cache_dtype, self.kv_cache_dtype)
 
     @property
     def num_ranks(self) -> int:

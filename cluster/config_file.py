@@ -24,12 +24,13 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     The file's keys are ClusterConfig's, with these conveniences: `model` at the top sets the engine's and the router's;
     `plan` is the router's `PlanConfig`, what a plan predicted of this cluster;
     `prefill`, `decode` and `mixed` are counts or sections `{workers: N, engine: {…}}` whose engine keys win over
-    `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`); a `paced_profile` is looked for beside the file first.
+    `engine`; sizes may carry units (`kv_cache_bytes: 512MiB`); `paced_profile` and `kv_scales` are looked for beside
+    the file first.
     Raises ConfigError, also for a file that cannot be read.
     """
     data = read_yaml(path)
     if isinstance(data, Mapping):
-        data = _with_profiles_beside(data, Path(path).parent)
+        data = _with_files_beside(data, Path(path).parent)
     return _cluster_config({} if data is None else data, overrides or {})
 
 
@@ -98,6 +99,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 _OF_ALL = ("security", "insecure")
 _AT_THE_TOP = (*_OF_ALL, "plan")
+_FILES = ("paced_profile", "kv_scales")
 _FILLED_IN = ("worker_id", "role", "engine", "port", "kv_port", "routers", *_OF_ALL)
 
 
@@ -127,13 +129,13 @@ def _cluster_config(data: Any, overrides: Mapping[str, Any]) -> ClusterConfig:
     return parse(ClusterConfig, tree)
 
 
-def _with_profiles_beside(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The same with the path of every `paced_profile` that lies in `folder`, in the sections below too."""
+def _with_files_beside(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with the path of every one of `_FILES` that lies in `folder`, in the sections below too."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, Mapping):
-            found[key] = _with_profiles_beside(value, folder)
-        elif key == "paced_profile" and isinstance(value, str) and (folder / value).is_file():
+            found[key] = _with_files_beside(value, folder)
+        elif key in _FILES and isinstance(value, str) and (folder / value).is_file():
             found[key] = str(folder / value)
         else:
             found[key] = value

@@ -11,6 +11,17 @@ from __future__ import annotations
 import torch
 
 
+def narrowed(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 numbers as a narrow memory holds them, x / scale: int8, or the bits of float8 e4m3fn as uint8. Rounded,
+    halves to even; what lies beyond the format's range becomes its largest number. `scales` are spread over x.
+    """
+    scaled = x / scales
+    if dtype == torch.int8:
+        return scaled.nan_to_num(nan=-127.0).clamp(-127.0, 127.0).round().to(torch.int8)
+    assert dtype == torch.float8_e4m3fn
+    return scaled.clamp(-448.0, 448.0).to(dtype).view(torch.uint8)
+
+
 def kv_write_reference(
     layer_N2KSD: torch.Tensor,
     new_T2KD: torch.Tensor,

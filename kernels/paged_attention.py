@@ -299,8 +299,9 @@ def paged_attention_reference(
     plan: AttentionPlan,
     shape: AttentionShape,
     workspace: Workspace | None = None,
+    scales_2K: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Token by token and head by head, as the formula says."""
+    """Token by token and head by head, as the formula says; what a narrow memory holds, times `scales_2K`."""
     out_THD = torch.zeros_like(q_THD, dtype=torch.float32)
     per_group = shape.num_heads // shape.num_kv_heads
     for row in plan.rows:
@@ -309,6 +310,8 @@ def paged_attention_reference(
             oldest = 0 if shape.window is None else max(0, position - shape.window + 1)
             where = [divmod(p, shape.block_size) for p in range(oldest, position + 1)]
             slots = torch.stack([layer_N2KSD[row.block_ids[b], :, :, s].float() for b, s in where])  # [L, 2, K, D]
+            if scales_2K is not None:
+                slots *= scales_2K[:, :, None]
             for head in range(shape.num_heads):
                 k_LD, v_LD = slots[:, 0, head // per_group], slots[:, 1, head // per_group]
                 scores = k_LD @ q_THD[row.offset + t, head].float() / math.sqrt(shape.head_dim)

@@ -37,7 +37,10 @@ def machine_facts(device: str) -> dict[str, Any]:
 
 def header(config: EngineConfig, picked: tuple[str, str], machine: dict[str, Any]) -> str:
     """One line: model, precision, threads, kernels picked and why, machine."""
-    precision = config.dtype if config.quantization is None else f"{config.quantization} ({config.dtype} KV)"
+    kv_dtype = config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    precision = config.quantization or config.dtype
+    if kv_dtype != precision:
+        precision = f"{precision} ({kv_dtype} KV)"
     threads = _computes(config)
     kernels, reason = picked
     place = f"{machine['machine']}, {machine['cores']} cores, {machine['instructions']}"

@@ -26,7 +26,7 @@ def timed_step(
 
 def fill_kv(device: Device, num_blocks: int, seed: int) -> None:
     """Writes one block of random values into `num_blocks` blocks: with these bits of its high byte a bfloat16 or a
-    float32 lies between 2^-31 and 2, whatever the others are.
+    float32 lies between 2^-31 and 2, whatever the others are; an int8 is -80 or more, an e4m3 below 2.
     """
     payload = bytes(byte & 0xBF | 0x30 for byte in random.Random(seed).randbytes(device.kv.layout.block_bytes))
     for block_id in range(num_blocks):

@@ -82,6 +82,7 @@ def check_same(measured: Measurement, engine: EngineConfig, model: ModelConfig) 
         "model": (measured.model_config, model),
         "dtype": (measured.dtype, engine.dtype),
         "quantization": (measured.quantization, engine.quantization),
+        "kv_cache_dtype": ("auto", engine.kv_cache_dtype),
         "threads": (measured.threads, engine.threads),
     }
     for name, (was, asked) in pairs.items():
@@ -154,7 +155,7 @@ class IdleEngine:
         self._points = tuple(point_of(step.sizes) for step in self._steps)
         block_size = self._config.block_size
         blocks = Places(self._points, block_size).blocks
-        layout = kv_layout(self._model, self._config.dtype, block_size)
+        layout = kv_layout(self._model, self._config.kv_dtype, block_size)
         self._device = self._build(replace(self._config, kv_cache_bytes=blocks * layout.block_bytes))
         places = Places(self._points, block_size, vocab_size=self._device.vocab_size)
         self._run = LiveSteps(self._device, places)

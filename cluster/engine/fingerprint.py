@@ -8,20 +8,26 @@ from pathlib import Path
 import xxhash
 
 from ..models.reference import ModelFiles
+from .narrow_kv import NarrowKV
 
 _FULL_HASH_BYTES = 2**30
 _SAMPLE_BYTES = 2**20
 _SAMPLES = 64
 
 
-def fingerprint(files: ModelFiles, dtype: str, quantization: str | None = None) -> str:
-    """Hex digest of everything that decides a token's KV: weights, architecture with its rope facts, precision.
+def fingerprint(
+    files: ModelFiles, dtype: str, quantization: str | None = None, narrow_kv: NarrowKV | None = None
+) -> str:
+    """Hex digest of everything that decides a token's KV: weights, architecture with its rope facts, precision, and
+    what narrow KV is held by.
 
     Files below 1 GiB are hashed whole; of larger ones the size, the first MiB (safetensors and GGUF keep their headers
     there) and 64 stretches of 1 MiB spread evenly. It names files that are the same, not files that an adversary made.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(("tandem-kv-1", files.kind, files.config, dtype, quantization)).encode())
+    if narrow_kv is not None:
+        digest.update(repr((narrow_kv.dtype, narrow_kv.digest())).encode())
     if files.kind == "dummy":
         return digest.hexdigest()
     for path in _weight_files(files):

@@ -15,6 +15,7 @@ from pathlib import Path
 from ...kernels.dispatch import has_gpu_driver
 from ...kvtransfer.layout import DTYPE_BYTES
 from ..config import ClusterConfig, ConfigError, EngineConfig, RouterConfig
+from ..engine.kv_scales import KVScales
 from ..engine.parallel.shard import check_split
 from ..events import check_path
 from ..latency.profile import read_profile
@@ -71,8 +72,7 @@ def pin_config(config: ClusterConfig) -> ClusterConfig:
     def engine(own: EngineConfig | None) -> EngineConfig | None:
         if own is None:
             return None
-        profile = own.paced_profile
-        return replace(own, model=model, paced_profile=profile and str(Path(profile).expanduser().absolute()))
+        return replace(own, model=model, paced_profile=_file(own.paced_profile), kv_scales=_file(own.kv_scales))
 
     return replace(
         config,
@@ -130,8 +130,8 @@ def check_transport(engine: EngineConfig, transport: str) -> None:
 
 def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engine") -> None:
     """Raises ConfigError for a context that the model does not have, for KV memory that holds no block, for a GPU that
-    is not there, for ranks that the device cannot serve or the model cannot be split over, and for a step profile that
-    cannot be read.
+    is not there, for ranks that the device cannot serve or the model cannot be split over, and for a step profile or
+    KV scales that cannot be read.
     """
     try:
         engine.check_served()
@@ -140,7 +140,7 @@ def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engi
     if engine.max_model_len is not None and engine.max_model_len > model.max_model_len:
         allowed = f"at most the model's own, {model.max_model_len}"
         raise ConfigError("max_model_len", engine.max_model_len, allowed).under(under)
-    token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[engine.dtype]
+    token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[engine.kv_dtype]
     block_bytes = token_bytes * engine.block_size
     if 0 < engine.kv_cache_bytes < block_bytes:
         allowed = f"at least one block of this model, {block_bytes} bytes"
@@ -159,6 +159,12 @@ def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engi
         except ValueError as error:
             allowed = f"the file of a step profile; {error}"
             raise ConfigError("paced_profile", engine.paced_profile, allowed).under(under) from None
+    if engine.kv_scales is not None:
+        try:
+            KVScales.load(Path(engine.kv_scales).expanduser(), model)
+        except ValueError as error:
+            allowed = f"a file of `tandem calibrate` for this model; {error}"
+            raise ConfigError("kv_scales", engine.kv_scales, allowed).under(under) from None
 
 
 def wait_gone(pids: Iterable[int], timeout_s: float = 5.0) -> None:
@@ -178,6 +184,10 @@ def _is_actor(pid: int) -> bool:
         return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
     except OSError:
         return False
+
+
+def _file(path: str | None) -> str | None:
+    return path and str(Path(path).expanduser().absolute())
 
 
 def _absolute(model: str) -> str:

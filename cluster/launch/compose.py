@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import asdict
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -94,6 +93,7 @@ def _cuda_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
 
     pick_gpu("auto", gpu_facts())  # before what would fail without saying why is imported
     from ..engine.devices.cuda import CudaDevice
+    from ..engine.gpu.narrow import narrow_kv
     from ..engine.parallel.messages import GpuSetup
 
     gpu = GpuSetup(
@@ -105,6 +105,7 @@ def _cuda_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
         max_model_len=config.max_model_len,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
+        narrow_kv=narrow_kv(config, files),
     )
     if config.num_ranks == 1:
         return CudaDevice(
@@ -113,7 +114,7 @@ def _cuda_device(config: EngineConfig, files: ModelFiles, progress: Progress | N
             block_size=config.block_size,
             kernels=config.kernels,
             stage=progress,
-            **asdict(gpu),
+            **gpu.arguments(),
         )
     from ..engine.devices.cuda_ranks import RankedCudaDevice
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def plan_file(
         if pool is None:
             document[role.value] = 0
             continue
-        engine = _pool_engine(setting, chosen.candidate, pool)
+        engine = _pool_engine(setting, chosen.candidate, pool, kind)
         if kind == "paced":
             file = f"{name}.{role.value}.json"
             profiles[file] = _steps(problem, setting, pool)
@@ -192,11 +192,13 @@ def _shared_engine(problem: Problem, setting: Setting, kind: str) -> dict[str, A
         engine["threads"] = measured.measured.threads
         if measured.measured.quantization is not None:
             engine["quantization"] = measured.measured.quantization
+    if kind == "cuda" and device.facts.kv_dtype_bytes == 1:
+        engine["kv_cache_dtype"] = "fp8"  # whatever was planned: int8, of the same size, wants scales that nobody has
     return engine
 
 
 def _dtype(setting: Setting) -> str:
-    """Of weights and KV as an engine's configuration has it; 8 bits are a quantization there."""
+    """Of weights and of KV as an engine's configuration has it; 8 bits are a quantization there, or narrow KV."""
     return "float32" if setting.device.facts.kv_dtype == "float32" else "bfloat16"
 
 
@@ -208,12 +210,11 @@ def _dtype_text(problem: Problem, setting: Setting) -> str:
     return f" (served as {held}{', of the same size' if DTYPE_BYTES[planned] == DTYPE_BYTES[held] else ''})"
 
 
-def _pool_engine(setting: Setting, candidate: Candidate, pool: Pool) -> dict[str, Any]:
+def _pool_engine(setting: Setting, candidate: Candidate, pool: Pool, kind: str) -> dict[str, Any]:
     device = setting.device
     replica = next(one for one in replicas_of(setting, candidate) if one.role is pool.role)
-    config = device.facts.config
-    number_bytes = DTYPE_BYTES[_dtype(setting)]
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * number_bytes
+    facts = device.facts if kind == "cuda" else replace(device.facts, kv_dtype=_dtype(setting))
+    token_bytes = facts.kv_bytes_per_token()
     engine: dict[str, Any] = {}
     if pool.worker_gpus > 1:
         engine |= {"tensor_parallel": pool.tensor_parallel, "pipeline_stages": pool.pipeline_stages}

@@ -34,7 +34,9 @@ _OF_THE_ROUTER = (
 
 
 def cluster_values(config: ClusterConfig) -> dict[str, Any]:
-    """Values by their dotted path in a scenario. ConfigError for workers whose step times stand in no file."""
+    """Values by their dotted path in a scenario. ConfigError for workers whose step times stand in no file, or in one
+    of other KV.
+    """
     engines = {role: config.engine_of(role) for role in Role}
     counts = dict(config.pools)
     engine = next(engines[role] for role in Role if counts[role])
@@ -44,6 +46,9 @@ def cluster_values(config: ClusterConfig) -> dict[str, Any]:
     values |= {name: asked[name] for name in _OF_THE_PROBLEM if name in asked}
     if "profile" in asked and ("hardware" not in asked or engine.device == "cpu"):
         values["profile"] = asked["profile"]
+        if engine.kv_cache_dtype != "auto":
+            allowed = f"auto with a profile, whose KV is not narrow: {asked['profile']}"
+            raise ConfigError("engine.kv_cache_dtype", engine.kv_cache_dtype, allowed)
     elif engine.device == "cpu":
         values["hardware"] = _CPU_HARDWARE
     for role, count in counts.items():
@@ -58,7 +63,8 @@ def _dtypes(engine: EngineConfig, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Of weights and of KV: the engine's; where it computes nothing those that it was planned for, whose times it
     takes. A block of KV stays as large as in the file.
     """
-    dtype, kv_dtype = QUANTIZED_DTYPES.get(engine.quantization or "", engine.dtype), engine.dtype
+    dtype = QUANTIZED_DTYPES.get(engine.quantization or "", engine.dtype)
+    kv_dtype = engine.dtype if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
     if engine.device == "paced":
         dtype = asked.get("dtype", dtype)
         planned = str(asked.get("kv_dtype", dtype))

@@ -19,9 +19,19 @@ from ..gpu_plans.prefill import PrefillPlan
 from ..paged_attention import AttentionPlan, AttentionRow, AttentionShape, paged_attention_reference
 
 Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Sequence[AttentionRow], AttentionShape, torch.Tensor], None
+    [
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        Sequence[AttentionRow],
+        AttentionShape,
+        torch.Tensor,
+        torch.Tensor | None,
+    ],
+    None,
 ]
-"""(queries [T, H, D], layer [N, 2, K, S, D], tables [R, W], R rows, shape, results [T, H, D] to be written)."""
+"""(queries [T, H, D], layer [N, 2, K, S, D], tables [R, W], R rows, shape, results [T, H, D] to be written, scales
+[2, K] of a narrow layer)."""
 _PIECE_BYTES = 64 * 2**20
 """Keys, values and scores that are held at a time, where they are of more than one block a row: what is computed with
 does not grow with the context, so that a profiled step knows it.
@@ -36,6 +46,7 @@ def decode_attention(
     plan: DecodePlan,
     shape: AttentionShape,
     out_BHD: torch.Tensor,
+    scales_2K: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query a row, at position length - 1; the result of a row of length 0 is 0."""
     lengths = plan.lengths_B.tolist()
@@ -43,7 +54,7 @@ def decode_attention(
     out_BHD.zero_()
     if len(rows) < len(lengths):
         tables_BW = tables_BW[plan.lengths_B > 0]
-    attend(q_BHD, layer_N2KSD, tables_BW, rows, shape, out_BHD)
+    attend(q_BHD, layer_N2KSD, tables_BW, rows, shape, out_BHD, scales_2K)
     return out_BHD
 
 
@@ -55,10 +66,11 @@ def prefill_attention(
     plan: PrefillPlan,
     shape: AttentionShape,
     out_THD: torch.Tensor,
+    scales_2K: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The plan's rows; other tokens of `out_THD` stay as they are."""
     rows = [AttentionRow(offset, start, length, ()) for offset, start, length in plan.rows_R3.tolist()]
-    attend(q_THD, layer_N2KSD, tables_RW, rows, shape, out_THD)
+    attend(q_THD, layer_N2KSD, tables_RW, rows, shape, out_THD, scales_2K)
     return out_THD
 
 
@@ -69,11 +81,12 @@ def attend_reference(
     rows: Sequence[AttentionRow],
     shape: AttentionShape,
     out_THD: torch.Tensor,
+    scales_2K: torch.Tensor | None = None,
 ) -> None:
     """An `Attend`: the formula."""
     named = [dataclasses.replace(row, block_ids=table) for row, table in zip(rows, tables_RW.tolist(), strict=True)]
     plan = AttentionPlan(rows=tuple(named), decode=(), prefill=())
-    results = paged_attention_reference(q_THD, layer_N2KSD, plan, shape)
+    results = paged_attention_reference(q_THD, layer_N2KSD, plan, shape, scales_2K=scales_2K)
     for row in rows:
         tokens = slice(row.offset, row.offset + row.length)
         out_THD[tokens] = results[tokens].to(out_THD.dtype)
@@ -86,6 +99,7 @@ def attend_torch(
     rows: Sequence[AttentionRow],
     shape: AttentionShape,
     out_THD: torch.Tensor,
+    scales_2K: torch.Tensor | None = None,
 ) -> None:
     """An `Attend`: neighbors of one length together, so that all rows of a decode step are."""
     first = 0
@@ -97,7 +111,7 @@ def attend_torch(
         tokens_BQ, positions_BQ = (places[:, side, None] + steps for side in (0, 1))
         oldest = 0 if shape.window is None else max(0, min(row.start for row in group) - shape.window + 1)
         blocks = range(oldest // shape.block_size, -(-(max(row.start for row in group) + length) // shape.block_size))
-        attended = _attended(q_THD[tokens_BQ].float(), layer_N2KSD, tables_BW, positions_BQ, blocks, shape)
+        attended = _attended(q_THD[tokens_BQ].float(), layer_N2KSD, tables_BW, positions_BQ, blocks, shape, scales_2K)
         out_THD[tokens_BQ] = attended.to(out_THD.dtype)
 
 
@@ -108,6 +122,7 @@ def _attended(
     positions_BQ: torch.Tensor,
     blocks: range,
     shape: AttentionShape,
+    scales_2K: torch.Tensor | None,
 ) -> torch.Tensor:
     """[B, Q, H, D] float32 -> the same. `blocks`: columns of the tables that any query sees something of. Piece by
     piece with an online softmax (FlashAttention-2, algorithm 1).
@@ -121,7 +136,7 @@ def _attended(
     count = max(1, _PIECE_BYTES // block_bytes)
     for first in blocks[::count]:
         ids = tables_BW[:, first : min(first + count, blocks.stop)]
-        k, v = layer_N2KSD[ids].permute(2, 0, 3, 1, 4, 5).flatten(3, 4).float()  # [B, K, L, D] each
+        k, v = _gathered(layer_N2KSD, ids, scales_2K)
         keys = torch.arange(first * size, first * size + k.shape[2], device=q.device)
         hidden_BQL = keys > positions_BQ[..., None]
         if shape.window is not None:
@@ -135,3 +150,15 @@ def _attended(
         total = total * fade + weights.sum(-1, keepdim=True)
         acc, top = acc * fade + weights @ v, peak
     return (acc / total).unflatten(2, (groups, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _gathered(
+    layer_N2KSD: torch.Tensor, ids_BW: torch.Tensor, scales_2K: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of some columns of the block tables, [B, K, L, D] float32 each."""
+    if scales_2K is None:
+        k, v = layer_N2KSD[ids_BW].permute(2, 0, 3, 1, 4, 5).flatten(3, 4).float()
+        return k, v
+    stored = layer_N2KSD.view(torch.uint8)[ids_BW].view(layer_N2KSD.dtype)  # not every torch picks among float8
+    k, v = stored.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).float().mul_(scales_2K[:, None, :, None, None])
+    return k, v

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..dispatch import Operations
+from ..kv_write import narrowed
 
 
 def rms_norm(
@@ -43,15 +44,19 @@ def kv_write(
     layer: torch.Tensor,
     blocks: torch.Tensor,
     slots: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Writes keys and values into `layer`, but of tokens whose block is negative; returns the queries, turned,
-    [T, H, D] in q's dtype.
+    """Writes keys and values into `layer`, by `scales` [2, K] where it is narrow, but of tokens whose block is
+    negative; returns the queries, turned, [T, H, D] in q's dtype.
     """
     turned_q, turned_k = q.float(), k.float()
     if tables is not None:
         turned_q, turned_k = by.rotary(turned_q, *tables), by.rotary(turned_k, *tables)
     theirs = (blocks >= 0).nonzero().squeeze(1)
     written = torch.stack((turned_k, v.float()), dim=1).index_select(0, theirs)
+    if scales is not None:
+        written = narrowed(written, scales[:, :, None], layer.dtype)
+        layer = layer.view(written.dtype)
     by.kv_write(layer, written, blocks[theirs].long(), slots[theirs].long())
     return turned_q.to(q.dtype).contiguous()
 

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ....kernels.dispatch import Picked, gpu_facts, gpu_operations, interpreter, pick_gpu
-from ...models.config import ModelConfig
+from ....kernels.dispatch import gpu_operations
+from ....kernels.gpu_plans.tiling import form_of
 from ...models.reference import ModelFiles
 from ...types import SampledToken
 from ..fingerprint import fingerprint
@@ -39,16 +39,18 @@ from ..forward import Stage
 from ..gpu.graphs import DecodeGraphs, DecodeShape, decode_shapes
 from ..gpu.inputs import LaidOut, Limits, StepInputs
 from ..gpu.kv_store import DeviceKVStore
-from ..gpu.memory import DeviceShare, device_share
-from ..gpu.model import GpuModel, beyond_triton, unsupported
+from ..gpu.memory import DeviceShare
+from ..gpu.model import GpuModel, picked_for
 from ..gpu.part import Part, whole
 from ..gpu.sampling import DeviceSampler, Draws
 from ..gpu.shared_linears import join_part
-from ..gpu.sizing import blocks_to_profile, measure_room
+from ..gpu.sizing import blocks_to_profile, measure_room, own_share
 from ..gpu.staging import Staging
 from ..gpu.step_clock import StepClock
 from ..gpu.warm_up import warm_up_plans
 from ..gpu.weights import build_on
+from ..model import Model
+from ..narrow_kv import NarrowKV
 from ..plan import RowOutput, StepOutput, StepPlan
 from ..weight_source import WeightSource
 from ..weights import DTYPES, open_weights
@@ -96,84 +98,97 @@ class CudaDevice(Device):
         source: WeightSource | None = None,
         stage: Stage | None = None,
         part: Part | None = None,
+        narrow_kv: NarrowKV | None = None,
     ) -> None:
         """Loads `files` (from `source` instead, where one is given: benchmarks).
 
-        `dtype`: `bfloat16` or `float32`, of weights and KV; `kv_cache_bytes`: 0 for what `gpu_memory_utilization`
-        leaves; `quantization`: `w8a8`, `w4a16` or None; `max_running`: rows of the largest captured decode step;
-        `stage`: follows the start; `part`: of a worker of several GPUs, whose `kv_cache_bytes` are those of all ranks.
+        `dtype`: `bfloat16` or `float32`, of weights, and of KV without `narrow_kv`; `kv_cache_bytes`: 0 for what
+        `gpu_memory_utilization` leaves; `quantization`: `w8a8`, `w4a16` or None; `max_running`: rows of the largest
+        captured decode step; `stage`: follows the start; `part`: of a worker of several GPUs, whose `kv_cache_bytes`
+        are those of all ranks.
 
         Raises ValueError naming the field (ModelError for the model's files; DoesNotFit with the arithmetic), OSError.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r} is not allowed; allowed: one of {', '.join(sorted(DTYPES))}")
         self._where = torch.device(device)
-        self.picked = _pick(kernels, self._where, files.config, quantization)
+        self.picked = picked_for(files.config, self._where, kernels, quantization)
         logger.info("kernels: %s (%s)", self.picked.kernels, self.picked.reason)
         self._operations = gpu_operations(self.picked.kernels)
+        self._enforce_eager = enforce_eager or self.picked.kernels != "triton"
         self._say = stage or (lambda what, share: None)
-        self._stream = torch.cuda.Stream(self._where) if self._where.type == "cuda" else None
         self._config = files.config
         self._part = part = part or whole(files.config)
         self.plans_ahead, self.looks_ahead = part.plans_ahead, part.looks_ahead
-        self._draw_stream = (
-            torch.cuda.Stream(self._where) if self._stream is not None and not part.looks_ahead else None
-        )
-        """Of a pipeline's leader, whose first stage is at the next plan when logits come back."""
-        whole_layout = kv_layout(files.config, dtype, block_size)
-        self._layout = kv_layout(part.shard.local, dtype, block_size)
-        self._enforce_eager = enforce_eager or self.picked.kernels != "triton"
+        self._make_streams()
         longest = min(max_model_len or files.config.max_model_len, files.config.max_model_len)
         self._limits = Limits(max_running, max_batched_tokens, -(-longest // block_size))
-        self.fingerprint = fingerprint(files, dtype, quantization)
+        self.fingerprint = fingerprint(files, dtype, quantization, narrow_kv)
         self.vocab_size = files.config.vocab_size
+        held_as = dtype if narrow_kv is None else narrow_kv.dtype
+        self._layout = kv_layout(part.shard.local, held_as, block_size)
+        block_bytes = kv_layout(files.config, held_as, block_size).block_bytes
         self._under_way: deque[_UnderWay] = deque()
         self._drawn_at: dict[str, int] = {}
         """Where among the newest plan's draws each sequence's is."""
         with self._on_stream():
-            share = None
-            if not kv_cache_bytes:
-                share = _share(self._where, gpu_memory_utilization, self.picked.kernels)
-            weights = build_on(
-                self._where,
-                files.config,
-                source or open_weights(files),
-                dtype,
-                quantization,
-                shard=part.shard,
-                progress=lambda done: self._say("loading weights", done),
-            )
-            join_part(weights, part)
-            few = blocks_to_profile(self._limits, block_size) if share else kv_cache_bytes // whole_layout.block_bytes
-            if few < 1:
-                size = whole_layout.block_bytes
-                raise ValueError(f"kv_cache_bytes: {kv_cache_bytes} do not hold one block ({size} bytes)")
-            store = self._kv_store(few, shared=share is None)
-            self._model: GpuModel | None = GpuModel(weights, store.tensor, DTYPES[dtype], self._operations)
-            self._make_buffers(DTYPES[dtype], few)
-            self._warm_up(few, tunes=quantization is not None)
+            share = None if kv_cache_bytes else own_share(self._where, gpu_memory_utilization, self.picked.kernels)
+            weights = self._load(files, source, dtype, quantization)
+            blocks = self._first_blocks(kv_cache_bytes, block_bytes, profiles=share is not None)
+            self.kv: DeviceKVStore = self._kv_store(blocks, shared=share is None)
+            scales = None if narrow_kv is None else torch.from_numpy(narrow_kv.part(part.shard)).to(self._where)
+            self._model: GpuModel | None = GpuModel(weights, self.kv.tensor, DTYPES[dtype], self._operations, scales)
+            self._make_buffers(DTYPES[dtype], blocks)
+            self._warm_up(blocks, tunes=quantization is not None)
             if share is not None:
-                blocks = part.smallest("blocks", self._room(share, store.tensor.nbytes, files.name))
-                self._model.kv = torch.empty(0)
-                store.close()
-                del store
-                torch.cuda.empty_cache()
-                store = self._kv_store(blocks, shared=True)
-                self._model.kv, self._inputs.num_blocks = store.tensor, blocks
-            self.kv: DeviceKVStore = store
-            self.num_blocks = store.num_blocks
+                self._grow_kv(share, files.name)
+            self.num_blocks = self.kv.num_blocks
             self._inputs.clear()
             if self._stream is not None:
-                store.warm_up()
+                self.kv.warm_up()
                 self._stream.synchronize()  # what other streams find was filled on this one
             self._graphs.capture(lambda done: self._say("capturing decode steps", done))
+
+    def _make_streams(self) -> None:
+        on_gpu = self._where.type == "cuda"
+        self._stream = torch.cuda.Stream(self._where) if on_gpu else None
+        self._draw_stream = torch.cuda.Stream(self._where) if on_gpu and not self._part.looks_ahead else None
+        """Of a pipeline's leader, whose first stage is at the next plan when logits come back."""
+
+    def _load(self, files: ModelFiles, source: WeightSource | None, dtype: str, quantization: str | None) -> Model:
+        weights = build_on(
+            self._where,
+            files.config,
+            source or open_weights(files),
+            dtype,
+            quantization,
+            shard=self._part.shard,
+            progress=lambda done: self._say("loading weights", done),
+        )
+        join_part(weights, self._part)
+        return weights
+
+    def _first_blocks(self, kv_cache_bytes: int, block_bytes: int, *, profiles: bool) -> int:
+        """Of the KV memory to serve from, or of one to profile with. `block_bytes`: of a block on all ranks."""
+        if profiles:
+            return blocks_to_profile(self._limits, self._layout.block_size)
+        if kv_cache_bytes < block_bytes:
+            raise ValueError(f"kv_cache_bytes: {kv_cache_bytes} do not hold one block ({block_bytes} bytes)")
+        return kv_cache_bytes // block_bytes
 
     def _make_buffers(self, dtype: torch.dtype, num_blocks: int) -> None:
         """All that has one address for as long as the device is there."""
         assert self._model is not None
         rows, where = self._limits.rows, self._where
         self._inputs = StepInputs(
-            self._config, self._model.shape, dtype, where, self._limits, num_blocks=num_blocks, turns=self.plans_ahead
+            self._config,
+            self._model.shape,
+            dtype,
+            where,
+            self._limits,
+            num_blocks=num_blocks,
+            turns=self.plans_ahead,
+            form=form_of(self._model.kv, dtype),
         )
         self._most_sampled = max(rows, min(self._limits.tokens, _SAMPLED_ROWS))
         self._drawn = torch.zeros(self._most_sampled, dtype=torch.int32, device=where)
@@ -211,8 +226,8 @@ class CudaDevice(Device):
             self._say("warming up", done / len(plans))
             self._run_alone(plan)
 
-    def _room(self, share: DeviceShare, temporary_bytes: int, name: str) -> int:
-        """Blocks that fit beside all that is loaded, in place of the memory to profile with."""
+    def _grow_kv(self, share: DeviceShare, name: str) -> None:
+        """Puts all that fits beside what is loaded in the place of the memory to profile with."""
         self._say("profiling a step", None)
         room = measure_room(
             self._where,
@@ -221,12 +236,19 @@ class CudaDevice(Device):
             self._limits,
             model=name,
             most_sampled=self._most_sampled,
-            temporary_bytes=temporary_bytes,
+            temporary_bytes=self.kv.tensor.nbytes,
             graphs=self._num_graphs,
             run=self._run_alone,
         )
         logger.info("KV memory: %s", room.arithmetic)
-        return room.blocks
+        blocks = self._part.smallest("blocks", room.blocks)
+        assert self._model is not None
+        self._model.kv = torch.empty(0)
+        self.kv.close()
+        del self.kv
+        torch.cuda.empty_cache()
+        self.kv = self._kv_store(blocks, shared=True)
+        self._model.kv, self._inputs.num_blocks = self.kv.tensor, blocks
 
     def _kv_store(self, blocks: int, *, shared: bool) -> DeviceKVStore:
         with torch.inference_mode(False):  # what is made under it may not be written to outside of it
@@ -354,27 +376,3 @@ class CudaDevice(Device):
             else:
                 with torch.cuda.stream(other or self._stream):
                     yield
-
-
-def _pick(kernels: str, device: torch.device, config: ModelConfig, quantization: str | None) -> Picked:
-    """ValueError where what is asked for cannot run the model, or not here."""
-    obstacle = unsupported(config)
-    if obstacle is not None:
-        raise ValueError(f"device: 'cuda' is not allowed for this model: {obstacle}; allowed: cpu")
-    facts = gpu_facts(device) if device.type == "cuda" else interpreter()
-    return pick_gpu(kernels, facts, quantization, beyond_triton(config))
-
-
-def _share(device: torch.device, utilization: float, kernels: str) -> DeviceShare:
-    if kernels == "reference":
-        raise ValueError(
-            "kv_cache_bytes: 0 is not allowed with kernels 'reference', whose steps are too slow to profile one; "
-            "allowed: bytes of a block and more"
-        )
-    if device.type != "cuda":
-        raise ValueError(
-            "kv_cache_bytes: 0 is not allowed without a GPU to measure; allowed: bytes of a block and more"
-        )
-    share = device_share(device, utilization)
-    share.check_free()
-    return share

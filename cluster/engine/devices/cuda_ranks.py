@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -71,7 +71,7 @@ class RankedCudaDevice(Device):
         OSError.
         """
         shard = Shard(config=files.config, tensor_parallel=tensor_parallel, pipeline_stages=pipeline_stages)
-        self.fingerprint = fingerprint(files, dtype, gpu.quantization)
+        self.fingerprint = fingerprint(files, dtype, gpu.quantization, gpu.narrow_kv)
         self.vocab_size = files.config.vocab_size
         self._block_size = block_size
         self._device: CudaDevice | None = None
@@ -98,9 +98,14 @@ class RankedCudaDevice(Device):
             self._ranks = ranks
             self._followers.watch(lambda error: ranks.abort())  # who is lost now is waited for on the device, too
             part = SharedPart(shard, meeting, ranks)
-            options = asdict(each[0])
             own = CudaDevice(
-                files, dtype=dtype, block_size=block_size, kernels=kernels, stage=stage, part=part, **options
+                files,
+                dtype=dtype,
+                block_size=block_size,
+                kernels=kernels,
+                stage=stage,
+                part=part,
+                **each[0].arguments(),
             )
             self._device = own
             self._followers.ready()
@@ -111,7 +116,7 @@ class RankedCudaDevice(Device):
         self.picked, self.num_blocks = own.picked, own.num_blocks
         self.plans_ahead, self.looks_ahead = own.plans_ahead, own.looks_ahead
         split = KVSplit(
-            layout=kv_layout(files.config, dtype, block_size),
+            layout=kv_layout(files.config, dtype if gpu.narrow_kv is None else gpu.narrow_kv.dtype, block_size),
             tensor_parallel=tensor_parallel,
             pipeline_stages=pipeline_stages,
         )

@@ -72,8 +72,9 @@ class StepInputs:
         *,
         num_blocks: int,
         turns: int,
+        form: int = PLAIN,
     ) -> None:
-        """`turns`: plans under way at a time."""
+        """`turns`: plans under way at a time; `form`: how the KV memory holds numbers (`gpu_plans.tiling.form_of`)."""
         self.limits = limits
         self._config = config
         self._shape = shape
@@ -83,8 +84,8 @@ class StepInputs:
         self._turns = turns
         group = shape.num_heads // shape.num_kv_heads
         arch = architecture(device)
-        self._decode_cut = decode_tiling(group, shape.head_dim, dtype, PLAIN, arch)
-        self._prefill_cut = prefill_tiling(shape.head_dim, dtype, PLAIN, arch)
+        self._decode_cut = decode_tiling(group, shape.head_dim, dtype, form, arch)
+        self._prefill_cut = prefill_tiling(shape.head_dim, dtype, form, arch)
         self._multiprocessors = multiprocessors(device)
         self._tables = _BlockTables(limits.rows)
         self._static_tables = torch.zeros(limits.rows, limits.table_width, dtype=torch.int32, device=device)

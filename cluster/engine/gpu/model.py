@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ....kernels.dispatch import GpuOperations, Int8Operations
+from ....kernels.dispatch import GpuOperations, Int8Operations, Picked, gpu_facts, interpreter, pick_gpu
 from ....kernels.gpu_plans.decode import DecodePlan
 from ....kernels.gpu_plans.prefill import PrefillPlan
 from ....kernels.linear import Linear
@@ -81,13 +81,30 @@ def beyond_triton(config: ModelConfig) -> str | None:
     return None
 
 
+def picked_for(config: ModelConfig, device: torch.device, kernels: str, quantization: str | None) -> Picked:
+    """Who computes a model on `device`. ValueError where what is asked for cannot run it, or not here."""
+    obstacle = unsupported(config)
+    if obstacle is not None:
+        raise ValueError(f"device: 'cuda' is not allowed for this model: {obstacle}; allowed: cpu")
+    facts = gpu_facts(device) if device.type == "cuda" else interpreter()
+    return pick_gpu(kernels, facts, quantization, beyond_triton(config))
+
+
 class GpuModel:
     """A loaded model over one KV memory. Called from one thread, under `torch.inference_mode`."""
 
-    def __init__(self, model: Model, kv: torch.Tensor, dtype: torch.dtype, operations: GpuOperations) -> None:
-        """`kv`: [N, L, 2, K, S, D] on the device of the weights."""
+    def __init__(
+        self,
+        model: Model,
+        kv: torch.Tensor,
+        dtype: torch.dtype,
+        operations: GpuOperations,
+        scales: torch.Tensor | None = None,
+    ) -> None:
+        """`kv`: [N, L, 2, K, S, D] on the device of the weights; `scales`: [L, 2, K] float32 where it is narrow."""
         self.weights = model
         self.kv = kv
+        self._scales = [None] * len(model.layers) if scales is None else list(scales)
         self.shape = model.attention_shape(kv.shape[4])
         self._config = model.config
         self._dtype = dtype
@@ -145,18 +162,20 @@ class GpuModel:
         rope: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """[T, C] -> [T, C]; writes the layer's keys and values."""
-        c, memory, operations = self._config, self.kv[:, index], self._operations
+        c, operations = self._config, self._operations
+        memory, scales = self.kv[:, index], self._scales[index]
         heads = _linear(layer.qkv).of(normed).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = heads.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._head_norm(layer.q_norm, q), self._head_norm(layer.k_norm, k)
-        q = operations.kv_write(q, k, v, rope, memory, batch.blocks_T, batch.slots_T)
+        q = operations.kv_write(q, k, v, rope, memory, batch.blocks_T, batch.slots_T, scales)
         out = torch.empty_like(q)
         if batch.decode is not None:
-            rows = batch.decode_rows
-            operations.decode_attention(q[:rows], memory, batch.decode_tables, batch.decode, self.shape, out[:rows])
+            rows, tables = batch.decode_rows, batch.decode_tables
+            operations.decode_attention(q[:rows], memory, tables, batch.decode, self.shape, out[:rows], scales)
         if batch.prefill is not None:
-            operations.prefill_attention(q, memory, batch.prefill_tables, batch.prefill, self.shape, out)
+            tables = batch.prefill_tables
+            operations.prefill_attention(q, memory, tables, batch.prefill, self.shape, out, scales)
         return _linear(layer.attention_out).of(out.flatten(1))
 
     def _activation(self, hidden: torch.Tensor, down: Linear) -> Rows:

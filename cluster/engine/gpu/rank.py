@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 
@@ -49,7 +48,7 @@ def build_gpu_rank(
         kernels=setup.kernels,
         stage=lambda what, share: progress(share or 0.0),
         part=SharedPart(shard, table, ranks),
-        **asdict(gpu),
+        **gpu.arguments(),
     )
     memory = DeviceRankMemory(device.kv.tensor)
     return Rank(Following(device).run, memory, device.kv, memoryview(b""), device.kv.layout.block_bytes)

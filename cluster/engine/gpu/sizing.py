@@ -11,8 +11,35 @@ import torch
 from ....kvtransfer.layout import KVLayout
 from ..plan import StepPlan, StepRow
 from .inputs import Limits
-from .memory import DeviceShare, KVRoom, StepMemory, graph_bytes, held_bytes, kv_room, step_peak_bytes
+from .memory import (
+    DeviceShare,
+    KVRoom,
+    StepMemory,
+    device_share,
+    graph_bytes,
+    held_bytes,
+    kv_room,
+    step_peak_bytes,
+)
 from .sampling import DEMANDING
+
+
+def own_share(device: torch.device, utilization: float, kernels: str) -> DeviceShare:
+    """A worker's part of its GPU, before it takes any of it. ValueError where no step can be measured (DoesNotFit where
+    others hold too much).
+    """
+    if kernels == "reference":
+        raise ValueError(
+            "kv_cache_bytes: 0 is not allowed with kernels 'reference', whose steps are too slow to profile one; "
+            "allowed: bytes of a block and more"
+        )
+    if device.type != "cuda":
+        raise ValueError(
+            "kv_cache_bytes: 0 is not allowed without a GPU to measure; allowed: bytes of a block and more"
+        )
+    share = device_share(device, utilization)
+    share.check_free()
+    return share
 
 
 def blocks_to_profile(limits: Limits, block_size: int) -> int:

@@ -22,6 +22,7 @@ import msgpack
 from ...models.config import Architecture, ModelConfig, RopeScaling
 from ...models.reference import ModelFiles
 from ...types import SamplingParams
+from ..narrow_kv import NarrowKV
 from ..plan import SampleSpec, StepPlan
 from ..plan_wire import encode_plan
 
@@ -68,6 +69,12 @@ class GpuSetup:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
+    narrow_kv: NarrowKV | None = None
+    """The leader's, so that no rank reads other scales."""
+
+    def arguments(self) -> dict[str, Any]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +86,7 @@ class Setup:
     pipeline_stages: int
     rank: int
     dtype: str
-    """Of weights and KV."""
+    """Of weights, and of KV that is not narrow."""
     kernels: str
     block_size: int
     num_blocks: int
@@ -181,7 +188,7 @@ def decode_setup(data: bytes) -> Setup:
         files, gpu = values.pop("files"), values.pop("gpu")
         path = files["path"]
         return Setup(
-            **{**values, "cpus": tuple(values["cpus"]), "gpu": None if gpu is None else GpuSetup(**gpu)},
+            **{**values, "cpus": tuple(values["cpus"]), "gpu": None if gpu is None else _gpu(gpu)},
             files=ModelFiles(
                 name=files["name"],
                 kind=files["kind"],
@@ -191,6 +198,11 @@ def decode_setup(data: bytes) -> Setup:
         )
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise ValueError(f"setup: {error!r}") from error
+
+
+def _gpu(values: dict[str, Any]) -> GpuSetup:
+    narrow = values["narrow_kv"]
+    return GpuSetup(**{**values, "narrow_kv": None if narrow is None else NarrowKV(**narrow)})
 
 
 def _config(values: dict[str, Any]) -> ModelConfig:

@@ -54,6 +54,10 @@ BAD_ENGINE = [
     ("paced_context_token_s", "fast"),
     ("paced_profile", ""),
     ("quantization", "w4a16"),
+    ("kv_cache_dtype", "fp4"),
+    ("kv_cache_dtype", "fp8"),
+    ("kv_scales", ""),
+    ("kv_scales", "scales.json"),
     ("kernels", "cuda"),
     ("batching", "static"),
     ("gpus", (0,)),
@@ -62,6 +66,8 @@ BAD_ENGINE = [
 
 ON_A_GPU = [
     ({"kernels": "compiled"}, "kernels: 'compiled' is not allowed; allowed: auto, triton, torch or reference on cuda"),
+    ({"kv_cache_dtype": "int8"}, "kv_scales: is missing; allowed: a file with kv_cache_dtype int8: `tandem calibrate`"),
+    ({"kv_scales": "a.json"}, "kv_scales: 'a.json' is not allowed; allowed: none with kv_cache_dtype auto, whose KV"),
     ({"gpus": (0, 1, 2), "tensor_parallel": 2}, "gpus: .* allowed: 2, or a multiple of that: one for each rank"),
 ]
 

@@ -95,6 +95,12 @@ def test_a_step_profile_is_looked_for_beside_the_file(tmp_path: Path) -> None:
     assert config.engine_of(Role.DECODE).paced_profile == "elsewhere.json"
 
 
+def test_kv_scales_are_looked_for_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "scales.json").write_text("{}")
+    config = load_config(write(tmp_path, "engine: {device: cuda, kv_cache_dtype: int8, kv_scales: scales.json}\n"))
+    assert config.engine.kv_scales == str(tmp_path / "scales.json")
+
+
 def test_empty_file_is_the_default(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "")) == ClusterConfig()
 

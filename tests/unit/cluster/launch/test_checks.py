@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tandem.cluster.bench.validate_subjects import config_subject
 from tandem.cluster.config import ClusterConfig, ConfigError, EngineConfig, WorkerConfig
 from tandem.cluster.config_file import build_config
+from tandem.cluster.engine.kv_scales import KVScales
 from tandem.cluster.latency.profile import StepProfile
 from tandem.cluster.launch.checks import check_engines, pin_config
 from tandem.cluster.launch.members import WorkerMember
@@ -133,3 +135,20 @@ def test_a_step_profile_is_read_before_ray_starts_and_its_path_made_whole(
     assert pinned.decode_engine is not None
     assert pinned.engine.paced_profile == pinned.decode_engine.paced_profile == str(tmp_path / "steps.json")
     assert pin_config(config()).engine.paced_profile is None
+
+
+def test_kv_scales_are_read_before_ray_starts_and_their_path_made_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tandem.cluster.launch.checks.has_gpu_driver", lambda: True)
+    own = config(device="cuda", kv_cache_dtype="int8", kv_scales="scales.json", kv_cache_bytes=BLOCK_BYTES // 2)
+    with pytest.raises(ConfigError, match=r"^engine\.kv_scales: 'scales.json' is not allowed; allowed: a file of `tan"):
+        check_engines(own, MODEL)
+    largest = np.ones((MODEL.num_layers, 2, MODEL.num_kv_heads), np.float32)
+    KVScales(largest=largest[:1]).save(Path("scales.json"))
+    with pytest.raises(ConfigError, match=rf"layers: 1 of them, allowed: a list of {MODEL.num_layers}"):
+        check_engines(own, MODEL)
+    KVScales(largest=largest).save(Path("scales.json"))
+    check_engines(own, MODEL)  # a block, too, is half as large
+    assert pin_config(own).engine.kv_scales == str(tmp_path / "scales.json")

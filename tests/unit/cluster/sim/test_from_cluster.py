@@ -60,3 +60,22 @@ def test_paced_workers_without_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("engine: {device: paced}\n")
     with pytest.raises(ConfigError, match=r"prefill\.engine\.paced_profile: is missing; allowed: a file"):
         cluster_values(load_config(tmp_path / "cluster.yaml"))
+
+
+@pytest.mark.parametrize(("narrow", "times"), [("auto", 1), ("fp8", 2), ("int8", 2)])
+def test_narrow_kv_holds_twice_the_tokens(tmp_path: Path, narrow: str, times: int) -> None:
+    scales = "" if narrow == "auto" else ", kv_scales: unread.json"
+    (tmp_path / "cluster.yaml").write_text(
+        f"model: llama-3.1-8b\nengine: {{device: cuda, kv_cache_bytes: 16GiB, kv_cache_dtype: {narrow}{scales}}}\n"
+    )
+    values = cluster_values(load_config(tmp_path / "cluster.yaml"))
+    spec = cluster_spec(read_scenario(None, values | {"hardware": "h100", "rate": 1.0}))
+    assert spec.workers[0].num_blocks == times * 2**34 // (16 * 131072)
+
+
+def test_narrow_kv_is_not_told_by_a_profile(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(
+        "engine: {device: cuda, kv_cache_dtype: fp8}\nplan: {problem: {profile: measured.json}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"engine\.kv_cache_dtype: 'fp8' is not allowed; allowed: auto with a prof"):
+        cluster_values(load_config(tmp_path / "cluster.yaml"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from rank_steps import steps
+from tandem.cluster.engine.narrow_kv import NarrowKV
 from tandem.cluster.engine.parallel.messages import (
     MAX_MESSAGE_BYTES,
     GpuSetup,
@@ -49,6 +50,8 @@ def test_a_setup_comes_as_it_was_sent() -> None:
     assert decode_setup(encode_setup(plain)) == plain
     on_gpu = replace(SETUP, gpu=GpuSetup(device="cuda:3", quantization="w8a8", max_model_len=4096, enforce_eager=True))
     assert decode_setup(encode_setup(on_gpu)) == on_gpu
+    narrow = replace(SETUP, gpu=GpuSetup(device="cuda", narrow_kv=NarrowKV(dtype="int8", scales=b"\x00\xff" * 8)))
+    assert decode_setup(encode_setup(narrow)) == narrow
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x90", encode_setup(SETUP)[:-1], b"\x81\xa5files\x80"])
