@@ -19,6 +19,9 @@ KV_SHARE = 0.7
 """Of a machine's memory: weights and everything else want some, too."""
 FAILED_SHARE = 0.01
 
+_FALLBACK = "cannot run here"
+"""In what `kernels.dispatch` says where it picked something slower than what it was free to pick."""
+
 Worker = Mapping[str, Any]
 
 
@@ -70,6 +73,7 @@ def check_live(live: Live) -> list[Finding]:
         _heartbeats(live.workers),
         _threads(live),
         _pinning(live),
+        _kernels(live.workers),
         _memory(live),
         _ledger(live.workers),
         _stuck(live),
@@ -147,7 +151,7 @@ def _threads(live: Live) -> Finding:
     if twice:
         text = f"processors {', '.join(map(str, twice))} are given to several workers"
         return Finding(Level.WARN, "threads", text, "engine.cpus: give each pool processors of its own")
-    threads = sum(int(worker.get("threads") or 0) for worker in computing)
+    threads = sum(int(worker.get("threads") or 0) * (1 + len(worker.get("other_ranks") or ())) for worker in computing)
     if threads > live.cores and not live.remote:
         text = f"{threads} compute threads on {live.cores} processors"
         return Finding(Level.WARN, "threads", text, "fewer workers, or fewer --threads: they take turns as it is")
@@ -165,6 +169,20 @@ def _pinning(live: Live) -> Finding:
         return Finding(Level.WARN, "pinning", text, "something set their affinity anew: taskset, cgroups")
     text = f"{', '.join(looked_at)} keep to their engine.cpus" if looked_at else "no worker here is given processors"
     return Finding(Level.OK, "pinning", text)
+
+
+def _kernels(workers: Sequence[Worker]) -> Finding:
+    """Who computes and why; of workers on this machine and others."""
+    picked = {str(w["worker_id"]): f"{w['kernels']} ({w.get('kernels_reason')})" for w in workers if w.get("kernels")}
+    if not picked:
+        return Finding(Level.OK, "computed by", "no worker tells")
+    found: dict[str, list[str]] = {}
+    for name, text in picked.items():
+        found.setdefault(text, []).append(name)
+    told = "; ".join(f"{text} on {', '.join(names)}" for text, names in found.items())
+    if any(_FALLBACK in str(worker.get("kernels_reason")) for worker in workers):
+        return Finding(Level.WARN, "computed by", told, "several times slower than the kernels that could not be had")
+    return Finding(Level.OK, "computed by", told)
 
 
 def _memory(live: Live) -> Finding:

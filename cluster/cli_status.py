@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import IO, Any
 
 from .bench.no_answer import NoAnswer
@@ -20,6 +21,8 @@ from .tls import ClientTLS
 _COLUMNS = ("worker", "role", "state", "device", "epoch", "KV use", "running", "waiting", "held", "leases")
 _LEDGER = ("blocks", "held", "cached", "free", "credited", "proven")
 _HANDOFFS = ("handoffs", "leases", "pulls", "giving", "taking", "moved", "ended early", "moved by")
+_COMPUTE = ("compute", "split", "threads", "processes", "kernels")
+_ROLES = ("prefill", "decode", "mixed")
 _TIMEOUT_S = 10.0
 
 
@@ -124,10 +127,13 @@ def _json(reply: IO[bytes]) -> Any:
 
 
 def render(url: str, answer: Mapping[str, Any], samples: Samples | None = None) -> str:
-    """The answer as tables: workers, the ledger of blocks, handoffs; above them what is inside the router. Pure."""
-    workers: Sequence[Mapping[str, Any]] = answer.get("workers") or ()
+    """The answer as tables: workers, who computes in them, the ledger of blocks, handoffs; above them what is inside
+    the router. Pure.
+    """
+    workers: Sequence[Mapping[str, Any]] = sorted(answer.get("workers") or (), key=_place)
     tables = [
         _table([_COLUMNS, *(_row(worker) for worker in workers)]),
+        _table([_COMPUTE, *(_compute(worker) for worker in workers)]),
         _table([_LEDGER, *(_ledger(worker) for worker in workers)]),
         _table([_HANDOFFS, *(_handoffs(worker) for worker in workers)]),
     ]
@@ -192,6 +198,32 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _place(worker: Mapping[str, Any]) -> tuple[int, int, str]:
+    """By pool, and in it by number: the router lists workers as they came, and each restart comes last."""
+    role, name = str(worker.get("role", "")), str(worker.get("worker_id", ""))
+    number = name.rpartition("-")[2]
+    return _ROLES.index(role) if role in _ROLES else len(_ROLES), int(number) if number.isdecimal() else -1, name
+
+
+def _compute(worker: Mapping[str, Any]) -> tuple[str, ...]:
+    """Split, threads of each rank, processes by rank, and who computes in them."""
+    stages, pids = int(worker.get("pipeline_stages") or 0), _pids(worker)
+    split = f"TP {worker['tensor_parallel']}" if worker.get("tensor_parallel") else "-"
+    threads = f"{worker['threads']}" + (" each" if worker.get("other_ranks") else "") if worker.get("threads") else "-"
+    kernels = ": ".join(text for name in ("kernels", "kernels_reason") if (text := str(worker.get(name) or ""))) or "-"
+    name = str(worker.get("worker_id", "-"))
+    return (name, split + (f" PP {stages}" if stages > 1 else ""), threads, pids or "-", kernels)
+
+
+def _pids(worker: Mapping[str, Any]) -> str:
+    """Of its ranks' processes in order, with the node of those that are not on the first one's."""
+    others: Sequence[Mapping[str, Any]] = worker.get("other_ranks") or ()
+    told = [str(worker["pid"])] if worker.get("pid") else []
+    for host, ranks in groupby(others, key=lambda rank: rank.get("host", "")):
+        told.append(", ".join(str(rank["pid"]) for rank in ranks) + (f" on {host}" if host else ""))
+    return ", ".join(told)
 
 
 def _ledger(worker: Mapping[str, Any]) -> tuple[str, ...]:

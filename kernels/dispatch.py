@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .picked import Picked
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,16 +48,6 @@ GPU_OPERATIONS = (
     "w8a8",
 )
 """Modules of `kernels.gpu` that ship kernels."""
-
-
-@dataclass(frozen=True, slots=True)
-class Picked:
-    """Who computes, and why."""
-
-    kernels: str
-    """`compiled`, `triton`, `torch` or `reference`."""
-    reason: str
-    """One line for people."""
 
 
 @functools.cache

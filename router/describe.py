@@ -9,7 +9,7 @@ _AS_IT_IS = (
     *("max_model_len", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks"),
     *("credit_limit_blocks", "running", "waiting", "held", "max_running", "max_waiting", "streams", "leases", "pulls"),
     *("integrity_ok", "integrity_age_s", "preemptions_total", "steps_total", "late_steps_total", "threads", "kv_bytes"),
-    *("kv_mover_pid", "max_batched_tokens"),
+    *("kv_mover_pid", "max_batched_tokens", "kernels", "kernels_reason", "tensor_parallel", "pipeline_stages"),
 )
 _BY_NAME = ("holder_states", "puller_states", "pulls_total", "handoff_failures_total")
 
@@ -19,6 +19,7 @@ def describe(status: pb.WorkerStatus) -> dict[str, object]:
     values: dict[str, object] = {name: getattr(status, name) for name in _AS_IT_IS}
     values["epoch"] = f"{status.epoch:016x}"
     values["cpus"] = list(status.cpus)
+    values["other_ranks"] = [{"pid": rank.pid, "host": rank.host} for rank in status.other_ranks]
     for name in _BY_NAME:
         values[name] = dict(sorted(getattr(status, name).items()))
     return values

@@ -8,13 +8,12 @@ import asyncio
 import importlib.util
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from ...decode_worker.service import DecodeService
 from ...kvtransfer.cuda_ipc.blocks import DeviceMapper
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from ...kvtransfer.mapped.blocks import HostMapper
@@ -22,30 +21,21 @@ from ...kvtransfer.mapped.fd_passing import SegmentServer, share
 from ...kvtransfer.mapped.transport import MappedKVTransport
 from ...kvtransfer.mover.worker import KVMover, attach_mover, spawn_mover
 from ...kvtransfer.reblock import ReblockingTransport, largest_block_bytes
-from ...kvtransfer.ticket import SegmentOffer
 from ...kvtransfer.transport import KVTransport
 from ...prefill_worker.service import PrefillService
 from ..auth import MemberCredentials
-from ..clock import MonotonicClock
 from ..config import COLLECTIVE_TRANSPORTS, ConfigError, EngineConfig, WorkerConfig
-from ..engine.block_pool import BlockPool
-from ..engine.decode_parts import PART_ROWS
 from ..engine.devices.base import Device
-from ..engine.parallel.rank_process import Recruit, children
-from ..engine.policies import policy_for
-from ..engine.prefix_cache import PrefixCache
-from ..engine.scheduler import Scheduler
-from ..latency.linear import OnlineStepTimeFit
+from ..engine.parallel.rank_process import RankProcess, Recruit, children
 from ..metrics import worker_registry
 from ..models.reference import ModelFiles, resolve_model
-from ..profiler.first_steps import known_steps
 from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
-from ..rpc import make_server, new_epoch
-from ..worker.engine_thread import EngineThread
+from ..rpc import make_server
 from ..worker.servicer import Servicer
-from ..worker.shell import WorkerFacts, WorkerShell
+from ..worker.shell import WorkerShell
 from .checks import check_engine, check_transport
 from .compose_ranks import RankTransport, join_ranks
+from .compose_shell import KVEnds, assemble, steps_known, worker_facts
 from .worker_metrics import WorkerMetricsServer
 
 logger = logging.getLogger(__name__)
@@ -162,7 +152,8 @@ class WorkerRuntime:
         recruit: Recruit | None = None,
     ) -> None:
         self._config = config
-        self._recruit = recruit
+        self._recruit = recruit or children
+        self._other_ranks: Sequence[RankProcess] = ()
         self._on_failure = on_failure
         self._on_leave = on_leave
         self._server: aio.Server | None = None
@@ -175,6 +166,10 @@ class WorkerRuntime:
         self.shell: WorkerShell | None = None
         self.warning = ""
         """One line for the operator; empty where there is nothing to say."""
+
+    def _recruited(self, num_ranks: int) -> Sequence[RankProcess]:
+        self._other_ranks = self._recruit(num_ranks)
+        return self._other_ranks
 
     async def start(self, progress: Progress | None = None) -> None:
         """Loads the model and serves. Raises ModelError, ConfigError, OSError (a port in use)."""
@@ -189,7 +184,7 @@ class WorkerRuntime:
         in_host_memory = config.engine.device == "cpu" and config.engine.num_ranks == 1
         mover = "thread" if config.transport in COLLECTIVE_TRANSPORTS else config.kv_mover
         self._mover = await spawn_mover(mover, computes=in_host_memory)
-        device = await asyncio.to_thread(build_device, config.engine, files, progress, self._recruit)
+        device = await asyncio.to_thread(build_device, config.engine, files, progress, self._recruited)
         say("services", None)
         self._device = device
         if self._mover is not None:
@@ -199,20 +194,10 @@ class WorkerRuntime:
             if failed:
                 self._mover = None
                 self._warn(failed)
-        self._ranks = await join_ranks(config, advertised_host(config.host, config.routers), device, credentials)
-        if self._ranks is None and config.transport != "grpc":
-            memory = device.kv.device_memory
-            self._segments = await share(device.kv.segment, None if memory is None else memory.fd)
-        offer = None if self._segments is None else self._segments.offer
-        if self._ranks is not None:
-            transport: KVTransport = self._ranks.pulls
-        else:
-            usual = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
-            transport = _of_any_block_size(usual, config, device, credentials)
-        fit = await asyncio.to_thread(_known_steps, config, files, device)
-        shell, prefill, decode = _assemble(
-            config, files, device, credentials, offer, b"" if self._ranks is None else self._ranks.offer, transport, fit
-        )
+        ends = await self._kv_ends(device, credentials)
+        facts = worker_facts(config, files, device, self._other_ranks)
+        fit = await asyncio.to_thread(steps_known, config, facts, device)
+        shell, prefill, decode = assemble(config, files, device, facts, credentials, ends, fit)
         device.watch(shell.failure_from_engine)
         shell.on_leave = self._on_leave
         asked, longest = config.engine.max_model_len, shell.facts.max_model_len
@@ -237,6 +222,19 @@ class WorkerRuntime:
         if config.metrics_port is not None:
             self._metrics = WorkerMetricsServer(config, worker_registry(shell.status), credentials)
         logger.info("worker %s (%s) serves on %s, KV on %s", config.worker_id, config.role, shell.address, kv_port)
+
+    async def _kv_ends(self, device: Device, credentials: MemberCredentials) -> KVEnds:
+        """From rank to rank, or with blocks of its memory for others to map, where they can be."""
+        config = self._config
+        self._ranks = await join_ranks(config, advertised_host(config.host, config.routers), device, credentials)
+        if self._ranks is not None:
+            return KVEnds(transport=self._ranks.pulls, offer=None, ranks=self._ranks.offer)
+        if config.transport != "grpc":
+            memory = device.kv.device_memory
+            self._segments = await share(device.kv.segment, None if memory is None else memory.fd)
+        usual = self._mover.transport if self._mover is not None else _kv_transport(config, device, credentials)
+        transport = _of_any_block_size(usual, config, device, credentials)
+        return KVEnds(transport=transport, offer=None if self._segments is None else self._segments.offer, ranks=b"")
 
     def _warn(self, text: str) -> None:
         self.warning = f"{self.warning}; {text}" if self.warning else text
@@ -315,72 +313,3 @@ def _of_any_block_size(
     if isinstance(usual, MappedKVTransport):
         return ReblockingTransport(usual, layout, plain=plain, own=usual.reblocks)
     return ReblockingTransport(usual, layout, plain=plain)
-
-
-def _longest(config: EngineConfig, files: ModelFiles, device: Device) -> int:
-    """Context that is promised to clients: one longer than the whole KV memory could never run."""
-    return min(config.max_model_len or files.config.max_model_len, device.kv.num_blocks * config.block_size)
-
-
-def _known_steps(config: WorkerConfig, files: ModelFiles, device: Device) -> OnlineStepTimeFit:
-    """What is known of the device's steps before it serves; a CPU engine takes a moment to find out."""
-    return known_steps(
-        device,
-        config.role,
-        max_batched_tokens=config.engine.max_batched_tokens,
-        max_model_len=_longest(config.engine, files, device),
-        block_size=config.engine.block_size,
-    )
-
-
-def _assemble(
-    config: WorkerConfig,
-    files: ModelFiles,
-    device: Device,
-    credentials: MemberCredentials,
-    offer: SegmentOffer | None,
-    ranks: bytes,
-    transport: KVTransport,
-    fit: OnlineStepTimeFit,
-) -> tuple[WorkerShell, PrefillService, DecodeService]:
-    """The parts that need each other: scheduler, engine thread, shell, services."""
-    engine_config, clock, segment = config.engine, MonotonicClock(), device.kv.segment
-    generations = None if segment is None else segment.generations
-    pool = BlockPool(device.kv.num_blocks, engine_config.block_size, generations)
-    longest = _longest(engine_config, files, device)
-    scheduler = Scheduler(
-        block_pool=pool,
-        prefix_cache=PrefixCache(pool, enabled=engine_config.prefix_cache),
-        policy=policy_for(config.role, engine_config.batching),
-        clock=clock,
-        max_batched_tokens=engine_config.max_batched_tokens,
-        max_running=engine_config.max_running,
-        max_waiting=engine_config.max_waiting,
-        max_model_len=longest,
-        eos_token_ids=files.config.eos_token_ids,
-        max_outstanding_plans=device.plans_ahead,
-        looks_ahead=device.looks_ahead,
-        decode_parts=1 if device.looks_ahead else device.plans_ahead,
-        decode_part_rows=PART_ROWS,
-    )
-    facts = WorkerFacts(
-        worker_id=config.worker_id,
-        epoch=new_epoch(),
-        model=files.name,
-        fingerprint=device.fingerprint,
-        kv_layout=device.kv.layout.identity(),
-        block_size=engine_config.block_size,
-        max_model_len=longest,
-        vocab_size=device.vocab_size,
-        device=device.name,
-    )
-    if segment is not None:
-        segment.publish(facts.epoch)
-    shell = WorkerShell(config, facts, clock, credentials)
-    engine = EngineThread(
-        scheduler, device, on_events=shell.events_from_engine, on_failure=shell.failure_from_engine, fit=fit
-    )
-    prefill = PrefillService(shell, engine, device.kv, pool.generation, offer, ranks)
-    decode = DecodeService(shell, engine, device.kv, transport)
-    shell.assemble(engine, (prefill, decode))
-    return shell, prefill, decode

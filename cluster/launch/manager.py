@@ -93,8 +93,9 @@ class Manager:
             watch.error = state.error
         watch.restarts = handle.restarts
         if state.phase is Phase.READY and watch.phase is not Phase.READY:
+            ranks = f", of its other ranks {', '.join(map(str, state.rank_pids))}" if state.rank_pids else ""
             epoch = f", epoch {state.epoch:x}" if state.epoch else ""
-            self._report(f"{handle.name} is back after {now_s - watch.lost_s:.1f} s (pid {state.pid}{epoch})")
+            self._report(f"{handle.name} is back after {now_s - watch.lost_s:.1f} s (pid {state.pid}{ranks}{epoch})")
         if state.phase is Phase.READY and state.warning != watch.warning:
             self._report(f"{handle.name}: {state.warning or f'mended: {watch.warning}'}")
             watch.warning = state.warning

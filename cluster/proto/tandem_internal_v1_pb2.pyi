@@ -407,7 +407,7 @@ class StepTime(_message.Message):
     def __init__(self, step_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., decode_row_s: _Optional[float] = ..., context_token_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "role_version", "address", "kv_address", "protocol_version", "model", "fingerprint", "kv_layout", "max_model_len", "draining", "device", "pid", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks", "credit_limit_blocks", "waiting", "running", "held", "queued_prefill_tokens", "context_tokens", "max_waiting", "max_running", "step_time", "leases", "pulls", "streams", "integrity_ok", "preemptions_total", "prefix_queries_tokens_total", "prefix_hits_tokens_total", "steps_total", "computed_tokens_total", "holder_states", "puller_states", "pulls_total", "handoff_failures_total", "late_steps_total", "integrity_age_s", "threads", "cpus", "version", "kv_bytes", "patient_prefill_tokens", "kv_mover_pid", "max_batched_tokens", "learned_steps")
+    __slots__ = ("worker_id", "epoch", "role", "role_version", "address", "kv_address", "protocol_version", "model", "fingerprint", "kv_layout", "max_model_len", "draining", "device", "pid", "block_size", "num_blocks", "free_blocks", "cached_blocks", "credited_blocks", "credit_limit_blocks", "waiting", "running", "held", "queued_prefill_tokens", "context_tokens", "max_waiting", "max_running", "step_time", "leases", "pulls", "streams", "integrity_ok", "preemptions_total", "prefix_queries_tokens_total", "prefix_hits_tokens_total", "steps_total", "computed_tokens_total", "holder_states", "puller_states", "pulls_total", "handoff_failures_total", "late_steps_total", "integrity_age_s", "threads", "cpus", "version", "kv_bytes", "patient_prefill_tokens", "kv_mover_pid", "max_batched_tokens", "learned_steps", "kernels", "kernels_reason", "tensor_parallel", "pipeline_stages", "other_ranks")
     class HolderStatesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -487,6 +487,11 @@ class WorkerStatus(_message.Message):
     KV_MOVER_PID_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEARNED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_REASON_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_STAGES_FIELD_NUMBER: _ClassVar[int]
+    OTHER_RANKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: str
@@ -538,4 +543,17 @@ class WorkerStatus(_message.Message):
     kv_mover_pid: int
     max_batched_tokens: int
     learned_steps: int
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., role_version: _Optional[int] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv_layout: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., credited_blocks: _Optional[int] = ..., credit_limit_blocks: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., held: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ..., leases: _Optional[int] = ..., pulls: _Optional[int] = ..., streams: _Optional[int] = ..., integrity_ok: bool = ..., preemptions_total: _Optional[int] = ..., prefix_queries_tokens_total: _Optional[int] = ..., prefix_hits_tokens_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., computed_tokens_total: _Optional[int] = ..., holder_states: _Optional[_Mapping[str, int]] = ..., puller_states: _Optional[_Mapping[str, int]] = ..., pulls_total: _Optional[_Mapping[str, int]] = ..., handoff_failures_total: _Optional[_Mapping[str, int]] = ..., late_steps_total: _Optional[int] = ..., integrity_age_s: _Optional[float] = ..., threads: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., version: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., patient_prefill_tokens: _Optional[int] = ..., kv_mover_pid: _Optional[int] = ..., max_batched_tokens: _Optional[int] = ..., learned_steps: _Optional[int] = ...) -> None: ...
+    kernels: str
+    kernels_reason: str
+    tensor_parallel: int
+    pipeline_stages: int
+    other_ranks: _containers.RepeatedCompositeFieldContainer[RankProcess]
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., role_version: _Optional[int] = ..., address: _Optional[str] = ..., kv_address: _Optional[str] = ..., protocol_version: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv_layout: _Optional[bytes] = ..., max_model_len: _Optional[int] = ..., draining: bool = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., credited_blocks: _Optional[int] = ..., credit_limit_blocks: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., held: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ..., leases: _Optional[int] = ..., pulls: _Optional[int] = ..., streams: _Optional[int] = ..., integrity_ok: bool = ..., preemptions_total: _Optional[int] = ..., prefix_queries_tokens_total: _Optional[int] = ..., prefix_hits_tokens_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., computed_tokens_total: _Optional[int] = ..., holder_states: _Optional[_Mapping[str, int]] = ..., puller_states: _Optional[_Mapping[str, int]] = ..., pulls_total: _Optional[_Mapping[str, int]] = ..., handoff_failures_total: _Optional[_Mapping[str, int]] = ..., late_steps_total: _Optional[int] = ..., integrity_age_s: _Optional[float] = ..., threads: _Optional[int] = ..., cpus: _Optional[_Iterable[int]] = ..., version: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., patient_prefill_tokens: _Optional[int] = ..., kv_mover_pid: _Optional[int] = ..., max_batched_tokens: _Optional[int] = ..., learned_steps: _Optional[int] = ..., kernels: _Optional[str] = ..., kernels_reason: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_stages: _Optional[int] = ..., other_ranks: _Optional[_Iterable[_Union[RankProcess, _Mapping]]] = ...) -> None: ...
+
+class RankProcess(_message.Message):
+    __slots__ = ("pid", "host")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    host: str
+    def __init__(self, pid: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...

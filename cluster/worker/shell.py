@@ -21,6 +21,7 @@ import grpc
 from grpc import aio
 
 from ... import __version__
+from ...kernels.picked import Picked
 from ...kvtransfer.freed_memory import keep_freed_memory
 from ..auth import OPEN, MemberCredentials
 from ..clock import Clock
@@ -61,6 +62,10 @@ class WorkerFacts:
     max_model_len: int
     vocab_size: int
     device: str
+    picked: Picked | None = None
+    """Who computes, and why; None: nobody."""
+    other_ranks: tuple[pb.RankProcess, ...] = ()
+    """Of a worker of several processes: its ranks from 1 on."""
 
 
 class WorkerShell:
@@ -355,6 +360,11 @@ class WorkerShell:
             version=__version__,
             integrity_age_s=engine.integrity_age_s,
             kv_mover_pid=self.kv_mover_pid,
+            kernels="" if facts.picked is None else facts.picked.kernels,
+            kernels_reason="" if facts.picked is None else facts.picked.reason,
+            tensor_parallel=engine_config.tensor_parallel,
+            pipeline_stages=engine_config.pipeline_stages,
+            other_ranks=facts.other_ranks,
         )
         for service in self._services:
             service.fill_status(status)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from one_rank import greedy_of_one_rank
+from tandem.cluster.cli_status import fetch
 from tandem.cluster.config_file import build_config
 from tandem.cluster.launch.ray_cluster import RayCluster
 from tandem.cluster.launch.state import Endpoints, MemberState, Phase
@@ -90,6 +91,9 @@ def test_ranks_are_actors_that_begin_and_end_with_their_worker(tmp_path: Path, m
         for state in (split, staged):
             (rank,) = state.rank_pids
             assert Path(f"/proc/{rank}/cmdline").read_bytes().startswith(b"ray::")
+        shown = {one["worker_id"]: one for one in fetch(f"http://{endpoints.http}", api_key=KEY)["workers"]}
+        assert shown["prefill-0"]["other_ranks"] == [{"pid": split.rank_pids[0], "host": ""}]
+        assert (shown["prefill-0"]["kernels"], shown["prefill-0"]["tensor_parallel"]) == ("torch", 2)
 
         (rank,) = split.rank_pids
         os.kill(rank, signal.SIGKILL)

@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+from ....kernels.picked import Picked
 from ....kvtransfer.collective.ports import RankPort
 from ....kvtransfer.store import KVStore
 from ...latency.interface import StepCosts
@@ -26,6 +27,8 @@ class Device(ABC):
     """What its steps take, where that is known before they run."""
     late_steps_total: int = 0
     """Steps that took longer than the device's own latency model says; 0 where it has none."""
+    picked: Picked = Picked("none", "it computes nothing")
+    """Who computes, and why."""
     plans_ahead: int = 1
     """Plans that may be launched before the oldest is collected."""
     looks_ahead: bool = False

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....kernels.compiled.compiling import telling
-from ....kernels.dispatch import Picked, numba_problem, pick
+from ....kernels.dispatch import numba_problem, pick
+from ....kernels.picked import Picked
 from ....kvtransfer.collective.ports import RankPort
 from ....kvtransfer.layout import KVSplit
 from ....kvtransfer.store import KVStore

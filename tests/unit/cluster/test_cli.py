@@ -240,8 +240,8 @@ def test_status_table() -> None:
     text = cli_status.render("u", {"ready": True, "workers": [worker]}, samples)
     lines = text.splitlines()
     assert lines[1] == "6 requests inside; waiting for a worker: batch 4"
-    assert lines[7].split() == ["decode-0", "50", "50", "100", "7", "of", "200", "3", "s", "ago"]
-    assert lines[10].split(maxsplit=4) == [
+    assert lines[10].split() == ["decode-0", "50", "50", "100", "7", "of", "200", "3", "s", "ago"]
+    assert lines[13].split(maxsplit=4) == [
         "decode-0",
         "4",
         "2",

@@ -163,6 +163,7 @@ def test_who_computes_on_the_gpu_is_said(
 
 P, D = worker("prefill-0", "prefill", "a"), worker("decode-0", "decode", "b")
 ANSWER = {"ready": True, "reason": "", "workers": [P, D]}
+COMPILED = {"kernels": "compiled", "kernels_reason": "the widest that znver4 has"}
 AWAY = {"process": 1, "ready": False, "reason": "it does not answer"}
 OPEN = Security(host="0.0.0.0", loopback=False, api_key=False, secret=True, tls=False)
 PATHS = {"tandem:requests_by_path_total": [({"path": "split"}, 9.0), ({"path": "local"}, 1.0)]}
@@ -195,6 +196,20 @@ LOST = {
         (live(P, D | {"fingerprint": "other"}), "fingerprints", Level.FAIL, "other on decode-0"),
         (live(P, D | {"heartbeat_age_s": 7.0}), "heartbeats", Level.WARN, "decode-0 7.0 s ago"),
         (live(P, D, cores=1), "threads", Level.WARN, "2 compute threads on 1 processors"),
+        (
+            live(P, D | {"other_ranks": [{"pid": 3}]}, cores=2),
+            "threads",
+            Level.WARN,
+            "3 compute threads on 2 processors",
+        ),
+        (
+            live(
+                P | COMPILED, D | {"kernels": "torch", "kernels_reason": "compiled kernels cannot run here: no numba"}
+            ),
+            "computed by",
+            Level.WARN,
+            "compiled (the widest that znver4 has) on prefill-0; torch (compiled kernels cannot run here: no numba) on",
+        ),
         (live(P | {"cpus": [0, 1]}, D | {"cpus": [1, 2]}), "threads", Level.WARN, "processors 1 are given"),
         (
             live(P, D | {"cpus": [0, 1]}, pinned={"decode-0": [frozenset(range(8))] * 3}),

@@ -14,6 +14,7 @@ import torch
 from tandem.cluster.config import EngineConfig
 from tandem.cluster.config_schema import ConfigError, OneOf
 from tandem.kernels import dispatch
+from tandem.kernels.picked import Picked
 
 _BROKEN = """
 raise RuntimeError("Numba needs another NumPy.\\nGot this one.")
@@ -87,7 +88,7 @@ def test_a_gpu_is_computed_on_by_triton() -> None:
     assert dispatch.gpu_problem(H100) is None
     picked = dispatch.pick_gpu("auto", H100)
     assert picked == dispatch.pick_gpu("triton", H100)
-    assert picked == dispatch.Picked("triton", "NVIDIA H100, sm_90, triton 3.6.0, CUDA 13.0")
+    assert picked == Picked("triton", "NVIDIA H100, sm_90, triton 3.6.0, CUDA 13.0")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_where_triton_cannot_run_torch_does(lacks: dict[str, Any], unsupported: 
     facts = dataclasses.replace(H100, **lacks)
     picked = dispatch.pick_gpu("auto", facts, None, unsupported)
     reason = f"Triton kernels cannot run here: {problem}; decode steps are not captured"
-    assert picked == dispatch.Picked("torch", reason)
+    assert picked == Picked("torch", reason)
     with pytest.raises(ValueError, match="kernels: 'triton' is not allowed: ") as refused:
         dispatch.pick_gpu("triton", facts, None, unsupported)
     assert str(refused.value).endswith(f"{problem}; allowed: auto, torch, reference")
@@ -118,7 +119,7 @@ def test_where_triton_cannot_run_torch_does(lacks: dict[str, Any], unsupported: 
 @pytest.mark.parametrize("kernels", ["torch", "reference"])
 def test_what_is_asked_for_is_picked_on_a_gpu(kernels: str) -> None:
     reason = "asked for; decode steps are not captured"
-    assert dispatch.pick_gpu(kernels, H100) == dispatch.Picked(kernels, reason)
+    assert dispatch.pick_gpu(kernels, H100) == Picked(kernels, reason)
     for quantization in ("w8a8", "w4a16"):
         assert dispatch.pick_gpu("auto", H100, quantization).kernels == "triton"
         with pytest.raises(ValueError, match=f"'{quantization}' is not allowed: .* and kernels is '{kernels}'"):

@@ -62,6 +62,12 @@ def test_a_member_that_died_is_left_to_ray_and_announced_when_it_is_back(watched
     assert watched.handle.ended == 0
 
 
+def test_a_worker_of_several_ranks_is_back_with_all_of_them(watched: Watched) -> None:
+    watched.look(phase=Phase.LOST, healthy=False)
+    said = watched.look(phase=Phase.READY, healthy=True, pid=2, rank_pids=(3, 4), epoch=11)
+    assert said == ["decode-0 is back after 0.5 s (pid 2, of its other ranks 3, 4, epoch b)"]
+
+
 def test_a_death_between_two_looks_is_announced_too(watched: Watched) -> None:
     watched.handle.restarts = 1
     assert watched.look(pid=2) == ["decode-0 died and was restarted"]

@@ -21,7 +21,7 @@ from tandem.cluster.models.config import ModelConfig
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.models.registry import CONFIGS
 from tandem.cluster.types import SampledToken, SamplingParams
-from tandem.kernels.dispatch import Picked
+from tandem.kernels.picked import Picked
 
 BLOCK_SIZE = 4
 GREEDY = SamplingParams(temperature=0.0)

@@ -1,0 +1,59 @@
+"""What `tandem status` shows of who computes in a worker, and in which order workers stand."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tandem.cluster import cli_status
+from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
+from tandem.router.describe import describe
+
+WIDEST = "the widest that znver4 has"
+
+
+def worker(name: str, **values: Any) -> dict[str, object]:
+    role = name.partition("-")[0]
+    return describe(pb.WorkerStatus(worker_id=name, role=role, device="cpu", **values)) | {"state": "ready"}
+
+
+def table(first: str, *workers: dict[str, object]) -> list[str]:
+    """The rows below the header that begins with `first`."""
+    for block in cli_status.render("u", {"ready": True, "workers": list(workers)}).split("\n\n"):
+        header, *rows = block.splitlines()
+        if header.startswith(first):
+            return rows
+    raise AssertionError(f"no table {first}")
+
+
+def test_a_worker_of_one_process() -> None:
+    plain = worker(
+        "decode-0", pid=7, threads=2, kernels="compiled", kernels_reason=WIDEST, tensor_parallel=1, pipeline_stages=1
+    )
+    (row,) = table("compute", plain)
+    assert re.split(r"  +", row) == ["decode-0", "TP 1", "2", "7", f"compiled: {WIDEST}"]
+
+
+def test_a_worker_of_several_ranks_shows_its_split_and_every_process() -> None:
+    ranks = [pb.RankProcess(pid=8), pb.RankProcess(pid=9, host="10.0.0.2"), pb.RankProcess(pid=10, host="10.0.0.2")]
+    split = worker(
+        "prefill-0", pid=7, threads=2, kernels="torch", tensor_parallel=2, pipeline_stages=2, other_ranks=ranks
+    )
+    (row,) = table("compute", split)
+    assert re.split(r"  +", row) == ["prefill-0", "TP 2 PP 2", "2 each", "7, 8, 9, 10 on 10.0.0.2", "torch"]
+    assert split["other_ranks"] == [
+        {"pid": 8, "host": ""},
+        {"pid": 9, "host": "10.0.0.2"},
+        {"pid": 10, "host": "10.0.0.2"},
+    ]
+
+
+def test_a_worker_too_old_to_say_shows_nothing() -> None:
+    (row,) = table("compute", {"worker_id": "decode-0", "role": "decode", "state": "ready"})
+    assert row.split() == ["decode-0", "-", "-", "-", "-"]
+
+
+def test_workers_stand_by_pool_and_number_whoever_restarted_last() -> None:
+    names = ("decode-10", "mixed-0", "decode-2", "prefill-0")
+    rows = table("worker", *(worker(name) for name in names))
+    assert [row.split()[0] for row in rows] == ["prefill-0", "decode-2", "decode-10", "mixed-0"]
