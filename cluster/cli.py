@@ -14,6 +14,7 @@ import typer
 
 from .cli_bench import bench
 from .cli_bench_serve import join_goodput
+from .cli_calibrate import calibrate
 from .cli_options import API_KEY_VARIABLE, Ca, Key, Url
 from .cli_plan import plan
 from .cli_profile import profile
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command("calibrate")(calibrate)
 app.command("plan")(plan)
 app.command("profile")(profile)
 app.command("simulate")(simulate)

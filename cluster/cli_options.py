@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .config import EngineConfig
 
 API_KEY_VARIABLE = "TANDEM_API_KEY"
@@ -67,3 +69,16 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(
             f"{name}: {text!r} is not allowed; allowed: numbers separated by commas, e.g. 1,8,32"
         ) from None
+
+
+def check_output(path: Path) -> None:
+    """ValueError where a command's result could not be written, before anything is measured for it."""
+    import tempfile
+
+    name = f"output: {str(path)!r} is not allowed; allowed: a file in a folder"
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{name} that exists")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise ValueError(f"{name} that can be written ({error.strerror or error})") from None

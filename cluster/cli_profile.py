@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import BlockSize, Cpus, Dtype, Kernels, Model, Quantization, Threads, engine_of, numbers
+from .cli_options import BlockSize, Cpus, Dtype, Kernels, Model, Quantization, Threads, check_output, engine_of, numbers
 from .cli_typed import as_typed
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def run_profile(wanted: Wanted) -> int:
     from .profiler.repeat import TooSlow
     from .profiler.show import summary
 
-    _check_output(wanted.output)
+    check_output(wanted.output)
     if wanted.plot is not None:
         check_plot(wanted.plot)
     _check_processors(wanted.config)
@@ -164,19 +164,6 @@ def run_profile(wanted: Wanted) -> int:
         plot_profile(measured, wanted.plot)
         display.line(f"drawn       {wanted.plot}")
     return 1 if doubts else 0
-
-
-def _check_output(path: Path) -> None:
-    """ValueError where the profile could not be written, before anything is measured for it."""
-    import tempfile
-
-    name = f"output: {str(path)!r} is not allowed; allowed: a file in a folder"
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{name} that exists")
-    try:
-        tempfile.TemporaryFile(dir=path.absolute().parent).close()
-    except OSError as error:
-        raise ValueError(f"{name} that can be written ({error.strerror or error})") from None
 
 
 def _check_processors(config: EngineConfig) -> None:
