@@ -6,8 +6,9 @@ Plain data, checked when it is made; what it names (a model, a hardware file, a 
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,9 +90,21 @@ class DeviceSpec:
 
     def measured(self) -> MeasuredProfile | None:
         """The file of `tandem profile`; None: there is none, or it is of another kind."""
-        if self.profile is None or MEASURED not in read_json(self.profile):
+        if self.profile is None:
             return None
-        return read_measured(self.profile)
+        if not Path(self.profile).exists():
+            raise ValueError(
+                f"profile: {self.profile} cannot be read (it is not there); measure it first, with nothing else "
+                f"running for some minutes: {self._measuring(self.profile)}"
+            )
+        return read_measured(self.profile) if MEASURED in read_json(self.profile) else None
+
+    def _measuring(self, profile: str) -> str:
+        """The command that makes it, of what is written down here; all else is that command's own."""
+        own = {one.name: one.default for one in fields(DeviceSpec)}
+        given = {name: getattr(self, name) for name in ("model", "dtype", "block_size")}
+        flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value != own[name]]
+        return shlex.join(["tandem", "profile", *(word for flag in flags for word in flag), "--output", profile])
 
     def device(self) -> DeviceModel:
         """Model, device and costs: what replicas are made of. ValueError naming what cannot be read or does not fit

@@ -132,7 +132,11 @@ READ_LATER: list[tuple[dict[str, Any], str]] = [
     ({"model": "opt-14b"}, r"'opt-14b' is not known.*did you mean 'opt-13b'"),
     ({"hardware": "a100"}, r"hardware: 'a100' .*did you mean a100-80g"),
     ({"hardware": "/nowhere.yaml"}, r"hardware: '/nowhere\.yaml' .*a readable YAML file"),
-    ({"profile": "/nowhere.json"}, r"profile: /nowhere\.json cannot be read"),
+    (
+        {"profile": "/no where.json", "dtype": "float32", "block_size": 32},
+        r"profile: .*it is not there\); measure it first.*: "
+        r"tandem profile --model opt-13b --dtype float32 --block-size 32 --output '/no where\.json'$",
+    ),
     ({"workload.input_tokens": 3000}, r"workload\.input_tokens: '3064 tokens of prompt.*at most 2048"),
     (
         {"workload.input_tokens": None, "workload.output_tokens": None, "workload.lengths": "/no.csv"},
