@@ -41,7 +41,7 @@ from .protocol.actions import (
 from .protocol.credits import NO_PROMISE, CreditLedger
 from .protocol.puller import HandoffPuller
 from .protocol.puller_state import PullerCounts
-from .store import KVStore
+from .store import KVStore, written
 from .ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from .transfer_stats import TransferStats
 from .transport import BlockFrame, EndFrame, KVTransport, PullRequest, WrittenBlocks
@@ -287,20 +287,22 @@ class SinkDriver:
                         if isinstance(came, WrittenBlocks):
                             self._accept_written(action, sequence, came)
                         else:
-                            self._accept_blocks(action, sequence, came)
+                            await self._accept_blocks(action, sequence, came)
         except TimeoutError as error:
             raise HandoffRefused(RefusalReason.DEADLINE, f"no KV within {timeout_s:.3f} s") from error
         raise HandoffRefused(RefusalReason.PEER_LOST, "the stream of blocks ended before its end frame")
 
-    def _accept_blocks(self, action: StartPull, sequence: _Sequence, frames: tuple[BlockFrame, ...]) -> None:
-        """Checks blocks that came together and writes them; `HandoffRefused` if they are not those that were due."""
+    async def _accept_blocks(self, action: StartPull, sequence: _Sequence, frames: tuple[BlockFrame, ...]) -> None:
+        """Checks and writes blocks that came together; `HandoffRefused` if others were due. Nothing writes after it."""
         now_s = self._clock.now_s()
         check_blocks(frames, self._block_bytes, checksum=self._checksum)
         indices = [frame.block_index for frame in frames]
-        tickets = (frame.ticket for frame in frames)
-        for block_ids in self._due(action, tickets, indices):
-            self._store.write_blocks(block_ids, [frame.payload for frame in frames])
-        verify_copies(frames)
+        for block_ids in self._due(action, (frame.ticket for frame in frames), indices):
+            writing = self._store.begin_write(block_ids, [frame.payload for frame in frames])
+            try:
+                verify_copies(frames)
+            finally:
+                await written(writing)
         self._count(action, sequence, indices, now_s, self._clock.now_s())
 
     def _accept_written(self, action: StartPull, sequence: _Sequence, came: WrittenBlocks) -> None:

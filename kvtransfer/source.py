@@ -8,7 +8,9 @@
    computing), once, when no reader is left.
 
 Everything runs on one event loop. A run is copied without an `await` in between, so whenever other code runs no
-reader is inside a block: a revoked reader is ended at once, and finds out when it next asks.
+reader is inside a block: a revoked reader is ended at once, and finds out when it next asks. Where other processes have
+a part in the blocks (ranks on other nodes or GPUs), their bytes come meanwhile into memory of their own: what comes of
+a block that is let go of before is seen by its generation, as with mapped memory.
 
 A reader that has mapped the memory (`PullRequest.mapped`) is sent references and copies by itself, later, even after
 its pull has ended here. It needs no hold: until it confirms, the lease keeps the blocks, and whatever ends the ticket
@@ -54,19 +56,20 @@ class _Reader:
         if refs:
             self._ahead, self._ahead_refs = store.begin_read([ref.block_id for ref in refs]), refs
 
-    def read(self, store: KVStore, refs: tuple[BlockRef, ...]) -> tuple[tuple[BlockRef, ...], list[memoryview]]:
+    async def read(self, store: KVStore, refs: tuple[BlockRef, ...]) -> tuple[tuple[BlockRef, ...], list[memoryview]]:
         """Those of the blocks, from the first on, that are read now, and their bytes: until the next `await`, or the
-        next call where they were read ahead.
+        next call where they were read ahead. Does not suspend where no other process has a part in it.
         """
         begun, ahead_refs = self._ahead, self._ahead_refs
         self._ahead = None
         self.end_reads()
         if begun is not None and refs[: len(ahead_refs)] == ahead_refs:
             self._sending = begun
+            await begun.come()
             return ahead_refs, begun.views()
         if begun is not None:
             begun.end()
-        return refs, store.read_blocks([ref.block_id for ref in refs])
+        return refs, await store.fetch_blocks([ref.block_id for ref in refs])
 
     def end_reads(self) -> None:
         """Nothing that was read is wanted any more."""
@@ -201,7 +204,7 @@ class SourceDriver(KVSource):
                 view = self._view(reader_id, reader)
                 if index < view.readable_blocks:
                     stop = min(view.readable_blocks, index + most)
-                    run = self._run_of(request, reader, view, index, stop)
+                    run = await self._run_of(request, reader, view, index, stop)
                     index += len(run.frames)
                     if view.first_token is not None and index == view.readable_blocks:
                         run = replace(run, last=True)
@@ -289,13 +292,13 @@ class SourceDriver(KVSource):
             raise HandoffRefused(reason, f"pull of {reader.key} was stopped")
         return view
 
-    def _run_of(self, request: PullRequest, reader: _Reader, view: ReaderView, start: int, stop: int) -> BlockRun:
+    async def _run_of(self, request: PullRequest, reader: _Reader, view: ReaderView, start: int, stop: int) -> BlockRun:
         refs = view.blocks[start:stop]
         self._check_generations(reader, refs)
         # Who has mapped the memory reads it there; a device's blocks that nobody sends need not come out of it.
         payloads = [memoryview(b"")] * len(refs)
         if not request.mapped:
-            refs, payloads = reader.read(self._store, refs)
+            refs, payloads = await reader.read(self._store, refs)
         frames = []
         for index, (ref, payload) in enumerate(zip(refs, payloads, strict=True), start):
             checksum = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from .cuda_ipc.memory import DeviceMemory
 from .layout import KVLayout
@@ -13,9 +15,15 @@ from .mapped.segment import KVSegment
 class BlockRead(ABC):
     """Blocks that are on their way out of a device's memory (`KVStore.begin_read`)."""
 
+    async def come(self) -> None:
+        """Waits for other processes that have a part in it, if any do; raises what went wrong there."""
+        return None
+
     @abstractmethod
     def views(self) -> list[memoryview]:
-        """The blocks' bytes in order, once they are here; may block for as long as a copy takes. Valid until `end`."""
+        """The blocks' bytes in order, once they are here; may block for as long as a copy takes, after `come`. Valid
+        until `end`.
+        """
 
     @abstractmethod
     def end(self) -> None:
@@ -51,13 +59,46 @@ class KVStore(ABC):
         """
         return [self.read_block(block_id) for block_id in block_ids]
 
+    async def fetch_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
+        """As `read_blocks`, without holding the loop up where other processes have a part in it: the views are the
+        caller's own then, and what was read is what the blocks held at some time before this returned. Elsewhere this
+        does not suspend.
+        """
+        return self.read_blocks(block_ids)
+
     def write_blocks(self, block_ids: Sequence[int], payloads: Sequence[memoryview | bytes]) -> None:
         """As `write_block` of each, in one go where that is cheaper; what it wrote is there when it returns."""
         for block_id, payload in zip(block_ids, payloads, strict=True):
             self.write_block(block_id, payload)
 
+    def begin_write(self, block_ids: Sequence[int], payloads: Sequence[memoryview | bytes]) -> Future[None] | None:
+        """As `write_blocks`, but where other processes have a part in it, returns before they have done theirs: until
+        the future is done (`written`), the blocks are being written. The payloads' bytes have been taken by then.
+        """
+        self.write_blocks(block_ids, payloads)
+        return None
+
     def begin_read(self, block_ids: Sequence[int]) -> BlockRead | None:
         """Begins to read blocks that will be wanted in a moment, so that their copy and what the caller does meanwhile
-        overlap. What is read is what they hold now. None: `read_blocks` will do as well, or there is no room.
+        overlap. What is read is what they hold now. None: `fetch_blocks` will do as well, or there is no room.
         """
         return None
+
+
+async def written(writing: Future[None] | None) -> None:
+    """Returns when what `begin_write` has begun is over; raises what went wrong. Whoever is cancelled meanwhile is
+    cancelled then: blocks must not be let go of before.
+    """
+    if writing is None:
+        return
+    ended, canceled = asyncio.wrap_future(writing), None
+    while not ended.done():
+        try:
+            await asyncio.wait((ended,))
+        except asyncio.CancelledError as error:
+            canceled = error
+            writing.cancel()  # if it has not begun
+    if canceled is not None:
+        await asyncio.gather(ended, return_exceptions=True)  # what went wrong is not asked for any more
+        raise canceled
+    ended.result()

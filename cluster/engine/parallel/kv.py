@@ -4,11 +4,18 @@ What a worker says to others, and what travels, does not hang on how it is split
 off as two of one rank do. Each block is gathered from the ranks' memories as it is read, and scattered to them as it is
 written, along `kvtransfer.reshape`. The memory of a rank on another node is its own; its parts of blocks come and go
 over a link (`remote_kv`), a batch of blocks in one passage; so do those of a GPU's (`link_kv`), but the leader's own.
+
+Who has an event loop does not wait for a link on it (`fetch_blocks`, `begin_read`, `begin_write`): one thread does, for
+one batch after another. A GPU's memory in this process is read and written at once, on the loop, as it is one thread's.
+Blocks that are being read may be let go of, as their generations are compared once they have come; blocks that are
+being written may not, and whoever lets them go waits for that first (`store.written`).
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from ....kvtransfer.layout import KVLayout, KVSplit
@@ -18,10 +25,12 @@ from ....kvtransfer.store import BlockRead, KVStore
 from .remote_kv import Asked
 
 READS_AHEAD = 8
-"""Batches that are on their way from other nodes at a time."""
+"""Batches that are on their way from other nodes at a time, or have come and are not sent yet."""
 
 _Copies = list[tuple[int, int, int, int]]
 """(rank, offset in its block, offset in the whole block, length), bytes."""
+_Parts = dict[int, list[memoryview]]
+"""By rank, its parts of some blocks."""
 
 
 class PartBlocks(Protocol):
@@ -35,27 +44,6 @@ class PartBlocks(Protocol):
 
     def write(self, block_ids: Sequence[int], parts: Sequence[memoryview], /) -> None:
         """Overwrites the part of each block; they are there when this returns."""
-
-
-class OwnBlocks:
-    """`PartBlocks` of the rank in this process."""
-
-    def __init__(self, store: KVStore) -> None:
-        self._store = store
-
-    def ask(self, block_ids: Sequence[int]) -> Asked:
-        """Reads them now."""
-        asked = Asked(len(block_ids))
-        asked.parts = [memoryview(bytes(self._store.read_block(block_id))) for block_id in block_ids]
-        return asked
-
-    def take(self, asked: Asked) -> list[memoryview]:
-        """What was read."""
-        return asked.parts
-
-    def write(self, block_ids: Sequence[int], parts: Sequence[memoryview]) -> None:
-        """As `KVStore.write_blocks`."""
-        self._store.write_blocks(block_ids, parts)
 
 
 class RankedKVStore(KVStore):
@@ -78,13 +66,12 @@ class RankedKVStore(KVStore):
         self._remote: dict[int, PartBlocks] = dict(remote or {})
         self.own = own
         """The memory of the rank in this process, where it is no segment."""
-        if own is not None:
-            self._remote[0] = OwnBlocks(own)
         self._begun = 0
+        self._beside = ThreadPoolExecutor(1, "KV of ranks")
         self.segments: dict[int, KVSegment] = {
             rank: KVSegment(split.rank_layout(rank), num_blocks)
             for rank in range(split.num_ranks)
-            if rank not in self._remote
+            if rank not in self._remote and (rank or own is None)
         }
         """By rank."""
         self._sizes = [split.rank_layout(rank).block_bytes for rank in range(split.num_ranks)]
@@ -108,36 +95,28 @@ class RankedKVStore(KVStore):
         return self.read_blocks([block_id])[0]
 
     def read_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
-        self._check(block_ids)
-        asked = self._ask(block_ids)
-        return self._gathered(block_ids, asked)
+        return self._read(block_ids, self._read_own(block_ids))
+
+    async def fetch_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
+        if not self._remote:
+            return self.read_blocks(block_ids)
+        return await asyncio.wrap_future(self._begin(block_ids))
 
     def begin_read(self, block_ids: Sequence[int]) -> BlockRead | None:
-        """Where a part lies on another node: asks for it. In this node's memory nothing is to be begun."""
+        """Where a part lies with other processes: asks for it. In memory that is mapped here nothing is to be begun."""
         if not self._remote or self._begun >= READS_AHEAD:
             return None
-        self._check(block_ids)
-        return _RemoteRead(self, tuple(block_ids))
+        return _RemoteRead(self, block_ids)
 
     def write_block(self, block_id: int, payload: memoryview | bytes) -> None:
         self.write_blocks([block_id], [payload])
 
     def write_blocks(self, block_ids: Sequence[int], payloads: Sequence[memoryview | bytes]) -> None:
-        self._check(block_ids)
-        views = [memoryview(payload).cast("B") for payload in payloads]
-        for view in views:
-            if len(view) != self.layout.block_bytes:
-                raise ValueError(f"payload: {len(view)} bytes are not one block ({self.layout.block_bytes} bytes)")
-        sent: dict[int, list[memoryview]] = {rank: [] for rank in self._remote}
-        for block_id, view in zip(block_ids, views, strict=True):
-            parts = self._parts(block_id)
-            for rank in self._remote:
-                parts[rank] = memoryview(bytearray(self._sizes[rank]))
-                sent[rank].append(parts[rank])
-            for rank, start, place, length in self._scatter:
-                parts[rank][start : start + length] = view[place : place + length]
-        for rank, blocks in self._remote.items():
-            blocks.write(block_ids, sent[rank])
+        self._write(block_ids, self._scattered(block_ids, payloads))
+
+    def begin_write(self, block_ids: Sequence[int], payloads: Sequence[memoryview | bytes]) -> Future[None] | None:
+        sent = self._scattered(block_ids, payloads)
+        return self._beside.submit(self._write, tuple(block_ids), sent) if sent else None
 
     def commit(self) -> None:
         """Has every page found now, so that no request waits for it."""
@@ -145,17 +124,25 @@ class RankedKVStore(KVStore):
             segment.commit()
 
     def close(self) -> None:
-        """Closes the segments' descriptors; idempotent."""
+        """Closes the segments' descriptors; idempotent. What waits for other ranks ends with their links."""
+        self._beside.shutdown(wait=False, cancel_futures=True)
         for segment in self.segments.values():
             segment.close()
 
-    def _ask(self, block_ids: Sequence[int]) -> dict[int, Asked]:
-        """All ranks of other nodes, before the first has answered."""
-        return {rank: blocks.ask(block_ids) for rank, blocks in self._remote.items()}
+    def _begin(self, block_ids: Sequence[int]) -> Future[list[memoryview]]:
+        """Has the thread read them, but for the part that lies here."""
+        return self._beside.submit(self._read, tuple(block_ids), self._read_own(block_ids))
 
-    def _gathered(self, block_ids: Sequence[int], asked: Mapping[int, Asked]) -> list[memoryview]:
-        """Whole blocks, once what was asked for has come."""
-        came = {rank: self._remote[rank].take(blocks) for rank, blocks in asked.items()}
+    def _read_own(self, block_ids: Sequence[int]) -> _Parts:
+        self._check(block_ids)
+        if self.own is None:
+            return {}
+        return {0: [memoryview(bytes(self.own.read_block(block_id))) for block_id in block_ids]}
+
+    def _read(self, block_ids: Sequence[int], came: _Parts) -> list[memoryview]:
+        """Whole blocks. `came`: parts that are read already. Other nodes are all asked before the first answers."""
+        asked = {rank: blocks.ask(block_ids) for rank, blocks in self._remote.items()}
+        came = came | {rank: self._remote[rank].take(blocks) for rank, blocks in asked.items()}
         found = []
         for index, block_id in enumerate(block_ids):
             parts, whole = self._parts(block_id), bytearray(self.layout.block_bytes)
@@ -165,13 +152,36 @@ class RankedKVStore(KVStore):
             found.append(memoryview(whole).toreadonly())
         return found
 
+    def _scattered(self, block_ids: Sequence[int], payloads: Sequence[memoryview | bytes]) -> _Parts:
+        """Writes the parts that lie here; the parts of the others."""
+        self._check(block_ids)
+        views = [memoryview(payload).cast("B") for payload in payloads]
+        for view in views:
+            if len(view) != self.layout.block_bytes:
+                raise ValueError(f"payload: {len(view)} bytes are not one block ({self.layout.block_bytes} bytes)")
+        sent: _Parts = {rank: [] for rank in range(self.split.num_ranks) if rank not in self.segments}
+        for block_id, view in zip(block_ids, views, strict=True):
+            parts = self._parts(block_id)
+            for rank, blocks in sent.items():
+                parts[rank] = memoryview(bytearray(self._sizes[rank]))
+                blocks.append(parts[rank])
+            for rank, start, place, length in self._scatter:
+                parts[rank][start : start + length] = view[place : place + length]
+        if self.own is not None:
+            self.own.write_blocks(block_ids, sent.pop(0))
+        return sent
+
+    def _write(self, block_ids: Sequence[int], sent: _Parts) -> None:
+        for rank, blocks in sent.items():
+            self._remote[rank].write(block_ids, blocks)
+
     def _check(self, block_ids: Sequence[int]) -> None:
         for block_id in block_ids:
             if not 0 <= block_id < self.num_blocks:
                 raise ValueError(f"block_id: {block_id} is not in 0…{self.num_blocks - 1}")
 
     def _parts(self, block_id: int) -> dict[int, memoryview]:
-        """Of the ranks of this node."""
+        """In segments."""
         return {
             rank: segment.blocks[block_id * self._sizes[rank] : (block_id + 1) * self._sizes[rank]]
             for rank, segment in self.segments.items()
@@ -179,21 +189,23 @@ class RankedKVStore(KVStore):
 
 
 class _RemoteRead(BlockRead):
-    """Blocks whose parts on other nodes are on their way."""
+    """Blocks whose parts in other processes are on their way."""
 
-    def __init__(self, store: RankedKVStore, block_ids: tuple[int, ...]) -> None:
-        self._store, self._block_ids = store, block_ids
-        self._asked: Mapping[int, Asked] | None = store._ask(block_ids)
-        self._views: list[memoryview] = []
+    def __init__(self, store: RankedKVStore, block_ids: Sequence[int]) -> None:
+        self._store = store
+        self._reading: Future[list[memoryview]] | None = store._begin(block_ids)
         store._begun += 1
 
+    async def come(self) -> None:
+        if self._reading is not None:
+            await asyncio.wrap_future(self._reading)
+
     def views(self) -> list[memoryview]:
-        if self._asked is not None and not self._views:
-            self._views = self._store._gathered(self._block_ids, self._asked)
-        return self._views
+        assert self._reading is not None, "this read has ended"
+        return self._reading.result()
 
     def end(self) -> None:
-        if self._asked is not None:
-            self._asked = None
-            self._views = []
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
             self._store._begun -= 1

@@ -39,6 +39,7 @@ class Pair:
     max_pull_retries: int = 3
     decode_fingerprint: str = "fp"
     checksum: bool = True
+    store_class: type[MemoryKVStore] = MemoryKVStore
     clock: VirtualClock = field(default_factory=VirtualClock)
     generations: dict[int, int] = field(default_factory=dict)
     said: list[tuple[object, ...]] = field(default_factory=list)
@@ -47,8 +48,8 @@ class Pair:
 
     def __post_init__(self) -> None:
         self.memory = MemoryKVTransport()
-        self.held = MemoryKVStore(LAYOUT, self.num_blocks)
-        self.pulled = MemoryKVStore(LAYOUT, self.num_blocks)
+        self.held = self.store_class(LAYOUT, self.num_blocks)
+        self.pulled = self.store_class(LAYOUT, self.num_blocks)
         self.peer = Peer("p", EPOCH, "p:1")
         self.source = self.make_source(EPOCH)
         self.memory.add("p:1", self.source)

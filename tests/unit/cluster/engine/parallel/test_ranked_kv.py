@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from rank_steps import LLAMA, NUM_BLOCKS, ranked_kv
+from tandem.cluster.engine.devices.kv_memory import HostKVStore
 from tandem.cluster.engine.parallel.kv import READS_AHEAD, RankedKVStore
 from tandem.cluster.engine.parallel.messages import RankLost
-from tandem.cluster.engine.parallel.remote_kv import RemoteBlocks, serve_blocks
+from tandem.cluster.engine.parallel.remote_kv import Asked, RemoteBlocks, serve_blocks
 from tandem.cluster.engine.parallel.shard import Shard
 from tandem.kvtransfer.layout import KVSplit
 from tandem.kvtransfer.mapped.segment import KVSegment
 from tandem.kvtransfer.reshape import repack_reference
+from tandem.kvtransfer.store import written
 
 
 @pytest.mark.parametrize(("tensor", "stages"), [(2, 1), (1, 2), (2, 2), (4, 2)])
@@ -101,6 +105,81 @@ def test_parts_on_other_nodes_are_read_and_written_there() -> None:
         store.write_block(3, drawn[0].tobytes())
     for link in links:
         link.close()
+
+
+class Slow:
+    """The last rank's part, which answers when `gate` is open."""
+
+    def __init__(self, store: RankedKVStore) -> None:
+        self.store = store
+        self.gate = threading.Event()
+        self.asked: list[Sequence[int]] = []
+
+    def ask(self, block_ids: Sequence[int]) -> Asked:
+        self.asked.append(tuple(block_ids))
+        return Asked(len(block_ids))
+
+    def take(self, asked: Asked) -> list[memoryview]:
+        self._wait()
+        return [self._part(block_id) for block_id in self.asked.pop(0)]
+
+    def write(self, block_ids: Sequence[int], parts: Sequence[memoryview]) -> None:
+        self._wait()
+        for block_id, part in zip(block_ids, parts, strict=True):
+            self._part(block_id)[:] = part
+
+    def _wait(self) -> None:
+        if not self.gate.wait(10):
+            raise RankLost("whoever would open the gate waits here")
+
+    def _part(self, block_id: int) -> memoryview:
+        rank = self.store.split.num_ranks - 1
+        size = self.store.split.rank_layout(rank).block_bytes
+        return self.store.segments[rank].blocks[block_id * size : (block_id + 1) * size]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["segments", "a device's memory here"])
+def test_an_event_loop_does_not_wait_for_other_ranks(own: bool) -> None:
+    """It opens the gate itself."""
+
+    async def scene() -> None:
+        whole = ranked_kv(LLAMA, 2, 1)
+        slow = Slow(whole)
+        here = HostKVStore(whole.split.rank_layout(0), NUM_BLOCKS) if own else None
+        store = RankedKVStore(whole.split, NUM_BLOCKS, {1: slow}, own=here)
+        drawn = np.random.default_rng(2).integers(0, 256, (2, store.layout.block_bytes), dtype=np.uint8)
+        payloads = [bytearray(block.tobytes()) for block in drawn]
+        writing = store.begin_write([3, 7], payloads)
+        assert writing is not None
+        assert not writing.done()
+        expected = [bytes(payload) for payload in payloads]
+        for payload in payloads:
+            payload[:] = bytes(len(payload))  # they have been taken
+        fetched = asyncio.ensure_future(store.fetch_blocks([7, 3]))
+        ahead, dropped = store.begin_read([3, 7]), store.begin_read([5])
+        assert ahead is not None
+        assert dropped is not None
+        dropped.end()
+        coming = asyncio.ensure_future(ahead.come())
+        await asyncio.sleep(0)
+        slow.gate.set()
+        await written(writing)
+        assert await fetched == expected[::-1]
+        await coming
+        assert ahead.views() == expected
+        ahead.end()
+        store.close()
+
+    asyncio.run(scene())
+
+
+def test_ranks_of_this_node_have_nobody_wait() -> None:
+    store = ranked_kv(LLAMA, 2, 1)
+    block = b"k" * store.layout.block_bytes
+    assert store.begin_write([1], [block]) is None
+    with pytest.raises(StopIteration) as returned:
+        store.fetch_blocks([1]).send(None)
+    assert returned.value.value == [block]
 
 
 def test_a_rank_lays_its_blocks_out_as_it_computes() -> None:
