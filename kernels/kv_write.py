@@ -13,7 +13,8 @@ import torch
 
 def narrowed(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Float32 numbers as a narrow memory holds them, x / scale: int8, or the bits of float8 e4m3fn as uint8. Rounded,
-    halves to even; what lies beyond the format's range becomes its largest number. `scales` are spread over x.
+    halves to even; what lies beyond the format's range becomes its largest number. NaN stays NaN in float8; int8 has
+    none, and -127 stands for it. `scales` are spread over x.
     """
     scaled = x / scales
     if dtype == torch.int8:

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,9 @@ from interpreted_rank import interpreted
 from tandem.cluster.engine.devices.base import Device
 from tandem.cluster.engine.devices.cuda import CudaDevice
 from tandem.cluster.engine.devices.cuda_ranks import RankedCudaDevice
+from tandem.cluster.engine.fingerprint import fingerprint
 from tandem.cluster.engine.gpu import inputs
+from tandem.cluster.engine.narrow_kv import NarrowKV
 from tandem.cluster.engine.parallel.messages import GpuSetup, RankLost
 from tandem.cluster.engine.plan import DRAWN, StepOutput, StepPlan, StepRow
 from tandem.cluster.models.config import ModelConfig
@@ -44,11 +46,11 @@ def one_multiprocessor(where: str) -> Iterator[None]:
 
 @contextmanager
 def ranked(
-    tensor: int, stages: int, config: ModelConfig = TWO_LAYERS, kernels: str = "auto"
+    tensor: int, stages: int, config: ModelConfig = TWO_LAYERS, kernels: str = "auto", gpu: GpuSetup = GPU
 ) -> Iterator[RankedCudaDevice]:
     device = RankedCudaDevice(
         files_of(config),
-        GPU,
+        gpu,
         tensor_parallel=tensor,
         pipeline_stages=stages,
         dtype="float32",
@@ -62,8 +64,8 @@ def ranked(
         device.close()
 
 
-def of_one_rank(config: ModelConfig, count: int) -> Computed:
-    device = CudaDevice(files_of(config), dtype="float32", block_size=BLOCK_SIZE, **asdict(GPU))
+def of_one_rank(config: ModelConfig, count: int, gpu: GpuSetup = GPU) -> Computed:
+    device = CudaDevice(files_of(config), dtype="float32", block_size=BLOCK_SIZE, **gpu.arguments())
     found = compute(device, count)
     device.close()
     return found
@@ -77,7 +79,9 @@ def alone(one_multiprocessor: None) -> Computed:
 def compute(device: Device, count: int) -> Computed:
     """The first plans, and the KV that they leave."""
     outputs = [step(device, *rows, plan_id=number) for number, rows in enumerate(plans()[:count])]
-    return outputs, [np.frombuffer(device.kv.read_block(block), np.float32).copy() for block in (7, 3, 1, 5)]
+    (group,) = device.kv.layout.groups
+    held = np.int8 if group.dtype == "int8" else np.float32
+    return outputs, [np.frombuffer(device.kv.read_block(block), held).copy() for block in (7, 3, 1, 5)]
 
 
 def plans() -> list[list[StepRow]]:
@@ -138,6 +142,26 @@ def test_two_stages_of_two_ranks_that_have_the_same_kv_head_compute_one_ranks_nu
     config = replace(TWO_LAYERS, num_kv_heads=1)
     with ranked(2, 2, config) as device:
         assert_one_ranks_numbers(device, of_one_rank(config, 1), 1)
+
+
+@pytest.mark.parametrize(("tensor", "stages"), [(2, 1), (1, 2)])
+def test_ranks_store_narrow_kv_by_the_scales_of_their_own_heads_and_layers(tensor: int, stages: int) -> None:
+    """Scales that no two heads and layers share: by another's, numbers would be stored twice as large or half."""
+    heads = TWO_LAYERS.num_kv_heads
+    scales = 0.01 * 2.0 ** np.arange(-2 * heads, 2 * heads).reshape(2, heads, 2).swapaxes(1, 2)
+    narrow = NarrowKV.by("int8", scales.astype(np.float32))
+    gpu = replace(GPU, narrow_kv=narrow)
+    expected = of_one_rank(TWO_LAYERS, len(plans()), gpu)
+    with ranked(tensor, stages, gpu=gpu) as device:
+        assert device.fingerprint == fingerprint(files_of(TWO_LAYERS), "float32", None, narrow)
+        outputs, blocks = compute(device, len(plans()))
+    for ours, theirs in zip(outputs, expected[0], strict=True):
+        assert_alike(ours, theirs, 1e-3)
+    for mine, other in zip(blocks, expected[1], strict=True):
+        apart = np.abs(mine.astype(np.int32) - other)
+        assert apart.max() <= 1  # sums in another order may round to the next integer
+        assert (apart > 0).mean() < 0.01
+        assert np.unique(other).size > 50
 
 
 def from_what_is_being_drawn(device: Device) -> None:

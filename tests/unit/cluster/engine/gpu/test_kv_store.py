@@ -24,7 +24,7 @@ def content(store: DeviceKVStore, seed: int) -> bytes:
     return random.Random(seed).randbytes(store.layout.block_bytes)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "float8_e4m3"])
 def test_what_is_written_is_read(dtype: str) -> None:
     store = make(dtype=dtype)
     assert store.tensor.shape == (12, 2, 2, 3, 4, 8)
