@@ -43,7 +43,8 @@ def main() -> None:
                     token_ids=PROMPT, max_tokens=OUTPUT, temperature=0.0, ignore_eos=True
                 ).collect()
             assert answer.timings is not None
-            say("answer", tokens=list(answer.token_ids), path=answer.timings.path)
+            timings = answer.timings
+            say("answer", tokens=list(answer.token_ids), path=timings.path, transport=timings.transport)
     except Exception as error:
         say("failed", error=f"{type(error).__name__}: {error}")
     finally:

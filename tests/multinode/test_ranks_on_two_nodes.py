@@ -107,8 +107,10 @@ def configured(nodes: TwoNodes, path: Path, **worker: str) -> Path:
     return path
 
 
-def serve(nodes: TwoNodes, driver: Driver, expected: list[int]) -> int:
-    """Starts and asks twice, the second time from the prefix caches. Returns the far rank's process."""
+def serve(nodes: TwoNodes, driver: Driver, expected: list[int], transport: str) -> int:
+    """Starts and asks twice, the second time from the prefix caches; the KV comes by `transport`. Returns the far
+    rank's process.
+    """
     started = driver.wait(lambda event: event["what"] == "started")
     (rank,) = started["members"]["prefill-0"]["rank_pids"]
     assert rank in nodes.pids(nodes.far)
@@ -117,13 +119,13 @@ def serve(nodes: TwoNodes, driver: Driver, expected: list[int]) -> int:
         seen = len(driver.events)
         driver.say("ask")
         answer = driver.wait(lambda event: event["what"] == "answer", seen)
-        assert answer == {"what": "answer", "tokens": expected, "path": "split"}
+        assert answer == {"what": "answer", "tokens": expected, "path": "split", "transport": transport}
     return int(rank)
 
 
 def test_kv_of_both_stages_goes_from_rank_to_rank(nodes: TwoNodes, expected: list[int], tmp_path: Path) -> None:
     with Driver(nodes, configured(nodes, tmp_path / "gloo.yaml", transport="gloo")) as driver:
-        serve(nodes, driver, expected)
+        serve(nodes, driver, expected, "gloo")
         driver.say("stop")
         driver.wait(lambda event: event["what"] == "stopped")
 
@@ -133,7 +135,7 @@ def test_kv_of_both_stages_goes_through_the_leader_and_a_lost_node_is_said(
 ) -> None:
     """The last one: the far node is gone then."""
     with Driver(nodes, configured(nodes, tmp_path / "grpc.yaml", transport="grpc")) as driver:
-        rank = serve(nodes, driver, expected)
+        rank = serve(nodes, driver, expected, "grpc")
         seen, killed_s = len(driver.events), time.monotonic()
         nodes.kill(nodes.far)
         lost = driver.wait(lambda event: event["what"] == "report", seen)

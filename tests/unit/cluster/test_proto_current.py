@@ -51,5 +51,7 @@ def test_it_loads_without_a_warning() -> None:
 
 
 def test_imports_between_generated_files_are_relative() -> None:
-    for path in generate.HERE.glob("*_pb2_grpc.py"):
+    paths = list(generate.HERE.glob("*_pb2_grpc.py"))
+    assert paths
+    for path in paths:
         assert not re.search(r"^import \w+_pb2", path.read_text(), re.MULTILINE), path.name

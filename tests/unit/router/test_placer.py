@@ -190,8 +190,12 @@ async def test_a_worker_that_comes_ends_the_wait(rig: Any) -> None:
     async with rig() as r:
         await r.worker("p0", Role.PREFILL)
         waiting = asyncio.create_task(placer(r).place(work()))
+        await asyncio.sleep(0)
+        assert not waiting.done()
         await r.worker("d0", Role.DECODE)
-        drop(await waiting)
+        attempt = await waiting
+        assert attempt.decode is r.link("d0")
+        drop(attempt)
 
 
 @scenario

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,17 @@ def test_of_two_starts_at_once_one_packs(files: ModelFiles, packed: Path, packin
 def test_a_start_with_everything_there_takes_no_lock(
     files: ModelFiles, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start(files)
+    locks: list[Path] = []
+    alone = compiled.alone
 
-    def locked(*_: object) -> None:
-        raise AssertionError("a lock was taken")
+    def seen(lock: Path, *options: Any) -> AbstractContextManager[None]:
+        locks.append(lock)
+        return alone(lock, *options)
 
-    monkeypatch.setattr(compiled, "alone", locked)
-    monkeypatch.setattr("tandem.kernels.compiled.code_cache.alone", locked)
+    monkeypatch.setattr(compiled, "alone", seen)
+    monkeypatch.setattr("tandem.kernels.compiled.code_cache.alone", seen)
     start(files)
+    assert locks
+    locks.clear()
+    start(files)
+    assert locks == []

@@ -104,9 +104,10 @@ def test_a_shared_prefix_is_computed_once() -> None:
 
 def test_short_prompts_stay_with_the_decode_worker_where_that_is_asked_for() -> None:
     outcomes = cluster(*split(), local_threshold_tokens=100).run(workload(100, 4.0))
-    for outcome in outcomes:
-        if outcome.asked.output_tokens > 1:
-            assert (outcome.path == "local") == (len(outcome.asked.prompt_token_ids) < 100)
+    decoded = [outcome for outcome in outcomes if outcome.asked.output_tokens > 1]
+    for outcome in decoded:
+        assert (outcome.path == "local") == (len(outcome.asked.prompt_token_ids) < 100)
+    assert {outcome.path for outcome in decoded} == {"local", "split"}
 
 
 def test_memory_that_does_not_suffice_preempts_or_waits_and_serves_all_the_same() -> None:

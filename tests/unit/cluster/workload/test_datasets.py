@@ -74,4 +74,5 @@ def test_random_lengths_vary_within_their_range() -> None:
 
 
 def test_real_prompts_can_be_answered_to_the_end() -> None:
-    assert all(request.ignore_eos for request in prompt_requests(3, 9, None, 3, ignore_eos=True))
+    for asked in (True, False):
+        assert [request.ignore_eos for request in prompt_requests(3, 9, None, 3, ignore_eos=asked)] == [asked] * 3

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from ends import NUM_BLOCKS, PATIENCE_S, TOKEN, Holder, Reader, play, reblocked, split, until
@@ -375,11 +377,23 @@ def test_who_asks_and_does_not_take_the_answers_ends_the_session() -> None:
     play(scene, ONE, ONE, timeout_s=0.5)
 
 
-@given(st.binary(max_size=64))
-def test_what_is_no_message_is_refused(data: bytes) -> None:
-    for decode in (messages.decode, messages.decode_offer):
+FIELDS = st.none() | st.booleans() | st.integers(-(2**31), 2**32) | st.text(max_size=4) | st.binary(max_size=20)
+
+
+@given(st.binary(max_size=64) | st.lists(FIELDS, max_size=8).map(msgpack.packb))
+def test_any_bytes_are_refused_or_a_message(data: bytes) -> None:
+    for decode, encode in ((messages.decode, messages.encode), (messages.decode_offer, messages.encode_offer)):
         with suppress(HandoffRefused):
-            decode(data)
+            found: Any = decode(data)
+            assert found is None or encode(decode(encode(found))) == encode(found)
+
+
+@pytest.mark.parametrize("message", [OPEN, READ, messages.Opened(secret=b"y" * 16), messages.Go(batch=3)])
+def test_a_message_that_was_cut_short_or_goes_on_is_refused(message: messages.Message) -> None:
+    whole = messages.encode(message)
+    for data in (*(whole[:length] for length in range(len(whole))), whole + b"\x00"):
+        with pytest.raises(HandoffRefused):
+            messages.decode(data)
 
 
 def test_messages_and_commands_come_as_they_were_said() -> None:
