@@ -46,8 +46,8 @@ class CopyingStore(MemoryKVStore):
 class SpoiledSource(SourceDriver):
     """Flips a bit in every run, after the checksums were taken."""
 
-    def _run_of(self, *args: Any) -> BlockRun:
-        run = super()._run_of(*args)
+    async def _run_of(self, *args: Any) -> BlockRun:
+        run = await super()._run_of(*args)
         for frame in run.frames:
             frame.payload[5] ^= 1
         return run

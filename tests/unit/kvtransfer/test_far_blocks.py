@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import LAYOUT, Pair
-from tandem.cluster.types import SampledToken
+from driver_scenes import TOKEN, D, P, play, same_content
 from tandem.kvtransfer.layout import KVLayout
 from tandem.kvtransfer.memory_store import MemoryKVStore
 from tandem.kvtransfer.ticket import HandoffRefused, RefusalReason
 from tandem.kvtransfer.transport import BlockRun, PullRequest
 
-D = "r/0/d0"
-TOKEN = SampledToken(7, -0.5, ())
 WAIT_S = 20.0
 
 
@@ -29,13 +26,13 @@ class FarStore(MemoryKVStore):
         self.gate = threading.Event()
         self.waiting = threading.Event()
         """Set where somebody waits for it."""
-        self._pool = ThreadPoolExecutor(1)
+        self.pool = ThreadPoolExecutor(1)
 
     async def fetch_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
-        return await asyncio.wrap_future(self._pool.submit(self._read, tuple(block_ids)))
+        return await asyncio.wrap_future(self.pool.submit(self._read, tuple(block_ids)))
 
     def begin_write(self, block_ids: Sequence[int], payloads: Sequence[memoryview | bytes]) -> Future[None] | None:
-        return self._pool.submit(self._write, tuple(block_ids), [bytes(payload) for payload in payloads])
+        return self.pool.submit(self._write, tuple(block_ids), [bytes(payload) for payload in payloads])
 
     def _read(self, block_ids: Sequence[int]) -> list[memoryview]:
         self._wait()
@@ -50,20 +47,15 @@ class FarStore(MemoryKVStore):
         assert self.gate.wait(WAIT_S), "whoever would open it waits for this"
 
 
-def far_pair() -> tuple[Pair, FarStore, FarStore]:
-    pair = Pair(store_class=FarStore)
-    assert isinstance(pair.held, FarStore)
-    assert isinstance(pair.pulled, FarStore)
-    return pair, pair.held, pair.pulled
-
-
-def play(scene: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scene, 3 * WAIT_S))
-
-
-def finish_prefill(pair: Pair) -> None:
-    pair.source.on_advanced("r/0/p0", 10)
-    pair.source.on_done("r/0/p0", TOKEN)
+def begin(pair: Any, *, held: bool = False, pull: bool = True) -> None:
+    """A prefill is done, and pulled; `held`: what is read comes at once."""
+    if held:
+        pair.held.gate.set()
+    pair.prefill()
+    pair.source.on_advanced(P, 10)
+    pair.source.on_done(P, TOKEN)
+    if pull:
+        pair.submit(pair.ticket())
 
 
 async def turns(count: int = 20) -> None:
@@ -72,74 +64,46 @@ async def turns(count: int = 20) -> None:
         await asyncio.sleep(0)
 
 
-def test_the_loop_goes_on_while_they_are_read_and_written() -> None:
-    async def scene() -> None:
-        pair, held, pulled = far_pair()
-        pair.prefill()
-        finish_prefill(pair)
-        pair.submit(pair.ticket())
-        for store in (held, pulled):
+def test_the_loop_goes_on_while_they_are_read_and_written(pair_class: Any, layout: KVLayout) -> None:
+    async def scene(pair: Any) -> None:
+        begin(pair)
+        for store in (pair.held, pair.pulled):
             await pair.until(store.waiting.is_set)
             assert not pair.said
             store.gate.set()
         await pair.hear("kv_ready", D, TOKEN)
-        for index in range(3):
-            assert bytes(pulled.read_block(3 + index)) == bytes([index + 1]) * LAYOUT.block_bytes
-        await pair.close()
+        assert same_content(pair, layout, 3)
 
-    play(scene())
+    play(pair_class, scene, store_class=FarStore)
 
 
-def test_what_is_let_go_of_while_it_is_read_is_not_sent() -> None:
-    async def scene() -> None:
-        pair, held, _ = far_pair()
-        pair.prefill()
-        finish_prefill(pair)
+@pytest.mark.parametrize("how", ["handed out anew", "was stopped"])
+def test_what_is_let_go_of_while_it_is_read_is_not_sent(pair_class: Any, how: str) -> None:
+    async def scene(pair: Any) -> None:
+        begin(pair, pull=False)
         pull = pair.source.open_pull(PullRequest(ticket=pair.ticket(), first_block=0))
         first = asyncio.ensure_future(anext(pull))
-        await pair.until(held.waiting.is_set)
-        pair.generations[0] = 2
-        held.gate.set()
+        await pair.until(pair.held.waiting.is_set)
+        if how == "handed out anew":
+            pair.generations[0] = 2
+        else:
+            pair.source.abort("r", 0, 0)
+            assert [said[:2] for said in pair.said] == [("release", P)], "who reads holds nothing up"
+        pair.held.gate.set()
         run = await first
         assert isinstance(run, BlockRun)
-        with pytest.raises(HandoffRefused, match="block 0 of r/0/p0 was handed out anew"):
+        with pytest.raises(HandoffRefused, match=how):
             run.verify()
         await pull.aclose()
-        await pair.close()
 
-    play(scene())
-
-
-def test_a_reader_that_is_stopped_while_it_reads_sends_nothing() -> None:
-    async def scene() -> None:
-        pair, held, _ = far_pair()
-        pair.prefill()
-        finish_prefill(pair)
-        pull = pair.source.open_pull(PullRequest(ticket=pair.ticket(), first_block=0))
-        first = asyncio.ensure_future(anext(pull))
-        await pair.until(held.waiting.is_set)
-        pair.source.abort("r", 0, 0)
-        assert [said[:2] for said in pair.said] == [("release", "r/0/p0")], "who reads holds nothing up"
-        held.gate.set()
-        run = await first
-        assert isinstance(run, BlockRun)
-        with pytest.raises(HandoffRefused, match="was stopped"):
-            run.verify()
-        await pull.aclose()
-        await pair.close()
-
-    play(scene())
+    play(pair_class, scene, store_class=FarStore)
 
 
 @pytest.mark.parametrize("how", ["abort", "deadline", "close"])
-def test_what_is_being_written_is_not_let_go_of(how: str) -> None:
-    async def scene() -> None:
-        pair, held, pulled = far_pair()
-        held.gate.set()
-        pair.prefill()
-        finish_prefill(pair)
-        pair.submit(pair.ticket())
-        await pair.until(pulled.waiting.is_set)
+def test_what_is_being_written_is_not_let_go_of(pair_class: Any, layout: KVLayout, how: str) -> None:
+    async def scene(pair: Any) -> None:
+        begin(pair, held=True)
+        await pair.until(pair.pulled.waiting.is_set)
         closing = None
         if how == "abort":
             pair.sink.abort("r", 0, 0)
@@ -153,46 +117,34 @@ def test_what_is_being_written_is_not_let_go_of(how: str) -> None:
         await turns()
         assert ("writer_done", D) not in pair.said
         assert closing is None or not closing.done()
-        pulled.gate.set()
+        pair.pulled.gate.set()
         await pair.hear("writer_done", D)
-        assert bytes(pulled.read_block(3)) == b"\x01" * LAYOUT.block_bytes, "it had been written by then"
-        await pair.close()
+        assert same_content(pair, layout, 1), "it had been written by then"
 
-    play(scene())
+    play(pair_class, scene, store_class=FarStore)
 
 
-def test_a_write_that_has_not_begun_never_does() -> None:
-    async def scene() -> None:
-        pair, held, pulled = far_pair()
-        busy = pulled.begin_write([0], [bytes(LAYOUT.block_bytes)])
-        assert busy is not None
-        held.gate.set()
-        pair.prefill()
-        finish_prefill(pair)
-        pair.submit(pair.ticket())
-        await pair.until(lambda: pulled._pool._work_queue.qsize() == 1)
+def test_a_write_that_has_not_begun_never_does(pair_class: Any, layout: KVLayout) -> None:
+    async def scene(pair: Any) -> None:
+        busy = pair.pulled.begin_write([0], [bytes(layout.block_bytes)])
+        begin(pair, held=True)
+        await pair.until(lambda: pair.pulled.pool._work_queue.qsize() == 1)
         pair.sink.abort("r", 0, 0)
         await pair.hear("writer_done", D)
         assert not busy.done(), "nobody waited for what is before it"
-        pulled.gate.set()
+        pair.pulled.gate.set()
         await asyncio.wrap_future(busy)
-        assert not any(pulled.read_block(3))
-        await pair.close()
+        assert not any(pair.pulled.read_block(3))
 
-    play(scene())
+    play(pair_class, scene, store_class=FarStore)
 
 
-def test_what_goes_wrong_there_fails_the_pull() -> None:
-    async def scene() -> None:
-        pair, held, pulled = far_pair()
-        held.gate.set()
-        pulled.gate.set()
-        pulled.write_blocks = None  # type: ignore[method-assign, assignment]
-        pair.prefill()
-        finish_prefill(pair)
-        pair.submit(pair.ticket())
+def test_what_goes_wrong_there_fails_the_pull(pair_class: Any) -> None:
+    async def scene(pair: Any) -> None:
+        pair.pulled.gate.set()
+        pair.pulled.write_blocks = None
+        begin(pair, held=True)
         await pair.hear("failed", D, RefusalReason.INVALID, RefusalReason.INVALID.retryable)
         assert ("writer_done", D) in pair.said
-        await pair.close()
 
-    play(scene())
+    play(pair_class, scene, store_class=FarStore)
