@@ -97,6 +97,8 @@ def lines(device: torch.device, bounds: Bounds) -> Iterator[Line]:
         for tokens in sizes.prompts:
             yield _prefill_line(rig, tokens, bounds, quantization)
         if quantization is None:
+            rig.narrow_kv(torch.float8_e4m3fn)  # where reading KV is most of a step
+            yield _decode_line(rig, max(sizes.batches), max(sizes.contexts), bounds, quantization)
             rig.model.kv = torch.empty(0)
             theirs = _transformers(rig, sizes)
             del rig
@@ -118,9 +120,11 @@ def _rig(sizes: Sizes, device: torch.device, quantization: str | None) -> Rig:
 
 def _decode_line(rig: Rig, batch: int, context: int, bounds: Bounds, quantization: str | None) -> Line:
     taken_s = time_s(rig.decode(batch, context))
-    moved = rig.weight_bytes + batch * context * kv_token_bytes(rig.config)
+    element_bytes = rig.model.kv.element_size()
+    moved = rig.weight_bytes + batch * context * kv_token_bytes(rig.config, element_bytes)
     bound_s = moved / bounds.copy_bytes_per_s
-    note = "sequences share blocks: the memory does not hold all" if rig.shares(batch, context) else ""
+    notes = ["KV in float8_e4m3"] if element_bytes == 1 else []
+    notes += ["sequences share blocks: the memory does not hold all"] if rig.shares(batch, context) else []
     cells = (
         quantization or DTYPE,
         str(batch),
@@ -129,7 +133,7 @@ def _decode_line(rig: Rig, batch: int, context: int, bounds: Bounds, quantizatio
         f"{bound_s * 1e3:.3f}",
         f"{bound_s / taken_s:.0%}",
         f"{batch / taken_s:.0f}",
-        note,
+        "; ".join(notes),
     )
     return Line(title=DECODE, heads=_HEADS[DECODE], cells=cells)
 

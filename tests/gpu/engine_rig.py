@@ -17,6 +17,7 @@ from tandem.cluster.engine.devices.base import Device
 from tandem.cluster.engine.gpu.inputs import Limits, StepInputs
 from tandem.cluster.engine.gpu.model import GpuModel
 from tandem.cluster.engine.gpu.weights import DeviceDummyWeights, build_on
+from tandem.cluster.engine.model import Model
 from tandem.cluster.engine.plan import SampleSpec, StepPlan, StepRow
 from tandem.cluster.engine.policies import MixedPolicy
 from tandem.cluster.engine.prefix_cache import PrefixCache
@@ -27,6 +28,7 @@ from tandem.cluster.types import Handoff, SamplingParams, SequenceSpec
 from tandem.kernels.dispatch import gpu_operations
 from tandem.kernels.gpu.sampling import sample
 from tandem.kernels.gpu_plans.draws import Wants
+from tandem.kernels.gpu_plans.tiling import form_of
 
 BLOCK_SIZE = 16
 GREEDY = SamplingParams(temperature=0.0)
@@ -56,15 +58,36 @@ class Rig:
             kv = torch.empty(shape, dtype=torch.bfloat16, device=device)
             for block in kv.split(max(1, self.num_blocks // 64)):
                 block.normal_()
-            self.model = GpuModel(weights, kv, torch.bfloat16, gpu_operations("triton"))
-            self.inputs = StepInputs(
-                config, self.model.shape, torch.bfloat16, device, limits, num_blocks=self.num_blocks, turns=1
-            )
+            self._limits = limits
+            self._hold(weights, kv)
             self.drawn = torch.zeros(max(limits.rows, limits.tokens), dtype=torch.int32, device=device)
         self.weight_bytes = sum(linear.resident_bytes for linear in weights.linears().values())
         if config.tie_word_embeddings and quantization is None:
             self.weight_bytes += config.vocab_size * config.hidden_size * 2
         """That a decode step reads: all products, not the table that it embeds from."""
+
+    def narrow_kv(self, dtype: torch.dtype) -> None:
+        """From here on the same memory holds KV in a byte a number, twice the tokens."""
+        with torch.inference_mode():
+            bits = self.model.kv.view(torch.uint8).view(2 * self.num_blocks, *self.model.kv.shape[1:])
+            bits.random_(0, 127)  # no NaN
+            self._hold(self.model.weights, bits.view(dtype))
+
+    def _hold(self, weights: Model, kv: torch.Tensor) -> None:
+        self.num_blocks, layers, sides, heads = kv.shape[:4]
+        narrow = kv.dtype != torch.bfloat16
+        scales = torch.full((layers, sides, heads), 0.01, device=kv.device) if narrow else None
+        self.model = GpuModel(weights, kv, torch.bfloat16, gpu_operations("triton"), scales)
+        self.inputs = StepInputs(
+            self.config,
+            self.model.shape,
+            torch.bfloat16,
+            self.device,
+            self._limits,
+            num_blocks=self.num_blocks,
+            turns=1,
+            form=form_of(kv, torch.bfloat16),
+        )
 
     def shares(self, batch: int, context: int) -> bool:
         """Whether a batch needs more blocks than there are."""

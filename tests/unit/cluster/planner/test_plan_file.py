@@ -240,6 +240,20 @@ def test_a_plan_for_gpus_that_compute(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.parametrize("planned", ["fp8", "int8"])
+def test_narrow_kv_that_was_planned_takes_the_memory_that_was_planned(tmp_path: Path, planned: str) -> None:
+    """Twice the blocks in the same bytes; as wide KV they would not fit."""
+    narrow, wide = (written(opt(kv_dtype=dtype), evaluated(split(), 6.0), device="cuda") for dtype in (planned, None))
+    expected = loaded(tmp_path, wide).engine_of(Role.DECODE)
+    config = loaded(tmp_path, narrow)
+    found = config.engine_of(Role.DECODE)
+    assert (expected.kv_cache_dtype, found.kv_cache_dtype) == ("auto", "fp8")
+    assert abs(found.kv_cache_bytes - expected.kv_cache_bytes) <= 16 * 2 * 40 * 5120 * 2
+    assert read_scenario(None, cluster_values(config)).kv_dtype == "fp8"
+    rehearsed = loaded(tmp_path, written(opt(kv_dtype=planned), evaluated(split(), 6.0)))
+    assert rehearsed.engine.kv_cache_dtype == "auto"
+
+
 def test_stages_take_gpus_of_the_nodes_that_they_are_planned_on() -> None:
     """Two cells of two stages: one stage of a cell fills a node of two GPUs, both of them one of four."""
     candidate = split(2, 2, 1, 1, affinity=Affinity.LOW, cells=2)

@@ -1,4 +1,4 @@
-"""Narrow KV memory as torch and the plain formulas write and read it: what Triton's kernels do, to the bit as stored."""
+"""Narrow KV memory as torch and the plain formulas write and read it: as Triton's kernels do, bits and all."""
 
 from __future__ import annotations
 

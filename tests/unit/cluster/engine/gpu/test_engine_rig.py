@@ -29,11 +29,13 @@ def test_a_dry_run_fills_every_table(where: str) -> None:
     assert [line.title for line in made] == [
         bench_engine.DECODE,
         bench_engine.PREFILL,
+        bench_engine.DECODE,
         bench_engine.WHOLE,
         bench_engine.WHOLE,
     ]
     assert all(len(line.heads) == len(line.cells) for line in made)
-    assert made[2].cells[:4] == ("tandem", "2", "5", "2")
+    assert (made[0].cells[-1], made[2].cells[-1]) == ("", "KV in float8_e4m3")
+    assert made[3].cells[:4] == ("tandem", "2", "5", "2")
 
 
 def test_the_scheduler_with_two_plans_under_way_draws_the_cpus_tokens(where: str) -> None:

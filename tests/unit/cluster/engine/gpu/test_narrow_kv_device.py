@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tandem.cluster.config import EngineConfig
+from tandem.cluster.engine.devices import cuda
 from tandem.cluster.engine.devices.cuda import CudaDevice
+from tandem.cluster.engine.devices.kv_memory import kv_layout
 from tandem.cluster.engine.gpu.kv_peers import GpuPeer
 from tandem.cluster.engine.kv_scales import KVScales
 from tandem.cluster.engine.narrow_kv import NarrowKV
 from tandem.cluster.engine.plan import StepOutput
+from tandem.cluster.launch.compose import build_device
 from tandem.cluster.models.config import ModelConfig
+from tandem.kernels import dispatch
 from tandem.kernels.kv_write import narrowed
-from test_cuda_device import LIKELY, LLAMA, SEEDED, assert_alike, cuda_device, drawn, row, settle, step
+from test_cuda_device import LIKELY, LLAMA, SEEDED, assert_alike, cuda_device, drawn, files_of, row, settle, step
 
 NARROW = ("int8", "float8_e4m3")
 TWO_LAYERS = dataclasses.replace(LLAMA, num_layers=2)
@@ -75,6 +81,30 @@ def test_keys_and_values_are_stored_by_their_heads_scales(where: str, kernels: s
     beyond = narrowed(torch.tensor(1e9), torch.tensor(1.0), stored)
     assert (found == beyond).any()
     assert found.unique().numel() > 100
+
+
+@pytest.mark.parametrize(("option", "stored"), [("auto", torch.float32), ("int8", torch.int8)])
+def test_an_engines_configuration_makes_such_a_device(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, stored: torch.dtype
+) -> None:
+    monkeypatch.setattr(dispatch, "gpu_facts", lambda device=None: dispatch.interpreter())
+    monkeypatch.setattr(cuda, "CudaDevice", lambda files, **given: CudaDevice(files, **{**given, "device": where}))
+    path = None if option == "auto" else tmp_path / "scales.json"
+    if path is not None:
+        KVScales(largest=np.full((1, 2, LLAMA.num_kv_heads), 4, np.float32)).save(path)
+    config = EngineConfig(
+        device="cuda",
+        dtype="float32",
+        block_size=4,
+        kv_cache_bytes=2**17,
+        max_running=4,
+        kv_cache_dtype=option,
+        kv_scales=path and str(path),
+    )
+    device = build_device(config, files_of(LLAMA), None)
+    assert device.kv.tensor.dtype == stored  # type: ignore[attr-defined]
+    assert device.num_blocks == 2**17 // kv_layout(LLAMA, config.kv_dtype, 4).block_bytes  # type: ignore[attr-defined]
+    assert len(drawn(step(device, row("a", 0, PROMPT, BLOCKS)))[0]) == 1
 
 
 @pytest.mark.parametrize("dtype", NARROW)
