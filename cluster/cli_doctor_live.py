@@ -259,7 +259,7 @@ def _handoffs(live: Live) -> list[Finding]:
 
 def _paths(live: Live) -> Finding:
     """A request served without the split that it was meant to have must be visible (DESIGN: What must always hold)."""
-    paths = _total(live.samples, "tandem:requests_by_path_total", "path")
+    paths = _total(live.samples, "tandem:choices_by_path_total", "path")
     total = sum(paths.values())
     if not total:
         return Finding(Level.OK, "split", "no request finished yet")

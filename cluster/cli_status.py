@@ -150,15 +150,16 @@ def render(url: str, answer: Mapping[str, Any], samples: Samples | None = None) 
 
 
 def _inside(samples: Samples) -> list[str]:
-    """Requests in the router, and those that wait there for a worker, by class."""
+    """Requests in the router, and choices of theirs that wait there for a worker, by class."""
     if not (flying := samples.get("tandem:requests_in_flight")):
         return []
     queued: Counter[str] = Counter()
-    for labels, value in samples.get("tandem:router_queue_requests", ()):
+    for labels, value in samples.get("tandem:router_queue_choices", ()):
         queued[labels.get("slo_class", "")] += int(value)
     waiting = ", ".join(f"{name} {count}" for name, count in sorted(queued.items()) if count)
     inside = sum(value for _, value in flying)
-    return [f"{inside:g} requests inside" + (f"; waiting for a worker: {waiting}" if waiting else ""), *_kept(samples)]
+    queue = f"; choices that wait for a worker: {waiting}" if waiting else ""
+    return [f"{inside:g} requests inside{queue}", *_kept(samples)]
 
 
 def _kept(samples: Samples) -> list[str]:

@@ -1,22 +1,23 @@
 """Prometheus metrics of a router: requests, phases, handoffs, promises kept, workers' ledgers; and of a worker alone.
 
-Names are vLLM's with `tandem:`, so that dashboards carry over. Times come from `Timings`, hence mean what the
-waterfall, the gRPC response and the benchmark client mean: TTFT from arrival at the router, TPOT = (E2E - TTFT) /
-(n - 1), no TPOT for one output token. Each process has its own registry. Workers are read from their last
-heartbeats when `/metrics` is scraped.
+Names are vLLM's with `tandem:`, so that dashboards carry over; of these, `request_success` and the histograms of times
+and answers count choices, of which a request has `n`: their help texts say so. Times come from `Timings`, hence mean
+what the waterfall, the gRPC response and the benchmark client mean: TTFT from arrival at the router, TPOT = (E2E -
+TTFT) / (output tokens - 1), no TPOT for one output token. Each process has its own registry. Workers are read from
+their last heartbeats when `/metrics` is scraped (`metrics_of_workers`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from .histogram import LoopHistogram
+from .metrics_of_workers import WorkerCollector
 from .proto.tandem_internal_v1_pb2 import WorkerStatus
 from .types import SLO, Timings
 
@@ -68,14 +69,14 @@ class RouterMetrics:
         self._make_handoff()
         self._make_counters()
         self._of_workers = CollectorRegistry()
-        self._of_workers.register(_WorkerCollector(lambda: self._workers()))
+        self._of_workers.register(WorkerCollector(lambda: self._workers()))
         self.registry.register(_QueueCollector(model_name, lambda: self._queue_of()))
         ProcessCollector(registry=self.registry)
 
     def _make_phases(self) -> None:
         histogram = self._histogram
         self._ttft = histogram(
-            "time_to_first_token_seconds", "From arrival at the router to the first token", TTFT_BUCKETS_S
+            "time_to_first_token_seconds", "From arrival at the router to a choice's first token", TTFT_BUCKETS_S
         )
         self._itl = histogram(
             "inter_token_latency_seconds", "Between tokens of one choice, at the router", TOKEN_BUCKETS_S
@@ -83,47 +84,63 @@ class RouterMetrics:
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "(E2E - TTFT) / (output tokens - 1) of a choice", TOKEN_BUCKETS_S
         )
-        self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token", REQUEST_BUCKETS_S)
-        self._queue = histogram("request_queue_time_seconds", "Waiting for prefill to begin", REQUEST_BUCKETS_S)
-        self._prefill = histogram("request_prefill_time_seconds", "Computing the prompt", REQUEST_BUCKETS_S)
-        self._decode = histogram("request_decode_time_seconds", "From first to last token", REQUEST_BUCKETS_S)
-        self._prompt_length = histogram("request_prompt_tokens", "Tokens in a prompt", LENGTH_BUCKETS_TOKENS)
-        self._output_length = histogram("request_generation_tokens", "Tokens in an answer", LENGTH_BUCKETS_TOKENS)
+        self._e2e = histogram("e2e_request_latency_seconds", "From arrival to a choice's last token", REQUEST_BUCKETS_S)
+        self._queue = histogram(
+            "request_queue_time_seconds", "Waiting of a choice for its prefill to begin", REQUEST_BUCKETS_S
+        )
+        self._prefill = histogram(
+            "request_prefill_time_seconds", "Computing the prompt for a choice", REQUEST_BUCKETS_S
+        )
+        self._decode = histogram(
+            "request_decode_time_seconds", "From a choice's first to its last token", REQUEST_BUCKETS_S
+        )
+        self._prompt_length = histogram(
+            "request_prompt_tokens", "Tokens in a prompt, once a request", LENGTH_BUCKETS_TOKENS
+        )
+        self._output_length = histogram("request_generation_tokens", "Tokens in a choice", LENGTH_BUCKETS_TOKENS)
 
     def _make_handoff(self) -> None:
         histogram = self._histogram
         self._transfer = histogram("kv_transfer_time_seconds", "First to last KV byte of a handoff", TRANSFER_BUCKETS_S)
         self._exposed = histogram(
             "kv_transfer_exposed_seconds",
-            "Last KV byte minus end of prefill: what a request waits for",
+            "Last KV byte minus end of prefill: what a choice waits for",
             TRANSFER_BUCKETS_S,
         )
         self._decode_queue = histogram(
-            "request_decode_queue_time_seconds", "Waiting for blocks of the decode worker", REQUEST_BUCKETS_S
+            "request_decode_queue_time_seconds",
+            "Waiting of a choice for blocks of the decode worker",
+            REQUEST_BUCKETS_S,
         )
         self._transfer_bytes = histogram("kv_transfer_size_bytes", "KV moved by a handoff", TRANSFER_BUCKETS_BYTES)
         self._transferred = self._counter("kv_transferred_bytes", "KV moved by handoffs")
-        self._handoffs = self._counter("handoffs", "Requests whose KV moved from a prefill to a decode worker")
+        self._handoffs = self._counter("handoffs", "Finished choices whose KV moved from a prefill to a decode worker")
         self._handoff_failures = self._counter("handoff_failures", "Handoffs that ended early", "reason")
 
     def _make_counters(self) -> None:
         counter = self._counter
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests, counted once a prompt")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens, once a request, as its first choice finishes")
         self._generation_tokens = counter("generation_tokens", "Output tokens of finished choices")
-        self._prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
-        self._prefix_hits = counter("prefix_cache_hits", "Prompt tokens whose KV was there already")
+        self._prefix_queries = counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache, once a request"
+        )
+        self._prefix_hits = counter("prefix_cache_hits", "Prompt tokens of those whose KV was there already")
         self._success = counter("request_success", "Finished choices", "finished_reason")
-        self._paths = counter("requests_by_path", "Choices by path: split, local, mixed, prefill_only", "path")
+        self._paths = counter("choices_by_path", "Finished choices by path: split, local, mixed, prefill_only", "path")
         self._failures = counter("request_failures", "Requests that ended in an error", "reason")
         self._refusals = counter("request_refusals", "Requests refused at the door", "reason")
         self._retries = counter("request_retries", "Attempts beyond a choice's first", "reason")
         self._prefills_kept = counter("prefills_kept", "Decode attempts that went on with an earlier attempt's prefill")
         self._canceled = counter("requests_canceled", "Requests whose client went away")
-        self._slo_requests = counter("slo_requests", "Finished choices under a promise", "slo_class")
-        self._slo_ttft = counter("slo_ttft_attained", "Choices that met TTFT", "slo_class")
-        self._slo_tpot = counter("slo_tpot_attained", "Choices that met TPOT, or have none", "slo_class")
+        self._slo_choices = counter("slo_choices", "Finished choices, whatever was promised them", "slo_class")
+        self._slo_ttft = counter(
+            "slo_ttft_attained", "Finished choices that met TTFT, or were promised none", "slo_class"
+        )
+        self._slo_tpot = counter(
+            "slo_tpot_attained", "Finished choices that met TPOT, were promised none or have none", "slo_class"
+        )
         self._slo_attained = counter(
-            "slo_attained", "Choices that met TTFT and TPOT; goodput is the rate of this", "slo_class"
+            "slo_attained", "Finished choices that met both; its rate is goodput where n is 1", "slo_class"
         )
         self._in_flight = Gauge(
             "tandem:requests_in_flight", "Requests inside the router", ["model_name"], registry=self.registry
@@ -182,7 +199,7 @@ class RouterMetrics:
             self._transfer_bytes.observe(timings.transferred_bytes)
             self._transferred.inc(timings.transferred_bytes)
         ttft_met, tpot_met = attains(timings, slo)
-        self._count(self._slo_requests, slo_class)
+        self._count(self._slo_choices, slo_class)
         self._count(self._slo_ttft, slo_class, ttft_met)
         self._count(self._slo_tpot, slo_class, tpot_met)
         self._count(self._slo_attained, slo_class, ttft_met and tpot_met)
@@ -237,7 +254,7 @@ class RouterMetrics:
         self._workers = workers
 
     def watch_queue(self, waiting: Callable[[], Mapping[str, int]]) -> None:
-        """Says how many requests wait at the router, by SLO class; called at every scrape, must not block."""
+        """Says how many choices wait at the router, by SLO class; called at every scrape, must not block."""
         self._queue_of = waiting
 
     @property
@@ -246,13 +263,13 @@ class RouterMetrics:
         return self._inside
 
     @property
-    def requests_waiting(self) -> dict[str, int]:
-        """Those of them that wait for a worker, by SLO class."""
+    def choices_waiting(self) -> dict[str, int]:
+        """Choices of those that wait for a worker, by SLO class."""
         return dict(sorted(self._queue_of().items()))
 
     def load(self) -> dict[str, object]:
-        """What is inside the router now, for `/ready`: requests, and those that wait for a worker by SLO class."""
-        return {"requests_inside": self.requests_inside, "requests_waiting": self.requests_waiting}
+        """What is inside the router now, for `/ready`: requests, and choices that wait for a worker by SLO class."""
+        return {"requests_inside": self.requests_inside, "choices_waiting": self.choices_waiting}
 
     def render(self) -> bytes:
         """The exposition text of `/metrics`, of content type `CONTENT_TYPE`."""
@@ -267,50 +284,6 @@ class RouterMetrics:
         return generate_latest(self._of_workers)
 
 
-def kv_usage(status: WorkerStatus) -> float:
-    """Share of KV blocks that are held, 0 to 1; cached blocks that nobody holds count as available."""
-    if not status.num_blocks:
-        return 0.0
-    held = status.num_blocks - status.free_blocks - status.cached_blocks
-    return max(held, 0) / status.num_blocks
-
-
-_WORKER_GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
-    ("num_requests_running", "Sequences in the running batch", lambda s: s.running),
-    ("num_requests_waiting", "Sequences that wait for a place or for KV", lambda s: s.waiting),
-    ("num_requests_held", "Prefilled sequences whose KV waits for a decode worker", lambda s: s.held),
-    ("kv_cache_usage_perc", "Share of KV blocks held; 1 is full", kv_usage),
-    ("kv_blocks_free", "Blocks on the free list", lambda s: s.free_blocks),
-    ("kv_blocks_cached", "Blocks that only the prefix cache keeps", lambda s: s.cached_blocks),
-    ("kv_blocks_held", "Blocks with a holder", lambda s: s.num_blocks - s.free_blocks - s.cached_blocks),
-    ("kv_blocks", "Blocks in all", lambda s: s.num_blocks),
-    ("kv_blocks_credited", "Blocks promised to requests that are on their way", lambda s: s.credited_blocks),
-    ("kv_blocks_credit_limit", "Most blocks that may be promised", lambda s: s.credit_limit_blocks),
-    ("queued_prefill_tokens", "Prompt tokens admitted, not yet computed", lambda s: s.queued_prefill_tokens),
-    ("context_tokens", "Sum of context over running sequences", lambda s: s.context_tokens),
-    ("leases", "Handoffs whose KV is kept for a decode worker", lambda s: s.leases),
-    ("pulls", "Transfers under way", lambda s: s.pulls),
-    ("streams", "Sequences that run here for routers", lambda s: s.streams),
-    ("ledger_integrity", "1: every block is accounted for", lambda s: s.integrity_ok),
-    ("ledger_proof_age_seconds", "Since the block ledger was last proven", lambda s: s.integrity_age_s),
-    ("worker_draining", "1: takes no new work", lambda s: s.draining),
-    ("worker_role_version", "Raised with every change of role", lambda s: s.role_version),
-)
-
-_WORKER_COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
-    ("num_preemptions", "Sequences put back to the queue", lambda s: s.preemptions_total),
-    (
-        "worker_prefix_cache_queries",
-        "Context tokens looked up in this worker's prefix cache",
-        lambda s: s.prefix_queries_tokens_total,
-    ),
-    ("worker_prefix_cache_hits", "Tokens of those whose KV was there already", lambda s: s.prefix_hits_tokens_total),
-    ("engine_steps", "Model iterations", lambda s: s.steps_total),
-    ("engine_late_steps", "Steps that took longer than a paced device promises", lambda s: s.late_steps_total),
-    ("engine_computed_tokens", "Tokens whose KV was computed, prompts and answers", lambda s: s.computed_tokens_total),
-)
-
-
 class _QueueCollector(Collector):
     """What waits at the router, looked at when scraped."""
 
@@ -322,63 +295,8 @@ class _QueueCollector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        about = "Requests that wait at the router until workers take them"
-        gauge = GaugeMetricFamily("tandem:router_queue_requests", about, labels=["model_name", "slo_class"])
+        about = "Choices that wait at the router until workers take them, further tries included"
+        gauge = GaugeMetricFamily("tandem:router_queue_choices", about, labels=["model_name", "slo_class"])
         for slo_class, waiting in sorted(self._waiting().items()):
             gauge.add_metric([self._model_name, slo_class], waiting)
         yield gauge
-
-
-_WORKER_LABELED: tuple[tuple[str, str, str, Callable[[WorkerStatus], Mapping[str, int]]], ...] = (
-    ("kv_pulls", "Handoffs whose KV came to this worker, by transport", "transport", lambda s: s.pulls_total),
-    (
-        "worker_handoff_failures",
-        "Handoffs that ended early on this worker, as reader or (expired) as holder",
-        "reason",
-        lambda s: s.handoff_failures_total,
-    ),
-)
-
-
-class _WorkerCollector(Collector):
-    """Turns the last heartbeats into metrics when scraped, so that a worker that is gone leaves no stale series."""
-
-    def __init__(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
-        self._workers = workers
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        statuses = list(self._workers())
-        labels = ["worker", "role"]
-        for name, about, read in _WORKER_GAUGES:
-            gauge = GaugeMetricFamily(f"tandem:{name}", about, labels=labels)
-            for status in statuses:
-                value = float(read(status))
-                gauge.add_metric([status.worker_id, status.role], value if math.isfinite(value) else 0.0)
-            yield gauge
-        for name, about, read in _WORKER_COUNTERS:
-            counter = CounterMetricFamily(f"tandem:{name}", about, labels=labels)
-            for status in statuses:
-                counter.add_metric([status.worker_id, status.role], float(read(status)))
-            yield counter
-        for name, about, label, read_map in _WORKER_LABELED:
-            counter = CounterMetricFamily(f"tandem:{name}", about, labels=[*labels, label])
-            for status in statuses:
-                for name_of, count in sorted(read_map(status).items()):
-                    counter.add_metric([status.worker_id, status.role, name_of], count)
-            yield counter
-        info_labels = [*labels, "epoch", "address", "device", "model", "fingerprint"]
-        info = GaugeMetricFamily("tandem:worker_info", "1 for every live worker", labels=info_labels)
-        for s in statuses:
-            info.add_metric([s.worker_id, s.role, str(s.epoch), s.address, s.device, s.model, s.fingerprint], 1)
-        yield info
-
-
-def worker_registry(status: Callable[[], WorkerStatus]) -> CollectorRegistry:
-    """What a worker's own `/metrics` shows: its status as of the scrape, under the names that the router uses."""
-    registry = CollectorRegistry()
-    registry.register(_WorkerCollector(lambda: (status(),)))
-    ProcessCollector(registry=registry)
-    return registry

@@ -50,7 +50,7 @@ class Account:
             "ready": report.ready,
             "reason": report.reason,
             "requests_inside": report.requests_inside,
-            "requests_waiting": dict(sorted(report.requests_waiting.items())),
+            "choices_waiting": dict(sorted(report.choices_waiting.items())),
         }
 
 
@@ -146,7 +146,7 @@ class Siblings(SiblingServicer):
             ready=readiness.ready,
             reason=readiness.reason or "",
             requests_inside=self._metrics.requests_inside,
-            requests_waiting=self._metrics.requests_waiting,
+            choices_waiting=self._metrics.choices_waiting,
             metrics=self._metrics.render_own() if metrics else b"",
         )
         if self._plan is not None:

@@ -27,7 +27,7 @@ from ..auth import MemberCredentials
 from ..config import COLLECTIVE_TRANSPORTS, ConfigError, EngineConfig, WorkerConfig
 from ..engine.devices.base import Device
 from ..engine.parallel.rank_process import RankProcess, Recruit, children
-from ..metrics import worker_registry
+from ..metrics_of_workers import worker_registry
 from ..models.reference import ModelFiles, resolve_model
 from ..proto.tandem_internal_v1_pb2_grpc import add_WorkerServicer_to_server
 from ..rpc import make_server

@@ -23,8 +23,8 @@ class ReportRequest(_message.Message):
     def __init__(self, metrics: bool = ...) -> None: ...
 
 class RouterReport(_message.Message):
-    __slots__ = ("process", "pid", "ready", "reason", "requests_inside", "requests_waiting", "metrics", "attainment", "attainment_window_s", "plan_states")
-    class RequestsWaitingEntry(_message.Message):
+    __slots__ = ("process", "pid", "ready", "reason", "requests_inside", "choices_waiting", "metrics", "attainment", "attainment_window_s", "plan_states")
+    class ChoicesWaitingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -50,7 +50,7 @@ class RouterReport(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_INSIDE_FIELD_NUMBER: _ClassVar[int]
-    REQUESTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_WAITING_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     ATTAINMENT_FIELD_NUMBER: _ClassVar[int]
     ATTAINMENT_WINDOW_S_FIELD_NUMBER: _ClassVar[int]
@@ -60,12 +60,12 @@ class RouterReport(_message.Message):
     ready: bool
     reason: str
     requests_inside: int
-    requests_waiting: _containers.ScalarMap[str, int]
+    choices_waiting: _containers.ScalarMap[str, int]
     metrics: bytes
     attainment: _containers.MessageMap[str, AttainmentTally]
     attainment_window_s: float
     plan_states: _containers.ScalarMap[str, str]
-    def __init__(self, process: _Optional[int] = ..., pid: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., requests_inside: _Optional[int] = ..., requests_waiting: _Optional[_Mapping[str, int]] = ..., metrics: _Optional[bytes] = ..., attainment: _Optional[_Mapping[str, AttainmentTally]] = ..., attainment_window_s: _Optional[float] = ..., plan_states: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, process: _Optional[int] = ..., pid: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., requests_inside: _Optional[int] = ..., choices_waiting: _Optional[_Mapping[str, int]] = ..., metrics: _Optional[bytes] = ..., attainment: _Optional[_Mapping[str, AttainmentTally]] = ..., attainment_window_s: _Optional[float] = ..., plan_states: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class AttainmentTally(_message.Message):
     __slots__ = ("offered", "requests", "attained")

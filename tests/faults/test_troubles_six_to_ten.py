@@ -212,7 +212,7 @@ def test_trouble_10_a_request_that_goes_round_the_split_is_counted_and_visible(s
         paths.append(answer.timings.path)
     assert paths == ["local", "split", "prefill_only"]
     for path in paths:
-        assert cluster.metric("requests_by_path_total", f'path="{path}"') == 1
+        assert cluster.metric("choices_by_path_total", f'path="{path}"') == 1
     assert cluster.metric("handoffs_total") == 1
     assert cluster.run(prefill.status()).computed_tokens_total > 0  # visible on the worker, too: it did serve
 

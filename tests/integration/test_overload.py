@@ -181,11 +181,11 @@ def test_at_three_times_the_capacity_who_is_let_in_keeps_the_promise(
     assert kept >= 0.9 * len(admitted), f"{kept} of {len(admitted)}, {slow:.2f} times slower than it should be"
     assert max(waiting) < MAX_WAITING, "the promise refuses before the bound does"
     assert process.memory_info().rss - rss_before < 100 * 2**20
-    assert metric(cluster, "tandem:router_queue_requests{") == 0
+    assert metric(cluster, "tandem:router_queue_choices{") == 0
     assert asyncio.run(through(cluster, door, lambda ask: ask(0, "interactive"))).answered
     text = cluster.http.get("/metrics").text
     assert not refused or f'reason="slo_unattainable"}} {float(len(refused))}' in text
-    assert f'slo_requests_total{{model_name="{MODEL}",slo_class="interactive"}} {float(len(admitted) + 13)}' in text
+    assert f'slo_choices_total{{model_name="{MODEL}",slo_class="interactive"}} {float(len(admitted) + 13)}' in text
     cluster.wait_clean()
 
 

@@ -80,7 +80,7 @@ def test_every_path_gives_the_same_tokens_and_is_counted(
     assert answer.token_ids == expected(PROMPT, max_tokens)
     assert answer.timings.path == path
     assert (
-        f'tandem:requests_by_path_total{{model_name="{MODEL}",path="{path}"}} 1.0' in cluster.http.get("/metrics").text
+        f'tandem:choices_by_path_total{{model_name="{MODEL}",path="{path}"}} 1.0' in cluster.http.get("/metrics").text
     )
     cluster.wait_clean()
 

@@ -213,7 +213,7 @@ async def watch(members: Members, run: Run) -> None:
     """Looks at the router twice a second."""
     while True:
         run.rss_bytes.append(members.router.memory_info().rss)
-        run.waiting.append(await asyncio.to_thread(members.gauge, "router_queue_requests"))
+        run.waiting.append(await asyncio.to_thread(members.gauge, "router_queue_choices"))
         await asyncio.sleep(0.5)
 
 

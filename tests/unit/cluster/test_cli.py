@@ -235,11 +235,11 @@ def test_status_table() -> None:
     worker |= {"pulls": 2, "puller_states": {"pulling": 2}, "pulls_total": {"grpc": 5, "mapped": 9}}
     samples = {
         "tandem:requests_in_flight": [({}, 6.0)],
-        "tandem:router_queue_requests": [({"slo_class": "batch"}, 4.0), ({"slo_class": "interactive"}, 0.0)],
+        "tandem:router_queue_choices": [({"slo_class": "batch"}, 4.0), ({"slo_class": "interactive"}, 0.0)],
     }
     text = cli_status.render("u", {"ready": True, "workers": [worker]}, samples)
     lines = text.splitlines()
-    assert lines[1] == "6 requests inside; waiting for a worker: batch 4"
+    assert lines[1] == "6 requests inside; choices that wait for a worker: batch 4"
     assert lines[10].split() == ["decode-0", "50", "50", "100", "7", "of", "200", "3", "s", "ago"]
     assert lines[13].split(maxsplit=4) == [
         "decode-0",
@@ -255,7 +255,7 @@ def test_status_table() -> None:
     away = {"process": 1, "registry": "h:2", "ready": False, "reason": "it does not answer"}
     two = cli_status.render("u", {"ready": True, "workers": [worker], "routers": [up, away]}, samples).splitlines()
     assert two[1:4] == [
-        "8 requests inside; waiting for a worker: batch 4",
+        "8 requests inside; choices that wait for a worker: batch 4",
         "router 0 (h:1): ready, 6 requests inside, pid 7",
         "router 1 (h:2): not ready: it does not answer",
     ]

@@ -166,7 +166,7 @@ ANSWER = {"ready": True, "reason": "", "workers": [P, D]}
 COMPILED = {"kernels": "compiled", "kernels_reason": "the widest that znver4 has"}
 AWAY = {"process": 1, "ready": False, "reason": "it does not answer"}
 OPEN = Security(host="0.0.0.0", loopback=False, api_key=False, secret=True, tls=False)
-PATHS = {"tandem:requests_by_path_total": [({"path": "split"}, 9.0), ({"path": "local"}, 1.0)]}
+PATHS = {"tandem:choices_by_path_total": [({"path": "split"}, 9.0), ({"path": "local"}, 1.0)]}
 LOST = {
     "tandem:handoffs_total": [({}, 10.0)],
     "tandem:handoff_failures_total": [({"reason": "worker_lost"}, 2.0)],

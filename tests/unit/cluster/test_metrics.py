@@ -56,7 +56,7 @@ def test_a_choice_is_counted_in_every_phase() -> None:
     assert found["tandem:generation_tokens_total"] == 10
     assert (found["tandem:prefix_cache_queries_total"], found["tandem:prefix_cache_hits_total"]) == (40, 16)
     assert found["tandem:request_success_total{stop}"] == 1
-    assert found["tandem:requests_by_path_total{split}"] == 1
+    assert found["tandem:choices_by_path_total{split}"] == 1
     assert (found["tandem:handoffs_total"], found["tandem:kv_transferred_bytes_total"]) == (1, 1000)
     assert found["tandem:slo_attained_total{default}"] == 1
 
@@ -69,6 +69,18 @@ def test_a_prompt_is_counted_once_whatever_n_is() -> None:
     assert (found["tandem:prompt_tokens_total"], found["tandem:generation_tokens_total"]) == (40, 30)
 
 
+def test_what_is_called_requests_does_not_count_choices() -> None:
+    metrics = RouterMetrics()
+    for choice in range(3):
+        metrics.observe_choice(TIMINGS, prompt_tokens=40, finish_reason="stop", slo=SLO(), choice=choice)
+    found = samples(metrics)
+    assert [
+        name for name, value in found.items() if "requests" in name and value and not name.endswith("_created")
+    ] == []
+    choices = ("request_success_total{stop}", "choices_by_path_total{split}", "slo_choices_total{default}")
+    assert [found[f"tandem:{name}"] for name in choices] == [3, 3, 3]
+
+
 def test_only_a_split_is_a_handoff() -> None:
     metrics = RouterMetrics()
     for path in ("local", "mixed", "prefill_only"):
@@ -76,7 +88,7 @@ def test_only_a_split_is_a_handoff() -> None:
     found = samples(metrics)
     assert found["tandem:handoffs_total"] == 0
     assert found["tandem:kv_transfer_time_seconds_count"] == 0
-    assert found["tandem:requests_by_path_total{mixed}"] == 1
+    assert found["tandem:choices_by_path_total{mixed}"] == 1
 
 
 def test_promises_are_kept_jointly_and_one_token_has_no_tpot() -> None:
@@ -97,7 +109,7 @@ def test_promises_are_kept_jointly_and_one_token_has_no_tpot() -> None:
     for timings in (ok, slow_first, slow_rest, one):
         metrics.observe_choice(timings, prompt_tokens=1, finish_reason="stop", slo=slo, slo_class="chat")
     found = samples(metrics)
-    assert found["tandem:slo_requests_total{chat}"] == 4
+    assert found["tandem:slo_choices_total{chat}"] == 4
     assert found["tandem:slo_ttft_attained_total{chat}"] == 3
     assert found["tandem:slo_tpot_attained_total{chat}"] == 3
     assert found["tandem:slo_attained_total{chat}"] == 2
@@ -185,4 +197,4 @@ def test_what_is_inside_now() -> None:
     metrics = RouterMetrics()
     metrics.set_in_flight(3)
     metrics.watch_queue(lambda: {"interactive": 1, "batch": 2})
-    assert metrics.load() == {"requests_inside": 3, "requests_waiting": {"batch": 2, "interactive": 1}}
+    assert metrics.load() == {"requests_inside": 3, "choices_waiting": {"batch": 2, "interactive": 1}}

@@ -256,7 +256,7 @@ def test_a_revoked_key_ends_no_stream_under_way(start_front: Callable[..., Any],
     assert front.service.canceled.wait(20)
 
 
-IDLE = {"requests_inside": 0, "requests_waiting": {}}
+IDLE = {"requests_inside": 0, "choices_waiting": {}}
 
 
 def test_strangers_learn_whether_it_is_ready_and_nothing_else(start_front: Callable[..., Any]) -> None:

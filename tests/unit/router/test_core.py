@@ -53,6 +53,7 @@ async def test_the_first_choice_goes_alone_and_the_others_follow_its_first_token
         assert texts == {0: "aaaa", 1: "bbbb", 2: "cccc"}
         assert sum(delta.finish_reason is FinishReason.LENGTH for delta in deltas) == 3
         assert r.metric("request_success_total", finished_reason="length") == 3
+        assert r.metric("choices_by_path_total", path="split") == 3
         assert r.metric("prompt_tokens_total") == 5
         r.assert_nothing_left()
 

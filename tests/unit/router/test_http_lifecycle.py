@@ -209,7 +209,7 @@ def test_beyond_loopback_a_key_is_required(front: Any) -> None:
     Frontend(front.service, ByteTokenizer(300), RouterConfig(host="0.0.0.0", api_key="k" * 16), RouterMetrics())
 
 
-IDLE = {"requests_inside": 0, "requests_waiting": {}}
+IDLE = {"requests_inside": 0, "choices_waiting": {}}
 
 
 def test_ready_says_why_not(front: Any) -> None:

@@ -72,7 +72,7 @@ def test_a_sibling_is_asked_with_the_clusters_secret_and_named_where_it_does_not
             told = (await zero.accounts())[1].describe()
             assert told["registry"] == f"127.0.0.1:{pinned.registry_ports[1]}"
             assert (told["process"], told["ready"], told["requests_inside"]) == (1, True, 4)
-            assert told["requests_waiting"] == {"batch": 2}
+            assert told["choices_waiting"] == {"batch": 2}
             text = await zero.render_metrics()
             assert b'tandem:router_up{router="1"} 1.0' in text
             assert b'tandem:requests_in_flight{router="1",model_name="m"} 4.0' in text

@@ -43,7 +43,7 @@ async def test_workers_are_told_where_a_request_stands_and_clients_under_which_p
         await r.collect(r.request(promise=CLASSES.promise(BATCH)))
         urgency = prefill.requests(pb.PrefillRequest)[-1].sequence.urgency
         assert (urgency.slo_class, urgency.HasField("ttft_left_s")) == ("batch", False)
-        assert r.metric("slo_requests_total", slo_class="interactive") == 1
+        assert r.metric("slo_choices_total", slo_class="interactive") == 1
         assert r.metric("slo_attained_total", slo_class="batch") == 1
         r.assert_nothing_left()
 
