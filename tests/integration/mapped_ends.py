@@ -19,8 +19,9 @@ from tandem.kvtransfer.memory_store import MemoryKVStore
 from tandem.kvtransfer.reblock import ReblockingTransport
 from tandem.kvtransfer.sink import SinkDriver
 from tandem.kvtransfer.source import SourceDriver
-from tandem.kvtransfer.ticket import Peer, SegmentOffer, Ticket
+from tandem.kvtransfer.ticket import Peer, SegmentOffer
 from tandem.kvtransfer.transfer_stats import TransferStats
+from tickets import ticket_of
 
 TOKEN = SampledToken(42, -0.25, ((42, -0.25),))
 D = "r/0/d0"
@@ -148,7 +149,7 @@ class Reader:
         self.said.append(("kv_ready", key, token))
 
     def submit(self, peer: Peer, num_tokens: int, decode_attempt: int = 0) -> str:
-        ticket = ticket_of(peer, num_tokens, decode_attempt)
+        ticket = ticket_of(num_tokens, decode_attempt=decode_attempt, prefill_worker=peer.worker_id, epoch=peer.epoch)
         blocks = (self.in_device or self.store).layout.blocks_for(num_tokens)
         credit = self.sink.reserve("r", 0, decode_attempt, blocks)
         key = self.sink.submit(ticket, peer, credit, PATIENCE_S)
@@ -168,19 +169,6 @@ class Reader:
         self.sink.check_integrity()
         await self.sink.close()
         await self.transport.close()
-
-
-def ticket_of(peer: Peer, num_tokens: int, decode_attempt: int = 0) -> Ticket:
-    return Ticket(
-        request_id="r",
-        choice=0,
-        prefill_attempt=0,
-        decode_attempt=decode_attempt,
-        prefill_worker=peer.worker_id,
-        epoch=peer.epoch,
-        num_tokens=num_tokens,
-        fingerprint="fp",
-    )
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -21,6 +21,7 @@ from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, Ticket
 from tandem.kvtransfer.transfer_stats import TransferStats
 from tandem.kvtransfer.transport import EndFrame, PullRequest
 from tandem.kvtransfer.wire import decode_ack
+from tickets import ticket_of
 
 HOLDER = Path(__file__).parent / "kv_grpc" / "holder.py"
 TOKEN = SampledToken(42, -0.25, ((42, -0.25),))
@@ -128,19 +129,6 @@ class Reader:
         self.sink.check_integrity()
         await self.sink.close()
         await self.transport.close()
-
-
-def ticket_of(num_tokens: int, *, epoch: int = 7, decode_attempt: int = 0) -> Ticket:
-    return Ticket(
-        request_id="r",
-        choice=0,
-        prefill_attempt=0,
-        decode_attempt=decode_attempt,
-        prefill_worker="p",
-        epoch=epoch,
-        num_tokens=num_tokens,
-        fingerprint="fp",
-    )
 
 
 def layout_of(num_layers: int = 2) -> KVLayout:

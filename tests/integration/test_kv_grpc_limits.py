@@ -13,19 +13,11 @@ from tandem.kvtransfer import grpc_transport, wire
 from tandem.kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
 from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from tandem.kvtransfer.transport import BlockFrame, BlockRun, EndFrame, KVSource, PullRequest
+from tickets import ticket_of
 
 BLOCK_BYTES = 64
 LARGE_BLOCK_BYTES = 4 * grpc_transport.LOOKAHEAD_BYTES
-TICKET = Ticket(
-    request_id="r",
-    choice=0,
-    prefill_attempt=0,
-    decode_attempt=0,
-    prefill_worker="p",
-    epoch=1,
-    num_tokens=4,
-    fingerprint="f",
-)
+TICKET = ticket_of(epoch=1, fingerprint="f")
 REQUEST = PullRequest(ticket=TICKET, first_block=0)
 HELLO = Hello(protocol_version=PROTOCOL_VERSION, worker_id="p", epoch=1, fingerprint="f", layout=b"")
 

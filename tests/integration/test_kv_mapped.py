@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mapped_ends import LAYOUT, TOKEN, D, Holder, Reader, content, play, ticket_of, until
+from mapped_ends import LAYOUT, TOKEN, D, Holder, Reader, content, play, until
 from tandem.kvtransfer.grpc_transport import GrpcKVTransport
 from tandem.kvtransfer.layout import KVGroup, KVLayout
 from tandem.kvtransfer.mapped.blocks import frames_of
 from tandem.kvtransfer.mapped.segment import MappedSegment, take
 from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, SegmentOffer
 from tandem.kvtransfer.transport import PullRequest, RefFrame
+from tickets import ticket_of
 
 HOLDER = Path(__file__).parent / "kv_grpc" / "holder.py"
 RACER = Path(__file__).parent / "kv_mapped" / "racer.py"
@@ -150,7 +151,7 @@ def test_references_are_for_those_who_were_offered_the_memory() -> None:
         holder, there = Holder(), Reader()
         holder.offer = None
         await holder.start()
-        request = PullRequest(ticket=ticket_of(holder.peer, 100), first_block=0, mapped=True)
+        request = PullRequest(ticket=ticket_of(100, epoch=holder.peer.epoch), first_block=0, mapped=True)
         with pytest.raises(HandoffRefused, match="not shared"):
             async for _ in GrpcKVTransport.references(there.transport._control, holder.peer, request, timeout_s=30):
                 pass
@@ -258,7 +259,7 @@ def test_no_torn_block_is_ever_accepted(tmp_path: Path) -> None:
 
 def race(segment: MappedSegment, published: np.ndarray) -> tuple[int, int]:
     """Copies blocks as the sink does until enough were accepted and refused after the copy: how many of each."""
-    ticket = ticket_of(Peer("p", 7, ""), 100)
+    ticket = ticket_of(100)
     copy = np.zeros(segment.block_bytes // 8, dtype=np.uint64)
     pick, accepted, refused = random.Random(5), 0, 0
     for _ in range(200_000):

@@ -24,6 +24,7 @@ from handoff_sides import (
 from hypothesis.stateful import RuleBasedStateMachine
 from tandem.kvtransfer.protocol import actions as act
 from tandem.kvtransfer.ticket import RefusalReason, Ticket
+from tickets import ticket_of
 
 
 class World(RuleBasedStateMachine):
@@ -70,16 +71,8 @@ class World(RuleBasedStateMachine):
         d, request = self.d[worker], self.requests[name]
         for action in d.puller.reserve(name, 0, attempt, blocks_for(request.tokens), self.now_s):
             if isinstance(action, act.Credit):
-                ticket = Ticket(
-                    request_id=name,
-                    choice=0,
-                    prefill_attempt=request.prefill_attempt,
-                    decode_attempt=attempt,
-                    prefill_worker="P",
-                    epoch=self.p.epoch,
-                    num_tokens=request.tokens,
-                    fingerprint="fp",
-                )
+                attempts = {"prefill_attempt": request.prefill_attempt, "decode_attempt": attempt}
+                ticket = ticket_of(request.tokens, request_id=name, prefill_worker="P", epoch=self.p.epoch, **attempts)
                 self.network.append(("decode", worker, d.epoch, ticket, action.credit_id))
 
     def on_decode(self, worker: str, epoch: int, ticket: Ticket, credit_id: int) -> None:

@@ -15,8 +15,8 @@ from tandem.kvtransfer.cuda_ipc.blocks import DeviceBlocks
 from tandem.kvtransfer.cuda_ipc.memory import DeviceCopy, PeerMemory
 from tandem.kvtransfer.layout import KVGroup, KVLayout
 from tandem.kvtransfer.mapped.segment import MappedSegment
-from tandem.kvtransfer.ticket import Ticket
 from tandem.kvtransfer.transport import PullRequest, RefFrame, WrittenBlocks
+from tickets import ticket_of
 
 GROUP = KVGroup(name="all", num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32")
 NUM_BLOCKS = 200
@@ -76,16 +76,7 @@ def test_every_wanted_token_is_copied_once_to_its_place(
     cuts = data.draw(st.lists(st.integers(0, their_blocks), max_size=4), label="cuts")
     ids = data.draw(st.permutations(range(100)), label="ids")[: max(my_blocks, their_blocks)]
     source, target = [100 + i for i in ids[:their_blocks]], ids[:my_blocks]
-    ticket = Ticket(
-        request_id="r",
-        choice=0,
-        prefill_attempt=1,
-        decode_attempt=1,
-        prefill_worker="p",
-        epoch=0,
-        num_tokens=num_tokens,
-        fingerprint="fp",
-    )
+    ticket = ticket_of(num_tokens)
     peer = Peer(theirs, mine)
     blocks = DeviceBlocks(
         KVLayout(block_size=mine, groups=(GROUP,)),

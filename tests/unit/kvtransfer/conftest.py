@@ -19,6 +19,7 @@ from tandem.kvtransfer.source import SourceDriver
 from tandem.kvtransfer.ticket import Peer, Ticket
 from tandem.kvtransfer.transfer_stats import TransferStats
 from tandem.kvtransfer.transport import KVTransport
+from tickets import ticket_of
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder's own modules
 
@@ -105,17 +106,8 @@ class Pair:
             while not condition():  # noqa: ASYNC110  (nobody announces it)
                 await asyncio.sleep(0)
 
-    def ticket(self, *, num_tokens: int = 10, prefill_attempt: int = 0, decode_attempt: int = 0) -> Ticket:
-        return Ticket(
-            request_id="r",
-            choice=0,
-            prefill_attempt=prefill_attempt,
-            decode_attempt=decode_attempt,
-            prefill_worker="p",
-            epoch=EPOCH,
-            num_tokens=num_tokens,
-            fingerprint="fp",
-        )
+    def ticket(self, *, num_tokens: int = 10, **attempts: int) -> Ticket:
+        return ticket_of(num_tokens, epoch=EPOCH, **attempts)
 
     def prefill(self, *, num_tokens: int = 10, first_block: int = 0, attempt: int = 0) -> tuple[BlockRef, ...]:
         """Submits a prefill, grants its blocks and fills them with bytes of their own."""

@@ -14,24 +14,16 @@ from tandem.kvtransfer.mapped import fd_passing, transport
 from tandem.kvtransfer.mapped.fd_passing import SegmentServer
 from tandem.kvtransfer.mapped.segment import KVSegment
 from tandem.kvtransfer.mapped.transport import MappedKVTransport
-from tandem.kvtransfer.ticket import HandoffRefused, Hello, Peer, RefusalReason, SegmentOffer, Ticket
+from tandem.kvtransfer.ticket import HandoffRefused, Hello, Peer, RefusalReason, SegmentOffer
 from tandem.kvtransfer.transport import EndFrame, KVFrames, PullRequest
+from tickets import ticket_of
 
 GROUP = KVGroup(name="all", num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32")
 LAYOUT = KVLayout(block_size=4, groups=(GROUP,))
 EPOCH = 7
 PEER = Peer("p", EPOCH, "nowhere:1")
 MINE = Hello(protocol_version=1, worker_id="d", epoch=1, fingerprint="fp", layout=LAYOUT.to_bytes())
-TICKET = Ticket(
-    request_id="r",
-    choice=0,
-    prefill_attempt=1,
-    decode_attempt=1,
-    prefill_worker="p",
-    epoch=EPOCH,
-    num_tokens=1,
-    fingerprint="fp",
-)
+TICKET = ticket_of(1, epoch=EPOCH)
 END = EndFrame(
     ticket=TICKET,
     num_tokens=1,

@@ -15,7 +15,8 @@ from tandem.kvtransfer.memory_store import MemoryKVStore
 from tandem.kvtransfer.protocol.credits import CreditLedger
 from tandem.kvtransfer.protocol.holder import HandoffHolder
 from tandem.kvtransfer.protocol.memory import AbortFloors, BoundedMemory, ChoiceKey
-from tandem.kvtransfer.ticket import HandoffRefused, Hello, RefusalReason, Ticket, check_hello
+from tandem.kvtransfer.ticket import HandoffRefused, Hello, RefusalReason, check_hello
+from tickets import ticket_of
 
 C = ChoiceKey("r", 0)
 
@@ -82,16 +83,7 @@ def test_tombstones_and_waiting_pulls_are_bounded() -> None:
     )
     for number in range(10):
         holder.abort_attempt(f"r{number}", 0, 0, 0.0)
-        ticket = Ticket(
-            request_id=f"q{number}",
-            choice=0,
-            prefill_attempt=0,
-            decode_attempt=0,
-            prefill_worker="P",
-            epoch=1,
-            num_tokens=4,
-            fingerprint="f",
-        )
+        ticket = ticket_of(request_id=f"q{number}", prefill_worker="P", epoch=1, fingerprint="f")
         holder.pull(ticket, 0, 0, 0.0)
         holder.abort_ticket(dataclasses.replace(ticket, request_id=f"s{number}"), 0.0)
         holder.check_integrity()

@@ -17,12 +17,14 @@ from tandem.kvtransfer.reshape import repack_reference
 from tandem.kvtransfer.ticket import PROTOCOL_VERSION, HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from tandem.kvtransfer.transport import BlockFrame, EndFrame, KVFrames, KVTransport, PullRequest, WrittenBlocks
 from tandem.kvtransfer.wire import check_blocks, checksum_of
+from tickets import ticket_of
 
 GROUPS = (
     KVGroup(name="layers", num_layers=3, num_kv_heads=2, head_dim=2, dtype="bfloat16"),
     KVGroup(name="scales", num_layers=3, num_kv_heads=2, head_dim=1, dtype="int8"),
 )
 PEER = Peer("p", 7, "127.0.0.1:1")
+TICKET = ticket_of(40)
 
 
 def layout(block_size: int) -> KVLayout:
@@ -70,19 +72,6 @@ def test_a_block_that_is_not_due_is_refused() -> None:
         list(blocks.add(3, memoryview(bytes(layout(16).block_bytes))))
 
 
-def ticket(num_tokens: int = 40) -> Ticket:
-    return Ticket(
-        request_id="r",
-        choice=0,
-        prefill_attempt=1,
-        decode_attempt=1,
-        prefill_worker="p",
-        epoch=7,
-        num_tokens=num_tokens,
-        fingerprint="f",
-    )
-
-
 class Scripted(KVTransport):
     """Says Hello with a layout and sends what it was told to."""
 
@@ -111,13 +100,13 @@ class Scripted(KVTransport):
 
 
 def frame(index: int, payload: bytes, **changes: object) -> BlockFrame:
-    whole = BlockFrame(ticket=ticket(), block_index=index, generation=3, payload=memoryview(payload), checksum=None)
+    whole = BlockFrame(ticket=TICKET, block_index=index, generation=3, payload=memoryview(payload), checksum=None)
     whole = replace(whole, checksum=checksum_of(whole))
     return replace(whole, **changes)
 
 
 END = EndFrame(
-    ticket=ticket(), num_tokens=40, first_token=SampledToken(5), prefill_end_age_s=0.1, total_bytes=9, transport="grpc"
+    ticket=TICKET, num_tokens=40, first_token=SampledToken(5), prefill_end_age_s=0.1, total_bytes=9, transport="grpc"
 )
 
 
@@ -130,10 +119,10 @@ def pulled(usual: Scripted, plain: Scripted | None, *, checksum: bool = True) ->
             protocol_version=PROTOCOL_VERSION, worker_id="d", epoch=1, fingerprint="f", layout=layout(32).to_bytes()
         )
         await transport.hello(PEER, mine, timeout_s=1)
-        request = PullRequest(ticket=ticket(), first_block=0, checksum=checksum, into=(4, 5))
+        request = PullRequest(ticket=TICKET, first_block=0, checksum=checksum, into=(4, 5))
         found = [came async for came in transport.pull(PEER, request, timeout_s=1)]
-        await transport.confirm(PEER, ticket(), timeout_s=1)
-        await transport.abort(PEER, ticket(), timeout_s=1)
+        await transport.confirm(PEER, TICKET, timeout_s=1)
+        await transport.abort(PEER, TICKET, timeout_s=1)
         await transport.close()
         return found
 
@@ -180,7 +169,7 @@ def test_peers_with_the_same_blocks_are_pulled_from_as_usual() -> None:
         ([(frame(0, b"short"),)], "has 5 bytes"),
         ([(frame(1, bytes(layout(16).block_bytes)),)], "block 1 came, 0 was due"),
         (
-            [WrittenBlocks(ticket=ticket(), first_block=0, block_ids=(4,), arrived_age_s=0, written_age_s=0)],
+            [WrittenBlocks(ticket=TICKET, first_block=0, block_ids=(4,), arrived_age_s=0, written_age_s=0)],
             "written as they are",
         ),
     ],
@@ -191,9 +180,9 @@ def test_what_is_wrong_is_refused(frames: list[KVFrames], message: str) -> None:
 
 
 def test_a_block_of_another_ticket_is_refused() -> None:
-    other = frame(0, bytes(layout(16).block_bytes), ticket=replace(ticket(), epoch=8))
+    other = frame(0, bytes(layout(16).block_bytes), ticket=ticket_of(40, epoch=8))
     other = replace(other, checksum=checksum_of(other))
-    with pytest.raises(HandoffRefused, match="a block of r/0/p1 came"):
+    with pytest.raises(HandoffRefused, match="a block of r/0/p0 came"):
         pulled(Scripted(layout(16).to_bytes()), Scripted(b"", [(other,)]))
 
 

@@ -22,8 +22,9 @@ from tandem.kvtransfer.reshape import repack_reference
 from tandem.kvtransfer.sink import SinkDriver
 from tandem.kvtransfer.source import SourceDriver
 from tandem.kvtransfer.store import KVStore
-from tandem.kvtransfer.ticket import Peer, Ticket
+from tandem.kvtransfer.ticket import Peer
 from tandem.kvtransfer.transfer_stats import TransferStats
+from tickets import ticket_of
 
 TOKEN = SampledToken(42, -0.25, ((42, -0.25),))
 PATIENCE_S = 60.0
@@ -170,16 +171,7 @@ class Reader(Member):
         )
 
     def submit(self, peer: Peer, name: str, num_tokens: int, block_ids: list[int], cached_tokens: int = 0) -> str:
-        ticket = Ticket(
-            request_id=name,
-            choice=0,
-            prefill_attempt=0,
-            decode_attempt=0,
-            prefill_worker=peer.worker_id,
-            epoch=peer.epoch,
-            num_tokens=num_tokens,
-            fingerprint="fp",
-        )
+        ticket = ticket_of(num_tokens, request_id=name, prefill_worker=peer.worker_id, epoch=peer.epoch)
         credit = self.sink.reserve(name, 0, 0, len(block_ids))
         key = self.sink.submit(ticket, peer, credit, PATIENCE_S)
         self.sink.on_blocks(key, tuple(BlockRef(i, 1) for i in block_ids), cached_tokens)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[3] / "common"))
 from ends import NUM_BLOCKS, Reader, split
 from tandem.kvtransfer.collective.commands import Command, Receive
 from tandem.kvtransfer.ticket import Peer

@@ -23,7 +23,8 @@ from tandem.kvtransfer.collective.plan import batch_blocks
 from tandem.kvtransfer.collective.reader import ReaderSession
 from tandem.kvtransfer.layout import KVSplit
 from tandem.kvtransfer.reshape import Reshape
-from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, Ticket
+from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason
+from tickets import ticket_of
 
 NCCL = messages.Offer(backend="nccl", tensor_parallel=1, pipeline_stages=1)
 
@@ -307,16 +308,7 @@ OPEN = messages.Open(
     backend="gloo",
     split=ONE,
 )
-TICKET = Ticket(
-    request_id="r",
-    choice=0,
-    prefill_attempt=0,
-    decode_attempt=0,
-    prefill_worker="p",
-    epoch=7,
-    num_tokens=TOKENS,
-    fingerprint="fp",
-)
+TICKET = ticket_of(TOKENS)
 READ = messages.Read(batch=1, ticket=TICKET, first_token=0, end_token=16, block_ids=(0,), generations=(1,))
 
 
