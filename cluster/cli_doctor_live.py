@@ -130,7 +130,7 @@ def _versions(live: Live) -> Finding:
 def _fingerprints(workers: Sequence[Worker]) -> Finding:
     found = _by(workers, "fingerprint")
     if len(found) > 1:
-        do = "only equal ones hand over KV: give all workers the same model, dtype and block size"
+        do = "only equal ones hand over KV: give all workers the same model, dtype, quantization and KV scales"
         return Finding(Level.FAIL, "fingerprints", _named(found), do)
     return Finding(Level.OK, "fingerprints", f"the same on all workers: {next(iter(found), 'none')[:16]}")
 
