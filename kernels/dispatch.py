@@ -30,7 +30,7 @@ ON_CPU = ("auto", "compiled", "torch", "reference")
 ON_GPU = ("auto", "triton", "torch", "reference")
 OLDEST_CAPABILITY = (8, 0)
 """Of GPUs that the Triton kernels are compiled and tested for: A100 and newer."""
-OLDEST_TRITON = (3, 4)
+OLDEST_TRITON = (3, 6)
 GPU_OPERATIONS = (
     "activation",
     "decode_attention",

@@ -95,8 +95,8 @@ def test_a_gpu_is_computed_on_by_triton() -> None:
     ("lacks", "unsupported", "problem"),
     [
         ({"triton": ""}, None, "triton is not installed (pip install 'tandem-serve[gpu]')"),
-        ({"triton": "3.3.1"}, None, "triton 3.3.1 is older than 3.4 (pip install 'tandem-serve[gpu]')"),
-        ({"triton": "odd"}, None, "triton odd is older than 3.4 (pip install 'tandem-serve[gpu]')"),
+        ({"triton": "3.5.1"}, None, "triton 3.5.1 is older than 3.6 (pip install 'tandem-serve[gpu]')"),
+        ({"triton": "odd"}, None, "triton odd is older than 3.6 (pip install 'tandem-serve[gpu]')"),
         ({"name": "Tesla T4", "capability": (7, 5)}, None, "Tesla T4 is sm_75, older than sm_80"),
         ({}, "head_dim 512 is not in 16…256", "head_dim 512 is not in 16…256"),
     ],
