@@ -102,15 +102,19 @@ def check_events(config: RouterConfig) -> None:
 
 
 def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
-    """`check_engine` for every pool that has workers."""
-    for role, count in config.pools:
-        if count:
-            engine = config.engine_of(role)
-            check_engine(engine, model, under="engine" if engine is config.engine else f"{role.value}.engine")
-            try:
-                check_transport(engine, config.worker.transport)
-            except ConfigError as error:
-                raise error.under("worker") from None
+    """`check_engine` for every pool that has workers, and that they can hand KV to each other."""
+    engines = {role: config.engine_of(role) for role, count in config.pools if count}
+    for role, engine in engines.items():
+        under = "engine" if engine is config.engine else f"{role.value}.engine"
+        check_engine(engine, model, under=under)
+        try:
+            check_transport(engine, config.worker.transport)
+        except ConfigError as error:
+            raise error.under("worker") from None
+        first, others = next(iter(engines.items()))
+        if engine.kv_cache_dtype != others.kv_cache_dtype:
+            allowed = f"{others.kv_cache_dtype}, as of {first.value} workers: KV is handed over as it is held"
+            raise ConfigError("kv_cache_dtype", engine.kv_cache_dtype, allowed).under(under)
 
 
 def check_transport(engine: EngineConfig, transport: str) -> None:

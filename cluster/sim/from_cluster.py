@@ -40,6 +40,9 @@ def cluster_values(config: ClusterConfig) -> dict[str, Any]:
     engines = {role: config.engine_of(role) for role in Role}
     counts = dict(config.pools)
     engine = next(engines[role] for role in Role if counts[role])
+    held = sorted({engines[role].kv_cache_dtype for role in Role if counts[role]})
+    if len(held) > 1:
+        raise ConfigError("kv_cache_dtype", held, "one for all: KV is handed over as it is held")
     values: dict[str, Any] = {name: getattr(engine, name) for name in _SHARED}
     asked = {} if config.router.plan is None else config.router.plan.problem
     values |= {"model": engine.model, **_dtypes(engine, asked)}

@@ -152,3 +152,12 @@ def test_kv_scales_are_read_before_ray_starts_and_their_path_made_whole(
     KVScales(largest=largest).save(Path("scales.json"))
     check_engines(own, MODEL)  # a block, too, is half as large
     assert pin_config(own).engine.kv_scales == str(tmp_path / "scales.json")
+
+
+def test_pools_that_hold_kv_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.cluster.launch.checks.has_gpu_driver", lambda: True)
+    shared = config(device="cuda")
+    other = replace(shared, decode_engine=replace(shared.engine, kv_cache_dtype="fp8"))
+    with pytest.raises(ConfigError, match=r"^decode\.engine\.kv_cache_dtype: 'fp8' .*; allowed: auto, as of prefill"):
+        check_engines(other, MODEL)
+    check_engines(replace(other, prefill_engine=other.decode_engine), MODEL)

@@ -73,6 +73,12 @@ def test_narrow_kv_holds_twice_the_tokens(tmp_path: Path, narrow: str, times: in
     assert spec.workers[0].num_blocks == times * 2**34 // (16 * 131072)
 
 
+def test_pools_that_hold_kv_otherwise_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("engine: {device: cuda}\ndecode: {engine: {kv_cache_dtype: fp8}}\n")
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype: \['auto', 'fp8'\] is not allowed; allowed: one for all"):
+        cluster_values(load_config(tmp_path / "cluster.yaml"))
+
+
 def test_narrow_kv_is_not_told_by_a_profile(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(
         "engine: {device: cuda, kv_cache_dtype: fp8}\nplan: {problem: {profile: measured.json}}\n"
