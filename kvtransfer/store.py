@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from .cuda_ipc.memory import DeviceMemory
 from .layout import KVLayout
 from .mapped.segment import KVSegment
+from .uncancelled import to_its_end
 
 
 class BlockRead(ABC):
@@ -86,19 +87,8 @@ class KVStore(ABC):
 
 
 async def written(writing: Future[None] | None) -> None:
-    """Returns when what `begin_write` has begun is over; raises what went wrong. Whoever is cancelled meanwhile is
-    cancelled then: blocks must not be let go of before.
+    """Returns when what `begin_write` has begun is over; raises what went wrong. Not before, whoever is cancelled (then
+    it may also not have begun): until then, blocks must not be let go of.
     """
-    if writing is None:
-        return
-    ended, canceled = asyncio.wrap_future(writing), None
-    while not ended.done():
-        try:
-            await asyncio.wait((ended,))
-        except asyncio.CancelledError as error:
-            canceled = error
-            writing.cancel()  # if it has not begun
-    if canceled is not None:
-        await asyncio.gather(ended, return_exceptions=True)  # what went wrong is not asked for any more
-        raise canceled
-    ended.result()
+    if writing is not None:
+        await to_its_end(asyncio.wrap_future(writing), writing.cancel)

@@ -26,6 +26,7 @@ from ..meetings import MAX_MET_PEERS
 from ..reshape import Reshape
 from ..ticket import HandoffRefused, Hello, Peer, RefusalReason, Ticket
 from ..transport import EndFrame, KVFrames, KVTransport, PullRequest, RefFrame, WrittenBlocks
+from ..uncancelled import to_its_end
 from .holder import MAX_READS
 from .messages import Offer, decode_offer, lost
 from .plan import Batch, PullPlan
@@ -211,7 +212,10 @@ class _Pull:
                 yield written
 
     async def aclose(self) -> None:
-        """Nothing is written into the reader's blocks any more when this returns."""
+        """Nothing is written into the reader's blocks any more when this returns, however it does."""
+        await to_its_end(self._forget())
+
+    async def _forget(self) -> None:
         if self._finishing is not None:
             self._finishing.cancel()
             await asyncio.gather(self._finishing, return_exceptions=True)

@@ -22,6 +22,7 @@ from typing import Any, cast
 import msgpack
 
 from ..ticket import HandoffRefused, RefusalReason
+from ..uncancelled import to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -183,15 +184,10 @@ class Link(asyncio.Protocol):
         if self._on_stuck is None:
             return
         stuck = asyncio.get_running_loop().call_later(self._cancel_s, self._on_stuck)
-        cancelled: asyncio.CancelledError | None = None
-        while not call.over.done():
-            try:
-                await asyncio.wait({call.over})
-            except asyncio.CancelledError as error:
-                cancelled = error
-        stuck.cancel()
-        if cancelled is not None:
-            raise cancelled
+        try:
+            await to_its_end(call.over)
+        finally:
+            stuck.cancel()
 
     # The socket
 
