@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from .config import ClusterConfig, EngineConfig, PlanConfig, RouterConfig, WorkerConfig
-from .config_schema import HIDDEN, ConfigError, hints, parse, unknown_key
+from .config_schema import HIDDEN, ConfigError, assign, hints, parse, unknown_key
 from .types import Role
 
 MAX_FILE_BYTES = 2**20
@@ -169,18 +169,9 @@ def _section(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, name = dotted.split(".")
-    for depth, parent in enumerate(parents):
-        below = tree.get(parent)
-        if below is not None and not isinstance(below, Mapping):
-            raise ConfigError(".".join(parents[: depth + 1]), below, "a section of keys and values")
-        tree[parent] = dict(below or {})
-        tree = tree[parent]
-    pool = tree.get(name)
-    if name in set(Role) and not parents and isinstance(pool, Mapping):
-        tree[name] = {**pool, "workers": value}
-    else:
-        tree[name] = value
+    """As `config_schema.assign`; a number for a pool that has a section is its `workers`."""
+    is_pool = dotted in set(Role) and isinstance(tree.get(dotted), Mapping)
+    assign(tree, f"{dotted}.workers" if is_pool else dotted, value)
 
 
 def _expand_pool(tree: dict[str, Any], role: str, engine: Mapping[str, Any]) -> None:

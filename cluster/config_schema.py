@@ -204,6 +204,18 @@ def parse(cls: type[T], data: Any, path: str = "") -> T:
         raise error.under(path) from None
 
 
+def assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets `a.b.c` of nested sections, which are made or copied on the way. ConfigError where one is no section."""
+    *parents, name = dotted.split(".")
+    for depth, parent in enumerate(parents):
+        below = tree.get(parent)
+        if below is not None and not isinstance(below, Mapping):
+            raise ConfigError(".".join(parents[: depth + 1]), below, "a section of keys and values")
+        tree[parent] = dict(below or {})
+        tree = tree[parent]
+    tree[name] = value
+
+
 def unknown_key(path: str, key: str, known: list[str]) -> ConfigError:
     """The error for a key nobody knows, with the nearest one that is known."""
     near = nearest(key, known)

@@ -22,7 +22,7 @@ from ..cluster.engine.scheduler_events import BlocksGranted, SchedulerEvent, Seq
 from ..cluster.messages import sequence_from_proto, token_to_proto, urgency_from_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
-from ..cluster.types import Handoff, SampledToken, Side, seq_id
+from ..cluster.types import Handoff, SampledToken, Side
 from ..cluster.worker.engine_thread import EngineThread
 from ..cluster.worker.services import DecodeHandler, LiveSequence
 from ..cluster.worker.shell import WorkerShell
@@ -99,24 +99,15 @@ class DecodeService(DecodeHandler):
         """See `DecodeHandler.decode`."""
         message = request.sequence
         handoff = Handoff.IN if request.HasField("peer") else Handoff.NONE
-        key = seq_id(message.request_id, message.choice, Side.DECODE, message.decode_attempt)
+        sequence = LiveSequence.of(message, message.decode_attempt, self)
         spec = sequence_from_proto(
             message,
-            seq_id=key,
+            seq_id=sequence.seq_id,
             handoff=handoff,
             now_s=self._shell.clock.now_s(),
             vocab_size=self._shell.facts.vocab_size,
         )
         self._redeem(request, spec.context_tokens)
-        sequence = LiveSequence(
-            seq_id=key,
-            request_id=message.request_id,
-            choice=message.choice,
-            attempt=message.decode_attempt,
-            router_id=message.router_id,
-            side=Side.DECODE,
-            owner=self,
-        )
         self._shell.admit(sequence, message.timeout_s)
         try:
             await self._shell.add_to_engine(spec)

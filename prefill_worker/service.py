@@ -27,7 +27,7 @@ from ..cluster.engine.scheduler_events import (
 from ..cluster.messages import sequence_from_proto, token_to_proto
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import Refusal
-from ..cluster.types import Handoff, Side, seq_id
+from ..cluster.types import Handoff
 from ..cluster.worker.engine_thread import EngineThread
 from ..cluster.worker.services import LiveSequence, PrefillHandler
 from ..cluster.worker.shell import WorkerShell
@@ -70,10 +70,10 @@ class PrefillService(PrefillHandler):
     async def prefill(self, request: pb.PrefillRequest) -> None:
         """See `PrefillHandler.prefill`."""
         message = request.sequence
-        key = seq_id(message.request_id, message.choice, Side.PREFILL, message.prefill_attempt)
+        sequence = LiveSequence.of(message, message.prefill_attempt, self)
         spec = sequence_from_proto(
             message,
-            seq_id=key,
+            seq_id=sequence.seq_id,
             handoff=Handoff.OUT if request.handoff else Handoff.NONE,
             now_s=self._shell.clock.now_s(),
             vocab_size=self._shell.facts.vocab_size,
@@ -84,21 +84,12 @@ class PrefillService(PrefillHandler):
             full = refused.reason is RefusalReason.LIMIT
             code = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.ABORTED
             raise Refusal(code, str(refused)) from refused
-        sequence = LiveSequence(
-            seq_id=key,
-            request_id=message.request_id,
-            choice=message.choice,
-            attempt=message.prefill_attempt,
-            router_id=message.router_id,
-            side=Side.PREFILL,
-            owner=self,
-        )
         self._shell.admit(sequence, message.timeout_s)
         try:
             await self._shell.add_to_engine(spec)
         except BaseException:
-            self._shell.forget(key)
-            self.source.on_failed(key)
+            self._shell.forget(sequence.seq_id)
+            self.source.on_failed(sequence.seq_id)
             raise
 
     def abort(self, request: pb.AbortRequest) -> None:

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,10 +17,10 @@ from typing import Any
 
 from ..config import EngineConfig, RouterConfig, WorkerConfig, to_dict
 from ..types import SLO, Role
+from .processes import addresses_of, end
 from .server import ServerUnusable, ask
 
 START_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 10.0
 NEVER_REFUSED_S = 86_400.0
 """The router's own promises, so loose that admission refuses nobody: a refusal would not be compared with anything."""
 MAX_WAITING = 2**16
@@ -150,28 +149,7 @@ class RunningSystem:
         path = folder / f"{name}.json"
         path.write_text(json.dumps(to_dict(config)), encoding="utf-8")
         command = [sys.executable, "-m", "tandem.cluster.launch.process", kind, "--config", str(path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
-        self._stack.callback(_end, process)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, cwd=folder)
+        self._stack.callback(end, process)
         self.processes[name] = process.pid
-        assert process.stdout is not None
-        patience = threading.Timer(START_TIMEOUT_S, process.kill)
-        patience.start()
-        try:
-            line = process.stdout.readline()
-        finally:
-            patience.cancel()
-        if not line:
-            raise RuntimeError(f"{self._system.label}: a {kind} ended with {process.wait(STOP_TIMEOUT_S)}, not serving")
-        addresses: dict[str, Any] = json.loads(line)
-        return addresses
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
+        return addresses_of(process, f"{self._system.label}: a {kind}", START_TIMEOUT_S)

@@ -7,11 +7,11 @@ from ..config import EngineConfig
 from ..latency.links import INSTANT
 from ..latency.profile import read_profile
 from ..sim.cluster import ClusterSpec, SimCluster
-from ..sim.request import Asked, Outcome
+from ..sim.record import record
+from ..sim.request import Asked
 from ..sim.router import RouterSpec
 from ..sim.worker_spec import WorkerSpec
 from ..types import Role
-from ..workload.report import RequestRecord
 from ..workload.sweep import SweepResult
 from .claims_cluster import System
 from .claims_load import Staircase, judge, sweep_of
@@ -38,7 +38,7 @@ def predict(system: System, load: Staircase) -> tuple[SweepResult, ...]:
     router = RouterSpec(promises={"": _NO_PROMISE}, refuses=False)
     workers = _workers(system, load.max_model_len)
     spec = ClusterSpec(workers=workers, router=router, inside=INSTANT, between=INSTANT)
-    records = [_record(outcome) for outcome in SimCluster(spec).run(asked)]
+    records = [record(outcome) for outcome in SimCluster(spec).run(asked)]
     return tuple(
         sweep_of(
             system.label,
@@ -78,16 +78,4 @@ def _worker(worker_id: str, role: Role, engine: EngineConfig, max_model_len: int
         max_model_len=max_model_len,
         batching=engine.batching,
         prefix_cache=False,
-    )
-
-
-def _record(outcome: Outcome) -> RequestRecord:
-    asked = outcome.asked
-    return RequestRecord(
-        due_s=asked.arrival_s,
-        sent_s=asked.arrival_s,
-        first_token_s=outcome.first_token_s,
-        last_token_s=outcome.last_token_s,
-        prompt_tokens=len(asked.prompt_token_ids),
-        output_tokens=outcome.output_tokens,
     )

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import statistics
 import subprocess
 import sys
@@ -33,10 +32,10 @@ import httpx
 from ..config import RouterConfig, to_dict
 from ..ports import pin_ports
 from ..types import SLO
+from .processes import addresses_of, end
 from .router_load import GrpcDoor, Shape, Tally, closed_loop, direct_ttfts_s, http_asks
 
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 10.0
 WARMUP_S = 0.7
 
 
@@ -174,7 +173,7 @@ class RouterUnderTest:
         self._stack.callback(end, process)
         for task in Path(f"/proc/{process.pid}/task").iterdir():
             os.sched_setaffinity(int(task.name), cores)
-        return process.pid, json.loads(first_line(process, command[1]))
+        return process.pid, addresses_of(process, command[1], START_TIMEOUT_S)
 
     def _wait_ready(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -192,34 +191,6 @@ class RouterUnderTest:
 def _all_ready(answer: dict[str, Any]) -> bool:
     """Every process, where there are several; else the one that was asked."""
     return bool(answer["ready"]) and all(account["ready"] for account in answer.get("routers", ()))
-
-
-def first_line(process: subprocess.Popen[bytes], name: str) -> bytes:
-    """What it says when it serves. RuntimeError where it ends before, or says nothing within START_TIMEOUT_S."""
-    assert process.stdout is not None
-    line, until_s = b"", time.monotonic() + START_TIMEOUT_S
-    while not line.endswith(b"\n"):
-        if not select.select([process.stdout], [], [], max(until_s - time.monotonic(), 0.0))[0]:
-            raise RuntimeError(f"{name} did not serve within {START_TIMEOUT_S:g} s")
-        part = os.read(process.stdout.fileno(), 65536)
-        if not part:
-            raise RuntimeError(f"{name} ended with {process.wait(STOP_TIMEOUT_S)} before it served")
-        line += part
-    return line
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Closes its standard input, asks it to end, and kills it where it does not."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.close()
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdout.close()
 
 
 async def run_router_bench(options: RouterBenchOptions, on_row: Callable[[str], None]) -> RouterBenchResult:

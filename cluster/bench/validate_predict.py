@@ -15,11 +15,11 @@ from ..latency.measured import read_measured
 from ..latency.model_facts import model_facts
 from ..latency.profile import MEASURED, StepProfile, read_json, read_profile
 from ..sim.cluster import ClusterSpec, SimCluster
+from ..sim.record import record
 from ..sim.request import Asked, Outcome
 from ..sim.router import RouterSpec
 from ..sim.worker_spec import WorkerSpec
 from ..types import SLO, Role
-from ..workload.report import RequestRecord
 from ..workload.sweep import SweepRun
 from ..workload.traces import TraceRequest
 from .claims_cluster import System
@@ -163,7 +163,7 @@ def router_for(subject: Subject, load: Staircase) -> RouterConfig:
 def predict(subject: Subject, load: Staircase, overheads: Overheads, warmups: int) -> list[PredictedStair]:
     """Each rate of the staircase, under its first promise and seed. ValueError."""
     outcomes = simulate(subject, load, overheads, warmups)
-    records = [record_of(outcome) for outcome in outcomes]
+    records = [record(outcome) for outcome in outcomes]
     judged = load.judged()
     found = []
     for place in range(len(load.rates)):
@@ -212,20 +212,6 @@ def this_machine(overheads: Overheads) -> Link:
     handoff_s, byte_s = min(overheads.handoff_s, _MAX_HANDOFF_S), overheads.handoff_byte_s
     bandwidth_gb_s = min(_INSTANT_GB_S, 1e-9 / byte_s) if byte_s > 0.0 else _INSTANT_GB_S
     return Link(name="this machine", bandwidth_gb_s=bandwidth_gb_s, latency_us=handoff_s * 1e6)
-
-
-def record_of(outcome: Outcome) -> RequestRecord:
-    """As a client would have seen it."""
-    asked = outcome.asked
-    return RequestRecord(
-        due_s=asked.arrival_s,
-        sent_s=asked.arrival_s,
-        first_token_s=outcome.first_token_s,
-        last_token_s=outcome.last_token_s,
-        prompt_tokens=len(asked.prompt_token_ids),
-        output_tokens=outcome.output_tokens,
-        error=outcome.refused,
-    )
 
 
 def _asked(name: str, arrival_s: float, row: TraceRequest) -> Asked:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..config_file import read_yaml
-from ..config_schema import Bytes, ConfigError, OneOf, Text, Within, check
+from ..config_schema import Bytes, ConfigError, OneOf, Text, Within, assign, check
 from ..latency.hardware import DeviceKind, Hardware, load_hardware
 from ..latency.links import Link, LinkTerms, link_of
 from ..latency.measured import MeasuredProfile, read_measured
@@ -216,7 +216,7 @@ def read_tree(
     if path is not None:
         _find_beside(tree, Path(path).parent, pools)
     for dotted, value in (overrides or {}).items():
-        _assign(tree, dotted, value)
+        assign(tree, dotted, value)
     for name in _LINKS:
         if tree.get(name) is not None:
             tree[name] = link_of(tree[name], name)
@@ -237,17 +237,6 @@ def _beside(section: Mapping[str, Any], name: str, folder: Path) -> dict[str, st
     value = section.get(name)
     found = isinstance(value, str) and value.strip() and (folder / value).exists()
     return {name: str(folder / value)} if found and isinstance(value, str) else {}
-
-
-def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, name = dotted.split(".")
-    for depth, parent in enumerate(parents):
-        below = tree.get(parent)
-        if below is not None and not isinstance(below, Mapping):
-            raise ConfigError(".".join(parents[: depth + 1]), below, "a section of keys and values")
-        tree[parent] = dict(below or {})
-        tree = tree[parent]
-    tree[name] = value
 
 
 def _terms(link: Link) -> LinkTerms:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..engine.scheduler_events import SchedulerEvent
 from ..proto import tandem_internal_v1_pb2 as pb
-from ..types import Role, Side
+from ..types import Role, Side, seq_id
 
 
 @dataclass(slots=True)
@@ -26,6 +26,12 @@ class LiveSequence:
     """Fires at the request's deadline."""
     told: bool = False
     """Whether the router has had the timings that go with this side's first tokens."""
+
+    @classmethod
+    def of(cls, message: pb.Sequence, attempt: int, owner: RoleService) -> LiveSequence:
+        """The attempt that a router asks `owner` for."""
+        key = seq_id(message.request_id, message.choice, owner.side, attempt)
+        return cls(key, message.request_id, message.choice, attempt, message.router_id, owner.side, owner)
 
 
 class RoleService(ABC):

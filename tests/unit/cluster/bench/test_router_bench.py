@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from tandem.cluster.bench import router
+from tandem.cluster.bench.processes import addresses_of, end
 from tandem.cluster.bench.router import RouterBenchOptions, run_router_bench, show
 from tandem.cluster.bench.router_load import HttpConnection, Shape, Tally
 
@@ -94,15 +94,11 @@ def test_a_real_router_is_measured(tmp_path: Any) -> None:
         ("raise SystemExit(3)", "ended with 3 before it served"),
     ],
 )
-def test_a_process_that_says_nothing_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, program: str, words: str
-) -> None:
-    if "within" in words:
-        monkeypatch.setattr(router, "START_TIMEOUT_S", 0.2)
+def test_a_process_that_says_nothing_is_not_waited_for(program: str, words: str) -> None:
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     try:
         with pytest.raises(RuntimeError, match=f"^it {words}$"):
-            router.first_line(process, "it")
+            addresses_of(process, "it", 0.2 if "within" in words else 60.0)
     finally:
-        router.end(process)
+        end(process)
