@@ -149,7 +149,7 @@ class Allocation:
 
     @classmethod
     def create(cls, num_bytes: int, device: int) -> Allocation:
-        """New memory of this process, rounded up, not zeroed."""
+        """New memory of this process, rounded up, not zeroed. CudaUnsupported where it can have no descriptor."""
         size = _rounded(num_bytes)
         with _on(device) as number, contextlib.ExitStack() as undo:
             for attribute in (_VMM_SUPPORTED, _FD_SUPPORTED):
@@ -165,14 +165,13 @@ class Allocation:
             handle = _U64()
             _call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(wanted), 0)
             undo.callback(_call, "cuMemRelease", handle)  # mapping and descriptor keep the memory
-            fd = _INT(-1)
-            _call("cuMemExportToShareableHandle", ctypes.byref(fd), handle, _POSIX_FD, 0)
+            fd = _exported(handle)
             try:
                 address = _map(handle, size, number, _READ_WRITE)
             except BaseException:
-                os.close(fd.value)
+                os.close(fd)
                 raise
-        return cls(device, address, size, fd.value)
+        return cls(device, address, size, fd)
 
     @classmethod
     def open(cls, fd: int, num_bytes: int, device: int) -> Allocation:
@@ -206,6 +205,18 @@ class Allocation:
 
 def _rounded(num_bytes: int) -> int:
     return -(-num_bytes // ROUND_BYTES) * ROUND_BYTES
+
+
+def _exported(handle: ctypes.c_uint64) -> int:
+    """A descriptor of memory. In a container (gVisor) a driver that has such memory may refuse this with any code:
+    CudaUnsupported.
+    """
+    fd = _INT(-1)
+    try:
+        _call("cuMemExportToShareableHandle", ctypes.byref(fd), handle, _POSIX_FD, 0)
+    except CudaError as error:
+        raise CudaUnsupported(str(error)) from error
+    return fd.value
 
 
 def _map(handle: ctypes.c_uint64, size: int, number: int, access: int) -> int:
