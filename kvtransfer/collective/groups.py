@@ -29,7 +29,9 @@ GLOO, NCCL = "gloo", "nccl"
 _RELAY_S = 0.001
 _HERE = "here"
 _MEET_S = 3.0
-"""For a backend to connect two ranks that are both there: it cannot be told to stop meanwhile."""
+"""For Gloo to connect two ranks that are both there: it cannot be told to stop meanwhile. NCCL has all of the time-out:
+one side waits for the other's first key while that one loads NCCL and its network.
+"""
 _POLL_S = 0.0001
 _NCCL_SETTINGS = {
     # A peer that dies breaks a transfer, not this process: torch's watchdogs would end it. Groups that a worker's own
@@ -48,7 +50,6 @@ class Rendezvous:
 
     def __init__(self, say: Callable[[str, bytes], None], *, timeout_s: float) -> None:
         self.store = HashStore()
-        self.store.set_timeout(timedelta(seconds=min(timeout_s, _MEET_S)))
         self._say = say
         self._known: set[str] = set()
         self._over = threading.Event()
@@ -111,6 +112,7 @@ class PairGroup:
         self._polls = backend == NCCL
         self._group: Any = None
         rendezvous.begin()
+        rendezvous.store.set_timeout(timedelta(seconds=timeout_s if self._polls else min(timeout_s, _MEET_S)))
         store = PrefixStore(name, rendezvous.store)
         try:
             self._group = _group(store, self._rank, backend, host, timeout_s)

@@ -55,7 +55,9 @@ log = logging.getLogger(__name__)
 UNDER_WAY = 2
 """Messages of a pair that were begun and have not ended."""
 MAX_PAIRS = 512
-"""Of one rank; a session beyond them is refused by its failure."""
+"""Of one rank; a session beyond them is refused by its failure. Those that were left and have not ended count: NCCL
+waits for good for a rank that dies while the two meet.
+"""
 _Wire = tuple[Any, torch.Tensor, "Send | Receive"]
 
 
@@ -85,8 +87,9 @@ class RankTransfers:
         name = command.session, command.pair
         if isinstance(command, Join):
             with self._lock:
-                if len(self._pairs) >= MAX_PAIRS:
-                    text = f"{MAX_PAIRS} pairs of ranks are open"
+                threads = {thread for thread in self._threads if thread.is_alive()}
+                if len(threads.union(pair.thread for pair in self._pairs.values())) >= MAX_PAIRS:
+                    text = f"{MAX_PAIRS} pairs of ranks are open, or were left and have not ended"
                     self._say(Failed(session=command.session, pair=command.pair, message=text))
                     return
                 pair = self._pairs[name] = _Pair(self._memory, self._buffers, self._begin, command, self._say)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
+from tandem.kvtransfer.collective import groups
 from tandem.kvtransfer.collective.groups import PairGroup, PairLost, Rendezvous
 
 CPU = torch.device("cpu")
@@ -30,12 +33,12 @@ class Two:
         self._told.wait()
         self.meetings[other].heard(key, value)
 
-    def end(self, rank: int) -> PairGroup:
+    def end(self, rank: int, backend: str = "gloo") -> PairGroup:
         return PairGroup(
             self.meetings[rank],
             "pair",
             sends=rank == 0,
-            backend="gloo",
+            backend=backend,
             device=CPU,
             host="127.0.0.1",
             proof=self._proofs[rank],
@@ -89,3 +92,23 @@ def test_a_rank_that_nobody_comes_to_meet_gives_up() -> None:
     with pytest.raises(PairLost):
         two.end(1)
     two.close()
+
+
+@pytest.mark.parametrize(("backend", "wait_s"), [("gloo", 3), ("nccl", 5)])
+def test_nccl_waits_for_the_others_first_key_as_long_as_for_a_message(
+    monkeypatch: pytest.MonkeyPatch, backend: str, wait_s: int
+) -> None:
+    """While the other one loads its libraries; Gloo only connects."""
+    waits = []
+
+    def refused(store: Any, *_: object) -> None:
+        waits.append(store.timeout)
+        raise RuntimeError("no group")
+
+    monkeypatch.setattr(groups, "_group", refused)
+    two = Two(b"same", b"same")
+    two.meetings[0].heard("here", b"")
+    with pytest.raises(PairLost, match="no group"):
+        two.end(0, backend)
+    two.close()
+    assert waits == [timedelta(seconds=wait_s)]

@@ -4,10 +4,19 @@ pair has nothing of it.
 
 from __future__ import annotations
 
+import queue
+import threading
+from typing import Any
+
 import numpy as np
 import pytest
-from stand_ins import BREAKS, BREAKS_LATE, DEADLINE_S, HOLDER, READER, SILENT, STEP_S, THROUGH, Two
-from tandem.kvtransfer.collective.commands import Failed, Joined, Leave
+from ends import PATIENCE_S
+from stand_ins import BREAKS, BREAKS_LATE, DEADLINE_S, HOLDER, ONE, READER, SILENT, STEP_S, THROUGH, Two
+from tandem.kvtransfer.collective import groups
+from tandem.kvtransfer.collective import rank as rank_module
+from tandem.kvtransfer.collective.commands import Answer, Begin, Failed, Join, Joined, Key, Leave
+from tandem.kvtransfer.collective.memory import HostRankMemory
+from tandem.kvtransfer.collective.rank import RankTransfers
 
 BLOCKS = range(3, 7)
 
@@ -70,3 +79,40 @@ def test_what_is_kept_for_later_messages_is_bounded_over_all_pairs(monkeypatch: 
     assert two.ranks[HOLDER]._buffers.free_bytes == most
     assert 0 < two.ranks[READER]._buffers.free_bytes <= most
     two.close()
+
+
+def test_pairs_that_were_left_while_they_meet_for_good_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL does not notice that the other rank died meanwhile, and cannot be told: such threads stay, but not ever
+    more of them.
+    """
+    meeting, released = threading.Semaphore(0), threading.Event()
+
+    def meet(*_: object) -> None:
+        meeting.release()
+        released.wait(PATIENCE_S)
+        raise RuntimeError("the other rank is gone")
+
+    monkeypatch.setattr(groups, "_group", meet)
+    monkeypatch.setattr(rank_module, "MAX_PAIRS", 2)
+    said: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    memory = HostRankMemory(memoryview(bytearray(ONE.layout.block_bytes)))
+    ranks = RankTransfers(memory, Begin(backend="nccl", host="", timeout_s=DEADLINE_S), said.put)
+
+    def join(session: bytes) -> None:
+        facts: dict[str, Any] = {"session": session, "pair": 0, "source": ONE, "target": ONE, "group": "g"}
+        ranks.handle(Join(**facts, sends=True, proof=b"proof"))
+        ranks.handle(Key(session=session, pair=0, key="here", value=b""))
+
+    for session in (b"first", b"second"):
+        join(session)
+        assert meeting.acquire(timeout=PATIENCE_S)
+        ranks.handle(Leave(session=session))
+    join(b"third")
+    while not isinstance(failed := said.get(timeout=PATIENCE_S), Failed):
+        pass
+    assert failed.message == "2 pairs of ranks are open, or were left and have not ended"
+    released.set()
+    ranks.close()
+    join(b"fourth")
+    assert meeting.acquire(timeout=PATIENCE_S)
+    ranks.close()
