@@ -13,7 +13,7 @@ from tandem.cluster.bench.engine import (
 )
 from tandem.cluster.bench.engine_bounds import Bounds
 from tandem.cluster.bench.engine_cost import StepCost
-from tandem.cluster.bench.engine_show import HEAD, row_line
+from tandem.cluster.bench.engine_show import HEAD, header, row_line
 from tandem.cluster.config import ConfigError, EngineConfig
 from tandem.cluster.engine.devices.cpu import CpuDevice
 from tandem.cluster.models.reference import resolve_model
@@ -91,3 +91,18 @@ def test_all_rows_of_a_small_model():
     assert (shown["kind"], shown["prompt"], shown["chunk"], shown["steps"]) == ("prefill", 24, 16, 2)
     assert shown["tokens_per_s"] == pytest.approx(24e3 / shown["median_ms"])
     assert all(len(row_line(row)) == len(HEAD) for row in result.rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "bfloat16"),
+        ({"quantization": "w8a8"}, "w8a8 (bfloat16 KV)"),
+        ({"kv_cache_dtype": "fp8"}, "bfloat16 (fp8 KV)"),
+        ({"quantization": "w8a8", "kv_cache_dtype": "fp8"}, "w8a8 (fp8 KV)"),
+    ],
+)
+def test_the_header_says_in_what_precision(changes, said):
+    machine = {"machine": "m", "cores": 1, "instructions": "i"}
+    line = header(EngineConfig(device="cuda", **changes), ("triton", "why"), machine)
+    assert line == f"smollm2-135m, {said}, one GPU, triton kernels (why); m, 1 cores, i"
