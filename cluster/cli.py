@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from . import cli_serve_options as serving
 from .cli_bench import bench
 from .cli_bench_serve import join_goodput
 from .cli_calibrate import calibrate
-from .cli_options import API_KEY_VARIABLE, Ca, Key, Url
+from .cli_options import Ca, Key, Url
 from .cli_plan import plan
 from .cli_profile import profile
 from .cli_simulate import simulate
-from .cli_typed import refused_text
+from .cli_typed import as_typed, refused_text
 from .launch.local_ray import end_process
 from .launch.state import LaunchError
 
@@ -83,12 +84,6 @@ def _format(error: Exception) -> str:
     return str(getattr(error, "format_message", lambda: error)())
 
 
-def _set(overrides: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """Adds the values that were given; `engine__device` stands for the dotted path `engine.device`."""
-    overrides |= {name.replace("__", "."): value for name, value in values.items() if value is not None}
-    return overrides
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         version()
@@ -114,95 +109,49 @@ def version() -> None:
 
 @app.command()
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Alias, folder, .gguf file, Hugging Face id or dummy:<config>. Default: smollm2-135m."),
-    ] = None,
-    prefill: Annotated[int | None, typer.Option(help="Prefill workers. Default: 1.")] = None,
-    decode: Annotated[int | None, typer.Option(help="Decode workers. Default: 1.")] = None,
-    mixed: Annotated[int | None, typer.Option(help="Workers that do both. Alone: --prefill 0 --decode 0.")] = None,
-    config: Annotated[str | None, typer.Option(help="cluster.yaml; flags win over it.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join. Default: start a local one.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="0: any free one. Default: 8000.")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="0: any free one. Default: 8001.")] = None,
-    registry_port: Annotated[int | None, typer.Option(help="Where workers report. Default: 8002.")] = None,
-    router_processes: Annotated[
-        int | None, typer.Option(help="Router processes behind the two public ports (Linux). Default: 1.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, or paced (computes nothing, takes a model's time).")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. Default: bfloat16.")] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="w8a8: int8 weights and activations; w4a16 (cuda): 4-bit weights. Default: none."),
-    ] = None,
-    kv_cache: Annotated[str | None, typer.Option(help="KV memory of a worker, e.g. 512MiB.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest context, tokens. Default: the model's.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Compute threads of a worker. Default: 1.")] = None,
-    transport: Annotated[
-        str | None,
-        typer.Option(help="How KV moves: auto, grpc, mapped (one host's memory), cuda_ipc, gloo, nccl. Default: auto."),
-    ] = None,
-    local_prefill_threshold: Annotated[
-        int | None, typer.Option(help="Prompts with fewer uncached tokens skip the prefill pool. Default: 0, off.")
-    ] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
-    events: Annotated[str | None, typer.Option(help="Write each request's waterfall to this file, JSON lines.")] = None,
-    drain_timeout: Annotated[float | None, typer.Option(help="Seconds that running requests get at the end.")] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar=API_KEY_VARIABLE, show_envvar=True, help="What clients must show; several: a,b,c."),
-    ] = None,
-    api_keys_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="One key a line; read again when it changes.")
-    ] = None,
-    tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="Serve HTTPS and gRPC over TLS (PEM).")] = None,
-    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="The certificate's private key.")] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond loopback though clients show no key.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the members' own output.")] = False,
+    context: typer.Context,
+    model: serving.Model = None,
+    prefill: serving.Prefill = None,
+    decode: serving.Decode = None,
+    mixed: serving.Mixed = None,
+    config: serving.Config = None,
+    address: serving.Address = None,
+    host: serving.Host = None,
+    http_port: serving.HttpPort = None,
+    grpc_port: serving.GrpcPort = None,
+    registry_port: serving.RegistryPort = None,
+    router_processes: serving.RouterProcesses = None,
+    device: serving.Device = None,
+    dtype: serving.Dtype = None,
+    quantization: serving.Quantization = None,
+    kv_cache: serving.KvCache = None,
+    max_model_len: serving.MaxModelLen = None,
+    threads: serving.Threads = None,
+    transport: serving.Transport = None,
+    local_prefill_threshold: serving.LocalPrefillThreshold = None,
+    served_model_name: serving.ServedModelName = None,
+    events: serving.Events = None,
+    drain_timeout: serving.DrainTimeout = None,
+    api_key: serving.ApiKey = None,
+    api_keys_file: serving.ApiKeysFile = None,
+    tls_cert: serving.TlsCert = None,
+    tls_key: serving.TlsKey = None,
+    insecure: serving.Insecure = False,
+    verbose: serving.Verbose = False,
 ) -> None:
     """Start a cluster and serve until Ctrl-C, which drains it; twice stops at once."""
     from .cli_serve import serve as run_serve
     from .config_file import build_config
 
-    overrides = _set(
-        {},
-        model=model,
-        prefill=prefill,
-        decode=decode,
-        mixed=mixed,
-        address=address,
-        router__host=host,
-        router__http_port=http_port,
-        router__grpc_port=grpc_port,
-        router__registry_port=registry_port,
-        router__processes=router_processes,
-        engine__device=device,
-        engine__dtype=dtype,
-        engine__quantization=quantization,
-        engine__kv_cache_bytes=kv_cache,
-        engine__max_model_len=max_model_len,
-        engine__threads=threads,
-        worker__transport=transport,
-        router__local_prefill_threshold_tokens=local_prefill_threshold,
-        router__served_model_name=served_model_name,
-        router__events_path=events,
-        drain_timeout_s=drain_timeout,
-        router__api_key=api_key,
-        router__api_keys_file=api_keys_file,
-        router__tls_cert=tls_cert,
-        router__tls_key=tls_key,
-        insecure=insecure or None,
-    )
-    raise typer.Exit(run_serve(build_config(config, overrides), verbose=verbose))
+    given = {path: context.params[name] for name, path in serving.PATHS.items()}
+    overrides = {path: value for path, value in given.items() if value is not None and value is not False}
+    with as_typed(context, serving.PATHS, config):
+        raise typer.Exit(run_serve(build_config(config, overrides), verbose=verbose))
 
 
 @app.command()
 def chat(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Option(help="Ask this, print the answer and end.")] = None,
     url: Url = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Default: the first that is served.")] = None,
@@ -229,11 +178,13 @@ def chat(
         api_key=first_key(api_key),
         tls=ClientTLS.from_environment(ca),
     )
-    raise typer.Exit(run_chat(options, prompt))
+    with as_typed(context):
+        raise typer.Exit(run_chat(options, prompt))
 
 
 @app.command()
 def status(
+    context: typer.Context,
     url: Url = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="The router's own answer.")] = False,
     watch: Annotated[float | None, typer.Option(metavar="SECONDS", help="Again and again, until Ctrl-C.")] = None,
@@ -247,13 +198,16 @@ def status(
     from .cli_status import watch as run_watch
     from .tls import ClientTLS
 
-    if watch is not None:
-        raise typer.Exit(run_watch(url, watch, api_key=api_key, tls=ClientTLS.from_environment(ca)))
-    raise typer.Exit(run_status(url, as_json=as_json, api_key=api_key, tls=ClientTLS.from_environment(ca)))
+    tls = ClientTLS.from_environment(ca)
+    with as_typed(context):
+        if watch is not None:
+            raise typer.Exit(run_watch(url, watch, api_key=api_key, tls=tls))
+        raise typer.Exit(run_status(url, as_json=as_json, api_key=api_key, tls=tls))
 
 
 @app.command()
 def doctor(
+    context: typer.Context,
     url: Url = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="Look at the files of this one.")] = "smollm2-135m",
     as_json: Annotated[bool, typer.Option("--json", help="Every finding as JSON.")] = False,
@@ -267,11 +221,13 @@ def doctor(
     from .tls import ClientTLS
 
     tls = ClientTLS.from_environment(ca)
-    raise typer.Exit(run_doctor(url, model=model, as_json=as_json, api_key=api_key, tls=tls, say=_say))
+    with as_typed(context):
+        raise typer.Exit(run_doctor(url, model=model, as_json=as_json, api_key=api_key, tls=tls, say=_say))
 
 
 @app.command()
 def restart(
+    context: typer.Context,
     workers: Annotated[list[str] | None, typer.Argument(metavar="WORKER", help="As `tandem status` names it.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every worker, one after another.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that a worker gets to finish what it runs.")] = 30.0,
@@ -286,7 +242,9 @@ def restart(
     from .tls import ClientTLS
 
     tls, names = ClientTLS.from_environment(ca), workers or ()
-    raise typer.Exit(run_restart(url, names, every=every, timeout_s=timeout, say=_say, api_key=api_key, tls=tls))
+    with as_typed(context):
+        code = run_restart(url, names, every=every, timeout_s=timeout, say=_say, api_key=api_key, tls=tls)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,23 +24,42 @@ from ..models.config import ModelConfig
 from ..models.fetch import WHEEL_MODELS
 from ..models.reference import DUMMY_PREFIX, ModelError, ModelFiles, resolve_model
 from ..ports import bind, pin_ports
+from . import runtime_file
 from .state import LaunchError
 
 _PORTS = ("http_port", "grpc_port", "registry_port")
 
 
 def check_ports(config: RouterConfig) -> None:
-    """Raises LaunchError if one of the router's fixed ports is taken on this machine."""
+    """Raises LaunchError, naming all of them, where the router's fixed ports cannot be used on this machine."""
     registries = [("registry_port", port) for port in config.registry_ports]
+    refused: dict[str, list[int]] = {}
+    whys: list[OSError] = []
     for name, port in (("http_port", config.http_port), ("grpc_port", config.grpc_port), *registries):
         if port == 0:
             continue
         try:
             bind(config.host, port).close()
         except OSError as error:
-            raise LaunchError(
-                f"router.{name}: {config.host}:{port} cannot be used ({error.strerror or error})"
-            ) from None
+            refused.setdefault(name, []).append(port)
+            whys.append(error)
+    if not refused:
+        return
+    told = [f"router.{name}: {config.host}:{port}" for name, ports in refused.items() for port in ports]
+    why = f"{', '.join(told)} cannot be used ({whys[0].strerror or whys[0]})"
+    raise LaunchError(why + (_other_ports(refused) if whys[0].errno == errno.EADDRINUSE else "")) from None
+
+
+def _other_ports(taken: Mapping[str, Sequence[int]]) -> str:
+    """Who has them, where that is known, and what to do; the continuation of a sentence."""
+    ports = {port for several in taken.values() for port in several}
+    holders = [
+        f"; this user's running cluster has them (pid {one.pid})"
+        for one in runtime_file.running()
+        if ports & {int(address.rpartition(":")[2]) for address in (one.http, one.grpc, one.registry, *one.registries)}
+    ]
+    flags = " ".join(f"--{name.replace('_', '-')} 0" for name in taken)
+    return f"{''.join(holders[:1])}; any free one: {flags}"
 
 
 def check_shared_ports(config: RouterConfig) -> None:

@@ -28,9 +28,9 @@ REFUSED = "no router answers at http://127.0.0.1:1/{} (Connection refused)"
         (["srve"], 2, "No such command 'srve'"),
         (["serve", "--prefil", "2"], 2, "No such option: --prefil"),
         (["serve", "--prefill", "two"], 2, "--prefill"),
-        (["serve", "--decode", "0"], 2, "decode: 0 is not allowed; allowed: at least 1 where prefill is 1"),
-        (["serve", "--device", "tpu"], 2, "engine.device: 'tpu' is not allowed; allowed: one of cpu, cuda, paced"),
-        (["serve", "--kv-cache", "much"], 2, "engine.kv_cache_bytes: 'much'"),
+        (["serve", "--decode", "0"], 2, "--decode: 0 is not allowed; allowed: at least 1 where prefill is 1"),
+        (["serve", "--device", "tpu"], 2, "--device: 'tpu' is not allowed; allowed: one of cpu, cuda, paced"),
+        (["serve", "--kv-cache", "much"], 2, "--kv-cache: 'much'"),
         (["serve", "--config", "/nonexistent.yaml"], 2, "config: '/nonexistent.yaml'"),
         (["chat", "--url", "localhost:8000", "--prompt", "x"], 2, "url: 'localhost:8000'"),
         (["chat", "--max-tokens", "0", "--prompt", "x"], 2, "--max-tokens"),
@@ -97,9 +97,9 @@ def test_a_missing_model_and_a_taken_port_are_found_before_ray_starts(capsys: py
         assert cli.run(["serve", "--model", "dummy:tiny-llama", *free, "--grpc-port", str(port)]) == 1
     assert f"router.grpc_port: 127.0.0.1:{port} cannot be used" in capsys.readouterr().err
     assert cli.run(["serve", "--model", "dummy:tiny-llama", *free, "--events", "/nonexistent/e.jsonl"]) == 2
-    assert "router.events_path: '/nonexistent/e.jsonl' is not allowed" in capsys.readouterr().err
+    assert "--events: '/nonexistent/e.jsonl' is not allowed" in capsys.readouterr().err
     assert cli.run(["serve", "--model", "dummy:tiny-llama", *free, "--max-model-len", "99999999"]) == 2
-    assert "engine.max_model_len: 99999999 is not allowed; allowed: at most the model's own" in capsys.readouterr().err
+    assert "--max-model-len: 99999999 is not allowed; allowed: at most the model's own" in capsys.readouterr().err
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

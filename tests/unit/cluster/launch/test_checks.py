@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from tandem.cluster.bench.validate_subjects import config_subject
-from tandem.cluster.config import ClusterConfig, ConfigError, EngineConfig, WorkerConfig
+from tandem.cluster.config import ClusterConfig, ConfigError, EngineConfig, RouterConfig, WorkerConfig
 from tandem.cluster.config_file import build_config
 from tandem.cluster.engine.kv_scales import KVScales
 from tandem.cluster.latency.profile import StepProfile
-from tandem.cluster.launch.checks import check_engines, pin_config
+from tandem.cluster.launch import runtime_file
+from tandem.cluster.launch.checks import check_engines, check_ports, pin_config
 from tandem.cluster.launch.members import WorkerMember
+from tandem.cluster.launch.state import LaunchError
 from tandem.cluster.models.reference import resolve_model
 from tandem.cluster.types import Role, StepTimeCoefficients
 
@@ -161,3 +164,31 @@ def test_pools_that_hold_kv_otherwise_are_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"^decode\.engine\.kv_cache_dtype: 'fp8' .*; allowed: auto, as of prefill"):
         check_engines(other, MODEL)
     check_engines(replace(other, prefill_engine=other.decode_engine), MODEL)
+
+
+def listening() -> socket.socket:
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    return server
+
+
+def test_every_port_that_is_taken_is_named_with_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_file, "running", tuple)
+    with listening() as http, listening() as grpc:
+        ports = {"http_port": http.getsockname()[1], "grpc_port": grpc.getsockname()[1], "registry_port": 0}
+        with pytest.raises(LaunchError) as refused:
+            check_ports(RouterConfig(**ports))
+    assert str(refused.value) == (
+        f"router.http_port: 127.0.0.1:{ports['http_port']}, router.grpc_port: 127.0.0.1:{ports['grpc_port']} cannot be "
+        "used (Address already in use); any free one: --http-port 0 --grpc-port 0"
+    )
+
+
+def test_who_has_the_ports_is_said_where_it_is_this_users_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening() as http:
+        port = http.getsockname()[1]
+        own = runtime_file.RunningCluster(http=f"127.0.0.1:{port}", grpc="h:1", registry="h:2", pid=77)
+        monkeypatch.setattr(runtime_file, "running", lambda: (own,))
+        with pytest.raises(LaunchError, match=r"in use\); this user's running cluster has them \(pid 77\); any free"):
+            check_ports(RouterConfig(http_port=port, grpc_port=0, registry_port=0))
