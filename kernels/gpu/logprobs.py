@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu_plans.draws import TILE, Logprobs
+from ..gpu_plans.draws import WIDE_TILE, Logprobs
+from .candidates import WIDE_WARPS, best_of
 from .cubin import Build
-from .sampling import WARPS, best_of
 
 _NONE = tl.constexpr(0x7FFFFFFF)
 
@@ -81,7 +81,7 @@ def logprobs(
     counts: torch.Tensor,
     most: int,
     out: Logprobs | None = None,
-    tile: int = TILE,
+    tile: int = WIDE_TILE,
 ) -> Logprobs:
     """Of some rows of [R, V] float32.
 
@@ -116,7 +116,7 @@ def logprobs(
             size,
             most,
             TILE=tile,
-            num_warps=WARPS,
+            num_warps=WIDE_WARPS,
         )
     return out
 
@@ -131,7 +131,7 @@ SHIPPED = (
             "normalizers": "*fp64",
             **dict.fromkeys(("row_stride", "size", "most"), "i32"),
         },
-        constants={"TILE": TILE},
-        num_warps=WARPS,
+        constants={"TILE": WIDE_TILE},
+        num_warps=WIDE_WARPS,
     ),
 )

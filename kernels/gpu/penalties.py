@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu_plans.draws import TILE, Penalties
+from ..gpu_plans.draws import WIDE_TILE, Penalties
+from .candidates import WIDE_WARPS, best_of
 from .cubin import Build
-from .sampling import WARPS, best_of
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def restore_kernel(logits, rows, spans, ids, saved, row_stride, TILE: tl.constex
         tl.store(z + token, tl.load(saved + i, mask=i < middle, other=0.0), mask=i < middle)
 
 
-def penalize(logits: torch.Tensor, asked: Penalties, tile: int = TILE) -> None:
+def penalize(logits: torch.Tensor, asked: Penalties, tile: int = WIDE_TILE) -> None:
     """Changes logits [R, V] float32 in place."""
     count = asked.rows_P.shape[0]
     assert logits.dtype == torch.float32
@@ -88,12 +88,12 @@ def penalize(logits: torch.Tensor, asked: Penalties, tile: int = TILE) -> None:
             logits.stride(0),
             logits.shape[1],
             TILE=tile,
-            num_warps=WARPS,
+            num_warps=WIDE_WARPS,
             enable_fp_fusion=False,  # the product is rounded before the value is subtracted, as on a processor
         )
 
 
-def restore(logits: torch.Tensor, asked: Penalties, tile: int = TILE) -> None:
+def restore(logits: torch.Tensor, asked: Penalties, tile: int = WIDE_TILE) -> None:
     """Undoes `penalize`."""
     count = asked.rows_P.shape[0]
     if count:
@@ -105,7 +105,7 @@ def restore(logits: torch.Tensor, asked: Penalties, tile: int = TILE) -> None:
             asked.saved_E,
             logits.stride(0),
             TILE=tile,
-            num_warps=WARPS,
+            num_warps=WIDE_WARPS,
         )
 
 
@@ -119,8 +119,10 @@ SHIPPED = (
         label="float32",
         kernel=penalize_kernel,
         signature={**_LISTS, **dict.fromkeys(("repetitions", "values"), "*fp32"), "size": "i32"},
-        constants={"TILE": TILE},
-        num_warps=WARPS,
+        constants={"TILE": WIDE_TILE},
+        num_warps=WIDE_WARPS,
     ),
-    Build(label="float32", kernel=restore_kernel, signature=_LISTS, constants={"TILE": TILE}, num_warps=WARPS),
+    Build(
+        label="float32", kernel=restore_kernel, signature=_LISTS, constants={"TILE": WIDE_TILE}, num_warps=WIDE_WARPS
+    ),
 )

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu_plans.draws import TILE
+from ..gpu_plans.draws import WIDE_TILE
+from .candidates import WIDE_WARPS
 from .cubin import Build
 from .draws import ACCEPT, RESIDUAL, SAMPLE, uniform
-from .sampling import WARPS
 
 _NONE = tl.constexpr(0x7FFFFFFF)
 
@@ -129,7 +129,7 @@ def verify(
     seeds: torch.Tensor,
     choices: torch.Tensor,
     indices: torch.Tensor,
-    tile: int = TILE,
+    tile: int = WIDE_TILE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What to emit of each row.
 
@@ -172,7 +172,7 @@ def verify(
             size,
             HAS_DRAFT=draft is not None,
             TILE=tile,
-            num_warps=WARPS,
+            num_warps=WIDE_WARPS,
         )
     return tokens, counts
 
@@ -187,8 +187,8 @@ SHIPPED = tuple(
             **dict.fromkeys(("target_row", "target_step", "draft_row", "draft_step", "most", "size"), "i32"),
             "seeds": "*i64",
         },
-        constants={"HAS_DRAFT": has_draft, "TILE": TILE},
-        num_warps=WARPS,
+        constants={"HAS_DRAFT": has_draft, "TILE": WIDE_TILE},
+        num_warps=WIDE_WARPS,
     )
     for has_draft in (True, False)
 )

@@ -19,6 +19,8 @@ NOTHING, INFINITE, NOT_A_NUMBER = -1, -2, -3
 """In place of the token of a row that is no distribution: every logit is -inf; one is +inf; one is NaN."""
 TILE = 1024
 """Tokens that Triton's kernels look at together, if nothing else is said."""
+WIDE_TILE = 4096
+"""The same where one program reads a whole row and computes little: enough loads to wait for at a time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from ....kernels.dispatch import GpuOperations
-from ....kernels.gpu_plans.draws import INFINITE, NOT_A_NUMBER, NOTHING, TILE, Penalties, Wants
+from ....kernels.gpu_plans.draws import INFINITE, NOT_A_NUMBER, NOTHING, Penalties, Wants
 from ...types import SampledToken, SamplingParams
 from ..plan import SampleSpec
 from ..sampler import SampleFailure, bad_peak, is_greedy
@@ -87,14 +87,14 @@ class DeviceSampler:
         operations: GpuOperations,
         *,
         depth: int = 2,
-        tile: int = TILE,
+        tile: int | None = None,
     ) -> None:
         """`max_rows`: that a step samples at most; `depth`: steps that may be between `draw` and `read`."""
         self._vocab_size = vocab_size
         self._max_rows = max_rows
         self._device = device
         self._operations = operations
-        self._tile = tile
+        self._tile = {} if tile is None else {"tile": tile}
         self._offsets: dict[str, int] = {}
         used = 0
         for name, host, _ in _COLUMNS:
@@ -154,13 +154,13 @@ class DeviceSampler:
             rows, repetitions, spans, ids, values = staged[2:]
             floats = (repetitions.view(torch.float32), ids, values.view(torch.float32))
             asked = Penalties(rows, spans.view(-1, 3), *floats, torch.empty_like(floats[2]))
-            operations.penalize(logits, asked, self._tile)
-        tokens = operations.sample(logits, self._wants, self._tile, cuts=draws.cuts)
+            operations.penalize(logits, asked, **self._tile)
+        tokens = operations.sample(logits, self._wants, **self._tile, cuts=draws.cuts)
         if asked is not None and draws.restores:
-            operations.restore(logits, asked, self._tile)
+            operations.restore(logits, asked, **self._tile)
         results = [tokens]
         if draws.asking:
-            found = operations.logprobs(logits, tokens, staged[0], staged[1], draws.most, tile=self._tile)
+            found = operations.logprobs(logits, tokens, staged[0], staged[1], draws.most, **self._tile)
             results += [found.normalizers_Q, found.chosen_Q, found.ids_QM, found.values_QM]
         self._results[draws.slot].keep(results)
         self._drawn += 1

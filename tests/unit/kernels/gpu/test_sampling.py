@@ -13,7 +13,8 @@ from tandem.kernels.gpu_plans.draws import INFINITE, NOT_A_NUMBER, NOTHING, Want
 from tandem.kernels.philox import Purpose, uniform_batch
 from tandem.kernels.sampling import draw, log_normalizer, most_likely, truncate
 
-TILE = 64
+TILE = 16
+"""A stretch is four of them: rows here have several."""
 Row = NDArray[np.float32]
 
 
