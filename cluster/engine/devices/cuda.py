@@ -46,7 +46,7 @@ from ..gpu.sampling import DeviceSampler, Draws
 from ..gpu.shared_linears import join_part
 from ..gpu.sizing import blocks_to_profile, measure_room, own_share
 from ..gpu.staging import Staging
-from ..gpu.step_clock import StepClock
+from ..gpu.step_clock import StepClock, at_rest
 from ..gpu.warm_up import warm_up_plans
 from ..gpu.weights import build_on
 from ..model import Model
@@ -61,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 256
 """That a step may sample beyond `max_running`: of what times steps before it serves."""
+REST_S = 10.0
+"""For what is under way to end when the device is closed."""
 _LOOK_S = 0.0001
 """Between two looks at a step's end, where something else may end the wait."""
 
@@ -352,11 +354,14 @@ class CudaDevice(Device):
     def close(self) -> None:
         if self._model is None:
             return
-        self._part.close()
-        if self._stream is not None:
-            self._stream.synchronize()
+        self._part.give_up()
+        ended = at_rest([stream for stream in (self._stream, self._draw_stream) if stream is not None], REST_S)
         self._graphs.close()
-        self.kv.close()
+        self._part.close()
+        if ended:
+            self.kv.close()
+        else:
+            logger.error("a step has not ended within %g s: its memory is kept until this process ends", REST_S)
         self._model = None
         self._under_way.clear()
 

@@ -148,9 +148,11 @@ class RankedCudaDevice(Device):
 
     def watch(self, on_lost: Callable[[BaseException], None]) -> None:
         def lost(error: BaseException) -> None:
-            if self._ranks is not None:
-                self._ranks.abort()
-            on_lost(error)
+            try:
+                on_lost(error)
+            finally:
+                if self._ranks is not None:
+                    self._ranks.abort()
 
         self._followers.watch(lost)
 

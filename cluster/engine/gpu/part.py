@@ -14,8 +14,11 @@ a pair's first word, and the table where they stand is read only while a worker 
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,8 +31,12 @@ from ..parallel.ranks import Table, TorchRanks, finished, make_group
 from ..parallel.shard import Shard
 from ..plan import StepPlan
 
+logger = logging.getLogger(__name__)
+
 START_S = 600.0
 """For what ranks agree on while they start: one of them may compile kernels that another has."""
+ABORT_S = 10.0
+"""For groups to end that were given up."""
 
 
 class Part:
@@ -64,8 +71,11 @@ class Part:
         """The others."""
         raise AssertionError("one rank has no others")
 
+    def give_up(self) -> None:
+        """What waits for other ranks on the device waits no longer. Returns at once; idempotent."""
+
     def close(self) -> None:
-        """Ends what there is between ranks; idempotent."""
+        """Ends what there is between ranks, once no graph is left that captured any of it. Bounded; idempotent."""
 
 
 def whole(config: ModelConfig) -> Part:
@@ -91,8 +101,40 @@ class SharedPart(Part):
         others = (self._table.take(f"{name}/{rank}", START_S) for rank in range(self.shard.num_ranks))
         return min(int(said) for said in others)
 
+    def give_up(self) -> None:
+        self._ranks.abort()
+
     def close(self) -> None:
         self._ranks.close()
+
+
+class Aborts:
+    """Groups that are given up, each by a thread of its own. NCCL first lets go of what waits for other ranks; then it
+    does not return before every graph is destroyed that captured a collective of the group (`commDestroySync`), and the
+    groups beside it must not wait for that.
+    """
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+
+    def begin(self, groups: Iterable[Any]) -> None:
+        """Returns at once."""
+        for group in groups:
+            thread = threading.Thread(target=self._abort, args=(group,), name="abort of ranks", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether all of them have ended."""
+        deadline_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    @staticmethod
+    def _abort(group: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            group.abort()
 
 
 class DeviceRanks(TorchRanks):
@@ -123,6 +165,9 @@ class DeviceRanks(TorchRanks):
         self._device = device
         self._on_its_way: deque[tuple[Any, torch.Tensor]] = deque()
         self._returns: Any = None
+        self._aborts = Aborts()
+        self._aborting = threading.Lock()
+        self._given_up = False
         try:
             if shard.pipeline_stages > 1 and shard.place == 0 and (shard.is_first or shard.is_last):
                 store = PrefixStore("returns", self._store)
@@ -159,15 +204,18 @@ class DeviceRanks(TorchRanks):
 
     def abort(self) -> None:
         """What waits for other ranks on the device waits no longer, and means nothing: they are gone. Any thread;
-        idempotent. Gloo notices by itself.
+        returns at once; idempotent. Gloo notices by itself.
         """
-        if self._device.type == "cuda":
-            for group in filter(None, (self._stage, self._pipeline, self._returns)):
-                with contextlib.suppress(RuntimeError):
-                    group.abort()
+        with self._aborting:
+            if not self._given_up and self._device.type == "cuda":
+                self._aborts.begin(filter(None, (self._stage, self._pipeline, self._returns)))
+            self._given_up = True
 
     def close(self) -> None:
+        """Behind the end of every graph that captured a sum: NCCL waits for that."""
         self.abort()
+        if not self._aborts.wait(ABORT_S):
+            logger.error("a group of ranks has not ended within %g s after it was given up", ABORT_S)
         self._on_its_way.clear()
         self._returns = None
         super().close()

@@ -1,10 +1,36 @@
-"""How long a step takes on a device, and whether it is over."""
+"""How long a step takes on a device, whether it is over, and whether all is."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+
+_LOOK_S = 0.001
+
+
+class Queue(Protocol):
+    """A stream, as far as its end is concerned."""
+
+    def query(self) -> bool:
+        """Whether all of it is done."""
+        ...
+
+
+def at_rest(queues: Sequence[Queue], timeout_s: float) -> bool:
+    """Whether all of them are done within that time; one that has failed is."""
+    deadline_s = time.monotonic() + timeout_s
+    for queue in queues:
+        try:
+            while not queue.query():
+                if time.monotonic() > deadline_s:
+                    return False
+                time.sleep(_LOOK_S)
+        except RuntimeError:
+            continue
+    return True
 
 
 class StepClock:

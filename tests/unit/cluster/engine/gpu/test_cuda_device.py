@@ -16,6 +16,7 @@ import torch
 from tandem.cluster.engine.devices.base import Device
 from tandem.cluster.engine.devices.cpu import CpuDevice
 from tandem.cluster.engine.devices.cuda import CudaDevice
+from tandem.cluster.engine.gpu.part import Aborts, Part, whole
 from tandem.cluster.engine.plan import DRAWN, SampleSpec, StepOutput, StepPlan, StepRow
 from tandem.cluster.models.config import ModelConfig
 from tandem.cluster.models.reference import ModelFiles
@@ -269,3 +270,27 @@ def test_what_cannot_be_had_is_said(where: str, changes: dict[str, object], mess
 def test_a_model_that_no_kernel_computes_is_refused(where: str) -> None:
     with pytest.raises(ValueError, match=r"device: 'cuda' is not allowed for this model: .*OPT-350m"):
         cuda_device(where, dataclasses.replace(FAMILIES["opt"], norm_before=False))
+
+
+class Graphed(Part):
+    """A rank whose group ends only when no graph is left that captured any of it, as NCCL's do."""
+
+    def __init__(self) -> None:
+        super().__init__(whole(LLAMA).shard)
+        self.graphs_are_gone = threading.Event()
+        self.ended = False
+        self._aborts = Aborts()
+
+    def give_up(self) -> None:
+        self._aborts.begin([SimpleNamespace(abort=lambda: self.graphs_are_gone.wait(20))])
+
+    def close(self) -> None:
+        self.ended = self._aborts.wait(10)
+
+
+def test_graphs_are_destroyed_while_ranks_are_given_up(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Graphed()
+    device = cuda_device(where, kernels="torch", part=part)
+    monkeypatch.setattr(device._graphs, "close", part.graphs_are_gone.set)
+    device.close()
+    assert part.ended

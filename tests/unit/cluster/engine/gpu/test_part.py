@@ -1,11 +1,17 @@
-"""What ranks agree on while they start."""
+"""What ranks agree on while they start, and how what is between them ends."""
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from tandem.cluster.engine.gpu.part import SharedPart, whole
+import torch
+from tandem.cluster.engine.gpu import part as part_module
+from tandem.cluster.engine.gpu.part import DeviceRanks, SharedPart, whole
+from tandem.cluster.engine.gpu.step_clock import at_rest
+from tandem.cluster.engine.parallel import ranks as ranks_module
 from tandem.cluster.engine.parallel.meeting import Meeting
 from tandem.cluster.engine.parallel.messages import RankLost
 from tandem.cluster.engine.parallel.shard import Shard
@@ -42,3 +48,59 @@ def test_a_stage_has_a_plan_each_or_a_worker_looks_ahead(tensor: int, stages: in
     for part in parts(tensor, stages):
         assert (part.plans_ahead, part.looks_ahead) == (ahead, looks)
         assert part.leads == (part.shard.rank == 0)
+
+
+class Group:
+    """As NCCL's are given up: at once, but with a return that may wait for others."""
+
+    def __init__(self) -> None:
+        self.aborts = threading.Semaphore(0)
+        self.ends = threading.Event()
+
+    def abort(self) -> None:
+        self.aborts.release()
+        self.ends.wait(20)
+        raise RuntimeError("ncclCommAbort: unhandled error")
+
+
+def test_every_group_is_given_up_while_one_waits_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[Group] = []
+
+    def make(*_: Any, **__: Any) -> Group:
+        groups.append(Group())
+        return groups[-1]
+
+    for module in (ranks_module, part_module):
+        monkeypatch.setattr(module, "make_group", make)
+    monkeypatch.setattr(DeviceRanks, "_meet", lambda self: None)
+    shard = Shard(config=CONFIG, tensor_parallel=2, pipeline_stages=2)
+    ranks = DeviceRanks(Meeting(), shard, torch.device("cuda"), timeout_s=1)
+    assert len(groups) == 3, "of the stage, of the pipeline, of what comes back"
+    for _ in range(2):
+        SharedPart(shard, Meeting(), ranks).give_up()
+    assert all(group.aborts.acquire(timeout=20) for group in groups)
+    assert not ranks._aborts.wait(0)
+    for group in groups:
+        group.ends.set()
+    ranks.close()
+    assert ranks._aborts.wait(0)
+    assert not any(group.aborts.acquire(blocking=False) for group in groups), "once each"
+
+
+class Stream:
+    """Done at the last of its answers, or never."""
+
+    def __init__(self, *answers: bool | RuntimeError) -> None:
+        self._answers = list(answers)
+
+    def query(self) -> bool:
+        answer = self._answers.pop(0) if self._answers else False
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
+
+
+def test_streams_are_waited_for_until_they_are_done_or_the_time_is_over() -> None:
+    assert at_rest([], 0)
+    assert at_rest([Stream(False, False, True), Stream(RuntimeError("CUDA error")), Stream(True)], 20)
+    assert not at_rest([Stream(True), Stream()], 0.01)
