@@ -1,8 +1,10 @@
 """How many bytes a second each transport moves: KV of one process pulled by another, over and over, nothing beside it.
 
 Everything is real but the engines: source, server, segment; transport, checks, writes into the reader's memory. What
-was pulled first is compared byte by byte. A pull's time is from its request to its last written block. Beside each rate
-stand the processor time of both processes and what a plain copy reaches in the same medium (`transfer_memory`).
+was pulled first is compared byte by byte. A pull's time is from its request to its last written block; how much of it
+went into copying blocks to where they belong stands apart from asking for them and waiting (`transfer_phases`). Beside
+each rate stand the processor time of both processes and what a plain copy reaches in the same medium
+(`transfer_memory`).
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ from ...kvtransfer.transport import KVTransport
 from ..config import COLLECTIVE_TRANSPORTS
 from .handoff_traffic import CALL_S, pull_once
 from .transfer_holder import FINGERPRINT, WORKER_ID, HolderSpec, block_content, join_rank
-from .transfer_memory import MEMORIES, layout_of, make_store, plain_copy
+from .transfer_memory import MEMORIES, large_pull, layout_of, make_store, plain_copy
+from .transfer_phases import Watched
 
 TRANSPORTS = ("grpc", "grpc-nosum", "mapped", "cuda_ipc", "gloo", "nccl")
 """`grpc-nosum`: without the checksum."""
 START_S = 300.0
+MOST_COMPARED = 1024
+"""Blocks of a pull, evenly spread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,8 @@ class TransferCell:
     pull_s: float
     """Median."""
     best_s: float
+    copy_s: float
+    """Of a pull, in which blocks were copied into the reader's memory: median."""
     reader_cpu_s: float
     """Processor time of a pull, all threads: mean."""
     holder_cpu_s: float
@@ -106,6 +113,11 @@ class TransferCell:
         """By the median pull."""
         return self.block_bytes * self.blocks / self.pull_s
 
+    @property
+    def copied_bytes_per_s(self) -> float:
+        """While blocks were copied, by the median."""
+        return self.block_bytes * self.blocks / max(self.copy_s, 1e-9)
+
     def figures(self) -> tuple[str, ...]:
         """For people, from the number of blocks on (`HEADS`)."""
         return (
@@ -115,13 +127,17 @@ class TransferCell:
             f"{self.bytes_per_s / 1e9:.2f}",
             f"{self.plain_bytes_per_s / 1e9:.2f}",
             f"{self.bytes_per_s / self.plain_bytes_per_s:.0%}",
+            f"{self.copy_s * 1e3:.2f}",
+            f"{self.copied_bytes_per_s / self.plain_bytes_per_s:.0%}",
             f"{self.reader_cpu_s * 1e3:.2f}",
             f"{self.holder_cpu_s * 1e3:.2f}",
         )
 
     def row(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"bytes_per_s": self.bytes_per_s, "of_plain": self.bytes_per_s / self.plain_bytes_per_s}
+        plain = self.plain_bytes_per_s
+        shares = {"of_plain": self.bytes_per_s / plain, "copy_of_plain": self.copied_bytes_per_s / plain}
+        return asdict(self) | {"bytes_per_s": self.bytes_per_s} | shares
 
 
 class _Holder:
@@ -188,26 +204,28 @@ async def _holder(spec: HolderSpec) -> AsyncIterator[_Holder]:
 async def run_transfers(
     options: TransferOptions, on_cell: Callable[[TransferCell], None] = lambda cell: None
 ) -> list[TransferCell]:
-    """Measures every transport at every shape; `on_cell` hears of each as it is done. `HandoffRefused` says what a
-    transport cannot do here.
+    """Measures every transport at every shape; `on_cell` hears of each as it is done. Of the largest blocks CUDA IPC
+    also pulls some GiB: what is less is copied before its calls are paid for. `HandoffRefused` says what a transport
+    cannot do here.
     """
     cells = []
     sizes = dict.fromkeys(size for size, _ in options.shapes())
     for block_bytes in sizes:
         counts = [count for size, count in options.shapes() if size == block_bytes]
+        large = large_pull(block_bytes) if "cuda_ipc" in options.transports and block_bytes == max(sizes) else 0
         layout = layout_of(block_bytes)
-        store = make_store(options.memory, layout, max(counts))
+        store = make_store(options.memory, layout, max([*counts, large]))
         spec = HolderSpec(
             memory=options.memory,
             block_bytes=block_bytes,
-            blocks=max(counts),
+            blocks=max([*counts, large]),
             ranks=next((name for name in options.transports if name in COLLECTIVE_TRANSPORTS), None),
         )
         async with _holder(spec) as holder:
             known: set[int] = set()
             for name in options.transports:
                 async with _transport(name, layout, store) as transport:
-                    for count in counts:
+                    for count in dict.fromkeys((*counts, large) if large and name == "cuda_ipc" else counts):
                         cell = await _measure(options, name, transport, store, holder, count, first=count not in known)
                         known.add(count)
                         cells.append(cell)
@@ -259,21 +277,24 @@ async def _measure(
     )
     await transport.hello(holder.peer, mine, timeout_s=CALL_S)
 
-    async def pull(*, new: bool = False) -> float:
+    async def pull(*, new: bool = False) -> tuple[float, float]:
+        """Seconds, and those in which blocks were copied."""
         ticket = await holder.ticket(blocks, layout.block_size, first=new)
+        watched = Watched(transport)
         begin_s = time.perf_counter()
-        await pull_once(transport, holder.peer, ticket, store, range(blocks), checksum=name == "grpc")
-        return time.perf_counter() - begin_s
+        await pull_once(watched, holder.peer, ticket, store, range(blocks), checksum=name == "grpc")
+        return time.perf_counter() - begin_s, watched.copy_s
 
-    for block_id in range(blocks):
+    compared = range(0, blocks, -(-blocks // MOST_COMPARED))
+    for block_id in compared:
         store.write_block(block_id, bytes(layout.block_bytes))
     await pull(new=first)
-    for block_id in range(blocks):
+    for block_id in compared:
         if bytes(store.read_block(block_id)) != block_content(block_id, layout.block_bytes):
             raise RuntimeError(f"{name}: block {block_id} came with other bytes")
     await pull()
     plain = plain_copy(name, options.memory, layout.block_bytes, blocks)
-    taken: list[float] = []
+    taken: list[tuple[float, float]] = []
     until_s = time.perf_counter() + options.seconds
     reader_s, holder_s = time.process_time(), holder.cpu_s
     while len(taken) < 3 or time.perf_counter() < until_s:
@@ -284,8 +305,9 @@ async def _measure(
         block_bytes=layout.block_bytes,
         blocks=blocks,
         pulls=len(taken),
-        pull_s=statistics.median(taken),
-        best_s=min(taken),
+        pull_s=statistics.median(pull_s for pull_s, _ in taken),
+        best_s=min(taken)[0],
+        copy_s=statistics.median(copy_s for _, copy_s in taken),
         reader_cpu_s=(time.process_time() - reader_s) / len(taken),
         holder_cpu_s=(holder.cpu_s - holder_s) / len(taken),
         plain_bytes_per_s=plain,
@@ -301,6 +323,8 @@ HEADS = (
     "ms",
     "GB/s",
     "plain GB/s",
+    "of plain",
+    "copying ms",
     "of plain",
     "CPU ms: reader",
     "holder",

@@ -19,6 +19,7 @@ from ..ports import bind
 MEMORIES = ("host", "staged", "cuda")
 """`host`: where a CPU engine has its KV. `staged`: tensors in host memory that are moved as a GPU's are, through the
 same buffers: what staging costs where there is no GPU. `cuda`: a GPU's memory."""
+LARGE_BYTES = 4 * 2**30
 _PLAIN_BYTES = 256 * 2**20
 
 
@@ -49,6 +50,16 @@ def make_store(memory: str, layout: KVLayout, num_blocks: int) -> KVStore:
 
     torch.set_num_threads(1)  # a copy's: a GPU's are not the processor's, and several would wait for each other
     return DeviceKVStore(layout, num_blocks, device="cpu" if memory == "staged" else "cuda")
+
+
+def large_pull(block_bytes: int) -> int:
+    """Blocks of a pull out of a GPU's memory that takes many times as long as its calls do: of some GiB, where two
+    processes' KV and a plain copy's two sides are at most half of what is free.
+    """
+    import torch
+
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return min(LARGE_BYTES, free_bytes // 8) // block_bytes
 
 
 def plain_copy(transport: str, memory: str, block_bytes: int, blocks: int) -> float:

@@ -3,16 +3,18 @@
 Each `bench_*.py` beside this file has one or both of
 
 - `cases(device) -> Iterator[Callable[[], list[Case]]]`: what makes the implementations of one thing, ours first. They
-  are made only when their turn comes, so that one shape's memory is free before the next one's, and held against torch;
-- `lines(device, bounds) -> Iterator[Line]`: what is measured in another way, a line at a time.
+  are made only when their turn comes, so that one shape's memory is free before the next one's, and held against torch.
+  Those that are `late` are made anew when all else of the file has been measured;
+- `lines(device, bounds) -> Iterator[Callable[[Tell], None]]`: what measures something in another way, and tells lines.
 
-What fails is told and the next one goes on, unless the device itself is beyond use. Libraries that are not installed
-are left out. `make bench-gpu` runs every file in a process of its own (`run.py`).
+What is measured is told at once. What fails is told and the next one goes on, unless the device itself is beyond use.
+Libraries that are not installed are left out. `make bench-gpu` runs every file in a process of its own (`run.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -21,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +70,24 @@ def steps(module: Any, name: str, device: Any, bounds: Any, report: Report) -> I
     """What a file has to measure, one thing at a time."""
     import measure
 
-    def measured(make: Callable[[], list[measure.Case]]) -> None:
-        for cells in measure.rows(make(), bounds):
+    ours: dict[str, float] = {}
+    later: list[Callable[[], list[measure.Case]]] = []
+
+    def measured(make: Callable[[], list[measure.Case]], late: bool) -> None:
+        made = make()
+        if not late and any(case.late for case in made):
+            later.append(make)
+        for cells in measure.rows((case for case in made if case.late == late), bounds, ours):
             report.line(name, measure.HEADS, cells)
 
     if hasattr(module, "cases"):
         for make in module.cases(device):
-            yield lambda make=make: measured(make)  # type: ignore[misc]
+            yield partial(measured, make, False)
     if hasattr(module, "lines"):
-        for line in module.lines(device, bounds):
-            yield lambda line=line: report.line(line.title, line.heads, line.cells)  # type: ignore[misc]
+        for step in module.lines(device, bounds):
+            yield partial(step, lambda line: report.line(line.title, line.heads, line.cells))
+    for make in later:
+        yield partial(measured, make, True)
 
 
 def run_file(module: Any, name: str, device: Any, bounds: Any, report: Report, until_s: float) -> None:
@@ -99,6 +110,7 @@ def run_file(module: Any, name: str, device: Any, bounds: Any, report: Report, u
             step()
         except Exception as error:  # likewise; the next thing is measured
             report.failure(error)
+        gc.collect()  # a failure's frames, and other circles, hold memory of the device
         if device.type == "cuda":
             try:
                 torch.cuda.synchronize()

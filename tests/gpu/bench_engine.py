@@ -1,32 +1,24 @@
 """The engine on random weights of Llama-3.1-8B's shape: decode steps against the bandwidth bound, prompts against the
-peak of matrix products, whole runs against transformers' continuous batching on the same weights.
+peak of matrix products, whole runs against transformers on the same weights.
 
 A decode step's bound is the time to read all products' weights and the batch's KV once, at the bandwidth that a copy
-reaches. Steps are timed as captured graphs, with greedy draws; whole runs with the scheduler, in wall-clock time.
+reaches. Steps are timed as captured graphs, with greedy draws; whole runs with the scheduler, in wall-clock time from
+the first request to the last token, ours first.
 Without a GPU (a dry run) everything is tiny, and its times mean nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import time
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-from engine_rig import (
-    DTYPE,
-    Ran,
-    Rig,
-    has_transformers,
-    kv_token_bytes,
-    prefill_operations,
-    serve_all,
-    transformers_model,
-)
-from measure import Bounds, Line, time_s
+import transformers_rival
+from engine_rig import BLOCK_SIZE, DTYPE, Ran, Rig, kv_token_bytes, prefill_operations, serve_all
+from measure import Bounds, Line, Tell, time_s
 from tandem.cluster.engine.devices.cuda import CudaDevice
 from tandem.cluster.engine.gpu.inputs import Limits
 from tandem.cluster.engine.gpu.weights import DeviceDummyWeights
@@ -40,7 +32,7 @@ WHOLE = "engine, whole runs"
 _HEADS = {
     DECODE: ("weights", "batch", "context", "ms", "bound ms", "of bound", "tokens/s", ""),
     PREFILL: ("weights", "tokens", "ms", "tokens/s", "TFLOP/s", "of peak"),
-    WHOLE: ("who", "prompts", "input", "output", "s", "output tokens/s", "against transformers", ""),
+    WHOLE: ("who", "prompts", "input", "output", "s", "output tokens/s", "tandem against it", ""),
 }
 _LEFT_FREE_BYTES = 6 * 2**30
 """Of the device, beside weights and KV: activations, logits, workspaces."""
@@ -86,27 +78,33 @@ TINY = Sizes(
 )
 
 
-def lines(device: torch.device, bounds: Bounds) -> Iterator[Line]:
-    """Decode first: it is what most time goes to."""
+def lines(device: torch.device, bounds: Bounds) -> Iterator[Callable[[Tell], None]]:
+    """Decode first: it is what most time goes to. A rig that cannot be made costs its own lines."""
     sizes = FULL if device.type == "cuda" else TINY
     for quantization in sizes.quantizations:
-        rig = _rig(sizes, device, quantization)
+        held: list[Rig] = []
+        yield partial(_hold, held, sizes, device, quantization)
         for context in sizes.contexts:
             for batch in sizes.batches:
-                yield _decode_line(rig, batch, context, bounds, quantization)
+                yield partial(_decode_line, held, batch, context, bounds, quantization)
         for tokens in sizes.prompts:
-            yield _prefill_line(rig, tokens, bounds, quantization)
+            yield partial(_prefill_line, held, tokens, bounds, quantization)
         if quantization is None:
-            rig.narrow_kv(torch.float8_e4m3fn)  # where reading KV is most of a step
-            yield _decode_line(rig, max(sizes.batches), max(sizes.contexts), bounds, quantization)
-            rig.model.kv = torch.empty(0)
-            theirs = _transformers(rig, sizes)
-            del rig
-            _free(device)
-            yield from _whole_lines(sizes, device, theirs)
-        else:
-            del rig
-        _free(device)
+            yield partial(_narrow_decode_line, held, max(sizes.batches), max(sizes.contexts), bounds)
+        yield partial(_let_go, held, device)
+        if quantization is None:
+            ours: list[Ran] = []
+            yield partial(_our_line, sizes, device, ours)
+            yield partial(_their_lines, sizes, device, ours)
+
+
+def _hold(held: list[Rig], sizes: Sizes, device: torch.device, quantization: str | None, tell: Tell) -> None:
+    held.append(_rig(sizes, device, quantization))
+
+
+def _let_go(held: list[Rig], device: torch.device, tell: Tell) -> None:
+    held.clear()
+    _free(device)
 
 
 def _rig(sizes: Sizes, device: torch.device, quantization: str | None) -> Rig:
@@ -118,7 +116,21 @@ def _rig(sizes: Sizes, device: torch.device, quantization: str | None) -> Rig:
     return Rig(sizes.config, device, kv_tokens=most, limits=sizes.limits, quantization=quantization)
 
 
-def _decode_line(rig: Rig, batch: int, context: int, bounds: Bounds, quantization: str | None) -> Line:
+def _decode_line(
+    held: list[Rig], batch: int, context: int, bounds: Bounds, quantization: str | None, tell: Tell
+) -> None:
+    for rig in held:
+        tell(_decoded(rig, batch, context, bounds, quantization))
+
+
+def _narrow_decode_line(held: list[Rig], batch: int, context: int, bounds: Bounds, tell: Tell) -> None:
+    """Where reading KV is most of a step."""
+    for rig in held:
+        rig.narrow_kv(torch.float8_e4m3fn)
+        tell(_decoded(rig, batch, context, bounds, None))
+
+
+def _decoded(rig: Rig, batch: int, context: int, bounds: Bounds, quantization: str | None) -> Line:
     taken_s = time_s(rig.decode(batch, context))
     element_bytes = rig.model.kv.element_size()
     moved = rig.weight_bytes + batch * context * kv_token_bytes(rig.config, element_bytes)
@@ -138,7 +150,12 @@ def _decode_line(rig: Rig, batch: int, context: int, bounds: Bounds, quantizatio
     return Line(title=DECODE, heads=_HEADS[DECODE], cells=cells)
 
 
-def _prefill_line(rig: Rig, tokens: int, bounds: Bounds, quantization: str | None) -> Line:
+def _prefill_line(held: list[Rig], tokens: int, bounds: Bounds, quantization: str | None, tell: Tell) -> None:
+    for rig in held:
+        tell(_prefilled(rig, tokens, bounds, quantization))
+
+
+def _prefilled(rig: Rig, tokens: int, bounds: Bounds, quantization: str | None) -> Line:
     taken_s = time_s(rig.prefill(tokens), repetitions=10)
     per_s = prefill_operations(rig.config, tokens) / taken_s
     cells = (
@@ -186,49 +203,54 @@ def ours(sizes: Sizes, device: torch.device) -> Ran:
         engine.close()
 
 
-def _whole_lines(sizes: Sizes, device: torch.device, theirs: Ran | str) -> Iterator[Line]:
-    ran = ours(sizes, device)
-    count, length, _ = sizes.whole
-    rate = theirs.output_tokens_per_s if isinstance(theirs, Ran) else None
-    for who, run in (("tandem", ran), ("transformers, continuous batching", theirs)):
-        if isinstance(run, Ran):
-            output = sum(map(len, run.tokens.values())) // count
-            ratio = f"{run.output_tokens_per_s / rate:.2f}x" if rate else ""
-            cells = (f"{run.taken_s:.2f}", f"{run.output_tokens_per_s:.0f}", ratio, "")
-            yield Line(title=WHOLE, heads=_HEADS[WHOLE], cells=(who, str(count), str(length), str(output), *cells))
+def _our_line(sizes: Sizes, device: torch.device, kept: list[Ran], tell: Tell) -> None:
+    kept.append(ours(sizes, device))
+    tell(_whole_line("tandem", sizes, kept[0]))
+
+
+def _their_lines(sizes: Sizes, device: torch.device, kept: list[Ran], tell: Tell) -> None:
+    """transformers' on the same weights, when ours holds no memory any more; leaves none of its own behind."""
+    ways = {
+        "transformers, continuous batching": transformers_rival.continuous,
+        "transformers, generate": transformers_rival.static,
+    }
+    if not transformers_rival.is_here():
+        for who in ways:
+            tell(_whole_line(who, sizes, "not installed here"))
+        return
+    rig = Rig(sizes.config, device, kv_tokens=4 * BLOCK_SIZE, limits=sizes.limits)
+    model = transformers_rival.model_of(rig)
+    del rig
+    _free(device)
+    for who, run in ways.items():
+        try:
+            ran, attention = run(model, prompts_of(sizes), sizes.whole[2])
+        except Exception as error:  # of a library that is not ours: told in its line
+            tell(_whole_line(who, sizes, f"failed: {type(error).__name__}: {str(error)[:200]}"))
         else:
-            yield Line(title=WHOLE, heads=_HEADS[WHOLE], cells=(who, str(count), str(length), "", "", "", "", run))
+            tell(_whole_line(who, sizes, ran, kept, f"attention: {attention}"))
+        _free(device)
+    del model
+    _free(device)
 
 
-def _transformers(rig: Rig, sizes: Sizes) -> Ran | str:
-    """Their engine on our weights, warmed up; why not, where it is not there or failed."""
-    if rig.device.type != "cuda":
-        return "not run without a GPU"
-    if not has_transformers():
-        return "not installed here"
-    try:
-        model: Any = transformers_model(rig)
-        prompts = prompts_of(sizes)
-        _generate(model, prompts, 4)
-        return _generate(model, prompts, sizes.whole[2])
-    except Exception as error:  # of a library that is not ours: told in its line
-        return f"failed: {type(error).__name__}: {str(error)[:200]}"
-
-
-def _generate(model: Any, prompts: Sequence[list[int]], output: int) -> Ran:
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    keeps = "persistent_manager" in inspect.signature(model.generate_batch).parameters  # else it warms up each time
-    more = {"persistent_manager": True} if keeps else {}
-    begin_s = time.perf_counter()
-    found = model.generate_batch(inputs=list(prompts), generation_config=config, progress_bar=False, **more)
-    taken_s = time.perf_counter() - begin_s
-    tokens = {str(index): list(result.generated_tokens) for index, result in enumerate(found.values())}
-    return Ran(tokens, taken_s)
+def _whole_line(who: str, sizes: Sizes, ran: Ran | str, mine: list[Ran] | None = None, note: str = "") -> Line:
+    """`mine`: our run, if there was one, that theirs is held against; `ran`: why not, where it did not."""
+    count, length, output = sizes.whole
+    if isinstance(ran, str):
+        cells = (who, str(count), str(length), "", "", "", "", ran)
+        return Line(title=WHOLE, heads=_HEADS[WHOLE], cells=cells)
+    ratio = ""
+    for our in mine or ():
+        ratio = f"{our.output_tokens_per_s / ran.output_tokens_per_s:.2f}x"
+        alike = sum(ids[0] == our.tokens[name][0] for name, ids in ran.tokens.items())
+        note += f"; first token as ours in {alike} of {count}"
+    figures = (f"{ran.taken_s:.2f}", f"{ran.output_tokens_per_s:.0f}", ratio, note)
+    return Line(title=WHOLE, heads=_HEADS[WHOLE], cells=(who, str(count), str(length), str(output), *figures))
 
 
 def _free(device: torch.device) -> None:
+    gc.collect()  # models and managers point at each other
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

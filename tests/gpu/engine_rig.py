@@ -5,7 +5,6 @@ benchmark measures, and what its dry run on a CPU holds against the CPU's engine
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -161,6 +160,13 @@ class Ran:
         """Of all sequences together."""
         return sum(map(len, self.tokens.values())) / self.taken_s
 
+    def of_length(self, output_tokens: int) -> Ran:
+        """Itself, once all sequences have so many tokens; RuntimeError: some have not."""
+        lengths = {name: len(ids) for name, ids in self.tokens.items() if len(ids) != output_tokens}
+        if lengths:
+            raise RuntimeError(f"{len(lengths)} of {len(self.tokens)} sequences do not have {output_tokens} tokens")
+        return self
+
 
 def serve_all(
     device: Device, prompts: Sequence[Sequence[int]], output_tokens: int, *, budget: int, running: int, longest: int
@@ -211,75 +217,4 @@ def serve_all(
                 tokens[event.seq_id] += [token.token_id for token in event.tokens]
     taken_s = time.perf_counter() - begin_s
     scheduler.check_integrity()
-    return Ran(tokens, taken_s)
-
-
-def transformers_model(rig: Rig) -> torch.nn.Module:
-    """The same weights as a model of transformers'."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c = rig.config
-    theirs = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        max_position_embeddings=c.max_model_len,
-        rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_word_embeddings,
-        rope_parameters=_rope(c),
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(theirs)
-    model.load_state_dict(_named(rig), assign=True)
-    rotary = type(model.model.rotary_emb)(theirs)  # its tables are no weights, and were made nowhere
-    model.model.rotary_emb = rotary
-    model.tie_weights()
-    return model.to(rig.device).eval()
-
-
-def _rope(c: ModelConfig) -> dict[str, object]:
-    if c.rope_scaling is None:
-        return {"rope_type": "default", "rope_theta": c.rope_theta}
-    scaling = c.rope_scaling
-    return {
-        "rope_type": "llama3",
-        "rope_theta": c.rope_theta,
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-    }
-
-
-def _named(rig: Rig) -> dict[str, torch.Tensor]:
-    """Parameters by transformers' names."""
-    c, weights = rig.config, rig.model.weights
-    named = {"model.embed_tokens.weight": weights.embed.weight, "model.norm.weight": weights.final_norm.weight}
-    named["lm_head.weight"] = weights.head._weight
-    for index, layer in enumerate(weights.layers):
-        place = f"model.layers.{index}"
-        counts = [heads * c.head_dim for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
-        for name, part in zip("qkv", layer.qkv._weight.split(counts), strict=True):
-            named[f"{place}.self_attn.{name}_proj.weight"] = part
-        named[f"{place}.self_attn.o_proj.weight"] = layer.attention_out._weight
-        gate, up = layer.up._weight.chunk(2)
-        named |= {f"{place}.mlp.gate_proj.weight": gate, f"{place}.mlp.up_proj.weight": up}
-        named[f"{place}.mlp.down_proj.weight"] = layer.down._weight
-        named[f"{place}.input_layernorm.weight"] = layer.attention_norm.weight
-        named[f"{place}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
-    # Copies: ours were made under inference mode, and would not be taken.
-    return {name: torch.nn.Parameter(value.to(torch.bfloat16, copy=True)) for name, value in named.items()}
-
-
-@functools.cache
-def has_transformers() -> bool:
-    """Whether the comparison can be made here."""
-    try:
-        import transformers
-    except ImportError:
-        return False
-    return hasattr(transformers.LlamaForCausalLM, "generate_batch")
+    return Ran(tokens, taken_s).of_length(output_tokens)

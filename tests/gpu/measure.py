@@ -12,7 +12,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class Case:
     operations: int = 0
     """Floating-point (or integer) multiplications and additions of the matrix units; 0: bound by memory."""
     note: str = ""
+    late: bool = False
+    """To be measured when all others of its file have been: it is compiled first, for minutes at worst."""
+    beside_bytes: int = 0
+    """Moved by what this is a small part of: its share of that is told."""
 
 
 class LeftOutError(Exception):
@@ -44,21 +48,39 @@ class LeftOutError(Exception):
 
 
 def library(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """What `make` makes, once it has run; where either fails, what raises LeftOutError: another's refusal costs its own
-    line, not ours.
+    """What `make` makes at the first call; where it, or that call, fails, each call raises LeftOutError: another's
+    refusal costs its own line, not ours.
     """
-    try:
-        run = make()
-        run()
-    except Exception as error:  # whatever a library finds wrong, or is found wrong with it
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:100]}"
-    else:
-        return run
+    made: list[Callable[[], object]] = []
+    reasons: list[str] = []
 
-    def refuse() -> object:
-        raise LeftOutError(reason)
+    def run() -> object:
+        if reasons:
+            raise LeftOutError(reasons[0])
+        if made:
+            return made[0]()
+        try:
+            theirs = make()
+            result = theirs()
+        except Exception as error:  # whatever a library finds wrong, or is found wrong with it
+            told = (str(error).strip().splitlines() or ["no message"])[0][:100]
+            reasons.append(f"{type(error).__name__}: {told}")
+            raise LeftOutError(reasons[0]) from None
+        made.append(theirs)
+        return result
 
-    return refuse
+    return run
+
+
+def compiled(run: Callable[[], object]) -> Callable[[], object]:
+    """What torch makes of plain operations: the rival where no library has a kernel."""
+
+    def make() -> Callable[[], object]:
+        torch.compiler.reset()  # of one line of code it compiles a few shapes only
+        theirs: Callable[[], object] = torch.compile(run, dynamic=False, fullgraph=True)
+        return theirs
+
+    return library(make)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +91,10 @@ class Line:
     """What the table's lines share: they stand one after another."""
     heads: tuple[str, ...]
     cells: tuple[str, ...]
+
+
+Tell = Callable[[Line], None]
+"""Hears of a line as soon as it is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +209,10 @@ def machine() -> str:
 HEADS = ("what", "who", "µs", "GB/s", "of copy", "TFLOP/s", "of peak", "against tandem", "")
 
 
-def rows(cases: Sequence[Case], bounds: Bounds) -> Iterator[tuple[str, ...]]:
-    """One row a case; `against tandem`: how many times as long as ours this one takes at the same thing."""
-    ours: dict[str, float] = {}
+def rows(cases: Iterable[Case], bounds: Bounds, ours: dict[str, float]) -> Iterator[tuple[str, ...]]:
+    """One row a case; `against tandem`: how many times as long as ours this one takes at the same thing. `ours`: our
+    seconds by `what`, known or found here.
+    """
     for case in cases:
         try:
             taken_s = time_s(case.run)
@@ -201,7 +228,15 @@ def rows(cases: Sequence[Case], bounds: Bounds) -> Iterator[tuple[str, ...]]:
         ratio = f"{taken_s / ours[case.what]:.2f}x" if case.what in ours else ""
         share = f"{moved / bounds.copy_bytes_per_s:.0%}"
         arithmetic = (f"{computed / 1e12:.0f}", f"{computed / bounds.products_per_s:.0%}") if computed else ("", "")
-        yield (case.what, case.who, f"{taken_s * 1e6:.1f}", f"{moved / 1e9:.0f}", share, *arithmetic, ratio, case.note)
+        figures = (f"{taken_s * 1e6:.1f}", f"{moved / 1e9:.0f}", share, *arithmetic, ratio)
+        yield (case.what, case.who, *figures, _note(case, taken_s, bounds))
+
+
+def _note(case: Case, taken_s: float, bounds: Bounds) -> str:
+    if not case.beside_bytes:
+        return case.note
+    share = f"{taken_s * bounds.copy_bytes_per_s / case.beside_bytes:.1%} of a decode step"
+    return f"{case.note}; {share}" if case.note else share
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tandem.cluster import cli
+from tandem.cluster.bench import transfer_phases
 from tandem.cluster.bench.transfer import TransferOptions, run_transfers, table
-from tandem.cluster.bench.transfer_memory import layout_of, plain_copy
+from tandem.cluster.bench.transfer_memory import large_pull, layout_of, plain_copy
+from tandem.cluster.bench.transfer_phases import Watched
+from tandem.cluster.types import SampledToken
 from tandem.kernels import dispatch
+from tandem.kvtransfer.ticket import Peer
+from tandem.kvtransfer.transport import BlockFrame, EndFrame, PullRequest, WrittenBlocks
+from tickets import ticket_of
 
 
 def test_every_transport_of_host_memory_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +32,7 @@ def test_every_transport_of_host_memory_is_told(tmp_path: Path, capsys: pytest.C
     wanted = [(name, *shape) for shape in shapes for name in ("grpc", "grpc-nosum", "mapped")]
     assert sorted((c["transport"], c["block_bytes"], c["blocks"]) for c in cells) == sorted(wanted)
     assert all(cell["pulls"] >= 3 and cell["bytes_per_s"] > 0 and cell["of_plain"] > 0 for cell in cells)
+    assert all(0 < cell["copy_s"] < cell["pull_s"] for cell in cells)
     assert "of plain" in capsys.readouterr().out
 
 
@@ -39,6 +49,43 @@ def test_ranks_hand_it_on() -> None:
     assert (cell.transport, cell.memory, cell.blocks) == ("gloo", "host", 40)
     assert cell.bytes_per_s > 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("KV ")]
+
+
+def test_copying_is_told_apart_from_asking() -> None:
+    """Blocks that a device has copied bring their times; those that are given are copied until the next is wanted."""
+    ticket = ticket_of(2)
+    frame = BlockFrame(ticket=ticket, block_index=0, generation=1, payload=memoryview(b""), checksum=None)
+    by_device = WrittenBlocks(ticket=ticket, first_block=1, block_ids=(1,), arrived_age_s=9.0, written_age_s=2.0)
+
+    end = EndFrame(
+        ticket=ticket, num_tokens=2, first_token=SampledToken(1, 0.0, ()), prefill_end_age_s=0.0, total_bytes=0
+    )
+
+    class Slow(Watched):
+        """A transport between whose frames 50 ms pass; who pulls takes 10 ms for a frame."""
+
+        async def pull(self, *given: object, **more: object) -> AsyncGenerator[Any, None]:
+            for came in ((frame,), by_device, end):
+                clock[0] += 0.05
+                yield came
+
+    async def scene() -> float:
+        watched = Watched(Slow(None))  # type: ignore[arg-type]
+        request = PullRequest(ticket=ticket, first_block=0, into=(0, 1))
+        async for _ in watched.pull(Peer("p", 1, ""), request, timeout_s=1):
+            clock[0] += 0.01
+        return watched.copy_s
+
+    clock = [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer_phases.time, "perf_counter", lambda: clock[0])
+        assert asyncio.run(scene()) == pytest.approx(0.01 + 7.0)
+
+
+def test_a_large_pull_leaves_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free_gib, wanted in ((70, 2048), (8, 512), (0, 0)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free_gib: (free * 2**30, 80 * 2**30))
+        assert large_pull(2 * 2**20) == wanted
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -38,24 +38,41 @@ def run(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def bench(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    fake = SimpleNamespace(HEADS=("what", "who"), rows=lambda cases, bounds: iter(cases), Case=object)
+    rows = lambda cases, bounds, ours: ((case.what, case.who) for case in cases)  # noqa: E731
+    fake = SimpleNamespace(HEADS=("what", "who"), rows=rows, Case=object)
     monkeypatch.setitem(sys.modules, "measure", fake)
     return load(repository, "bench", monkeypatch)
+
+
+def case(what: str, who: str, late: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(what=what, who=who, late=late)
+
+
+def line(cell: str) -> SimpleNamespace:
+    return SimpleNamespace(title="whole", heads=("a",), cells=(cell,))
+
+
+Tell = Callable[[SimpleNamespace], None]
 
 
 def test_what_fails_does_not_keep_the_next_from_being_measured(
     bench: ModuleType, run: ModuleType, tmp_path: Path
 ) -> None:
-    def broken() -> list[tuple[str, str]]:
+    def broken() -> list[SimpleNamespace]:
         raise AssertionError("0.5 is not 0.6")
 
-    def cases(device: torch.device) -> Iterator[Callable[[], list[tuple[str, str]]]]:
-        yield lambda: [("sum", "ours"), ("sum", "theirs")]
+    def cases(device: torch.device) -> Iterator[Callable[[], list[SimpleNamespace]]]:
+        yield lambda: [case("sum", "ours"), case("sum", "compiled", late=True), case("sum", "theirs")]
         yield broken
-        yield lambda: [("product", "ours")]
+        yield lambda: [case("product", "ours")]
 
-    def lines(device: torch.device, bounds: object) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(title="whole", heads=("a",), cells=("1",))
+    def no_room(tell: Tell) -> None:
+        tell(line("1"))
+        raise torch.OutOfMemoryError("no room")
+
+    def lines(device: torch.device, bounds: object) -> Iterator[Callable[[Tell], None]]:
+        yield no_room
+        yield lambda tell: tell(line("2"))
         raise ValueError("no such model")
 
     path = tmp_path / "lines.json"
@@ -64,16 +81,40 @@ def test_what_fails_does_not_keep_the_next_from_being_measured(
     bench.run_file(module, "fake", torch.device("cpu"), None, report, time.monotonic() + 60)
     told = run.read_lines(path)
     assert [line["cells"] for line in told if "cells" in line] == [
-        ["sum", "ours"], ["sum", "theirs"], ["product", "ours"], ["1"]
+        ["sum", "ours"], ["sum", "theirs"], ["product", "ours"], ["1"], ["2"]
     ]  # fmt: skip
     failures = [line["failure"] for line in told if "failure" in line]
     assert failures[0].endswith("AssertionError: 0.5 is not 0.6")
-    assert failures[1].endswith("ValueError: no such model")
-    assert report.failures == 2
+    assert failures[1].endswith("OutOfMemoryError: no room")
+    assert failures[2].endswith("ValueError: no such model")
+    assert report.failures == 3
 
     late = bench.Report("late", path)
     bench.run_file(module, "late", torch.device("cpu"), None, late, time.monotonic() - 1)
     assert run.read_lines(path)[-1] == {"file": "late", "cut": "out of time, the rest is left out"}
+
+
+def test_what_is_late_comes_last_and_what_was_under_way_at_the_limit_is_told(
+    bench: ModuleType, run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now_s[0])
+
+    def takes_long(tell: Tell) -> None:
+        now_s[0] += 100
+        tell(line("whole run"))
+
+    def module(*steps: Callable[[Tell], None]) -> SimpleNamespace:
+        made = [case("sum", "compiled", late=True), case("sum", "ours")]
+        return SimpleNamespace(cases=lambda device: [lambda: made], lines=lambda device, bounds: steps)
+
+    def told(name: str, *steps: Callable[[Tell], None]) -> list[list[str]]:
+        path = tmp_path / f"{name}.json"
+        bench.run_file(module(*steps), name, torch.device("cpu"), None, bench.Report(name, path), 50.0)
+        return [entry.get("cells", ["cut"]) for entry in run.read_lines(path)]
+
+    assert told("quick", lambda tell: tell(line("whole run"))) == [["sum", "ours"], ["whole run"], ["sum", "compiled"]]
+    assert told("slow", takes_long) == [["sum", "ours"], ["whole run"], ["cut"]]
 
 
 def test_a_process_that_hangs_or_fails_is_told(run: ModuleType, tmp_path: Path) -> None:
@@ -281,16 +322,32 @@ def test_what_waits_for_the_device_is_not_captured(measure: ModuleType) -> None:
 
 
 def test_what_another_library_refuses_costs_its_own_line(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
     def refuses() -> None:
+        made.append("theirs")
         raise NotImplementedError("no such kernel\non this device")
 
+    def makes() -> Callable[[], None]:
+        made.append("others")
+        return lambda: made.append("ran")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    runs = (("tandem", list), ("theirs", measure.library(lambda: refuses)), ("others", measure.library(lambda: list)))
+    runs = (("tandem", list), ("theirs", measure.library(lambda: refuses)), ("others", measure.library(makes)))
     cases = [measure.Case(what="sum", who=who, run=run, moved_bytes=8) for who, run in runs]
-    lines = list(measure.rows(cases, measure.Bounds(copy_bytes_per_s=1.0, products_per_s=1.0)))
-    assert [line[1] for line in lines] == ["tandem", "theirs", "others"]
-    assert lines[1] == ("sum", "theirs", "left out", *[""] * 5, "NotImplementedError: no such kernel")
-    assert lines[2][7].endswith("x")
+    bounds, ours = measure.Bounds(copy_bytes_per_s=1.0, products_per_s=1.0), dict[str, float]()
+    lines = measure.rows(cases, bounds, ours)
+    assert next(lines)[1] == "tandem"
+    assert made == []  # what others make first, for minutes at worst, holds up no line of ours
+    rest = list(lines)
+    assert [line[1] for line in rest] == ["theirs", "others"]
+    assert rest[0] == ("sum", "theirs", "left out", *[""] * 5, "NotImplementedError: no such kernel")
+    assert rest[1][7].endswith("x")
+    assert made == ["theirs", "others", "ran"]
+    later = [measure.Case(what="sum", who="late", run=list, moved_bytes=8, beside_bytes=80)]
+    (told,) = measure.rows(later, bounds, ours)
+    assert told[7].endswith("x")
+    assert told[8].endswith("% of a decode step")
 
 
 def test_files_are_found_and_what_matters_most_runs_first(run: ModuleType, repository: Path) -> None:
