@@ -11,18 +11,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .operations import GpuOperations, Int8Operations, KvMoves, Operations
 from .picked import Picked
 
 if TYPE_CHECKING:
     import torch
 
-    from .gpu_plans.draws import Logprobs
     from .linear import Linear
 
 KERNELS = ("auto", "compiled", "triton", "torch", "reference")
@@ -33,6 +32,7 @@ OLDEST_CAPABILITY = (8, 0)
 OLDEST_TRITON = (3, 6)
 GPU_OPERATIONS = (
     "activation",
+    "candidates",
     "decode_attention",
     "draws",
     "kv_blocks",
@@ -214,18 +214,6 @@ def _release(version: str) -> tuple[int, int]:
     return (numbers[0], numbers[1] if len(numbers) > 1 else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Operations:
-    """One implementation of every operation of the decoder; signatures are those of the `*_reference` functions."""
-
-    rms_norm: Callable[..., torch.Tensor]
-    layer_norm: Callable[..., torch.Tensor]
-    rotary: Callable[..., torch.Tensor]
-    activation: Callable[..., torch.Tensor]
-    kv_write: Callable[..., None]
-    paged_attention: Callable[..., torch.Tensor]
-
-
 @functools.cache
 def operations(kernels: str) -> Operations:
     """The operations as torch computes them: `torch` the fast ones, `reference` the formulas. ValueError for others."""
@@ -250,35 +238,6 @@ def operations(kernels: str) -> Operations:
             paged_attention.paged_attention_reference,
         )
     raise ValueError(f"kernels: {kernels!r} is not one of ['reference', 'torch']")
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Operations:
-    """Those whose results a product takes as integers: (int8 [T, C], float32 scales [T])."""
-
-    rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    layer_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    activation: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class GpuOperations:
-    """One implementation of what a step on a GPU launches between its products; signatures are those of `kernels.gpu`'s
-    functions of the same names.
-    """
-
-    rms_norm: Callable[..., torch.Tensor]
-    layer_norm: Callable[..., torch.Tensor]
-    activation: Callable[..., torch.Tensor]
-    kv_write: Callable[..., torch.Tensor]
-    decode_attention: Callable[..., torch.Tensor]
-    prefill_attention: Callable[..., torch.Tensor]
-    sample: Callable[..., torch.Tensor]
-    penalize: Callable[..., None]
-    restore: Callable[..., None]
-    logprobs: Callable[..., Logprobs]
-    int8: Int8Operations | None = None
-    """None: there are no quantized products beside it."""
 
 
 @functools.cache
@@ -323,18 +282,6 @@ def _triton_operations() -> GpuOperations:
         logprobs=logprobs.logprobs,
         int8=Int8Operations(norm.rms_norm_int8, norm.layer_norm_int8, activation.activation_int8),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class KvMoves:
-    """One implementation of moves of KV blocks; signatures are those of `kernels.gpu.kv_blocks`'s functions."""
-
-    gather_blocks: Callable[..., torch.Tensor]
-    scatter_blocks: Callable[..., None]
-    copy_blocks: Callable[..., None]
-    repack: Callable[..., None]
-    compiles: bool
-    """Whether the first call of each compiles it."""
 
 
 @functools.cache

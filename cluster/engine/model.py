@@ -16,8 +16,9 @@ from typing import Protocol
 
 import torch
 
-from ...kernels.dispatch import Operations, operations
+from ...kernels.dispatch import operations
 from ...kernels.linear import EmbeddingTable, Linear
+from ...kernels.operations import Operations
 from ...kernels.paged_attention import AttentionPlan, AttentionShape, Workspace
 from ...kernels.rotary import rotary_tables
 from ..models.config import ModelConfig

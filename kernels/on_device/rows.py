@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import Operations
 from ..kv_write import narrowed
+from ..operations import Operations
 
 
 def rms_norm(

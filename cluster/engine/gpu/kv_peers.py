@@ -8,18 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
 from ....kernels.gpu_plans.moves import Part
+from ....kernels.operations import KvMoves
 from ....kvtransfer.cuda_ipc.driver import Allocation, CudaError
 from ....kvtransfer.cuda_ipc.memory import DeviceCopy, DeviceLost, DeviceMemory, PeerMemory
 from ....kvtransfer.layout import KVLayout
 from ....kvtransfer.mapped.segment import SegmentError
 
-if TYPE_CHECKING:
-    from .kv_store import DeviceKVStore
+
+class Target(Protocol):
+    """What is copied into: of a `DeviceKVStore`, which see."""
+
+    layout: KVLayout
+    tensor: torch.Tensor
+
+    @property
+    def moves(self) -> KvMoves:
+        """Who copies."""
+
+    @property
+    def device_index(self) -> int:
+        """Of its GPU."""
+
+    def sent(self, values: Sequence[int]) -> torch.Tensor:
+        """Integers on the device."""
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """What is launched meanwhile goes to its stream."""
+
+    def recorded(self) -> Any:
+        """An event behind what was launched so."""
 
 
 def as_tensor(allocation: Allocation, num_bytes: int) -> torch.Tensor:
@@ -44,7 +67,7 @@ class _Interface:
 class GpuMemory(DeviceMemory):
     """The memory of a `DeviceKVStore` that was allocated to be shared."""
 
-    def __init__(self, store: DeviceKVStore, fd: int) -> None:
+    def __init__(self, store: Target, fd: int) -> None:
         """`fd` stays the caller's."""
         self._store = store
         self.fd = fd
@@ -73,7 +96,7 @@ def block_shape(layout: KVLayout) -> tuple[int, ...]:
 class GpuPeer(PeerMemory):
     """Blocks [N, L, 2, K, S, D] of another worker; `allocation` is what holds their mapping, if anything does."""
 
-    def __init__(self, store: DeviceKVStore, blocks: torch.Tensor, allocation: Allocation | None) -> None:
+    def __init__(self, store: Target, blocks: torch.Tensor, allocation: Allocation | None) -> None:
         self._store = store
         self._blocks = blocks
         self._allocation = allocation

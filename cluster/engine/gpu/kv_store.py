@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....kernels.dispatch import KvMoves, kv_moves
+from ....kernels.dispatch import kv_moves
 from ....kernels.gpu_plans.moves import Part
+from ....kernels.operations import KvMoves
 from ....kvtransfer.cuda_ipc.driver import Allocation, CudaUnsupported
 from ....kvtransfer.layout import KVLayout
 from ....kvtransfer.mapped.segment import KVSegment

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ....kernels.dispatch import GpuOperations, Int8Operations, gpu_facts, interpreter, pick_gpu
+from ....kernels.dispatch import gpu_facts, interpreter, pick_gpu
 from ....kernels.gpu_plans.decode import DecodePlan
 from ....kernels.gpu_plans.prefill import PrefillPlan
 from ....kernels.linear import Linear
+from ....kernels.operations import GpuOperations, Int8Operations
 from ....kernels.picked import Picked
 from ....kernels.rotary import rotary_tables
 from ...models.config import ModelConfig

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ....kernels.dispatch import GpuOperations
 from ....kernels.gpu_plans.draws import INFINITE, NOT_A_NUMBER, NOTHING, Penalties, Wants
+from ....kernels.operations import GpuOperations
 from ...types import SampledToken, SamplingParams
 from ..plan import SampleSpec
 from ..sampler import SampleFailure, bad_peak, is_greedy
