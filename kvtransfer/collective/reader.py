@@ -2,7 +2,8 @@
 
 A batch is asked for, and when the holder says GO every rank that has a part in it is told to receive it and to write it
 where it belongs. `MAX_READS` are under way at once; others wait their turn. A read that is given up (`Reading.forget`)
-is received all the same, so that the order of messages stands, and not written.
+is received all the same, so that the order of messages stands, and not written. A holder that says what is not due ends
+the session: what it can make its reader keep is bounded, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..reshape import Reshape
 from ..ticket import HandoffRefused, Peer, RefusalReason, Ticket
 from . import messages as m
 from .commands import Answer, Done, Failed, Forget, Forgotten, Join, Joined, Key, Left, Receive
-from .holder import MAX_READS, pair_name, pair_proof
+from .holder import MAX_KEYS, MAX_READS, pair_name, pair_proof
 from .plan import Batch
 from .ports import WorkerRanks
 
@@ -75,6 +76,8 @@ class ReaderSession:
         self._places = asyncio.Semaphore(MAX_READS)
         self._readings: dict[int, Reading] = {}
         self._next = 0
+        self._joined = False
+        self._keys_left = MAX_KEYS * len(reshape.routes)
         self._to_meet = set(range(len(reshape.routes)))
         self._ranks_in = {route.target_rank for route in reshape.routes}
         self._to_leave: set[int] = set()
@@ -178,13 +181,14 @@ class ReaderSession:
 
     def _take(self, message: m.Message) -> None:
         match message:
-            case m.Opened():
+            case m.Opened() if not self._joined:
                 self._join(message)
-            case m.PairKey() if message.pair < len(self._reshape.routes):
+            case m.PairKey() if message.pair < len(self._reshape.routes) and self._keys_left:
+                self._keys_left -= 1
                 key = Key(session=self._opened.session, pair=message.pair, key=message.key, value=message.value)
                 self._say(message.pair, key)
-            case m.Go() if message.batch in self._readings:
-                self._receive(self._readings[message.batch])
+            case m.Go() if (reading := self._readings.get(message.batch)) and not reading.receiving:
+                self._receive(reading)
             case m.No() if message.batch in self._readings:
                 self._conclude(self._readings[message.batch], message.refusal)
             case m.End():
@@ -193,6 +197,7 @@ class ReaderSession:
                 raise HandoffRefused(RefusalReason.CORRUPT, f"{type(message).__name__} came")
 
     def _join(self, answered: m.Opened) -> None:
+        self._joined = True
         self._ranks.attend(self._opened.session, self._heard)
         self._to_leave = set(self._ranks_in)
         for pair in range(len(self._reshape.routes)):
