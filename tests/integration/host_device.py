@@ -42,6 +42,7 @@ class HostDevice(DeviceMemory):
         """Copies end when it is set."""
         self.gate.set()
         self.copies: list[HostCopy] = []
+        self.most_under_way = 0
         self.peers: list[HostPeer] = []
 
     def open(self, fd: int, layout: KVLayout, num_blocks: int) -> PeerMemory:
@@ -66,6 +67,8 @@ class HostPeer(PeerMemory):
         assert self.memory is not None, "a copy out of memory that was closed"
         tokens = range(first_token, first_token + num_tokens)
         self.device.copies.append(HostCopy(self, list(source_ids), list(target_ids), tokens))
+        under_way = sum(copy.under_way for copy in self.device.copies)
+        self.device.most_under_way = max(self.device.most_under_way, under_way)
         return self.device.copies[-1]
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from host_device import DeviceStore
 from mapped_ends import LAYOUT, NUM_BLOCKS, TOKEN, D, Holder, Reader, content, play, until
+from tandem.kvtransfer.cuda_ipc import blocks
 from tandem.kvtransfer.layout import KVLayout
 from tandem.kvtransfer.memory_store import MemoryKVStore
 from tandem.kvtransfer.ticket import RefusalReason
@@ -87,20 +88,75 @@ def test_a_block_handed_out_anew_under_a_copy_does_not_count(held: DeviceStore, 
     play(scene, held=held, in_device=mine)
 
 
-def test_an_abort_waits_for_the_copy_that_writes_into_its_blocks(held: DeviceStore, mine: DeviceStore) -> None:
+def test_the_next_copy_is_begun_before_one_ends(
+    held: DeviceStore, mine: DeviceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scene(holder: Holder, there: Reader) -> None:
         key = holder.prefill(100, SEVEN)
         holder.source.on_done(key, TOKEN)
         mine.device_memory.gate.clear()
         there.submit(holder.peer, 100)
-        await until(lambda: len(mine.device_memory.copies) == 1)
-        # Until it has done so no other task has a turn: the wait for the device is bounded by its copy.
-        asyncio.get_running_loop().run_in_executor(None, mine.device_memory.gate.set)
+        await until(lambda: len(mine.device_memory.copies) == 2)
+        assert [copy.source_ids for copy in mine.device_memory.copies] == [SEVEN[:2], SEVEN[2:4]]
+        mine.device_memory.gate.set()
+        stats = await there.ready(D)
+        assert (stats.retries, stats.blocks) == (0, 7)
+        assert len(mine.device_memory.copies) == 4
+        assert [bytes(mine.read_block(i)) for i in range(7)] == [content(b, 1) for b in SEVEN]
+
+    monkeypatch.setattr(blocks, "COPY_BYTES", 2 * LAYOUT.block_bytes + 1)
+    play(scene, held=held, in_device=mine)
+    assert mine.device_memory.most_under_way == 2
+
+
+@pytest.mark.parametrize(("at", "kept"), [(1, 0), (3, 2)])
+def test_a_copy_that_does_not_count_waits_for_the_one_beside_it(
+    held: DeviceStore, mine: DeviceStore, monkeypatch: pytest.MonkeyPatch, at: int, kept: int
+) -> None:
+    """A block that is handed out anew under the first of two copies, or the second: what came before it is here."""
+
+    async def scene(holder: Holder, there: Reader) -> None:
+        key = holder.prefill(100, SEVEN)
+        mine.device_memory.gate.clear()
+        holder.source.on_advanced(key, 80)
+        there.submit(holder.peer, 100)
+        await until(lambda: len(mine.device_memory.copies) == 2)
+        holder.source.on_preempted(key)
+        holder.grant([SEVEN[at]])
+        mine.device_memory.gate.set()
+        await until(lambda: there.sink._puller.retries_of(D) == 1)
+        assert not any(copy.under_way for copy in mine.device_memory.copies)
+        again = [2, 6, 7, 10, 11, 12, 13]
+        holder.source.on_blocks(key, holder.grant(again), 0)
+        holder.source.on_done(key, TOKEN)
+        assert (await there.ready(D)).retries == 1
+        expected = [content(block_id, 1) for block_id in SEVEN[:kept] + again[kept:]]
+        assert [bytes(mine.read_block(i)) for i in range(7)] == expected
+
+    monkeypatch.setattr(blocks, "COPY_BYTES", 2 * LAYOUT.block_bytes)
+    play(scene, held=held, in_device=mine)
+
+
+@pytest.mark.parametrize("at_a_time", [7, 4])
+def test_an_abort_waits_for_the_copies_that_write_into_its_blocks(
+    held: DeviceStore, mine: DeviceStore, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    async def scene(holder: Holder, there: Reader) -> None:
+        key = holder.prefill(100, SEVEN)
+        holder.source.on_done(key, TOKEN)
+        mine.device_memory.gate.clear()
+        there.submit(holder.peer, 100)
+        await until(lambda: len(mine.device_memory.copies) == -(-7 // at_a_time))
         there.sink.abort("r", 0, 0)
+        for _ in range(2 * blocks.LOOKS):
+            await asyncio.sleep(0)
+        assert ("writer_done", D) not in there.said
+        mine.device_memory.gate.set()
         await until(lambda: ("writer_done", D) in there.said)
-        assert not mine.device_memory.copies[0].under_way
+        assert not any(copy.under_way for copy in mine.device_memory.copies)
         assert bytes(mine.read_block(6)) == content(SEVEN[6], 1)
 
+    monkeypatch.setattr(blocks, "COPY_BYTES", at_a_time * LAYOUT.block_bytes)
     play(scene, held=held, in_device=mine)
 
 

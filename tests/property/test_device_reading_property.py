@@ -8,9 +8,11 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from typing import cast
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tandem.kvtransfer.cuda_ipc import blocks as blocks_module
 from tandem.kvtransfer.cuda_ipc.blocks import DeviceBlocks
 from tandem.kvtransfer.cuda_ipc.memory import DeviceCopy, PeerMemory
 from tandem.kvtransfer.layout import KVGroup, KVLayout
@@ -74,6 +76,7 @@ def test_every_wanted_token_is_copied_once_to_its_place(
     my_blocks, their_blocks = -(-num_tokens // mine), -(-num_tokens // theirs)
     first_block = data.draw(st.integers(0, my_blocks), label="first_block")
     cuts = data.draw(st.lists(st.integers(0, their_blocks), max_size=4), label="cuts")
+    at_a_time = data.draw(st.integers(1, 20), label="blocks of a copy")
     ids = data.draw(st.permutations(range(100)), label="ids")[: max(my_blocks, their_blocks)]
     source, target = [100 + i for i in ids[:their_blocks]], ids[:my_blocks]
     ticket = ticket_of(num_tokens)
@@ -103,7 +106,8 @@ def test_every_wanted_token_is_copied_once_to_its_place(
                 assert all(place in peer.came for place in whole), "a block was told before its last token"
         assert told == max(first_block, my_blocks)
 
-    asyncio.run(pull())
+    with mock.patch.object(blocks_module, "COPY_BYTES", at_a_time * blocks.theirs.block_bytes):
+        asyncio.run(pull())
     wanted = {
         (target[token // mine], token % mine): (source[token // theirs], token % theirs)
         for token in range(first_block * mine, num_tokens)
