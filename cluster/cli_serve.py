@@ -12,7 +12,7 @@ from pathlib import PurePath
 from .cli_display import Display
 from .config import ClusterConfig, is_loopback
 from .launch.interrupts import Interrupts
-from .launch.ray_cluster import Interrupted, RayCluster
+from .launch.ray_cluster import Interrupted, Progress, RayCluster
 from .launch.stages import describe
 from .launch.state import Endpoints, MemberView
 
@@ -25,23 +25,18 @@ def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
     """Runs the cluster and returns the exit code. Raises LaunchError where it cannot start."""
     display = Display()
     display.line(headline(config))
-    ready = False
-
-    def on_signal(count: int) -> None:
-        gentle = "draining: running requests finish; Ctrl-C again stops at once"
-        display.line(gentle if ready and count == 1 else "stopping")
-
+    told = SignalsTold(display)
     with (
-        Interrupts(on_signal) as interrupts,
+        Interrupts(told) as interrupts,
         watched_cluster(config, display, interrupts, verbose=verbose) as cluster,
     ):
         try:
             with display.steps() as progress:
-                endpoints = cluster.start(progress)
+                endpoints = cluster.start(told.follow(progress))
         except Interrupted:
             display.line("stopped before it was ready")
             return 130
-        ready = True
+        told.ready = True
         display.line(started(cluster.started_s, cluster.members()))
         display.line(welcome(config, endpoints))
         while not interrupts.first.wait(_LOOK_S) and not cluster.ray_lost:
@@ -54,6 +49,33 @@ def serve(config: ClusterConfig, *, verbose: bool = False) -> int:
         cluster.stop(at_once=interrupts.second.is_set())
         display.line("ended, because the local Ray died; nothing is left running" if lost else "stopped")
     return 1 if lost else 0
+
+
+class SignalsTold:
+    """What a signal is answered with, by how far the cluster is. Called in the handler with how many have come."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._ray_starts = False
+        self.ready = False
+
+    def follow(self, progress: Progress) -> Progress:
+        """`progress`, listened to."""
+
+        def heard(who: str, what: str, share: float | None) -> None:
+            if who == "ray":
+                self._ray_starts = what == "starting"
+            progress(who, what, share)
+
+        return heard
+
+    def __call__(self, count: int) -> None:
+        if self.ready and count == 1:
+            self._display.line("draining: running requests finish; Ctrl-C again stops at once")
+        elif self._ray_starts:
+            self._display.line("stopping, as soon as Ray has started: that cannot be cut short")
+        else:
+            self._display.line("stopping" if count == 1 else "stopping at once")
 
 
 def watched_cluster(

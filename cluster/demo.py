@@ -13,7 +13,7 @@ from .bench.run import BenchResult, run_bench
 from .bench.show import table
 from .bench.waterfall import draw, spans
 from .cli_display import Display
-from .cli_serve import headline, watched_cluster
+from .cli_serve import SignalsTold, headline, watched_cluster
 from .config import ClusterConfig
 from .config_file import build_config
 from .launch.interrupts import Interrupts
@@ -59,12 +59,13 @@ def run_demo(options: DemoOptions) -> int:
     display = Display()
     config = options.cluster()
     display.line(headline(config))
+    told = SignalsTold(display)
     with (
-        Interrupts(lambda _: display.line("stopping")) as interrupts,
+        Interrupts(told) as interrupts,
         watched_cluster(config, display, interrupts) as cluster,
     ):
         try:
-            code = _show(options, cluster, display)
+            code = _show(options, cluster, display, told)
         except Interrupted:
             return 130
         if interrupts.first.is_set():
@@ -75,9 +76,9 @@ def run_demo(options: DemoOptions) -> int:
     return code
 
 
-def _show(options: DemoOptions, cluster: RayCluster, display: Display) -> int:
+def _show(options: DemoOptions, cluster: RayCluster, display: Display, told: SignalsTold) -> int:
     with display.steps() as progress:
-        endpoints = cluster.start(progress)
+        endpoints = cluster.start(told.follow(progress))
     display.line(f"ready: http://{endpoints.http}, gRPC {endpoints.grpc}\n")
     timings = _answer(endpoints, display)
     display.line("\nwhere that request's time went")
