@@ -7,13 +7,12 @@ what its tiles move, caches included, and what standard attention would.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import flashinfer_rival
 import torch
 import triton
 from measure import Case, library, time_s
@@ -33,7 +32,6 @@ VARIED_DECODE, VARIED_PREFILL = ((8191, 1),) * 32, ((6144, 2048),)
 BLOCK_SIZES = (64, 128, 32)
 WINDOW = 4096
 NARROW = (torch.int8, torch.float8_e4m3fn)
-_WORKSPACE_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +114,17 @@ def prefill_cases(given: Setting, narrow: bool = False) -> list[Case]:
         Case(who="tandem", run=held(ours(given.layer), expected), note=note, **common),
         Case(who="sdpa, dense", run=dense, **common),
     ]
-    if flashinfer_is_here():
-        run = library(lambda: held(flashinfer_prefill(given, given.layer), expected))
-        cases.append(Case(who="flashinfer", run=run, **common))
+    if flashinfer_rival.is_here():
+        run = library(lambda: held(flashinfer_rival.prefill(given, given.layer), expected))
+        cases.append(Case(who="flashinfer", run=run, late=True, **common))
     for dtype in NARROW if narrow else ():
         layer, scales, wide = given.narrow(dtype)
         known, common["moved_bytes"] = _dense_prefill(wide)().transpose(1, 2), queries + vectors
         mine = held(ours(layer, scales), known)
         cases.append(Case(who=f"tandem, {str(dtype)[6:]} KV", run=mine, **common))
-        if flashinfer_is_here() and dtype == torch.float8_e4m3fn:
-            theirs = library(partial(_held_narrow, flashinfer_prefill, given, layer, scales, known))
-            cases.append(Case(who="flashinfer, float8_e4m3fn KV", run=theirs, **common))
+        if flashinfer_rival.is_here() and dtype == torch.float8_e4m3fn:
+            theirs = library(partial(_held_narrow, flashinfer_rival.prefill, given, layer, scales, known))
+            cases.append(Case(who="flashinfer, float8_e4m3fn KV", run=theirs, late=True, **common))
     return cases
 
 
@@ -181,17 +179,18 @@ def decode_cases(given: Setting, narrow: bool = False) -> list[Case]:
         Case(what=what, who="tandem", run=held(ours(given.layer), expected), moved_bytes=plain_bytes),
         Case(what=what, who="sdpa, dense", run=dense, moved_bytes=plain_bytes),
     ]
-    if flashinfer_is_here():
-        run = library(lambda: held(flashinfer_decode(given, given.layer), expected))
-        cases.append(Case(what=what, who="flashinfer", run=run, moved_bytes=plain_bytes))
+    if flashinfer_rival.is_here():
+        run = library(lambda: held(flashinfer_rival.decode(given, given.layer), expected))
+        cases.append(Case(what=what, who="flashinfer", run=run, moved_bytes=plain_bytes, late=True))
     for dtype in NARROW if narrow else ():
         layer, scales, wide = given.narrow(dtype)
         known = _dense_decode(wide)()[:, :, 0]
         mine = held(ours(layer, scales), known)
         cases.append(Case(what=what, who=f"tandem, {str(dtype)[6:]} KV", run=mine, moved_bytes=narrow_bytes))
-        if flashinfer_is_here() and dtype == torch.float8_e4m3fn:
-            theirs = library(partial(_held_narrow, flashinfer_decode, given, layer, scales, known))
-            cases.append(Case(what=what, who="flashinfer, float8_e4m3fn KV", run=theirs, moved_bytes=narrow_bytes))
+        if flashinfer_rival.is_here() and dtype == torch.float8_e4m3fn:
+            theirs = library(partial(_held_narrow, flashinfer_rival.decode, given, layer, scales, known))
+            who = "flashinfer, float8_e4m3fn KV"
+            cases.append(Case(what=what, who=who, run=theirs, moved_bytes=narrow_bytes, late=True))
     return cases
 
 
@@ -199,11 +198,6 @@ def _dense_decode(given: Setting) -> Callable[[], torch.Tensor]:
     """Torch's, [rows, H, 1, D], over the keys that are seen."""
     k, v = (x[:, :, -_seen(given, 1) :] for x in given.dense())
     return lambda: scaled_dot_product_attention(given.q[:, :, None], k, v, enable_gqa=True)
-
-
-def flashinfer_is_here() -> bool:
-    """Whether it is installed."""
-    return importlib.util.find_spec("flashinfer") is not None
 
 
 def _held_narrow(
@@ -214,46 +208,6 @@ def _held_narrow(
     expected: torch.Tensor,
 ) -> Callable[[], torch.Tensor]:
     return held(make(given, layer, k_scale=float(scales[0, 0]), v_scale=float(scales[1, 0])), expected, 0.05)
-
-
-def _pages(given: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """FlashInfer's page table of rows of one length: first pages, pages, slots used of the last ones."""
-    count, context = len(given.rows), given.rows[0].start + given.rows[0].length
-    blocks = given.tables.shape[1]
-    firsts = torch.arange(count + 1, dtype=torch.int32, device=given.q.device) * blocks
-    last = torch.full(
-        (count,), context - (blocks - 1) * given.shape.block_size, dtype=torch.int32, device=firsts.device
-    )
-    return firsts, given.tables.flatten(), last
-
-
-def flashinfer_prefill(given: Setting, layer: torch.Tensor, **scales: float) -> Callable[[], torch.Tensor]:
-    """FlashInfer over the same memory, whose layout it calls HND."""
-    flashinfer = importlib.import_module("flashinfer")
-    workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=given.q.device)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
-    starts = torch.tensor([row.offset for row in given.rows] + [len(given.q)], dtype=torch.int32, device=given.q.device)
-    wrapper.plan(starts, *_pages(given), *_heads(given.shape), causal=True, **_kinds(given, layer))
-    return lambda: wrapper.run(given.q, layer, **scales)
-
-
-def flashinfer_decode(given: Setting, layer: torch.Tensor, **scales: float) -> Callable[[], torch.Tensor]:
-    """As `flashinfer_prefill`; with matrix units, which it advises for grouped heads."""
-    flashinfer = importlib.import_module("flashinfer")
-    workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=given.q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-    wrapper.plan(*_pages(given), *_heads(given.shape), **_kinds(given, layer))
-    return lambda: wrapper.run(given.q, layer, **scales)
-
-
-def _heads(shape: AttentionShape) -> tuple[int, int, int, int]:
-    return shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size
-
-
-def _kinds(given: Setting, layer: torch.Tensor) -> dict[str, object]:
-    """Dtypes, and how many keys before its own a query sees (-1: all)."""
-    window = given.shape.window
-    return {"q_data_type": DTYPE, "kv_data_type": layer.dtype, "window_left": -1 if window is None else window - 1}
 
 
 def llama(block_size: int = 16, window: int | None = None) -> AttentionShape:

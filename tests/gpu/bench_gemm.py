@@ -1,6 +1,7 @@
-"""Quantized products against torch's: bf16, its own int8 product (cuBLAS, without the scales), its own product of 4-bit
-weights with groups. Llama-3.1-8B's layers. Few rows are bound by the bytes of the weights, many by arithmetic; `of
-peak` is of the measured bf16 peak, which int8 may exceed. Cuts are tuned first, and kept where tuning keeps them.
+"""Quantized products against torch's: bf16, its own int8 product (cuBLAS, without scales, and compiled with them), its
+own product of 4-bit weights with groups; FlashInfer has neither. Llama-3.1-8B's layers. Few rows are bound by the bytes
+of the weights, many by arithmetic; `of peak` is of the measured bf16 peak, which int8 may exceed. Cuts are tuned first,
+and kept where tuning keeps them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import Case, library
+from measure import Case, compiled, library
 from tandem.kernels.gpu.tuning import Tuner
 from tandem.kernels.gpu.w4a16 import w4a16_linear
 from tandem.kernels.gpu.w8a8 import w8a8_linear
@@ -20,6 +21,8 @@ SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """[outputs, inputs] of q k v, o, gate and up, down."""
 ROWS = (1, 16, 128, 2048)
 GROUP = 128
+_FEWEST_ROWS = 32
+"""Of torch's int8 product, which refuses 16."""
 
 
 def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
@@ -53,18 +56,21 @@ def _of_int8(
     torch.testing.assert_close(run()[few].float(), expected, rtol=0.01, atol=0.01)
     moved_bytes = moved - x.nbytes // 2 + weight.nbytes
     found = [Case(what=f"{what}, W8A8", who="tandem", run=run, moved_bytes=moved_bytes, operations=operations)]
-    if x.shape[0] > 16:  # fewer rows it refuses
-        theirs = lambda: torch._int_mm(quantized, weight.t())  # noqa: E731
-        found.append(
-            Case(
-                what=f"{what}, W8A8",
-                who="torch int8",
-                run=theirs,
-                moved_bytes=moved_bytes,
-                operations=operations,
-                note="int32 sums only",
-            )
-        )
+    rows = max(len(quantized), _FEWEST_ROWS)
+    padded = torch.zeros(rows, quantized.shape[1], dtype=torch.int8, device=x.device)
+    padded[: len(quantized)] = quantized
+    theirs = lambda: torch._int_mm(padded, weight.t())  # noqa: E731
+    note = f"padded to {rows} rows" if rows > len(quantized) else ""
+    common = {"what": f"{what}, W8A8", "moved_bytes": moved_bytes, "operations": operations}
+    found.append(Case(who="torch int8", run=theirs, note=f"int32 sums only; {note}".rstrip("; "), **common))
+    if x.is_cuda:
+        all_scales = torch.ones(rows, device=x.device)
+        all_scales[: len(scales)] = scales
+
+        def scaled() -> torch.Tensor:
+            return (torch._int_mm(padded, weight.t()) * all_scales[:, None] * weight_scales).to(torch.bfloat16)
+
+        found.append(Case(who="torch int8, compiled with scales", run=compiled(scaled), note=note, late=True, **common))
     bf16 = lambda: x @ dense.t()  # noqa: E731
     found.append(
         Case(what=f"{what}, W8A8", who="torch bf16", run=bf16, moved_bytes=moved + dense.nbytes, operations=operations)

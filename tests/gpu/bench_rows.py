@@ -1,16 +1,16 @@
 """What stands between a layer's products: norms, activations, rotary and KV writes, copies of KV blocks, against
-torch (its own kernels, or several of them where it has none that is fused) and FlashInfer. Llama-3.1-8B's widths,
-bf16. All of it is bound by memory: `of copy` is what counts.
+torch (its own kernels, or several of them where it has none that is fused, and what it compiles of those) and
+FlashInfer. Llama-3.1-8B's widths, bf16. All of it is bound by memory: `of copy` is what counts.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import flashinfer_rival
 import torch
-from measure import Case, library
+from measure import Case, compiled, library
 from tandem.kernels.gpu.activation import activation, activation_int8, quantize_rows
 from tandem.kernels.gpu.kv_blocks import copy_blocks, gather_blocks, repack, scatter_blocks
 from tandem.kernels.gpu.kv_write import kv_write
@@ -64,26 +64,24 @@ def _norm(tokens: int, device: torch.device) -> list[Case]:
         ),
         Case(what=what, who="torch", run=two_kernels, moved_bytes=4 * x.nbytes, note="not fused"),
     ]
-    if importlib.util.find_spec("flashinfer"):
+    found += _of_flashinfer(what, partial(flashinfer_rival.add_norm, x, residual, weight), 4 * x.nbytes)
+    what, moved = f"RMS norm to int8, {tokens} x {WIDTH}", x.nbytes * 3 // 2
+    in_torch = lambda: quantize_rows_reference(torch_rms_norm(x, (WIDTH,), weight, 1e-5))  # noqa: E731
+    run_int8 = lambda: rms_norm_int8(x, weight, 1e-5)  # noqa: E731
+    return [*found, Case(what=what, who="tandem", run=run_int8, moved_bytes=moved), *_of_torch(what, in_torch, moved)]
 
-        def theirs() -> Callable[[], object]:
-            import flashinfer
 
-            y = x.clone()
-            return lambda: flashinfer.norm.fused_add_rmsnorm(y, residual, weight, 1e-5)
+def _of_flashinfer(what: str, make: Callable[[], Callable[[], object]], moved_bytes: int) -> list[Case]:
+    if not flashinfer_rival.is_here():
+        return []
+    return [Case(what=what, who="FlashInfer", run=library(make), moved_bytes=moved_bytes, late=True)]
 
-        found.append(Case(what=what, who="FlashInfer", run=library(theirs), moved_bytes=4 * x.nbytes))
-    what = f"RMS norm to int8, {tokens} x {WIDTH}"
-    found += [
-        Case(what=what, who="tandem", run=lambda: rms_norm_int8(x, weight, 1e-5), moved_bytes=x.nbytes + x.nbytes // 2),
-        Case(
-            what=what,
-            who="torch",
-            run=lambda: quantize_rows_reference(torch_rms_norm(x, (WIDTH,), weight, 1e-5)),
-            moved_bytes=x.nbytes + x.nbytes // 2,
-            note="not fused",
-        ),
-    ]
+
+def _of_torch(what: str, run: Callable[[], object], moved_bytes: int) -> list[Case]:
+    """Operations one after another, and (on a GPU) what torch compiles of them."""
+    found = [Case(what=what, who="torch", run=run, moved_bytes=moved_bytes, note="not fused")]
+    if torch.cuda.is_available():
+        found.append(Case(what=what, who="torch, compiled", run=compiled(run), moved_bytes=moved_bytes, late=True))
     return found
 
 
@@ -101,18 +99,11 @@ def _activation(tokens: int, device: torch.device) -> list[Case]:
             note="not fused",
         ),
     ]
-    if importlib.util.find_spec("flashinfer"):
-
-        def theirs() -> Callable[[], object]:
-            import flashinfer
-
-            return lambda: flashinfer.activation.silu_and_mul(x)
-
-        found.append(Case(what=what, who="FlashInfer", run=library(theirs), moved_bytes=moved))
-    what = f"SiLU x up to int8, {tokens} x {MLP}"
+    found += _of_flashinfer(what, partial(flashinfer_rival.silu_mul, x), moved)
+    what, moved = f"SiLU x up to int8, {tokens} x {MLP}", x.nbytes * 5 // 4
     run_int8 = lambda: activation_int8(x, "silu", gated=True)  # noqa: E731
-    found.append(Case(what=what, who="tandem", run=run_int8, moved_bytes=x.nbytes * 5 // 4))
-    return found
+    in_torch = lambda: quantize_rows_reference(silu(x[:, :MLP]) * x[:, MLP:])  # noqa: E731
+    return [*found, Case(what=what, who="tandem", run=run_int8, moved_bytes=moved), *_of_torch(what, in_torch, moved)]
 
 
 def _kv_write(tokens: int, device: torch.device) -> list[Case]:
@@ -122,7 +113,8 @@ def _kv_write(tokens: int, device: torch.device) -> list[Case]:
     cos, sin = rotary_tables(torch.arange(tokens, device=device), frequencies)
     count = -(-tokens // 16)
     layer = torch.zeros(count + 8, 2, KV_HEADS, 16, HEAD_DIM, device=device, dtype=DTYPE)
-    blocks = torch.randperm(count, device=device).repeat_interleave(16)[:tokens]
+    table = torch.randperm(count, device=device)
+    blocks = table.repeat_interleave(16)[:tokens]
     slots = torch.arange(tokens, device=device) % 16
 
     def in_torch() -> torch.Tensor:
@@ -135,6 +127,16 @@ def _kv_write(tokens: int, device: torch.device) -> list[Case]:
     _close(kv_write(q, k, v, (cos, sin), layer, blocks, slots), expected)
     _close(layer, written)
     what, moved = f"rotary + KV write, {tokens} tokens", 2 * x.nbytes + cos.nbytes + sin.nbytes
+
+    def of_flashinfer() -> Callable[[], object]:
+        angles = torch.arange(tokens, device=device)[:, None] * frequencies
+        wide_q, wide_k = q.clone(), k.clone()  # rotated where they are
+        run = flashinfer_rival.rotary_and_write(wide_q, wide_k, v, angles, layer.zero_(), table)
+        run()
+        _close(wide_q, expected)
+        _close(layer, written)
+        return run
+
     return [
         Case(
             what=what,
@@ -142,7 +144,8 @@ def _kv_write(tokens: int, device: torch.device) -> list[Case]:
             run=lambda: kv_write(q, k, v, (cos, sin), layer, blocks, slots),
             moved_bytes=moved,
         ),
-        Case(what=what, who="torch", run=in_torch, moved_bytes=moved, note="not fused"),
+        *_of_torch(what, in_torch, moved),
+        *_of_flashinfer(what, of_flashinfer, moved),
     ]
 
 
@@ -220,10 +223,8 @@ def _quantize(tokens: int, device: torch.device) -> list[Case]:
         assert torch.equal(mine, theirs)
     what, moved = f"rows to int8, {tokens} x {WIDTH}", x.nbytes * 3 // 2
     in_torch = lambda: quantize_rows_reference(x)  # noqa: E731
-    return [
-        Case(what=what, who="tandem", run=lambda: quantize_rows(x), moved_bytes=moved),
-        Case(what=what, who="torch", run=in_torch, moved_bytes=moved, note="not fused"),
-    ]
+    run = lambda: quantize_rows(x)  # noqa: E731
+    return [Case(what=what, who="tandem", run=run, moved_bytes=moved), *_of_torch(what, in_torch, moved)]
 
 
 def _layer_norm(tokens: int, device: torch.device) -> list[Case]:
@@ -242,7 +243,7 @@ def _layer_norm(tokens: int, device: torch.device) -> list[Case]:
             run=lambda: layer_norm(x, weight, bias, 1e-5, residual),
             moved_bytes=4 * x.nbytes,
         ),
-        Case(what=fused, who="torch", run=two_kernels, moved_bytes=4 * x.nbytes, note="not fused"),
+        *_of_torch(fused, two_kernels, 4 * x.nbytes),
     ]
 
 
@@ -262,21 +263,11 @@ def _rotary(tokens: int, device: torch.device) -> list[Case]:
         Case(what=what, who="tandem", run=run, moved_bytes=moved),
         Case(what=what, who="torch", run=in_torch, moved_bytes=moved, note="not fused"),
     ]
-    if importlib.util.find_spec("flashinfer"):
-        angles = positions[:, None] * frequencies
-        theirs = library(partial(_rotary_of_flashinfer, positions, q, k, angles, expected))
-        found.append(Case(what=what, who="FlashInfer", run=theirs, moved_bytes=moved))
-    return found
 
+    def of_flashinfer() -> Callable[[], object]:
+        theirs = flashinfer_rival.rotary(q, k, positions, positions[:, None] * frequencies)
+        for rotated, known in zip(theirs(), expected, strict=True):
+            _close(rotated.view_as(known), known)
+        return theirs
 
-def _rotary_of_flashinfer(
-    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor, expected: list[torch.Tensor]
-) -> Callable[[], object]:
-    import flashinfer
-
-    both = torch.cat((angles.cos(), angles.sin()), 1).float()
-    wide_q, wide_k = q.flatten(1), k.flatten(1)
-    run = lambda: flashinfer.apply_rope_with_cos_sin_cache(positions, wide_q, wide_k, HEAD_DIM, both)  # noqa: E731
-    for theirs, known in zip(run(), expected, strict=True):
-        _close(theirs.view_as(known), known)
-    return run
+    return [*found, *_of_flashinfer(what, of_flashinfer, moved)]

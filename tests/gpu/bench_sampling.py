@@ -1,13 +1,15 @@
 """Tokens from logits and the verification of drafts, against torch with a sort and FlashInfer. Vocabulary of 128,256;
-rows of logits are drawn as a language model's are: a few hundred likely tokens. Each row needs one pass at least.
+rows of logits are drawn as a language model's are: a few hundred likely tokens. Each row needs one pass at least. Told
+beside it: the share of a decode step of an 8B model that reads its weights as fast as a copy reads.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
+import flashinfer_rival
 import torch
 from measure import Case, library
 from tandem.kernels.gpu.logprobs import logprobs
@@ -20,6 +22,8 @@ SIZE = 128_256
 ROWS = (1, 32, 128)
 DRAFTED = 4
 CONTEXT = 2000
+STEP_BYTES = 15_009_316_864
+"""Weights of Llama-3.1-8B in bf16 that a decode step reads."""
 
 
 def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
@@ -34,6 +38,7 @@ def cases(device: torch.device) -> Iterator[Callable[[], list[Case]]]:
             ("top-k 50, top-p 0.95", {"temperature": 1.0, "top_k": 50, "top_p": 0.95}),
         ):
             yield partial(_sampled, logits, name, cuts)
+        yield partial(_all_in_one, logits)
         yield partial(_logprobs, logits)
         yield partial(_penalized, logits)
     yield partial(_verified, device)
@@ -43,6 +48,7 @@ def _wants(rows: int, cuts: dict[str, float], device: torch.device) -> Wants:
     return Wants.of(
         temperature=[cuts["temperature"]] * rows,
         top_k=[int(cuts.get("top_k", 0))] * rows,
+        min_p=[cuts.get("min_p", 0.0)] * rows,
         top_p=[cuts.get("top_p", 1.0)] * rows,
         seed=range(rows),
         index=[7] * rows,
@@ -70,20 +76,38 @@ def _sampled(logits: torch.Tensor, name: str, cuts: dict[str, float]) -> list[Ca
     _check(logits, wants, cuts)
     what = f"sample, {rows} rows, {name}"
     found = [
-        Case(what=what, who="tandem", run=lambda: sample(logits, wants), moved_bytes=logits.nbytes),
-        Case(what=what, who="torch", run=lambda: _sorted_in_torch(logits, cuts), moved_bytes=logits.nbytes),
+        _case(what, "tandem", lambda: sample(logits, wants, cuts="top_p" in cuts), logits),
+        _case(what, "torch", lambda: _sorted_in_torch(logits, cuts), logits),
     ]
-    if "top_p" in cuts and importlib.util.find_spec("flashinfer"):
-
-        def theirs() -> Callable[[], torch.Tensor]:
-            import flashinfer
-
-            draw, top_k = flashinfer.sampling.top_k_top_p_sampling_from_probs, int(cuts.get("top_k", SIZE))
-            return lambda: draw(logits.softmax(1), top_k, cuts["top_p"])
-
-        run = library(theirs)
-        found.append(Case(what=what, who="FlashInfer", run=run, moved_bytes=logits.nbytes, note="and softmax"))
+    if cuts["temperature"] > 0 and flashinfer_rival.is_here():
+        theirs = library(partial(flashinfer_rival.sampled, logits, cuts))
+        note = "and softmax" if "top_p" in cuts else ""
+        found.append(_case(what, "FlashInfer", theirs, logits, note=note, late=True))
     return found
+
+
+def _case(what: str, who: str, run: Callable[[], object], logits: torch.Tensor, **more: Any) -> Case:
+    return Case(what=what, who=who, run=run, moved_bytes=logits.nbytes, beside_bytes=STEP_BYTES, **more)
+
+
+def _all_in_one(logits: torch.Tensor) -> list[Case]:
+    """All that a step may be asked for, of every row: penalties, then a draw with every cut, then logprobs."""
+    rows, device = logits.shape[0], logits.device
+    asked, scratch = _asked(rows, device)[0], logits.clone()
+    cuts = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02}
+    wants, which = _wants(rows, cuts, device), torch.arange(rows, dtype=torch.int32, device=device)
+    none = torch.zeros_like(which)
+
+    def run() -> None:
+        penalize(scratch, asked)
+        sample(scratch, wants)
+        logprobs(scratch, none, which, none, 0)
+
+    run()
+    penalized = logits.clone()
+    penalize(penalized, asked)
+    _check(penalized, wants, cuts)
+    return [_case(f"penalties, draw and logprobs, {rows} rows", "tandem", run, logits)]
 
 
 def _check(logits: torch.Tensor, wants: Wants, cuts: dict[str, float]) -> None:
@@ -110,9 +134,8 @@ def _logprobs(logits: torch.Tensor) -> list[Case]:
     ]
 
 
-def _penalized(logits: torch.Tensor) -> list[Case]:
-    """Every row penalizes a context of 2,000 distinct tokens; moved is what the check of a row reads."""
-    rows, device = logits.shape[0], logits.device
+def _asked(rows: int, device: torch.device) -> tuple[Penalties, torch.Tensor, torch.Tensor]:
+    """Every row penalizes a context of 2,000 distinct tokens; and which [R, C], by how much beside their factor."""
     ids = torch.argsort(torch.rand(rows, SIZE, device=device), 1)[:, :CONTEXT].int()
     spans = torch.arange(rows, dtype=torch.int32, device=device)[:, None] * CONTEXT
     spans = torch.cat((spans, spans, spans + CONTEXT), 1)
@@ -125,6 +148,13 @@ def _penalized(logits: torch.Tensor) -> list[Case]:
         values.flatten(),
         torch.empty(rows * CONTEXT, device=device),
     )
+    return asked, ids, values
+
+
+def _penalized(logits: torch.Tensor) -> list[Case]:
+    """Moved is what the check of a row reads."""
+    rows = logits.shape[0]
+    asked, ids, values = _asked(rows, logits.device)
     wide = ids.long()
 
     def in_torch(x: torch.Tensor) -> torch.Tensor:
@@ -151,5 +181,14 @@ def _verified(device: torch.device) -> list[Case]:
     lengths = torch.full((rows,), DRAFTED, dtype=torch.int32, device=device)
     run = lambda: verify(target, draft, drafted, lengths, wants.seed, wants.choice, wants.index)  # noqa: E731
     assert run()[1].tolist() == [DRAFTED + 1] * rows
-    what = f"verification, {rows} rows, {DRAFTED} drafted"
-    return [Case(what=what, who="tandem", run=run, moved_bytes=rows * SIZE * 4, note="one row of each is read")]
+    what, moved = f"verification, {rows} rows, {DRAFTED} drafted", rows * SIZE * 4
+    found = [Case(what=what, who="tandem", run=run, moved_bytes=moved, note="one row of each is read")]
+    if flashinfer_rival.is_here():
+
+        def theirs() -> Callable[[], torch.Tensor]:
+            made = flashinfer_rival.verified(draft, drafted, target)
+            assert torch.equal(made()[:, :DRAFTED], drafted)
+            return made
+
+        found.append(Case(what=what, who="FlashInfer", run=library(theirs), moved_bytes=moved, late=True))
+    return found

@@ -107,7 +107,7 @@ class Rig:
 
         @torch.inference_mode()
         def run() -> torch.Tensor:
-            return sample(self.model.forward(laid_out.batch, self.drawn), wants)
+            return sample(self.model.forward(laid_out.batch, self.drawn), wants, cuts=False)
 
         return run
 
