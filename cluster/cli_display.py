@@ -70,7 +70,8 @@ class Display:
             def advance() -> None:
                 nonlocal done
                 done += 1
-                report(who, f"{done} of {total}" if self.live else "done", done / total)
+                if self.live or 4 * done >= total:  # a log's first line is that of the first quarter
+                    report(who, f"{done} of {total}" if self.live else "done", done / total)
 
             yield advance
 

@@ -29,6 +29,13 @@ _OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_send_message_length", 64 *
 _SLO_HEADERS = {"x-slo-class": "slo_class", "x-slo-ttft-ms": "slo_ttft_ms", "x-slo-tpot-ms": "slo_tpot_ms"}
 
 
+def in_short(details: str) -> str:
+    """What of gRPC's words about a server that it could not reach is for people."""
+    if "Failed parsing HTTP/2" in details:
+        return "what listens there does not speak gRPC; is it the HTTP port?"
+    return "Connection refused" if "Connection refused" in details else details
+
+
 def grpc_address(url: str) -> tuple[str, bool]:
     """`host:port` and whether TLS is meant, of `host:port`, `grpc://`, `http://`, `grpcs://` or `https://`."""
     parts = urlsplit(url if "://" in url else f"grpc://{url}")
@@ -84,7 +91,7 @@ class GrpcSender:
                 pb.ListModelsRequest(), timeout=_LIST_TIMEOUT_S, metadata=self._metadata
             )
         except aio.AioRpcError as error:
-            raise ServerUnusable(f"{self._url}: {error.code().name}: {error.details()}") from None
+            raise ServerUnusable(f"{self._url}: {error.code().name}: {in_short(error.details() or '')}") from None
         if not listed.models:
             raise ServerUnusable(f"{self._url} lists no model")
         return list(listed.models)

@@ -28,7 +28,8 @@ def numbered_lines(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> Iterato
                 if text:
                     yield number, text
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ValueError(f"dataset_path: {str(file)!r} cannot be read ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"dataset_path: {str(file)!r} cannot be read ({why})") from None
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -343,6 +343,14 @@ def test_logs_have_no_control_characters() -> None:
     ]
 
 
+def test_a_log_counts_in_quarters() -> None:
+    stream = io.StringIO()
+    with Display(stream).count("load", 5) as advance:
+        for _ in range(5):
+            advance()
+    assert stream.getvalue().splitlines() == ["load: done 25%", "load: done 50%", "load: done 75%", "load: done 100%"]
+
+
 class _Binary(socketserver.BaseRequestHandler):
     """What a gRPC port says to HTTP/1: an HTTP/2 SETTINGS frame."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
@@ -119,5 +121,16 @@ def test_a_run_over_grpc() -> None:
 
 def test_nobody_there() -> None:
     options = BenchOptions(backend="tandem-grpc", base_url="127.0.0.1:1", num_prompts=1)
-    with pytest.raises(ServerUnusable, match=r"127\.0\.0\.1:1: UNAVAILABLE"):
+    with pytest.raises(ServerUnusable, match=r"127\.0\.0\.1:1: UNAVAILABLE: Connection refused$"):
         asyncio.run(run_bench(options))
+
+
+def test_a_port_that_speaks_http_is_said_to() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = BenchOptions(backend="tandem-grpc", base_url=f"127.0.0.1:{server.server_address[1]}", num_prompts=1)
+        try:
+            with pytest.raises(ServerUnusable, match="does not speak gRPC; is it the HTTP port"):
+                asyncio.run(run_bench(options))
+        finally:
+            server.shutdown()
