@@ -19,6 +19,8 @@ TORCH := $(shell sed -n 's/^ *"\(torch[^"]*\)".*/\1/p' pyproject.toml)
 
 # The GPU targets want torch, triton, pytest and hypothesis; the engine's files also what Tandem depends on.
 GPU_PYTHON_VERSION ?= 3.12
+GPU_WHEELS := $(wildcard gpu-wheels/*.whl)
+GPU_PEER := $(if $(GPU_WHEELS),gpu-deps/flashinfer)
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .PHONY: test-gpu bench-gpu gpu-deps gpu-flashinfer fuzz peers peers-served help venv dev demo serve test soak faults paper lint fmt type proto clean
@@ -79,13 +81,16 @@ fuzz: dev
 
 # Files of tests and benchmarks in processes of their own, four to five minutes each (ARGS="--only sampling"); what came
 # of them goes to $OUT or gpu-results. In one call, failing tests do not keep benchmarks from running.
-test-gpu:
+test-gpu: $(GPU_PEER)
 	$(GPU_PYTHON) tests/gpu/run.py tests $(ARGS)
 
-bench-gpu:
-	$(if $(wildcard gpu-wheels/*.whl),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade \
-	  --target gpu-deps gpu-wheels/*.whl)
+bench-gpu: $(GPU_PEER)
 	$(GPU_PYTHON) tests/gpu/run.py bench $(ARGS)
+
+# Ahead of the tests, beside which it compiles its kernels; without it, nothing is held against it.
+gpu-deps/flashinfer: $(GPU_WHEELS)
+	-$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target gpu-deps \
+	  $(GPU_WHEELS) && touch $@
 
 ifneq ($(filter bench-gpu,$(MAKECMDGOALS)),)
 MAKEFLAGS += --keep-going
@@ -100,8 +105,8 @@ gpu-deps: $(VENV)/.created
 	  grpcio-health-checking==1.74.0 grpcio-reflection==1.74.0 grpcio-status==1.74.0 googleapis-common-protos
 	-find $@ -name '*.so' -exec strip --strip-unneeded {} +
 
-# What attention is held against, as wheels (17 MB, over 100 unpacked): `bench-gpu` there unpacks them. FlashInfer compiles
-# its kernels at first use, with the machine's nvcc and ninja: minutes (ARGS="--only attention" leaves it the time).
+# What kernels are held against, as wheels (17 MB, over 100 unpacked): `test-gpu` there unpacks them, and compiles them
+# beside the tests, with the machine's nvcc and ninja: minutes.
 gpu-flashinfer: $(VENV)/.created
 	$(PIP) download --quiet --dest gpu-wheels --python-version $(GPU_PYTHON_VERSION) --implementation cp \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \

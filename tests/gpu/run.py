@@ -2,7 +2,8 @@
 
 `run.py [tests] [bench]`: both by default, in nine minutes on a machine that has compiled nothing yet. Every file of
 tests and of benchmarks runs in a process of its own (a fault on the device ends only what shares a process with it),
-tests several at a time, benchmarks one after another; what fails or hangs does not keep the rest from running, and what
+tests several at a time (beside them a library that is compared with is compiled, where it is there), benchmarks one
+after another; what fails or hangs does not keep the rest from running, and what
 is killed for want of time has left all that it had found. What came of it stands in the folder `--out` (`$OUT` where
 that is set, else `gpu-results`) as it comes: `tests.json`, `lines.json`, `bench.json`, and `results-*.md`, tables for
 people with device, versions, command and date, and what was cut. Exit status 1 where anything failed or was cut. One
@@ -40,10 +41,12 @@ whole: they run when all others have ended."""
 TOGETHER_SHARE = 0.8
 """Of the tests' minutes, for those that are not alone: at first everything is compiled, on all processors at once."""
 TEST_FOLDERS = (WHOLE, "tests/unit/kernels/gpu", "tests/unit/cluster/engine/gpu")
+COMPILES = HERE / "flashinfer_rival.py"
+COMPILING = {"MAX_JOBS": "8"}
 LAST = ("test_cubin",)
 """Of files of tests: it compiles everything, for devices that are not here too."""
-TEST_MINUTES, BENCH_MINUTES = 4.1, 4.6
-WEIGHTS = {"engine": 7.0, "attention": 3.0, "gemm": 2.0}
+TEST_MINUTES, BENCH_MINUTES = 4.1, 4.9
+WEIGHTS = {"engine": 7.0, "attention": 3.0, "gemm": 2.0, "transfer": 1.5}
 """Of the benchmarks' minutes, in the order in which they run; others take 1 and come behind."""
 _LAST_LINES = 15
 NOT_DONE = "not done after"
@@ -176,17 +179,37 @@ def count_tests(told: Sequence[dict[str, Any]], problem: str | None, outcome: Ou
 def tests(options: argparse.Namespace, variables: dict[str, str]) -> Iterator[Outcome]:
     """All files, several at a time, then what wants the device alone; as they end."""
     begin_s, seconds = time.monotonic(), 60 * options.test_minutes
+    together_s = begin_s + TOGETHER_SHARE * seconds
     logs = options.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     paths = test_files(options.only)
-    with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
-        given = (variables, logs, begin_s + TOGETHER_SHARE * seconds)
-        under_way = [pool.submit(run_tests, path, "not alone", *given) for path in paths]
-        for done in concurrent.futures.as_completed(under_way):
-            yield printed(done.result())
+    with contextlib.ExitStack() as beside:
+        if not options.only:
+            beside.enter_context(compiling(COMPILES, variables, logs / "rivals.log", together_s))
+        with concurrent.futures.ThreadPoolExecutor(options.processes) as pool:
+            given = (variables, logs, together_s)
+            under_way = [pool.submit(run_tests, path, "not alone", *given) for path in paths]
+            for done in concurrent.futures.as_completed(under_way):
+                yield printed(done.result())
     for path in paths:
         if path.parent == ROOT / WHOLE and "mark.alone" in path.read_text():
             yield printed(run_tests(path, "alone", variables, logs, begin_s + seconds))
+
+
+@contextlib.contextmanager
+def compiling(program: Path, variables: dict[str, str], log: Path, until_s: float) -> Iterator[None]:
+    """Runs a program beside what is within, on what that leaves of the processors; waits for it, until a time."""
+    command = ["nice", "-n", "19", sys.executable, str(program)]
+    thread = threading.Thread(
+        target=lambda: run(command, variables | COMPILING, log, until_s - time.monotonic()), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if told := last_lines(log):
+        print(f"{program.stem}:\n{told}", flush=True)
 
 
 def printed(outcome: Outcome) -> Outcome:

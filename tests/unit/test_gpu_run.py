@@ -171,6 +171,25 @@ def runs(pid: int) -> bool:
         return False
 
 
+def test_what_compiles_beside_the_tests_is_waited_for_until_a_time(
+    run: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "rivals.py"
+    program.write_text(
+        "import os, time\nprint(os.nice(0), os.environ['MAX_JOBS'], flush=True)\n"
+        "time.sleep(float(os.environ['S']))\nprint('compiled', flush=True)\n"
+    )
+
+    def told(sleep_s: float, limit_s: float) -> str:
+        variables = dict(os.environ) | {"S": str(sleep_s)}
+        with run.compiling(program, variables, tmp_path / "log", time.monotonic() + limit_s):
+            pass
+        return capsys.readouterr().out
+
+    assert told(0, 60) == "rivals:\n19 8\ncompiled\n"
+    assert told(600, 2) == "rivals:\n19 8\n"
+
+
 def test_results_are_written_for_people(run: ModuleType, tmp_path: Path) -> None:
     outcome = run.Outcome("tests/x.py", 3.4, passed=1, skipped=1, failures=["c: assert 1 == 2"])
     lines = tmp_path / "lines.json"
