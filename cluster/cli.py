@@ -34,11 +34,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.add_typer(bench, name="bench")
-app.command("calibrate")(calibrate)
-app.command("plan")(plan)
-app.command("profile")(profile)
-app.command("simulate")(simulate)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,7 +94,6 @@ def _root(
     """Serve large language models with prefill and decode in separate worker pools."""
 
 
-@app.command()
 def version() -> None:
     """Print the version."""
     from .. import __version__
@@ -139,7 +133,10 @@ def serve(
     insecure: serving.Insecure = False,
     verbose: serving.Verbose = False,
 ) -> None:
-    """Start a cluster and serve until Ctrl-C, which drains it; twice stops at once."""
+    """Start a cluster and serve until Ctrl-C.
+
+    That drains it: running requests finish. A second one stops at once.
+    """
     from .cli_serve import serve as run_serve
     from .config_file import build_config
 
@@ -193,7 +190,10 @@ def status(
     ] = None,
     ca: Ca = None,
 ) -> None:
-    """Show a running cluster's workers, ledger and handoffs. Exit code 1 where it is not ready."""
+    """Show a running cluster's workers, ledger and handoffs.
+
+    Exit code 1 where it is not ready.
+    """
     from .cli_status import status as run_status
     from .cli_status import watch as run_watch
     from .tls import ClientTLS
@@ -216,7 +216,10 @@ def doctor(
     ] = None,
     ca: Ca = None,
 ) -> None:
-    """Look at this machine and a running cluster, and say what to do. Exit code 1 where something is wrong."""
+    """Look at this machine and a running cluster, say what to do.
+
+    Exit code 1 where something is wrong.
+    """
     from .cli_doctor import doctor as run_doctor
     from .tls import ClientTLS
 
@@ -237,7 +240,10 @@ def restart(
     ] = None,
     ca: Ca = None,
 ) -> None:
-    """Drain a worker and start it anew; requests go on. Returns when it is ready again."""
+    """Drain a worker and start it anew; requests go on.
+
+    Returns when it is ready again.
+    """
     from .cli_restart import restart as run_restart
     from .tls import ClientTLS
 
@@ -254,12 +260,19 @@ def demo(
     num_prompts: Annotated[int, typer.Option(help="Requests of the load.", min=1)] = 12,
     request_rate: Annotated[float, typer.Option(help="Requests per second of the load.")] = 1.0,
 ) -> None:
-    """Start a cluster, ask it a question, put some load on it, show what happened, stop it."""
+    """Start a cluster, ask it, load it, show what happened, stop it."""
     from .demo import DemoOptions, run_demo
 
     options = DemoOptions(model=model, device=device, num_prompts=num_prompts, request_rate=request_rate)
     raise typer.Exit(run_demo(options))
 
+
+app.add_typer(bench, name="bench")
+app.command("profile")(profile)
+app.command("plan")(plan)
+app.command("simulate")(simulate)
+app.command("calibrate", short_help="Measure and save the scales of int8 and fp8 KV memory.")(calibrate)
+app.command("version")(version)
 
 if __name__ == "__main__":
     main()

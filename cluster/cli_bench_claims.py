@@ -36,7 +36,10 @@ def batching(
     seed: Seed = 0,
     save_result: SaveResult = None,
 ) -> None:
-    """Iteration-level against request-level batching at one latency, as Orca §6.2, in virtual time."""
+    """Iteration-level against request-level batching (Orca).
+
+    At one latency, as Orca §6.2, in virtual time.
+    """
     from dataclasses import asdict
 
     from .bench.claims_batching import compare, show
@@ -109,7 +112,10 @@ def kv_waste(
     seed: Seed = 0,
     save_result: SaveResult = None,
 ) -> None:
-    """Which share of the KV memory holds tokens: paged against contiguous, as PagedAttention's figure 2."""
+    """Which share of the KV memory holds tokens.
+
+    Paged against contiguous, as PagedAttention's figure 2.
+    """
     from dataclasses import asdict
 
     from .bench.claims_kv_waste import compare, show

@@ -69,7 +69,10 @@ def disaggregation(
     save_plot: SavePlot = None,
     save_result: SaveResult = None,
 ) -> None:
-    """Attainment against rate: prefill and decode pools, and the same devices colocated, under the same load."""
+    """Attainment against rate: separate pools and colocation.
+
+    The same devices under the same load.
+    """
     import tempfile
 
     from .cli_display import Display

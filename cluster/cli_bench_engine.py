@@ -51,7 +51,10 @@ def engine(
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
     save_trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write the steps as a Chrome trace.")] = None,
 ) -> None:
-    """Measure one engine without network: step times over grids, with the share of the machine's bounds they reach."""
+    """Measure one engine's steps, without network.
+
+    Over grids, with the share of the machine's bounds that they reach.
+    """
     from .bench.engine import EngineBenchOptions
 
     with as_typed(command, {"context": "contexts"}):

@@ -35,7 +35,10 @@ def handoff(
     ] = "auto",
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
-    """Hand KV from one real worker process to another and report reserve, dispatch, transfer, confirm and GB/s."""
+    """Hand KV from one real worker process to another.
+
+    Reports reserve, dispatch, transfer, confirm and GB/s.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it remarks on every process that is started beside its threads
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # and holds them up: those processes never use its state
     from .bench.handoff import HandoffOptions

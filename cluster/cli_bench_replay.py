@@ -35,10 +35,10 @@ def replay(
     leave_out: LeaveOut = False,
     goodput: Goodput = None,
 ) -> None:
-    """Replays measured runs request by request, and prints measured against simulated.
+    """Replay measured runs; print them beside simulated ones.
 
-    The same arrivals and lengths; each system with one set of constants for all its runs (cluster/sim/systems.py).
-    Ends with status 1 where a run is more than 5 points off.
+    Request by request, with the same arrivals and lengths; each system with one set of constants for all its runs
+    (cluster/sim/systems.py). Ends with status 1 where a run is more than 5 points off.
     """
     from .bench import replay as bench
     from .sim.systems import SYSTEMS

@@ -18,7 +18,10 @@ def router(
     processes: Annotated[int, typer.Option(help="Router processes behind one port (Linux).")] = 1,
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
-    """Measure one router process against workers that answer at once: added TTFT, requests/s, tokens/s, CPU."""
+    """Measure a router against workers that answer at once.
+
+    Added TTFT, requests/s, tokens/s, processor time.
+    """
     import uvloop
 
     from .bench.router import RouterBenchOptions, run_router_bench, show

@@ -143,7 +143,10 @@ def serve(
     api_key: Key = None,
     ca: Ca = None,
 ) -> None:
-    """Send an open-loop load to an OpenAI-style server or Tandem's gRPC; report TTFT, TPOT, attainment and goodput."""
+    """Send an open-loop load to a running server.
+
+    An OpenAI-style one or Tandem's gRPC; reports TTFT, TPOT, attainment and goodput.
+    """
     with as_typed(context):
         raise typer.Exit(_measured(context, context.params))
 

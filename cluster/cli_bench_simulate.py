@@ -19,7 +19,10 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of the workload.")] = 0,
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
-    """Simulate standard clusters near saturation and report simulated tokens, requests and events per CPU second."""
+    """Measure the speed of virtual time.
+
+    Standard clusters near saturation: simulated tokens, requests and events per processor second.
+    """
     import json
     from pathlib import Path
 

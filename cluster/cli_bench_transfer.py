@@ -26,7 +26,10 @@ def transfer(
     seconds: Annotated[float, typer.Option(help="Of each cell.")] = 1.0,
     save_result: Annotated[str | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
 ) -> None:
-    """Pull KV from another process, over and over, and report GB/s and processor time of each transport."""
+    """Pull KV from another process, over and over.
+
+    Reports GB/s and processor time of each transport.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it remarks on every process that is started beside its threads
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     import uvloop

@@ -75,7 +75,10 @@ def validate(
     seed: Seed = 0,
     save_result: SaveResult = None,
 ) -> None:
-    """Predicted and measured, side by side: attainment, TTFT and TPOT of clusters of real processes on this machine."""
+    """Predicted beside measured, of real processes here.
+
+    Attainment, TTFT and TPOT of clusters of this machine.
+    """
     run_validation(dict(context.params))
 
 

@@ -144,7 +144,9 @@ def plan(
     save_result: SaveResult = None,
     verbose: Verbose = False,
 ) -> None:
-    """Search the placement with the highest goodput per GPU, and say whether to disaggregate at all.
+    """Search the placement with the highest goodput per GPU.
+
+    Says whether to disaggregate at all, and what binds.
 
     Exit codes: 0 a plan was found, 1 failed, 2 wrong usage, 3 no plan keeps the promises, 4 none keeps them at
     --request-rate, 5 undecided: the time limit ended the search, and what is shown and written is the best so far,

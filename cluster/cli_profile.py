@@ -102,7 +102,10 @@ def profile(
     seed: Annotated[int, typer.Option(help="Of token ids, KV and the order.")] = 0,
     save_plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw fit against measurement.")] = None,
 ) -> None:
-    """Measure an engine: prompts, cached prefixes, decode batches, mixed steps, transfers; fit and save a profile."""
+    """Measure an engine's steps and transfers; save a profile.
+
+    Prompts, cached prefixes, decode batches, mixed steps, and KV between two workers; fitted for `tandem plan`.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it remarks on every process that is started beside its threads
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # and holds them up: those processes never use its state
     with as_typed(command, _FIELDS):

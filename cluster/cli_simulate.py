@@ -142,7 +142,9 @@ def simulate(
     save_plot: SavePlot = None,
     save_trace: SaveTrace = None,
 ) -> None:
-    """Put a load on a cluster in virtual time; report TTFT, TPOT, attainment as `tandem bench serve` does.
+    """Put a load on a cluster in virtual time.
+
+    Reports TTFT, TPOT and attainment as `tandem bench serve` does.
 
     Exit codes: 0 well, 1 no request came to its end, 2 wrong usage, 130 interrupted (143 by SIGTERM): what had ended is
     reported.

@@ -113,6 +113,14 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert one == other
 
 
+@pytest.mark.parametrize("group", [[], ["bench"]])
+def test_the_list_of_commands_is_not_cut_off(group: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*group, "--help"]) == 0
+    commands = capsys.readouterr().out.partition("Commands:")[2].strip().splitlines()
+    assert len(commands) > 10
+    assert [line for line in commands if not line.endswith(".") or line.endswith("..")] == []
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from tandem.cluster import cli; cli.run(['--help']); print(sorted(sys.modules), file=sys.stderr)"
