@@ -1,7 +1,7 @@
 """Compiles kernels for a GPU that is not there, and tells what they would take of it: registers, shared memory, spills.
 
 `python -m tandem.kernels.gpu.cubin` compiles every configuration that any module of this package ships (`SHIPPED`), for
-each architecture of `LIMITS`, and prints a table; exit status 1 where one exceeds its architecture's limits. Triton's
+each of its architectures, and prints a table; exit status 1 where one exceeds its architecture's limits. Triton's
 interpreter must be off (no `TRITON_INTERPRET`): interpreted functions cannot be compiled.
 
 Usage is read from the cubin by the `cuobjdump` that comes with triton. A thread's stack frame counts as spilled, as
@@ -40,8 +40,15 @@ class Limits:
     """Dynamic shared memory that a block can have where it asks for it."""
 
 
-LIMITS = {80: Limits(shared_bytes=163 * 1024), 90: Limits(shared_bytes=227 * 1024)}
-"""By architecture: 80 is the A100, 90 the H100 and H200."""
+LIMITS = {
+    80: Limits(shared_bytes=163 * 1024),
+    86: Limits(shared_bytes=99 * 1024),
+    90: Limits(shared_bytes=227 * 1024),
+    120: Limits(shared_bytes=99 * 1024),
+}
+"""By architecture: 80 is the A100, 90 the H100 and H200; 86 (A40) and 120 (RTX 50) stand for those with less."""
+USUAL = (80, 90)
+"""What a configuration is compiled for that the others run alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +66,7 @@ class Build:
     num_stages: int = 1
     divisible: Sequence[str] = ()
     """Integer arguments that are multiples of 16 in practice, as Triton finds at launch. Pointers always are."""
-    architectures: Sequence[int] = tuple(LIMITS)
+    architectures: Sequence[int] = USUAL
 
 
 @dataclass(frozen=True, slots=True)

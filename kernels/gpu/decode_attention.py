@@ -21,7 +21,7 @@ from ..gpu_plans.decode import DecodePlan, tiling
 from ..gpu_plans.tiling import FP8, FP8_BITS, INT8, PLAIN, form_of
 from ..paged_attention import AttentionShape
 from .attend import LOG2_E, attend, build_of, check_shapes, constants_of, padded, scale_of
-from .cubin import Build
+from .cubin import LIMITS, USUAL, Build
 
 
 @triton.jit(do_not_specialize=["table_row"])  # a table of another width must not cost a compilation
@@ -192,7 +192,7 @@ def _build(
 SHIPPED = (
     *(
         build
-        for arch in (80, 90)
+        for arch in USUAL
         for build in (
             _build(64, torch.bfloat16, arch),
             _build(80, torch.float16, arch, group=1),
@@ -201,6 +201,11 @@ SHIPPED = (
             _build(128, torch.bfloat16, arch, FP8 if arch >= 89 else FP8_BITS),
             _build(256, torch.bfloat16, arch, group=16),
         )
+    ),
+    *(
+        build
+        for arch in LIMITS  # what takes the most shared memory
+        for build in (_build(128, torch.float32, arch, group=32), _build(256, torch.float32, arch, group=16))
     ),
     Build(
         label="D128 bf16",

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 
 from ..gpu_plans.prefill import PrefillPlan, tiling
-from ..gpu_plans.tiling import FP8, FP8_BITS, INT8, PLAIN, form_of
+from ..gpu_plans.tiling import FP8, FP8_BITS, INT8, PLAIN, form_of, has_small_blocks
 from ..paged_attention import AttentionShape
 from .attend import LOG2_E, attend, build_of, check_shapes, constants_of, scale_of
-from .cubin import Build
+from .cubin import LIMITS, USUAL, Build
 
 
 @triton.jit(do_not_specialize=["table_row"])  # a table of another width must not cost a compilation
@@ -159,16 +159,25 @@ def _build(
     return build_of(prefill_attention_kernel, label, work, shape, cut, form, dtype, arch)
 
 
-SHIPPED = tuple(
-    build
-    for arch in (80, 90)
-    for build in (
-        _build(64, torch.bfloat16, arch),
-        _build(128, torch.bfloat16, arch),
-        _build(128, torch.bfloat16, arch, window=4096, block_size=128),
-        _build(128, torch.bfloat16, arch, INT8),
-        _build(128, torch.bfloat16, arch, FP8 if arch >= 89 else FP8_BITS),
-        _build(256, torch.bfloat16, arch),
-        _build(128, torch.float32, arch),
-    )
+SHIPPED = (
+    *(
+        build
+        for arch in USUAL
+        for build in (
+            _build(64, torch.bfloat16, arch),
+            _build(128, torch.bfloat16, arch, window=4096, block_size=128),
+            _build(128, torch.bfloat16, arch, INT8),
+        )
+    ),
+    *(
+        build
+        for arch in LIMITS  # what takes the most shared memory
+        for build in (
+            _build(128, torch.bfloat16, arch),
+            _build(128, torch.bfloat16, arch, FP8 if arch >= 89 else FP8_BITS),
+            _build(256, torch.bfloat16, arch),
+            _build(128, torch.float32, arch),
+        )
+    ),
+    *(_build(256, torch.float32, arch) for arch in LIMITS if has_small_blocks(arch)),
 )

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu_plans.tiling import architecture
+from ..gpu_plans.tiling import architecture, has_warpgroups
 from ..int4 import GROUPS
 from .attend import precision, product
 from .cubin import Build
@@ -132,7 +132,7 @@ def w4a16_linear(
         return out
     run = functools.partial(_launch, x, packed, scales, bias, out)
     if cut is None and tuner is not None:
-        cuts = CUTS if architecture(x.device) < 90 else CUTS + WIDE_CUTS
+        cuts = CUTS + WIDE_CUTS if has_warpgroups(architecture(x.device)) else CUTS
         cut = tuner.best(f"w4a16-g{k // groups}", bucket(m, n, k), candidates(cuts, m, n, groups), run)
     run(cut or untuned(m, n, groups))
     return out

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu_plans.tiling import architecture
+from ..gpu_plans.tiling import architecture, has_warpgroups
 from .cubin import Build
 from .gemm import CUTS, WIDE_CUTS, Cut, candidates, finish, finish_kernel, tile_place
 from .tuning import Tuner, bucket
@@ -97,7 +97,7 @@ def w8a8_linear(
         return out
     run = functools.partial(_launch, x, x_scales, weight, weight_scales, bias, out)
     if cut is None and tuner is not None:
-        cuts = CUTS if architecture(x.device) < 90 else CUTS + WIDE_CUTS
+        cuts = CUTS + WIDE_CUTS if has_warpgroups(architecture(x.device)) else CUTS
         cut = tuner.best("w8a8", bucket(m, n, k), candidates(cuts, m, n, k), run)
     run(cut or untuned(m, n, k))
     return out

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..paged_attention import AttentionShape
-from .tiling import PLAIN, Tiling
+from .tiling import PLAIN, Tiling, has_small_blocks, has_warpgroups
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _LEAST_KEYS = 256
@@ -30,11 +30,13 @@ def tiling(group: int, head_dim: int, dtype: torch.dtype, form: int, arch: int) 
     """
     rows = max(16, 1 << (group - 1).bit_length())  # what a matrix instruction takes at least
     if dtype == torch.float32:
-        return Tiling(rows, 32, 4, 5)
+        if head_dim > 128:
+            return Tiling(rows, 16, 4, 3)
+        return Tiling(rows, 16 if rows > 16 and has_small_blocks(arch) else 32, 4, 5)
     keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     if form == PLAIN:
         return Tiling(rows, keys, 4, 5)
-    return Tiling(rows, min(keys, 64 if arch >= 90 else 32), 4, 7)
+    return Tiling(rows, min(keys, 64 if has_warpgroups(arch) else 32), 4, 7)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..paged_attention import AttentionRow, AttentionShape
-from .tiling import PLAIN, Tiling
+from .tiling import PLAIN, Tiling, has_small_blocks, has_warpgroups
 
 
 def tiling(head_dim: int, dtype: torch.dtype, form: int, arch: int) -> Tiling:
@@ -21,12 +21,15 @@ def tiling(head_dim: int, dtype: torch.dtype, form: int, arch: int) -> Tiling:
     values under way, and the tile of queries. Two stages of the pipeline are one tile under way, as in decode.
     """
     if dtype == torch.float32:
+        if has_small_blocks(arch):
+            return Tiling(32, 16, 4, 5) if head_dim <= 128 else Tiling(16, 16, 8, 3)
         return Tiling(32, 32, 4, 5) if head_dim <= 128 else Tiling(32, 16, 4, 3)
+    wide = has_warpgroups(arch)
     if head_dim > 128:
-        return Tiling(128, 64, 8, 3) if arch >= 90 else Tiling(64, 32, 8, 3)
-    if arch < 90 and form != PLAIN:
+        return Tiling(128, 64, 8, 3) if wide else Tiling(64, 32, 8, 3)
+    if not wide and form != PLAIN:
         return Tiling(64, 32, 4, 5)
-    return Tiling(128, 64, 4 if head_dim <= 64 and arch >= 90 else 8, 5)
+    return Tiling(128, 64, 4 if head_dim <= 64 and wide else 8, 5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,16 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def has_warpgroups(arch: int) -> bool:
+    """Whether matrix units read shared memory (sm_90 to sm_110), so that operands take no registers."""
+    return 90 <= arch < 120
+
+
+def has_small_blocks(arch: int) -> bool:
+    """Whether a block of threads has 99 KiB of shared memory at most, not 163 and more (`cubin.LIMITS`)."""
+    return arch in (86, 89) or arch >= 120
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; for the interpreter, an H100's."""

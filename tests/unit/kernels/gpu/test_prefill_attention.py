@@ -77,6 +77,12 @@ def test_what_is_shipped_runs(device) -> None:
     given.check(attended(given, tiling(64, torch.bfloat16, form_of(given.layer, torch.bfloat16), 90)))
 
 
+def test_what_small_blocks_of_threads_run(device) -> None:
+    """The tiling where a block has 99 KiB of shared memory."""
+    given = batch([(20, 3), (0, 9)], AttentionShape(2, 1, 256, 16), device)
+    given.check(attended(given, tiling(256, torch.float32, form_of(given.layer, torch.float32), 86)))
+
+
 def test_writes_only_its_rows(device) -> None:
     given = batch([(3, 2), (0, 2)], AttentionShape(2, 1, 16, 4), device)
     out = torch.full((given.q.shape[0] + 2, 3, 16), 7.0, device=device)[:-2, :2]
