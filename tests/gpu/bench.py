@@ -71,23 +71,24 @@ def steps(module: Any, name: str, device: Any, bounds: Any, report: Report) -> I
     import measure
 
     ours: dict[str, float] = {}
-    later: list[Callable[[], list[measure.Case]]] = []
+    later: dict[int, list[Callable[[], list[measure.Case]]]] = {}
 
-    def measured(make: Callable[[], list[measure.Case]], late: bool) -> None:
+    def measured(make: Callable[[], list[measure.Case]], late: int) -> None:
         made = make()
-        if not late and any(case.late for case in made):
-            later.append(make)
+        for turn in {case.late for case in made} if not late else ():
+            later.setdefault(turn, []).append(make)
         for cells in measure.rows((case for case in made if case.late == late), bounds, ours):
             report.line(name, measure.HEADS, cells)
 
     if hasattr(module, "cases"):
         for make in module.cases(device):
-            yield partial(measured, make, False)
+            yield partial(measured, make, 0)
     if hasattr(module, "lines"):
         for step in module.lines(device, bounds):
             yield partial(step, lambda line: report.line(line.title, line.heads, line.cells))
-    for make in later:
-        yield partial(measured, make, True)
+    for turn in sorted(set(later) - {0}):
+        for make in later[turn]:
+            yield partial(measured, make, turn)
 
 
 def run_file(module: Any, name: str, device: Any, bounds: Any, report: Report, until_s: float) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import Case, compiled, library
+from measure import COMPILED, Case, compiled, library
 from tandem.kernels.gpu.tuning import Tuner
 from tandem.kernels.gpu.w4a16 import w4a16_linear
 from tandem.kernels.gpu.w8a8 import w8a8_linear
@@ -21,6 +21,8 @@ SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 """[outputs, inputs] of q k v, o, gate and up, down."""
 ROWS = (1, 16, 128, 2048)
 GROUP = 128
+COMPILED_AT = ((28672, 16), (28672, 2048))
+"""[outputs, rows] at which torch compiles a product with scales: some seconds each."""
 _FEWEST_ROWS = 32
 """Of torch's int8 product, which refuses 16."""
 
@@ -63,14 +65,16 @@ def _of_int8(
     note = f"padded to {rows} rows" if rows > len(quantized) else ""
     common = {"what": f"{what}, W8A8", "moved_bytes": moved_bytes, "operations": operations}
     found.append(Case(who="torch int8", run=theirs, note=f"int32 sums only; {note}".rstrip("; "), **common))
-    if x.is_cuda:
+    if x.is_cuda and (len(dense), len(x)) in COMPILED_AT:
         all_scales = torch.ones(rows, device=x.device)
         all_scales[: len(scales)] = scales
 
         def scaled() -> torch.Tensor:
             return (torch._int_mm(padded, weight.t()) * all_scales[:, None] * weight_scales).to(torch.bfloat16)
 
-        found.append(Case(who="torch int8, compiled with scales", run=compiled(scaled), note=note, late=True, **common))
+        found.append(
+            Case(who="torch int8, compiled with scales", run=compiled(scaled), note=note, late=COMPILED, **common)
+        )
     bf16 = lambda: x @ dense.t()  # noqa: E731
     found.append(
         Case(what=f"{what}, W8A8", who="torch bf16", run=bf16, moved_bytes=moved + dense.nbytes, operations=operations)

@@ -10,7 +10,7 @@ from functools import partial
 
 import flashinfer_rival
 import torch
-from measure import Case, compiled, library
+from measure import COMPILED, LIBRARY, Case, compiled, library
 from tandem.kernels.gpu.activation import activation, activation_int8, quantize_rows
 from tandem.kernels.gpu.kv_blocks import copy_blocks, gather_blocks, repack, scatter_blocks
 from tandem.kernels.gpu.kv_write import kv_write
@@ -68,20 +68,25 @@ def _norm(tokens: int, device: torch.device) -> list[Case]:
     what, moved = f"RMS norm to int8, {tokens} x {WIDTH}", x.nbytes * 3 // 2
     in_torch = lambda: quantize_rows_reference(torch_rms_norm(x, (WIDTH,), weight, 1e-5))  # noqa: E731
     run_int8 = lambda: rms_norm_int8(x, weight, 1e-5)  # noqa: E731
-    return [*found, Case(what=what, who="tandem", run=run_int8, moved_bytes=moved), *_of_torch(what, in_torch, moved)]
+    return [
+        *found,
+        Case(what=what, who="tandem", run=run_int8, moved_bytes=moved),
+        *_of_torch(what, in_torch, moved, tokens == TOKENS[-1]),
+    ]
 
 
 def _of_flashinfer(what: str, make: Callable[[], Callable[[], object]], moved_bytes: int) -> list[Case]:
     if not flashinfer_rival.is_here():
         return []
-    return [Case(what=what, who="FlashInfer", run=library(make), moved_bytes=moved_bytes, late=True)]
+    return [Case(what=what, who="FlashInfer", run=library(make), moved_bytes=moved_bytes, late=LIBRARY)]
 
 
-def _of_torch(what: str, run: Callable[[], object], moved_bytes: int) -> list[Case]:
-    """Operations one after another, and (on a GPU) what torch compiles of them."""
+def _of_torch(what: str, run: Callable[[], object], moved_bytes: int, tokens: int) -> list[Case]:
+    """Operations one after another, and what torch compiles of them on a GPU: for some seconds each, so at one size."""
     found = [Case(what=what, who="torch", run=run, moved_bytes=moved_bytes, note="not fused")]
-    if torch.cuda.is_available():
-        found.append(Case(what=what, who="torch, compiled", run=compiled(run), moved_bytes=moved_bytes, late=True))
+    if tokens == TOKENS[-1] and torch.cuda.is_available():
+        theirs = compiled(run)
+        found.append(Case(what=what, who="torch, compiled", run=theirs, moved_bytes=moved_bytes, late=COMPILED))
     return found
 
 
@@ -103,7 +108,11 @@ def _activation(tokens: int, device: torch.device) -> list[Case]:
     what, moved = f"SiLU x up to int8, {tokens} x {MLP}", x.nbytes * 5 // 4
     run_int8 = lambda: activation_int8(x, "silu", gated=True)  # noqa: E731
     in_torch = lambda: quantize_rows_reference(silu(x[:, :MLP]) * x[:, MLP:])  # noqa: E731
-    return [*found, Case(what=what, who="tandem", run=run_int8, moved_bytes=moved), *_of_torch(what, in_torch, moved)]
+    return [
+        *found,
+        Case(what=what, who="tandem", run=run_int8, moved_bytes=moved),
+        *_of_torch(what, in_torch, moved, tokens == TOKENS[-1]),
+    ]
 
 
 def _kv_write(tokens: int, device: torch.device) -> list[Case]:
@@ -144,7 +153,7 @@ def _kv_write(tokens: int, device: torch.device) -> list[Case]:
             run=lambda: kv_write(q, k, v, (cos, sin), layer, blocks, slots),
             moved_bytes=moved,
         ),
-        *_of_torch(what, in_torch, moved),
+        Case(what=what, who="torch", run=in_torch, moved_bytes=moved, note="not fused"),
         *_of_flashinfer(what, of_flashinfer, moved),
     ]
 
@@ -224,7 +233,10 @@ def _quantize(tokens: int, device: torch.device) -> list[Case]:
     what, moved = f"rows to int8, {tokens} x {WIDTH}", x.nbytes * 3 // 2
     in_torch = lambda: quantize_rows_reference(x)  # noqa: E731
     run = lambda: quantize_rows(x)  # noqa: E731
-    return [Case(what=what, who="tandem", run=run, moved_bytes=moved), *_of_torch(what, in_torch, moved)]
+    return [
+        Case(what=what, who="tandem", run=run, moved_bytes=moved),
+        *_of_torch(what, in_torch, moved, tokens == TOKENS[-1]),
+    ]
 
 
 def _layer_norm(tokens: int, device: torch.device) -> list[Case]:
@@ -243,7 +255,7 @@ def _layer_norm(tokens: int, device: torch.device) -> list[Case]:
             run=lambda: layer_norm(x, weight, bias, 1e-5, residual),
             moved_bytes=4 * x.nbytes,
         ),
-        *_of_torch(fused, two_kernels, 4 * x.nbytes),
+        *_of_torch(fused, two_kernels, 4 * x.nbytes, tokens),
     ]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 
+LIBRARY, COMPILED = 1, 2
 _FLUSHED_BYTES = 256 * 2**20
 """More than the last-level cache of any GPU here (H100: 50 MB)."""
 
@@ -37,8 +38,10 @@ class Case:
     operations: int = 0
     """Floating-point (or integer) multiplications and additions of the matrix units; 0: bound by memory."""
     note: str = ""
-    late: bool = False
-    """To be measured when all others of its file have been: it is compiled first, for minutes at worst."""
+    late: int = 0
+    """Its turn among all of its file: what a library compiles first, for a minute at worst, comes behind all that needs
+    no such thing (`LIBRARY`), what torch compiles for each shape behind that (`COMPILED`).
+    """
     beside_bytes: int = 0
     """Moved by what this is a small part of: its share of that is told."""
 

@@ -46,7 +46,7 @@ COMPILING = {"MAX_JOBS": "8"}
 LAST = ("test_cubin",)
 """Of files of tests: it compiles everything, for devices that are not here too."""
 TEST_MINUTES, BENCH_MINUTES = 4.1, 4.9
-WEIGHTS = {"engine": 7.0, "attention": 3.0, "gemm": 2.0, "transfer": 1.5}
+WEIGHTS = {"engine": 7.0, "attention": 3.0, "gemm": 2.0, "transfer": 1.5, "rows": 1.5}
 """Of the benchmarks' minutes, in the order in which they run; others take 1 and come behind."""
 _LAST_LINES = 15
 NOT_DONE = "not done after"

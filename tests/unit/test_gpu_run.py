@@ -44,7 +44,7 @@ def bench(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load(repository, "bench", monkeypatch)
 
 
-def case(what: str, who: str, late: bool = False) -> SimpleNamespace:
+def case(what: str, who: str, late: int = 0) -> SimpleNamespace:
     return SimpleNamespace(what=what, who=who, late=late)
 
 
@@ -62,7 +62,7 @@ def test_what_fails_does_not_keep_the_next_from_being_measured(
         raise AssertionError("0.5 is not 0.6")
 
     def cases(device: torch.device) -> Iterator[Callable[[], list[SimpleNamespace]]]:
-        yield lambda: [case("sum", "ours"), case("sum", "compiled", late=True), case("sum", "theirs")]
+        yield lambda: [case("sum", "ours"), case("sum", "compiled", late=2), case("sum", "theirs")]
         yield broken
         yield lambda: [case("product", "ours")]
 
@@ -105,7 +105,7 @@ def test_what_is_late_comes_last_and_what_was_under_way_at_the_limit_is_told(
         tell(line("whole run"))
 
     def module(*steps: Callable[[Tell], None]) -> SimpleNamespace:
-        made = [case("sum", "compiled", late=True), case("sum", "ours")]
+        made = [case("sum", "compiled", late=2), case("sum", "ours"), case("sum", "library", late=1)]
         return SimpleNamespace(cases=lambda device: [lambda: made], lines=lambda device, bounds: steps)
 
     def told(name: str, *steps: Callable[[Tell], None]) -> list[list[str]]:
@@ -113,7 +113,8 @@ def test_what_is_late_comes_last_and_what_was_under_way_at_the_limit_is_told(
         bench.run_file(module(*steps), name, torch.device("cpu"), None, bench.Report(name, path), 50.0)
         return [entry.get("cells", ["cut"]) for entry in run.read_lines(path)]
 
-    assert told("quick", lambda tell: tell(line("whole run"))) == [["sum", "ours"], ["whole run"], ["sum", "compiled"]]
+    quick = told("quick", lambda tell: tell(line("whole run")))
+    assert quick == [["sum", "ours"], ["whole run"], ["sum", "library"], ["sum", "compiled"]]
     assert told("slow", takes_long) == [["sum", "ours"], ["whole run"], ["cut"]]
 
 
@@ -370,7 +371,7 @@ def test_what_another_library_refuses_costs_its_own_line(measure: ModuleType, mo
 
 
 def test_files_are_found_and_what_matters_most_runs_first(run: ModuleType, repository: Path) -> None:
-    found = [str(path.relative_to(repository)) for path in run.test_files(["penalties", "graphs"])]
+    found = [str(path.relative_to(repository)) for path in run.test_files(["penalties", "test_graphs"])]
     assert found == ["tests/unit/kernels/gpu/test_penalties.py", "tests/unit/cluster/engine/gpu/test_graphs.py"]
     assert set(run.TEST_FOLDERS) <= {str(path.parent.relative_to(repository)) for path in run.test_files([])} | {
         "tests/gpu"
