@@ -255,6 +255,7 @@ def restart(
 
 @app.command()
 def demo(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Model reference.")] = "smollm2-135m",
     device: Annotated[str, typer.Option(help="cpu or paced.")] = "cpu",
     num_prompts: Annotated[int, typer.Option(help="Requests of the load.", min=1)] = 12,
@@ -263,8 +264,9 @@ def demo(
     """Start a cluster, ask it, load it, show what happened, stop it."""
     from .demo import DemoOptions, run_demo
 
-    options = DemoOptions(model=model, device=device, num_prompts=num_prompts, request_rate=request_rate)
-    raise typer.Exit(run_demo(options))
+    with as_typed(context, {"device": "engine.device"}):
+        options = DemoOptions(model=model, device=device, num_prompts=num_prompts, request_rate=request_rate)
+        raise typer.Exit(run_demo(options))
 
 
 app.add_typer(bench, name="bench")

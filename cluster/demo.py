@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass
 
@@ -38,6 +39,21 @@ class DemoOptions:
     num_prompts: int
     request_rate: float
 
+    def __post_init__(self) -> None:
+        self.load("http://127.0.0.1")
+
+    def load(self, base_url: str) -> BenchOptions:
+        """ValueError for a load that cannot be."""
+        return BenchOptions(
+            base_url=base_url,
+            num_prompts=self.num_prompts,
+            output_len=LOAD_TOKENS,
+            request_rate=self.request_rate,
+            goodput_ms=PROMISES_MS,
+            num_warmups=0,
+            timeout_s=_REQUEST_TIMEOUT_S,
+        )
+
     def cluster(self) -> ClusterConfig:
         """One router, one prefill worker, one decode worker, on free ports."""
         return build_config(
@@ -65,9 +81,10 @@ def run_demo(options: DemoOptions) -> int:
         watched_cluster(config, display, interrupts) as cluster,
     ):
         try:
-            code = _show(options, cluster, display, told)
+            endpoints = _start(cluster, display, told)
         except Interrupted:
             return 130
+        code = _show(options, endpoints, display, interrupts)
         if interrupts.first.is_set():
             return 130
         cluster.drain()
@@ -76,19 +93,26 @@ def run_demo(options: DemoOptions) -> int:
     return code
 
 
-def _show(options: DemoOptions, cluster: RayCluster, display: Display, told: SignalsTold) -> int:
+def _start(cluster: RayCluster, display: Display, told: SignalsTold) -> Endpoints:
     with display.steps() as progress:
         endpoints = cluster.start(told.follow(progress))
     display.line(f"ready: http://{endpoints.http}, gRPC {endpoints.grpc}\n")
+    return endpoints
+
+
+def _show(options: DemoOptions, endpoints: Endpoints, display: Display, interrupts: Interrupts) -> int:
+    """The exit code. A signal ends it after the answer; one to the load, which listens itself, ends that."""
     timings = _answer(endpoints, display)
     display.line("\nwhere that request's time went")
     display.line(waterfall(timings))
-    result = _load(options, endpoints, display)
+    if interrupts.first.is_set():
+        return 130
+    result = _load(options, endpoints, display, interrupts)
     display.line(table(result.summary))
     failed = sorted({record.error for record in result.records if record.error})
     for error in failed:
         display.line(f"failed      {error}")
-    return 1 if failed else 0
+    return result.exit_code or (1 if failed else 0)
 
 
 def _answer(endpoints: Endpoints, display: Display) -> pb.Timings:
@@ -134,19 +158,16 @@ def waterfall(timings: pb.Timings) -> str:
     return f"{way}; TTFT {timings.ttft_s * 1e3:.1f} ms{tpot}\n{bars}"
 
 
-def _load(options: DemoOptions, endpoints: Endpoints, display: Display) -> BenchResult:
+def _load(options: DemoOptions, endpoints: Endpoints, display: Display, interrupts: Interrupts) -> BenchResult:
     display.line(
         f"\n{options.num_prompts} real prompts, {LOAD_TOKENS} tokens each, "
         f"arriving at random at {options.request_rate:g}/s whatever the answers do"
     )
-    bench = BenchOptions(
-        base_url=f"http://{endpoints.http}",
-        num_prompts=options.num_prompts,
-        output_len=LOAD_TOKENS,
-        request_rate=options.request_rate,
-        goodput_ms=PROMISES_MS,
-        num_warmups=0,
-        timeout_s=_REQUEST_TIMEOUT_S,
-    )
     with display.count("load", options.num_prompts) as advance:
-        return uvloop.run(run_bench(bench, lambda _: advance()))
+
+        def done(_: object) -> None:
+            advance()
+            if interrupts.first.is_set():  # before the load listened
+                signal.raise_signal(signal.SIGINT)
+
+        return uvloop.run(run_bench(options.load(f"http://{endpoints.http}"), done))
