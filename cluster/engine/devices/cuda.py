@@ -39,16 +39,16 @@ from ..forward import Stage
 from ..gpu.graphs import DecodeGraphs, DecodeShape, decode_shapes
 from ..gpu.inputs import LaidOut, Limits, StepInputs
 from ..gpu.kv_store import DeviceKVStore
-from ..gpu.memory import DeviceShare
+from ..gpu.memory import CAPTURING, KV, LOADING, STEPS, DeviceShare, fitting
 from ..gpu.model import GpuModel, picked_for
 from ..gpu.part import Part, whole
 from ..gpu.sampling import DeviceSampler, Draws
 from ..gpu.shared_linears import join_part
-from ..gpu.sizing import blocks_to_profile, measure_room, own_share
+from ..gpu.sizing import blocks_to_profile, check_model, measure_room, own_share
 from ..gpu.staging import Staging
 from ..gpu.step_clock import StepClock, at_rest
 from ..gpu.warm_up import warm_up_plans
-from ..gpu.weights import build_on
+from ..gpu.weights import build_on, expected_bytes
 from ..model import Model
 from ..narrow_kv import NarrowKV
 from ..plan import RowOutput, StepOutput, StepPlan
@@ -119,7 +119,7 @@ class CudaDevice(Device):
         self._operations = gpu_operations(self.picked.kernels)
         self._enforce_eager = enforce_eager or self.picked.kernels != "triton"
         self._say = stage or (lambda what, share: None)
-        self._config = files.config
+        self._config, self._name = files.config, files.name
         self._part = part = part or whole(files.config)
         self.plans_ahead, self.looks_ahead = part.plans_ahead, part.looks_ahead
         self._make_streams()
@@ -135,21 +135,31 @@ class CudaDevice(Device):
         """Where among the newest plan's draws each sequence's is."""
         with self._on_stream():
             share = None if kv_cache_bytes else own_share(self._where, gpu_memory_utilization, self.picked.kernels)
-            weights = self._load(files, source, dtype, quantization)
             blocks = self._first_blocks(kv_cache_bytes, block_bytes, profiles=share is not None)
+            check_model(
+                self._where,
+                share,
+                model=files.name,
+                weight_bytes=expected_bytes(part.shard, dtype, quantization),
+                blocks=blocks,
+                block_bytes=self._layout.block_bytes,
+            )
+            weights = self._load(files, source, dtype, quantization)
             self.kv: DeviceKVStore = self._kv_store(blocks, shared=share is None)
             scales = None if narrow_kv is None else torch.from_numpy(narrow_kv.part(part.shard)).to(self._where)
             self._model: GpuModel | None = GpuModel(weights, self.kv.tensor, DTYPES[dtype], self._operations, scales)
-            self._make_buffers(DTYPES[dtype], blocks)
-            self._warm_up(blocks, tunes=quantization is not None)
-            if share is not None:
-                self._grow_kv(share, files.name)
+            with fitting(files.name, STEPS):
+                self._make_buffers(DTYPES[dtype], blocks)
+                self._warm_up(blocks, tunes=quantization is not None)
+                if share is not None:
+                    self._grow_kv(share)
             self.num_blocks = self.kv.num_blocks
             self._inputs.clear()
             if self._stream is not None:
                 self.kv.warm_up()
                 self._stream.synchronize()  # what other streams find was filled on this one
-            self._graphs.capture(lambda done: self._say("capturing decode steps", done))
+            with fitting(files.name, CAPTURING):
+                self._graphs.capture(lambda done: self._say("capturing decode steps", done))
 
     def _make_streams(self) -> None:
         on_gpu = self._where.type == "cuda"
@@ -158,15 +168,16 @@ class CudaDevice(Device):
         """Of a pipeline's leader, whose first stage is at the next plan when logits come back."""
 
     def _load(self, files: ModelFiles, source: WeightSource | None, dtype: str, quantization: str | None) -> Model:
-        weights = build_on(
-            self._where,
-            files.config,
-            source or open_weights(files),
-            dtype,
-            quantization,
-            shard=self._part.shard,
-            progress=lambda done: self._say("loading weights", done),
-        )
+        with fitting(files.name, LOADING):
+            weights = build_on(
+                self._where,
+                files.config,
+                source or open_weights(files),
+                dtype,
+                quantization,
+                shard=self._part.shard,
+                progress=lambda done: self._say("loading weights", done),
+            )
         join_part(weights, self._part)
         return weights
 
@@ -228,7 +239,7 @@ class CudaDevice(Device):
             self._say("warming up", done / len(plans))
             self._run_alone(plan)
 
-    def _grow_kv(self, share: DeviceShare, name: str) -> None:
+    def _grow_kv(self, share: DeviceShare) -> None:
         """Puts all that fits beside what is loaded in the place of the memory to profile with."""
         self._say("profiling a step", None)
         room = measure_room(
@@ -236,7 +247,7 @@ class CudaDevice(Device):
             share,
             self._layout,
             self._limits,
-            model=name,
+            model=self._name,
             most_sampled=self._most_sampled,
             temporary_bytes=self.kv.tensor.nbytes,
             graphs=self._num_graphs,
@@ -248,12 +259,14 @@ class CudaDevice(Device):
         self._model.kv = torch.empty(0)
         self.kv.close()
         del self.kv
-        torch.cuda.empty_cache()
         self.kv = self._kv_store(blocks, shared=True)
         self._model.kv, self._inputs.num_blocks = self.kv.tensor, blocks
 
     def _kv_store(self, blocks: int, *, shared: bool) -> DeviceKVStore:
-        with torch.inference_mode(False):  # what is made under it may not be written to outside of it
+        if self._where.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps for later is the driver's to give
+        # What is made under inference mode may not be written to outside of it.
+        with torch.inference_mode(False), fitting(self._name, KV):
             return DeviceKVStore(self._layout, blocks, device=self._where, shared=shared)
 
     def _run_alone(self, plan: StepPlan) -> None:

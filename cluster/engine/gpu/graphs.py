@@ -117,7 +117,8 @@ class DecodeGraphs:
 
     def capture(self, progress: Callable[[float], None] | None = None) -> None:
         """Captures all shapes, the largest first; once, at the start, while the static buffers hold padding only.
-        `progress` is told the share that is done. RuntimeError where a step cannot be captured.
+        `progress` is told the share that is done. RuntimeError where a step cannot be captured, OutOfMemoryError for
+        want of memory.
         """
         if not self._wants_capture:
             return
@@ -125,6 +126,8 @@ class DecodeGraphs:
         for done, shape in enumerate(reversed(self._shapes), 1):
             try:
                 self._captured[shape.rows] = recorder.record(lambda shape=shape: self._run(shape))  # type: ignore[misc]
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise RuntimeError(
                     f"a decode step of {shape.rows} rows cannot be captured as a CUDA graph ({error}); "

@@ -12,18 +12,43 @@ which they cannot be measured: `graph_bytes` says what to leave for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ...latency.memory import DoesNotFit, gib
+from ..parallel.messages import RankLost
 
 RESERVED_BYTES = 900 * 2**20
 """What a process takes of a GPU before any tensor: CUDA's context and the libraries' workspaces, collectives
 (`cluster/latency/hardware/h100.yaml`)."""
 GRAPH_OVERHEAD_BYTES = 4 * 2**20
 """Of one captured graph, outside of its pool; an assumption until measured."""
+
+
+_RAN_OUT = ("out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED")
+"""What CUDA, its driver and its libraries call it."""
+_SPLIT = "a quantization, or more ranks (tensor_parallel, pipeline_stages)"
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Of a start, in which the device's memory may run out."""
+
+    name: str
+    helps: str
+    """Fields that leave more room."""
+
+
+LOADING = Phase("loading weights", _SPLIT)
+KV = Phase("taking KV memory", f"fewer kv_cache_bytes or a lower gpu_memory_utilization, {_SPLIT}")
+STEPS = Phase("computing a step", "fewer max_batched_tokens, fewer max_running, fewer kv_cache_bytes, " + _SPLIT)
+CAPTURING = Phase(
+    "capturing decode steps",
+    "enforce_eager: true, fewer max_running, fewer kv_cache_bytes or a lower gpu_memory_utilization",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +125,46 @@ def kv_room(
             "pipeline_stages)"
         )
     return KVRoom(kv_bytes=blocks * block_bytes, blocks=blocks, arithmetic=arithmetic)
+
+
+def check_weights(share: DeviceShare, *, model: str, weight_bytes: int, block_bytes: int) -> None:
+    """DoesNotFit, before anything is read, where the weights leave no room for a block of KV."""
+    left = int(share.total_bytes * share.utilization) - RESERVED_BYTES - weight_bytes
+    if left < block_bytes:
+        raise DoesNotFit(
+            f"{model} does not fit: {gib(share.total_bytes)} of {share.name} x {share.utilization:g} "
+            f"- {gib(RESERVED_BYTES)} reserved - {gib(weight_bytes)} weights = {gib(left)} for KV and activations. "
+            f"More room: a higher gpu_memory_utilization ({share.utilization:g} now), {_SPLIT}"
+        )
+
+
+def check_asked_kv(share: DeviceShare, *, model: str, weight_bytes: int, kv_bytes: int) -> None:
+    """DoesNotFit, before anything is read, where the weights and the KV that is asked for are more than is free.
+    `kv_bytes`: of this rank.
+    """
+    left = share.free_bytes - weight_bytes - kv_bytes
+    if left < 0:
+        raise DoesNotFit(
+            f"{model} does not fit: {gib(share.free_bytes)} free of {gib(share.total_bytes)} of {share.name} "
+            f"- {gib(weight_bytes)} weights - {gib(kv_bytes)} KV (kv_cache_bytes) = {gib(left)} for activations. "
+            f"More room: fewer kv_cache_bytes (0: what fits), {_SPLIT}"
+        )
+
+
+@contextlib.contextmanager
+def fitting(model: str, phase: Phase) -> Iterator[None]:
+    """DoesNotFit naming what helps where the device's memory runs out meanwhile."""
+    try:
+        yield
+    except RankLost:
+        raise  # whoever it was has told why
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _RAN_OUT):
+            raise
+        told = str(error).partition("\n")[0].partition(" Of the allocated memory")[0].rstrip(".")
+        raise DoesNotFit(
+            f"{model} does not fit: the GPU's memory ran out {phase.name}: {told}. More room: {phase.helps}"
+        ) from error
 
 
 def graph_bytes(decode_peak_bytes: int, graphs: int) -> int:

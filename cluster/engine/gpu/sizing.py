@@ -15,6 +15,8 @@ from .memory import (
     DeviceShare,
     KVRoom,
     StepMemory,
+    check_asked_kv,
+    check_weights,
     device_share,
     graph_bytes,
     held_bytes,
@@ -40,6 +42,19 @@ def own_share(device: torch.device, utilization: float, kernels: str) -> DeviceS
     share = device_share(device, utilization)
     share.check_free()
     return share
+
+
+def check_model(
+    device: torch.device, share: DeviceShare | None, *, model: str, weight_bytes: int, blocks: int, block_bytes: int
+) -> None:
+    """DoesNotFit, with the arithmetic, for what cannot be served from a GPU: before its weights are read. `share`: as
+    of `own_share`; None: `blocks` of KV are asked for, from whatever is free now.
+    """
+    if share is not None:
+        check_weights(share, model=model, weight_bytes=weight_bytes, block_bytes=block_bytes)
+    elif device.type == "cuda":
+        now = device_share(device, 1.0)
+        check_asked_kv(now, model=model, weight_bytes=weight_bytes, kv_bytes=blocks * block_bytes)
 
 
 def blocks_to_profile(limits: Limits, block_size: int) -> int:

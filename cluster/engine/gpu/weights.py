@@ -20,7 +20,7 @@ from ...models.errors import ModelError
 from ..forward import Progress
 from ..model import Model, Norm
 from ..parallel.shard import Shard
-from ..parallel.weights import ShardedWeights
+from ..parallel.weights import ShardedWeights, part_shapes
 from ..weight_source import WeightSource, check_shapes, expected_shapes, stretches
 from ..weights import DTYPES, Builder, assemble
 from .linears import DeviceLinear, DeviceTable
@@ -71,6 +71,35 @@ def _check_quantization(config: ModelConfig, dtype: str, quantization: str) -> N
                 )
 
 
+def expected_bytes(shard: Shard, dtype: str, quantization: str | None) -> int:
+    """What `build_on` puts on the device, before any of it is read."""
+    shapes, element = part_shapes(shard), DTYPES[dtype].itemsize
+    total = sum(_tensor_bytes(name, shape, element, quantization) for name, shape in shapes.items())
+    if shard.is_last and shard.config.tie_word_embeddings and _kind("head", quantization) is not None:
+        total += _tensor_bytes("head.weight", shapes["embed.weight"], element, quantization)
+        if not shard.is_first:  # the table went into the head
+            total -= _tensor_bytes("embed.weight", shapes["embed.weight"], element, quantization)
+    return total
+
+
+def _tensor_bytes(name: str, shape: tuple[int, ...], element: int, quantization: str | None) -> int:
+    *_, base, what = name.split(".")
+    if base.endswith("norm"):
+        return 4 * math.prod(shape)
+    kind = None if what == "bias" or base in ("embed", "positions") else _kind(base, quantization)
+    if kind == "w8a8":
+        return shape[0] * (shape[1] + 4)
+    group = _group(shape[1]) if kind == "w4a16" else None
+    return math.prod(shape) * element if group is None else shape[0] * (shape[1] // 2 + 4 * (shape[1] // group))
+
+
+def _kind(name: str, quantization: str | None) -> str | None:
+    """How a product is quantized. `name`: without its layer's; queries, keys and values are one product."""
+    if name in ("q", "k", "v") or name.startswith("project") or (name == "head" and quantization == "w4a16"):
+        return None
+    return quantization
+
+
 def _group(inputs: int) -> int | None:
     """The largest group of inputs that share a scale."""
     return next((group for group in reversed(GROUPS) if inputs % group == 0), None)
@@ -106,7 +135,7 @@ class DeviceBuilder(Builder):
     def tied_head(self, embed: EmbeddingTable) -> Linear:
         assert isinstance(embed, DeviceTable)
         head = self._linear("head", embed.weight, None)
-        if isinstance(head, DeviceLinear) and self._kind("head") is None:
+        if isinstance(head, DeviceLinear) and _kind("head", self._quantization) is None:
             head.resident_bytes = 0
         return head
 
@@ -134,13 +163,8 @@ class DeviceBuilder(Builder):
         self.layer_done()
         return table
 
-    def _kind(self, name: str) -> str | None:
-        if name == "q" or name.startswith("project") or (name == "head" and self._quantization == "w4a16"):
-            return None
-        return self._quantization
-
     def _linear(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        kind = self._kind(name)
+        kind = _kind(name, self._quantization)
         if kind is None:
             return DeviceLinear(weight, bias)
         from .quantized_linears import Int4Linear, Int8Linear

@@ -10,6 +10,12 @@ from ..weight_source import WeightSource, expected_shapes
 from .shard import Part, Shard
 
 
+def part_shapes(shard: Shard) -> dict[str, tuple[int, ...]]:
+    """What a rank has of a model's tensors, by canonical name."""
+    parts = ((name, shape, shard.part(name)) for name, shape in expected_shapes(shard.config).items())
+    return {name: _shape(shape, part) for name, shape, part in parts if part is not None}
+
+
 class ShardedWeights(WeightSource):
     """A source as a rank sees it: what it does not have is missing, of the rest there are its rows or columns."""
 
@@ -19,7 +25,7 @@ class ShardedWeights(WeightSource):
         self._whole = expected_shapes(shard.config)
         parts = {name: shard.part(name) for name in self._whole}
         self._parts: dict[str, Part] = {name: part for name, part in parts.items() if part is not None}
-        self._shapes = {name: _shape(self._whole[name], part) for name, part in self._parts.items()}
+        self._shapes = part_shapes(shard)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tandem.cluster.engine.devices import cuda
 from tandem.cluster.engine.devices.base import Device
 from tandem.cluster.engine.devices.cpu import CpuDevice
 from tandem.cluster.engine.devices.cuda import CudaDevice
 from tandem.cluster.engine.gpu.part import Aborts, Part, whole
 from tandem.cluster.engine.plan import DRAWN, SampleSpec, StepOutput, StepPlan, StepRow
+from tandem.cluster.latency.memory import DoesNotFit
 from tandem.cluster.models.config import ModelConfig
 from tandem.cluster.models.reference import ModelFiles
 from tandem.cluster.models.registry import CONFIGS
@@ -294,3 +296,31 @@ def test_graphs_are_destroyed_while_ranks_are_given_up(where: str, monkeypatch: 
     monkeypatch.setattr(device._graphs, "close", part.graphs_are_gone.set)
     device.close()
     assert part.ended
+
+
+@pytest.mark.parametrize(
+    ("name", "while_what", "helps"),
+    [
+        ("check_model", "", ""),
+        ("build_on", "loading weights", "a quantization"),
+        ("DeviceKVStore", "taking KV memory", "fewer kv_cache_bytes"),
+        ("warm_up_plans", "computing a step", "fewer max_batched_tokens"),
+        ("DecodeGraphs.capture", "capturing decode steps", "enforce_eager: true"),
+    ],
+)
+def test_a_model_that_does_not_fit_says_what_helps(
+    where: str, monkeypatch: pytest.MonkeyPatch, name: str, while_what: str, helps: str
+) -> None:
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory")
+    if name == "check_model":
+        error = DoesNotFit("tiny does not fit: the GPU's memory ran out : by the sum. More room: ")
+        monkeypatch.setattr(cuda, "build_on", lambda *_, **__: pytest.fail("weights are read"))
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"tandem.cluster.engine.devices.cuda.{name}", fails)
+    if name == "warm_up_plans":  # asked for on GPUs only
+        monkeypatch.setattr(CudaDevice, "_warm_up", fails)
+    with pytest.raises(DoesNotFit, match=f"^tiny does not fit: the GPU's memory ran out {while_what}.* room: {helps}"):
+        cuda_device(where)

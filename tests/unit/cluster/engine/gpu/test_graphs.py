@@ -41,15 +41,16 @@ def test_every_batch_has_the_smallest_size_that_holds_it(most: int, data: st.Dat
 class Step:
     """A decode step that writes its shape into its buffer, and what records it."""
 
-    def __init__(self, fails_at: int = 0) -> None:
+    def __init__(self, fails_at: int = 0, error: RuntimeError | None = None) -> None:
         self.out = torch.zeros(64, 2)
         self.ran: list[int] = []
         self.replayed: list[int] = []
         self.fails_at = fails_at
+        self.error = error or RuntimeError("operation not permitted when stream is capturing")
 
     def run(self, shape: DecodeShape) -> torch.Tensor:
         if shape.rows == self.fails_at:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise self.error
         self.ran.append(shape.rows)
         return self.out[: shape.rows]
 
@@ -81,6 +82,13 @@ def test_what_cannot_be_captured_says_how_to_do_without() -> None:
     step = Step(fails_at=4)
     graphs = DecodeGraphs(step.run, decode_shapes(16, lambda rows: rows), CPU, recorder=step)
     with pytest.raises(RuntimeError, match=r"step of 4 rows cannot be captured .*capturing.*enforce_eager: true"):
+        graphs.capture()
+
+
+def test_memory_that_runs_out_is_no_step_that_cannot_be_captured() -> None:
+    step = Step(fails_at=4, error=torch.OutOfMemoryError("CUDA out of memory"))
+    graphs = DecodeGraphs(step.run, decode_shapes(16, lambda rows: rows), CPU, recorder=step)
+    with pytest.raises(torch.OutOfMemoryError):
         graphs.capture()
 
 

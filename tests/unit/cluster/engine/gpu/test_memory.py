@@ -8,10 +8,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tandem.cluster.engine.gpu import sizing
+from tandem.cluster.engine.gpu import memory, sizing
 from tandem.cluster.engine.gpu.inputs import Limits
-from tandem.cluster.engine.gpu.memory import GRAPH_OVERHEAD_BYTES, DeviceShare, StepMemory, graph_bytes, kv_room
+from tandem.cluster.engine.gpu.memory import (
+    GRAPH_OVERHEAD_BYTES,
+    KV,
+    LOADING,
+    DeviceShare,
+    StepMemory,
+    fitting,
+    graph_bytes,
+    kv_room,
+)
+from tandem.cluster.engine.parallel.messages import RankLost
 from tandem.cluster.latency.memory import DoesNotFit
+from tandem.kvtransfer.cuda_ipc.driver import CudaError
 from tandem.kvtransfer.layout import KVGroup, KVLayout
 
 GIB = 2**30
@@ -82,6 +93,70 @@ def test_what_does_not_fit_says_the_sum_and_what_would_help() -> None:
     )
     with pytest.raises(DoesNotFit, match=r"needed: KV of 1000000 tokens, 122\.07 GiB"):
         kv_room(share(), taken(), model="m", block_bytes=BLOCK, block_size=16, min_tokens=1_000_000)
+
+
+def test_weights_that_leave_no_block_of_kv_are_refused_before_they_are_read() -> None:
+    gpu = torch.device("cuda")
+    facts = {"model": "llama-3.1-70b", "blocks": 64, "block_bytes": BLOCK}
+    room = int(0.9 * 80 * GIB) - memory.RESERVED_BYTES
+    sizing.check_model(gpu, share(), weight_bytes=room - BLOCK, **facts)
+    for weights in (room - BLOCK + 1, 131 * GIB):
+        with pytest.raises(DoesNotFit) as caught:
+            sizing.check_model(gpu, share(), weight_bytes=weights, **facts)
+    assert str(caught.value) == (
+        "llama-3.1-70b does not fit: 80.00 GiB of H100 x 0.9 - 0.88 GiB reserved - 131.00 GiB weights = -59.88 GiB for "
+        "KV and activations. More room: a higher gpu_memory_utilization (0.9 now), a quantization, or more ranks "
+        "(tensor_parallel, pipeline_stages)"
+    )
+
+
+def test_kv_that_is_asked_for_is_to_be_free_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "device_share", lambda device, utilization: share(utilization, free=30 * GIB))
+    gpu = torch.device("cuda")
+    facts = {"model": "llama-3.1-8b", "weight_bytes": 15 * GIB, "block_bytes": BLOCK}
+    sizing.check_model(gpu, None, blocks=15 * 512, **facts)
+    with pytest.raises(DoesNotFit) as caught:
+        sizing.check_model(gpu, None, blocks=20 * 512, **facts)
+    assert str(caught.value) == (
+        "llama-3.1-8b does not fit: 30.00 GiB free of 80.00 GiB of H100 - 15.00 GiB weights - 20.00 GiB KV "
+        "(kv_cache_bytes) = -5.00 GiB for activations. More room: fewer kv_cache_bytes (0: what fits), a quantization, "
+        "or more ranks (tensor_parallel, pipeline_stages)"
+    )
+    sizing.check_model(torch.device("cpu"), None, blocks=20 * 512, **facts)
+
+
+@pytest.mark.parametrize(
+    ("phase", "error", "told"),
+    [
+        (
+            LOADING,
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 "
+                "GiB is free. Of the allocated memory 77.00 GiB is allocated by PyTorch.\nSee documentation"
+            ),
+            "ran out loading weights: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+            "capacity of 79.10 GiB of which 1.00 GiB is free. More room: a quantization, or more ranks (",
+        ),
+        (
+            KV,
+            CudaError("cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY (2)"),
+            "taking KV memory: cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY (2). More room: fewer kv_cache_bytes or a lower "
+            "gpu_memory_utilization, ",
+        ),
+    ],
+)
+def test_memory_that_runs_out_says_what_would_help(phase: memory.Phase, error: RuntimeError, told: str) -> None:
+    with pytest.raises(DoesNotFit) as caught, fitting("m", phase):
+        raise error
+    assert str(caught.value).startswith("m does not fit: the GPU's memory ran out ")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("illegal memory access"), RankLost("rank 1: CUDA out of memory")])
+def test_what_is_no_want_of_memory_here_is_told_as_it_is(error: RuntimeError) -> None:
+    with pytest.raises(RuntimeError) as caught, fitting("m", LOADING):
+        raise error
+    assert caught.value is error
 
 
 def test_graphs_share_one_pool() -> None:
