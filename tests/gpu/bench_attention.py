@@ -15,7 +15,7 @@ from functools import partial
 import flashinfer_rival
 import torch
 import triton
-from measure import LIBRARY, Case, library, time_s
+from measure import LAST, LATE, Case, library, time_s
 from tandem.kernels.gpu.decode_attention import decode_attention
 from tandem.kernels.gpu.prefill_attention import prefill_attention
 from tandem.kernels.gpu_plans import decode, prefill
@@ -116,7 +116,7 @@ def prefill_cases(given: Setting, narrow: bool = False) -> list[Case]:
     ]
     if flashinfer_rival.is_here():
         run = library(lambda: held(flashinfer_rival.prefill(given, given.layer), expected))
-        cases.append(Case(who="flashinfer", run=run, late=LIBRARY, **common))
+        cases.append(Case(who="flashinfer", run=run, late=_turn(shape), **common))
     for dtype in NARROW if narrow else ():
         layer, scales, wide = given.narrow(dtype)
         known, common["moved_bytes"] = _dense_prefill(wide)().transpose(1, 2), queries + vectors
@@ -124,7 +124,7 @@ def prefill_cases(given: Setting, narrow: bool = False) -> list[Case]:
         cases.append(Case(who=f"tandem, {str(dtype)[6:]} KV", run=mine, **common))
         if flashinfer_rival.is_here() and dtype == torch.float8_e4m3fn:
             theirs = library(partial(_held_narrow, flashinfer_rival.prefill, given, layer, scales, known))
-            cases.append(Case(who="flashinfer, float8_e4m3fn KV", run=theirs, late=LIBRARY, **common))
+            cases.append(Case(who="flashinfer, float8_e4m3fn KV", run=theirs, late=LAST, **common))
     return cases
 
 
@@ -181,7 +181,7 @@ def decode_cases(given: Setting, narrow: bool = False) -> list[Case]:
     ]
     if flashinfer_rival.is_here():
         run = library(lambda: held(flashinfer_rival.decode(given, given.layer), expected))
-        cases.append(Case(what=what, who="flashinfer", run=run, moved_bytes=plain_bytes, late=LIBRARY))
+        cases.append(Case(what=what, who="flashinfer", run=run, moved_bytes=plain_bytes, late=_turn(shape)))
     for dtype in NARROW if narrow else ():
         layer, scales, wide = given.narrow(dtype)
         known = _dense_decode(wide)()[:, :, 0]
@@ -190,7 +190,7 @@ def decode_cases(given: Setting, narrow: bool = False) -> list[Case]:
         if flashinfer_rival.is_here() and dtype == torch.float8_e4m3fn:
             theirs = library(partial(_held_narrow, flashinfer_rival.decode, given, layer, scales, known))
             who = "flashinfer, float8_e4m3fn KV"
-            cases.append(Case(what=what, who=who, run=theirs, moved_bytes=narrow_bytes, late=LIBRARY))
+            cases.append(Case(what=what, who=who, run=theirs, moved_bytes=narrow_bytes, late=LAST))
     return cases
 
 
@@ -198,6 +198,11 @@ def _dense_decode(given: Setting) -> Callable[[], torch.Tensor]:
     """Torch's, [rows, H, 1, D], over the keys that are seen."""
     k, v = (x[:, :, -_seen(given, 1) :] for x in given.dense())
     return lambda: scaled_dot_product_attention(given.q[:, :, None], k, v, enable_gqa=True)
+
+
+def _turn(shape: AttentionShape) -> int:
+    """FlashInfer has kernels of their own for windows, which it compiles for the two lines here."""
+    return LATE if shape.window is None else LAST
 
 
 def _held_narrow(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import COMPILED, Case, compiled, library
+from measure import LAST, Case, compiled, library
 from tandem.kernels.gpu.tuning import Tuner
 from tandem.kernels.gpu.w4a16 import w4a16_linear
 from tandem.kernels.gpu.w8a8 import w8a8_linear
@@ -72,9 +72,7 @@ def _of_int8(
         def scaled() -> torch.Tensor:
             return (torch._int_mm(padded, weight.t()) * all_scales[:, None] * weight_scales).to(torch.bfloat16)
 
-        found.append(
-            Case(who="torch int8, compiled with scales", run=compiled(scaled), note=note, late=COMPILED, **common)
-        )
+        found.append(Case(who="torch int8, compiled with scales", run=compiled(scaled), note=note, late=LAST, **common))
     bf16 = lambda: x @ dense.t()  # noqa: E731
     found.append(
         Case(what=f"{what}, W8A8", who="torch bf16", run=bf16, moved_bytes=moved + dense.nbytes, operations=operations)

@@ -10,7 +10,7 @@ from functools import partial
 
 import flashinfer_rival
 import torch
-from measure import COMPILED, LIBRARY, Case, compiled, library
+from measure import LAST, LATE, Case, compiled, library
 from tandem.kernels.gpu.activation import activation, activation_int8, quantize_rows
 from tandem.kernels.gpu.kv_blocks import copy_blocks, gather_blocks, repack, scatter_blocks
 from tandem.kernels.gpu.kv_write import kv_write
@@ -78,7 +78,7 @@ def _norm(tokens: int, device: torch.device) -> list[Case]:
 def _of_flashinfer(what: str, make: Callable[[], Callable[[], object]], moved_bytes: int) -> list[Case]:
     if not flashinfer_rival.is_here():
         return []
-    return [Case(what=what, who="FlashInfer", run=library(make), moved_bytes=moved_bytes, late=LIBRARY)]
+    return [Case(what=what, who="FlashInfer", run=library(make), moved_bytes=moved_bytes, late=LATE)]
 
 
 def _of_torch(what: str, run: Callable[[], object], moved_bytes: int, tokens: int) -> list[Case]:
@@ -86,7 +86,7 @@ def _of_torch(what: str, run: Callable[[], object], moved_bytes: int, tokens: in
     found = [Case(what=what, who="torch", run=run, moved_bytes=moved_bytes, note="not fused")]
     if tokens == TOKENS[-1] and torch.cuda.is_available():
         theirs = compiled(run)
-        found.append(Case(what=what, who="torch, compiled", run=theirs, moved_bytes=moved_bytes, late=COMPILED))
+        found.append(Case(what=what, who="torch, compiled", run=theirs, moved_bytes=moved_bytes, late=LAST))
     return found
 
 

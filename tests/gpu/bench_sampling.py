@@ -11,7 +11,7 @@ from typing import Any
 
 import flashinfer_rival
 import torch
-from measure import LIBRARY, Case, library
+from measure import LATE, Case, library
 from tandem.kernels.gpu.logprobs import logprobs
 from tandem.kernels.gpu.penalties import penalize
 from tandem.kernels.gpu.sampling import probabilities, sample
@@ -82,7 +82,7 @@ def _sampled(logits: torch.Tensor, name: str, cuts: dict[str, float]) -> list[Ca
     if cuts["temperature"] > 0 and flashinfer_rival.is_here():
         theirs = library(partial(flashinfer_rival.sampled, logits, cuts))
         note = "and softmax" if "top_p" in cuts else ""
-        found.append(_case(what, "FlashInfer", theirs, logits, note=note, late=LIBRARY))
+        found.append(_case(what, "FlashInfer", theirs, logits, note=note, late=LATE))
     return found
 
 
@@ -190,5 +190,5 @@ def _verified(device: torch.device) -> list[Case]:
             assert torch.equal(made()[:, :DRAFTED], drafted)
             return made
 
-        found.append(Case(what=what, who="FlashInfer", run=library(theirs), moved_bytes=moved, late=LIBRARY))
+        found.append(Case(what=what, who="FlashInfer", run=library(theirs), moved_bytes=moved, late=LATE))
     return found

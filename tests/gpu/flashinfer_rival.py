@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from bench_attention import Setting
 
 _WORKSPACE_BYTES = 2**28
-_AT_A_TIME = 4
+_AT_A_TIME = 3
+"""Each with as many compilers as MAX_JOBS says, of some GiB of memory each."""
 Run = Callable[[], torch.Tensor]
 
 
@@ -141,29 +142,32 @@ def _drawn_with(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _first_uses(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What compiles all that the benchmarks use, attention first; small."""
+    """What compiles all that the benchmarks use, small; what most of them use first."""
     from bench_attention import DTYPE, WINDOW, Setting, llama
 
-    for name, run, stretch in (("prefill", prefill, (0, 64)), ("decode", decode, (63, 1))):
-        for window in (None, WINDOW):
-            given = Setting.make([stretch], llama(window=window), device)
-            yield f"{name}, window {window}", partial(_call, run, given, given.layer)
+    attentions = (("prefill", prefill, (0, 64)), ("decode", decode, (63, 1)))
+    for name, run, stretch in attentions:
         given = Setting.make([stretch], llama(), device)
-        narrow = given.layer.to(torch.float8_e4m3fn)
-        yield f"{name}, float8", partial(_call, run, given, narrow, k_scale=1.0, v_scale=1.0)
+        yield name, partial(_call, run, given, given.layer)
     x = torch.randn(2, 1024, device=device, dtype=DTYPE)
     heads = x.view(2, 8, 128)
     positions, angles = torch.arange(2, device=device), torch.rand(2, 64, device=device)
     likely = torch.rand(1, 2, 512, device=device).softmax(-1)
     tokens = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    yield "sampling", partial(_call, sampled, likely[0], {"top_p": 0.9})
-    yield "verification", partial(_call, verified, likely[:, :1].contiguous(), tokens, likely)
+    yield "sampling", partial(_call, sampled, likely[0], {"temperature": 1.0, "top_k": 50, "top_p": 0.9})
     yield "norm", partial(_call, add_norm, x, x.clone(), x[0].clone())
     yield "activation", partial(_call, silu_mul, x)
     yield "rotary", partial(_call, rotary, heads, heads.clone(), positions, angles)
     layer = torch.zeros(1, 2, 8, 16, 128, device=device, dtype=DTYPE)
     blocks = torch.zeros(1, dtype=torch.int64, device=device)
     yield "KV write", partial(_call, rotary_and_write, heads, heads.clone(), heads.clone(), angles, layer, blocks)
+    yield "verification", partial(_call, verified, likely[:, :1].contiguous(), tokens, likely)
+    for name, run, stretch in attentions:
+        given = Setting.make([stretch], llama(), device)
+        narrow = given.layer.to(torch.float8_e4m3fn)
+        yield f"{name}, float8", partial(_call, run, given, narrow, k_scale=1.0, v_scale=1.0)
+        given = Setting.make([stretch], llama(window=WINDOW), device)
+        yield f"{name}, window", partial(_call, run, given, given.layer)
 
 
 def _call(make: Callable[..., Callable[[], object]], *given: object, **more: object) -> None:

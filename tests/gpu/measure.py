@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-LIBRARY, COMPILED = 1, 2
+LATE, LAST = 1, 2
 _FLUSHED_BYTES = 256 * 2**20
 """More than the last-level cache of any GPU here (H100: 50 MB)."""
 
@@ -39,8 +39,8 @@ class Case:
     """Floating-point (or integer) multiplications and additions of the matrix units; 0: bound by memory."""
     note: str = ""
     late: int = 0
-    """Its turn among all of its file: what a library compiles first, for a minute at worst, comes behind all that needs
-    no such thing (`LIBRARY`), what torch compiles for each shape behind that (`COMPILED`).
+    """Its turn among all of its file. `LATE`: what a library compiles at its first use, for a minute at worst. `LAST`:
+    what is compiled for this line and few others.
     """
     beside_bytes: int = 0
     """Moved by what this is a small part of: its share of that is told."""

@@ -42,7 +42,7 @@ TOGETHER_SHARE = 0.8
 """Of the tests' minutes, for those that are not alone: at first everything is compiled, on all processors at once."""
 TEST_FOLDERS = (WHOLE, "tests/unit/kernels/gpu", "tests/unit/cluster/engine/gpu")
 COMPILES = HERE / "flashinfer_rival.py"
-COMPILING = {"MAX_JOBS": "8"}
+COMPILING = {"MAX_JOBS": "4"}
 LAST = ("test_cubin",)
 """Of files of tests: it compiles everything, for devices that are not here too."""
 TEST_MINUTES, BENCH_MINUTES = 4.1, 4.9

@@ -187,8 +187,8 @@ def test_what_compiles_beside_the_tests_is_waited_for_until_a_time(
             pass
         return capsys.readouterr().out
 
-    assert told(0, 60) == "rivals:\n19 8\ncompiled\n"
-    assert told(600, 2) == "rivals:\n19 8\n"
+    assert told(0, 60) == "rivals:\n19 4\ncompiled\n"
+    assert told(600, 2) == "rivals:\n19 4\n"
 
 
 def test_results_are_written_for_people(run: ModuleType, tmp_path: Path) -> None:
