@@ -254,7 +254,8 @@ class ClusterConfig:
         for name in ("engine", "prefill_engine", "decode_engine", "mixed_engine"):
             engine = getattr(self, name)
             if engine is not None and engine.model != self.router.model:
-                raise ConfigError(f"{name}.model", engine.model, f"the router's model, {self.router.model}")
+                field = f"{name.replace('_', '.')}.model"  # as a file has it
+                raise ConfigError(field, engine.model, f"the router's model, {self.router.model}")
         self._check_nodes()
 
     def _check_nodes(self) -> None:

@@ -16,6 +16,8 @@ from .types import Role
 MAX_FILE_BYTES = 2**20
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
+_ASKED = frozenset({"workload", "hardware", "profile", "gpus_per_node"})
+"""What a question for `tandem plan` has and a cluster's file has not."""
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
@@ -30,6 +32,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     data = read_yaml(path)
     if isinstance(data, Mapping):
+        if not {"router", "engine"} & data.keys() and _ASKED & data.keys():
+            allowed = "a cluster's; tandem plan --config FILE --output plan.yaml makes one of a question such as this"
+            raise ConfigError("config", str(path), allowed)
         data = _with_files_beside(data, Path(path).parent)
     return _cluster_config({} if data is None else data, overrides or {})
 

@@ -57,8 +57,13 @@ class Within:
         return over and (self.high is None or value <= self.high)
 
     def __str__(self) -> str:
-        start = f"above {self.low:.15g}" if self.above else f"at least {self.low:.15g}"
-        return start if self.high is None else f"{start}, at most {self.high:.15g}"
+        start = f"{'above' if self.above else 'at least'} {_plain_number(self.low)}"
+        return start if self.high is None else f"{start}, at most {_plain_number(self.high)}"
+
+
+def _plain_number(value: float) -> str:
+    """Whole numbers in all their digits."""
+    return str(value) if isinstance(value, int) else f"{value:.15g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ REFUSED = "no router answers at http://127.0.0.1:1/{} (Connection refused)"
         (["serve", "--prefill", "two"], 2, "--prefill"),
         (["serve", "--decode", "0"], 2, "--decode: 0 is not allowed; allowed: at least 1 where prefill is 1"),
         (["serve", "--device", "tpu"], 2, "--device: 'tpu' is not allowed; allowed: one of cpu, cuda, paced"),
-        (["serve", "--kv-cache", "much"], 2, "--kv-cache: 'much'"),
+        (["serve", "--kv-cache", "much"], 2, "at least 0, at most 1125899906842624"),
         (["serve", "--config", "/nonexistent.yaml"], 2, "config: '/nonexistent.yaml'"),
         (["chat", "--url", "localhost:8000", "--prompt", "x"], 2, "url: 'localhost:8000'"),
         (["chat", "--max-tokens", "0", "--prompt", "x"], 2, "--max-tokens"),

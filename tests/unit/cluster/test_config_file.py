@@ -137,12 +137,19 @@ def test_overrides_win(tmp_path: Path) -> None:
         ("engine: [", r"config: .*valid YAML"),
         ("engine: !!python/object/apply:os.getcwd []", r"config: .*valid YAML"),
         ("prefill: {workers: many}", r"prefill: 'many' .*a whole number"),
+        ("prefill: {workers: 1, engine: {model: other}}", r"^prefill\.engine\.model: 'other' .*the router's model"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["laptop.yaml", "opt-13b-4xa100.yaml"])
+def test_a_question_for_a_plan_is_no_clusters_file(name: str, repository: Path) -> None:
+    with pytest.raises(ConfigError, match="tandem plan --config FILE --output plan.yaml makes one"):
+        load_config(repository / "deploy" / "plans" / name)
 
 
 def test_missing_file() -> None:
