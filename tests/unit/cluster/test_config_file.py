@@ -148,7 +148,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["laptop.yaml", "opt-13b-4xa100.yaml"])
 def test_a_question_for_a_plan_is_no_clusters_file(name: str, repository: Path) -> None:
-    with pytest.raises(ConfigError, match="tandem plan --config FILE --output plan.yaml makes one"):
+    with pytest.raises(ConfigError, match=r"tandem plan --config FILE --output plan\.yaml makes one"):
         load_config(repository / "deploy" / "plans" / name)
 
 
