@@ -59,7 +59,7 @@ def transfer(
     keep_freed_memory()
     display = Display()
     display.line("no engine: source, transport, checks and memory are a worker's; one pull at a time")
-    with display.count("cells", len(options.shapes()) * len(options.transports)) as advance:
+    with display.count("cells", options.num_cells) as advance:
 
         def on_cell(_: TransferCell) -> None:
             advance()

@@ -82,6 +82,11 @@ class TransferOptions:
         if not self.shapes():
             raise ValueError(f"most_mib: {self.most_mib:g} is less than every pull that is asked for")
 
+    @property
+    def num_cells(self) -> int:
+        """That will be measured."""
+        return len(self.shapes()) * len(self.transports) + self.transports.count("cuda_ipc")
+
     def shapes(self) -> list[tuple[int, int]]:
         """(bytes of a block, blocks of a pull), those that are not too large."""
         most = self.most_mib * 2**20

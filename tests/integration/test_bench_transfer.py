@@ -52,10 +52,15 @@ def test_ranks_hand_it_on() -> None:
 
 
 def test_copying_is_told_apart_from_asking() -> None:
-    """Blocks that a device has copied bring their times; those that are given are copied until the next is wanted."""
-    ticket = ticket_of(2)
+    """Blocks that a device has copied bring their times, two copies at once; those that are given are copied until the
+    next is wanted.
+    """
+    ticket = ticket_of(3)
     frame = BlockFrame(ticket=ticket, block_index=0, generation=1, payload=memoryview(b""), checksum=None)
-    by_device = WrittenBlocks(ticket=ticket, first_block=1, block_ids=(1,), arrived_age_s=9.0, written_age_s=2.0)
+    copies = [
+        WrittenBlocks(ticket=ticket, first_block=1, block_ids=(1,), arrived_age_s=age_s, written_age_s=0.02)
+        for age_s in (7.0, 6.0)
+    ]
 
     end = EndFrame(
         ticket=ticket, num_tokens=2, first_token=SampledToken(1, 0.0, ()), prefill_end_age_s=0.0, total_bytes=0
@@ -65,7 +70,7 @@ def test_copying_is_told_apart_from_asking() -> None:
         """A transport between whose frames 50 ms pass; who pulls takes 10 ms for a frame."""
 
         async def pull(self, *given: object, **more: object) -> AsyncGenerator[Any, None]:
-            for came in ((frame,), by_device, end):
+            for came in (*copies, (frame,), end):
                 clock[0] += 0.05
                 yield came
 
@@ -76,10 +81,10 @@ def test_copying_is_told_apart_from_asking() -> None:
             clock[0] += 0.01
         return watched.copy_s
 
-    clock = [0.0]
+    clock = [10.0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer_phases.time, "perf_counter", lambda: clock[0])
-        assert asyncio.run(scene()) == pytest.approx(0.01 + 7.0)
+        assert asyncio.run(scene()) == pytest.approx(6.98 + 0.06 + 0.01)
 
 
 def test_a_large_pull_leaves_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
