@@ -103,7 +103,8 @@ def ask(
         with urllib.request.urlopen(question, timeout=_ASK_TIMEOUT_S, context=secure) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        hint = ": it wants another key; --api-key or TANDEM_API_KEY" if error.code == 401 else ""
+        wants = "another key" if api_key else "a key"
+        hint = f": it wants {wants}; --api-key or TANDEM_API_KEY" if error.code == 401 else ""
         raise ServerUnusable(f"{url}: HTTP {error.code}{hint}") from None
     except (OSError, http.client.HTTPException) as error:
         raise ServerAbsent(url, error) from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from tandem.cluster.bench import server as bench_server
-from tandem.cluster.bench.server import Server, ServerAbsent, ServerUnusable
+from tandem.cluster.bench.server import Server, ServerAbsent, ServerUnusable, ask
 
 Answers = dict[tuple[str, str], Any]
 
@@ -57,3 +59,22 @@ def test_models(monkeypatch: pytest.MonkeyPatch) -> None:
         assert server.max_model_len("a") is None
         with pytest.raises(ServerUnusable, match="lists no model"):
             server.first_model()
+
+
+class _Closed(BaseHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+
+@pytest.mark.parametrize(("key", "wanted"), [(None, "it wants a key"), ("k", "it wants another key")])
+def test_a_server_that_wants_a_key_is_said_to(key: str | None, wanted: str) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(ServerUnusable, match=f"HTTP 401: {wanted}; --api-key"):
+                ask(f"http://127.0.0.1:{server.server_address[1]}", "/v1/models", api_key=key)
+        finally:
+            server.shutdown()
