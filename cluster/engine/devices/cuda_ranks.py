@@ -97,6 +97,7 @@ class RankedCudaDevice(Device):
             )
             self._ranks = ranks
             self._followers.watch(lambda error: ranks.abort())  # who is lost now is waited for on the device, too
+            ranks.meet()
             part = SharedPart(shard, meeting, ranks)
             own = CudaDevice(
                 files,
@@ -110,8 +111,10 @@ class RankedCudaDevice(Device):
             self._device = own
             self._followers.ready()
             part.tell = self._tell
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, RuntimeError):
+                self._followers.check()  # who was lost, and why
             raise
         self.picked, self.num_blocks = own.picked, own.num_blocks
         self.plans_ahead, self.looks_ahead = own.plans_ahead, own.looks_ahead

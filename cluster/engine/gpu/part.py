@@ -174,9 +174,15 @@ class DeviceRanks(TorchRanks):
                 self._returns = make_group(
                     store, int(shard.is_last), 2, device=device.type, host=pipeline_host, timeout_s=timeout_s
                 )
-            self._meet()
         except RuntimeError as error:
             raise RankLost(f"rank {shard.rank} did not meet the others: {error}") from error
+
+    def meet(self) -> None:
+        """A first word on every way that there is; once, before all else. `abort` ends it. Raises RankLost."""
+        try:
+            self._say_first_words()
+        except RuntimeError as error:
+            raise RankLost(f"rank {self._shard.rank} did not meet the others: {error}") from error
 
     def share_drawn(self, drawn: torch.Tensor) -> None:
         """The first rank's `drawn`, to all ranks of the stage."""
@@ -231,8 +237,7 @@ class DeviceRanks(TorchRanks):
         except RuntimeError as error:
             raise RankLost(str(error)) from error
 
-    def _meet(self) -> None:
-        """A first word on every way that there is."""
+    def _say_first_words(self) -> None:
         shard = self._shard
         word = torch.zeros(1, 1, dtype=torch.float32, device=self._device)
         self.all_reduce(word)

@@ -41,6 +41,7 @@ def build_gpu_rank(
         pipeline_host=setup.pipeline_host,
         timeout_s=setup.timeout_s,
     )
+    ranks.meet()
     device = CudaDevice(
         files,
         dtype=setup.dtype,

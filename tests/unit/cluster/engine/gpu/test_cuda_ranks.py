@@ -20,8 +20,10 @@ from tandem.cluster.engine.devices.cuda import CudaDevice
 from tandem.cluster.engine.devices.cuda_ranks import RankedCudaDevice
 from tandem.cluster.engine.fingerprint import fingerprint
 from tandem.cluster.engine.gpu import inputs
+from tandem.cluster.engine.gpu.part import DeviceRanks
 from tandem.cluster.engine.narrow_kv import NarrowKV
 from tandem.cluster.engine.parallel.messages import GpuSetup, RankLost
+from tandem.cluster.engine.parallel.rank_process import RankProcess
 from tandem.cluster.engine.plan import DRAWN, StepOutput, StepPlan, StepRow
 from tandem.cluster.models.config import ModelConfig
 from test_cuda_device import BLOCK_SIZE, LIKELY, LLAMA, SEEDED, assert_alike, drawn, files_of, row, step
@@ -131,6 +133,33 @@ def test_two_stages_compute_one_ranks_numbers_two_plans_at_a_time(
         assert isinstance(told[0], RankLost), "first, for giving up may take long"
         with pytest.raises(RankLost):
             step(device, row("e", 0, [1], [11]))
+
+
+def test_a_rank_that_is_lost_while_they_meet_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes: list[RankProcess] = []
+    given_up = threading.Event()
+
+    def recruit(num_ranks: int) -> list[RankProcess]:
+        processes.extend(interpreted(num_ranks))
+        return processes
+
+    def meet(ranks: DeviceRanks) -> None:
+        processes[0].kill()
+        assert given_up.wait(30)
+        raise RankLost("NCCL communicator was aborted")
+
+    monkeypatch.setattr(DeviceRanks, "meet", meet)
+    monkeypatch.setattr(DeviceRanks, "abort", lambda ranks: given_up.set())
+    with pytest.raises(RankLost, match=r"^rank 1 \(pid"):
+        RankedCudaDevice(
+            files_of(TWO_LAYERS),
+            GPU,
+            tensor_parallel=2,
+            pipeline_stages=1,
+            dtype="float32",
+            block_size=BLOCK_SIZE,
+            recruit=recruit,
+        )
 
 
 def test_ranks_that_compute_by_torch_have_one_ranks_numbers(alone: Computed) -> None:

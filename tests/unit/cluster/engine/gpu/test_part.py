@@ -72,7 +72,6 @@ def test_every_group_is_given_up_while_one_waits_for_graphs(monkeypatch: pytest.
 
     for module in (ranks_module, part_module):
         monkeypatch.setattr(module, "make_group", make)
-    monkeypatch.setattr(DeviceRanks, "_meet", lambda self: None)
     shard = Shard(config=CONFIG, tensor_parallel=2, pipeline_stages=2)
     ranks = DeviceRanks(Meeting(), shard, torch.device("cuda"), timeout_s=1)
     assert len(groups) == 3, "of the stage, of the pipeline, of what comes back"
