@@ -93,9 +93,9 @@ def lines(device: torch.device, bounds: Bounds) -> Iterator[Callable[[Tell], Non
             yield partial(_narrow_decode_line, held, max(sizes.batches), max(sizes.contexts), bounds)
         yield partial(_let_go, held, device)
         if quantization is None:
-            ours: list[Ran] = []
-            yield partial(_our_line, sizes, device, ours)
-            yield partial(_their_lines, sizes, device, ours)
+            ran: list[Ran] = []
+            yield partial(_our_line, sizes, device, ran)
+            yield partial(_their_lines, sizes, device, ran)
 
 
 def _hold(held: list[Rig], sizes: Sizes, device: torch.device, quantization: str | None, tell: Tell) -> None:
