@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from .auth import MemberCredentials
-from .cli_status import fetch
+from .cli_status import fetch, processes
 from .config import SecurityConfig
 from .launch import runtime_file
 from .proto import tandem_internal_v1_pb2 as pb
@@ -64,7 +64,8 @@ def restart(
         if after is None:
             say(f"{name} is not back after {took_s:.0f} s; whoever started it should have started it again")
             return 1
-        say(f"{name} is back after {took_s:.1f} s (pid {after['pid']}, epoch {str(after['epoch'])[:8]})")
+        several = "processes" if after.get("other_ranks") else "pid"
+        say(f"{name} is back after {took_s:.1f} s ({several} {processes(after)}, epoch {str(after['epoch'])[:8]})")
     return 0
 
 

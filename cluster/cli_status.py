@@ -210,7 +210,7 @@ def _place(worker: Mapping[str, Any]) -> tuple[int, int, str]:
 
 def _compute(worker: Mapping[str, Any]) -> tuple[str, ...]:
     """Split, threads of each rank, processes by rank, and who computes in them."""
-    stages, pids = int(worker.get("pipeline_stages") or 0), _pids(worker)
+    stages, pids = int(worker.get("pipeline_stages") or 0), processes(worker)
     split = f"TP {worker['tensor_parallel']}" if worker.get("tensor_parallel") else "-"
     threads = f"{worker['threads']}" + (" each" if worker.get("other_ranks") else "") if worker.get("threads") else "-"
     kernels = ": ".join(text for name in ("kernels", "kernels_reason") if (text := str(worker.get(name) or ""))) or "-"
@@ -218,7 +218,7 @@ def _compute(worker: Mapping[str, Any]) -> tuple[str, ...]:
     return (name, split + (f" PP {stages}" if stages > 1 else ""), threads, pids or "-", kernels)
 
 
-def _pids(worker: Mapping[str, Any]) -> str:
+def processes(worker: Mapping[str, Any]) -> str:
     """Of its ranks' processes in order, with the node of those that are not on the first one's."""
     others: Sequence[Mapping[str, Any]] = worker.get("other_ranks") or ()
     told = [str(worker["pid"])] if worker.get("pid") else []

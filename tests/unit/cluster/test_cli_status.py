@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
-from tandem.cluster import cli_status
+import pytest
+from tandem.cluster import cli_restart, cli_status
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.router.describe import describe
 
@@ -57,3 +59,21 @@ def test_workers_stand_by_pool_and_number_whoever_restarted_last() -> None:
     names = ("decode-10", "mixed-0", "decode-2", "prefill-0")
     rows = table("worker", *(worker(name) for name in names))
     assert [row.split()[0] for row in rows] == ["prefill-0", "decode-2", "decode-10", "mixed-0"]
+
+
+def test_a_restarted_worker_is_back_with_all_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    lives = [
+        worker("decode-0", epoch=epoch, pid=pid, address="h:1", other_ranks=[pb.RankProcess(pid=pid + 1)])
+        for epoch, pid in ((1, 7), (2, 17))
+    ]
+    looks = itertools.chain([lives[0], lives[0]], itertools.repeat(lives[1]))
+    monkeypatch.setattr(cli_restart, "fetch", lambda url, **_: {"ready": True, "workers": [next(looks)]})
+
+    async def ask_to_leave(address: str, url: str, timeout_s: float) -> None:
+        assert address == "h:1"
+
+    monkeypatch.setattr(cli_restart, "ask_to_leave", ask_to_leave)
+    said: list[str] = []
+    assert cli_restart.restart("u", ["decode-0"], every=False, timeout_s=3.0, say=said.append) == 0
+    assert said[0] == "decode-0 drains, for up to 3 s, and restarts"
+    assert said[1].endswith("(processes 17, 18, epoch 00000000)")
