@@ -264,14 +264,13 @@ def _measure(wanted: Wanted, files: ModelFiles, display: Display) -> MeasuredPro
         check_agreement({name: step.times_s for name, step in steps.items()}, repeat.max_spread, why=others(busy))
     except Disagreement as error:
         _doubt(doubts, f"steps: {error}", display)
-    kernels = getattr(getattr(device, "picked", None), "kernels", "")
     about = Measurement(
         model=config.model,
         model_config=files.config,
         device=config.device,
         dtype=config.dtype,
         quantization=config.quantization,
-        kernels=kernels,
+        kernels=device.picked.kernels,
         threads=config.threads,
         block_size=config.block_size,
         kv_token_bytes=kv_token_bytes,
