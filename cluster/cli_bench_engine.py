@@ -94,7 +94,7 @@ def _run(config: EngineConfig, options: EngineBenchOptions, save_result: str | N
     display = Display()
     built = build_device(config, files, None)
     try:
-        picked = built.picked  # type: ignore[attr-defined]  # check_device lets no device pass that has none
+        picked = built.picked
         machine = machine_facts(config.device)
         line = header(config, (picked.kernels, picked.reason), machine)
         display.line(line)
