@@ -82,7 +82,11 @@ class NextFrame:
 
     def waits(self, left_s: float) -> bool:
         """Whether what came now may wait, as a frame left at `left_s` on the monotonic clock; then the timer runs."""
-        wait_s = left_s + SMALL_WAIT_S - time.monotonic()
+        return self.waits_until(left_s + SMALL_WAIT_S)
+
+    def waits_until(self, due_s: float) -> bool:
+        """Whether that is yet to come, on the monotonic clock; then the timer runs, to then or sooner."""
+        wait_s = due_s - time.monotonic()
         if wait_s > 0 and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._leave)
         return wait_s > 0

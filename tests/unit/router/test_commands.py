@@ -9,7 +9,8 @@ from scenario import scenario
 from tandem.cluster import rpc
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
-from tandem.router.commands import Commands
+from tandem.router import commands as module
+from tandem.router.commands import FRAMES_IN_A_ROW, Commands
 
 
 def ignore(answer: pb.Answer | Refusal) -> None:
@@ -57,6 +58,49 @@ def test_a_command_that_may_wait_wakes_nobody_by_itself_and_goes_with_one_that_m
         commands.fail("it is over")
 
     asyncio.run(run())
+
+
+def test_behind_many_frames_a_command_waits_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        commands = Commands("w", 7)
+        for number in range(1, FRAMES_IN_A_ROW + 1):
+            commands.send(pb.Command(), ignore)
+            assert await ids(commands) == [number]
+        writer = asyncio.create_task(ids(commands))
+        await asyncio.sleep(0.02)  # it waits
+        for _ in range(2):
+            commands.send(pb.Command(), ignore)
+            await asyncio.sleep(0.02)
+        assert not writer.done()
+        writer.cancel()
+        commands.fail("the stream broke")
+        again = asyncio.create_task(ids(commands))
+        await asyncio.sleep(0.02)
+        assert not again.done(), "what had not left never leaves"
+        again.cancel()
+
+    monkeypatch.setattr(module, "FRAME_GAP_S", 60.0)
+    asyncio.run(run())
+
+
+@scenario
+async def test_frames_that_had_to_wait_leave() -> None:
+    commands = Commands("w", 7)
+    for number in range(1, 3 * FRAMES_IN_A_ROW):
+        commands.send(pb.Command(), ignore, at_once=bool(number % 2))
+        assert await ids(commands) == [number]
+    commands.fail("it is over")
+
+
+@scenario
+async def test_what_comes_while_a_frame_is_written_leaves_behind_it() -> None:
+    commands = Commands("w", 7)
+    commands.send(pb.Command(), ignore)
+    assert await ids(commands) == [1]
+    commands.send(pb.Command(), ignore)  # nobody asks for the next frame yet
+    commands.send(pb.Command(), ignore, at_once=False)
+    assert await ids(commands) == [2, 3]
+    commands.fail("it is over")
 
 
 @scenario
