@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ _DAEMONS = ("gcs_server", "raylet")
 _OUTLIVE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """After so long without gcs_server, Ray's own, whoever is connected to it ends itself: members, raylet and driver."""
 _PENDING_POLL_S = 0.02
+_LISTENS_S = 10.0
 
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _ENVIRONMENT = {
@@ -151,12 +153,23 @@ def remedy(error: str, *, load: float | None = None, processors: int | None = No
 
 
 def join_ray(address: str, *, verbose: bool = False) -> None:
-    """Connects this process to the Ray cluster at `address`. Raises ConnectionError and RuntimeError as Ray does."""
+    """Connects this process to the Ray cluster at `address`. Raises ConnectionError, RuntimeError as Ray does."""
     prepare_environment(local=False)
+    _check_listens(address)
     import ray
 
     with _own_signals(), _inside(Path(tempfile.gettempdir())):
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose, logging_level=logging.ERROR)
+
+
+def _check_listens(address: str) -> None:
+    """Ray would look for a minute, and remark on it, where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if host and "//" not in host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _LISTENS_S).close()
+        except OSError as error:
+            raise ConnectionError(f"nobody listens there ({error.strerror or error})") from None
 
 
 def prepare_environment(*, local: bool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tandem.cluster.launch.local_ray import remedy
+import pytest
+from tandem.cluster.launch.local_ray import join_ray, remedy
 
 SCRIPT = """
 import sys, types
@@ -38,3 +39,9 @@ def test_a_ray_that_did_not_come_up_in_time_has_a_remedy() -> None:
     )
     assert "not busy (load 1 on 2 processors): look for room in" in remedy(raised, load=1.0, processors=2)
     assert remedy("no such file", load=12.0, processors=2) == ""
+
+
+def test_a_ray_that_is_not_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # nothing of Ray is needed to find that out
+    with pytest.raises(ConnectionError, match=r"nobody listens there \(Connection refused\)"):
+        join_ray("127.0.0.1:1")
