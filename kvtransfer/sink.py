@@ -3,7 +3,7 @@
 1. `reserve` answers the router with a credit; `submit` redeems it, just before the sequence enters the engine's queue.
 2. `on_blocks` (the engine admitted it) starts one pull task: it meets the peer once per epoch (`Hello`: version,
    fingerprint, layout), then writes block after block, each checked for ticket, pull, order, length and checksum; or
-   counts what a transport has checked and written by itself (`kvtransfer.mover`).
+   counts what a transport has checked and written by itself (`kvtransfer.mover`, `kvtransfer.mapped`).
 3. With the last block and the first token comes `kv_ready`; the engine joins the sequence to its batch.
 4. `on_first_step` confirms to the holder, in the background, a bounded number of times.
 5. `abort`, a deadline or a refusal: the task is cancelled, and only when it has ended comes `writer_done`, after

@@ -44,6 +44,11 @@ class KVStore(ABC):
     device_memory: DeviceMemory | None = None
     """The memory itself, where it is a device's that other processes can map."""
 
+    @property
+    def host_blocks(self) -> memoryview | None:
+        """All blocks' bytes, one after another and writable, where they are host memory laid out so."""
+        return None if self.segment is None or self.segment.in_device else self.segment.blocks
+
     @abstractmethod
     def read_block(self, block_id: int) -> memoryview:
         """The block's bytes (length `layout.block_bytes`), without a copy where the device allows it. Does not block

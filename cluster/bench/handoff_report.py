@@ -22,7 +22,8 @@ class Handoff:
     stages_s: Mapping[str, float]
     bytes: int
     reader_cpu_s: float
-    """Processor time of the reader's event loop during `transfer`; near it where nothing else wants the processor."""
+    """Processor time of the reader's event loop during `transfer`; near it where nothing else wants the processor, 0
+    where the transport writes by itself."""
     exposed_s: float
     """Last block written minus end of prefill."""
     memcpy_s: float

@@ -22,6 +22,7 @@ from typing import Any
 
 from ...decode_worker.service import DecodeService
 from ...kvtransfer.grpc_transport import GrpcKVServer, GrpcKVTransport
+from ...kvtransfer.mapped.blocks import HostMapper
 from ...kvtransfer.mapped.fd_passing import share
 from ...kvtransfer.mapped.transport import MappedKVTransport
 from ...kvtransfer.mover.worker import KVMover, spawn_mover
@@ -121,7 +122,7 @@ class PullMark:
     """When the last one was written."""
     bytes: int
     cpu_s: float
-    """Processor time of the reader's event loop between the two; 0 where its mover reads."""
+    """Processor time of the reader's event loop between the two; 0 where the transport writes by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +272,8 @@ def _transport(spec: WorkerSpec, device: Device, mover: KVMover | None) -> KVTra
     control = GrpcKVTransport(block_bytes=layout.block_bytes)
     if spec.transport == "grpc":
         return control
-    return MappedKVTransport(control, layout, required=spec.transport == "mapped")
+    mapper = HostMapper(layout, device.kv.host_blocks)
+    return MappedKVTransport(control, layout, mapper=mapper, required=spec.transport == "mapped")
 
 
 def _config(spec: WorkerSpec) -> WorkerConfig:

@@ -256,7 +256,7 @@ def _without_ranks(name: str, control: GrpcKVTransport, store: KVStore) -> KVTra
     if name in ("grpc", "grpc-nosum"):
         return control
     if name == "mapped":
-        return MappedKVTransport(control, layout, mapper=HostMapper(layout), required=True)
+        return MappedKVTransport(control, layout, mapper=HostMapper(layout, store.host_blocks), required=True)
     if store.device_memory is None:
         raise HandoffRefused(RefusalReason.TRANSPORT_MISMATCH, "this GPU's memory cannot be shared")
     return MappedKVTransport(control, layout, mapper=DeviceMapper(layout, store.device_memory), required=True)

@@ -299,7 +299,7 @@ def _kv_transport(config: WorkerConfig, device: Device, credentials: MemberCrede
     memory = device.kv.device_memory
     if config.transport == "cuda_ipc" and memory is None:
         raise ConfigError("transport", config.transport, "auto or grpc: this GPU's memory cannot be shared")
-    mapper = HostMapper(layout) if memory is None else DeviceMapper(layout, memory)
+    mapper = HostMapper(layout, device.kv.host_blocks) if memory is None else DeviceMapper(layout, memory)
     return MappedKVTransport(control, layout, mapper=mapper, required=config.transport != "auto")
 
 

@@ -243,9 +243,14 @@ class MappedSegment:
         """The block's bytes as they are at any moment, writable where the mapping is. `SegmentError` if there is no
         such block.
         """
-        if not 0 <= block_id < self.num_blocks:
-            raise SegmentError(f"block_id: {block_id} is not in 0…{self.num_blocks - 1}")
+        self.check((block_id,))
         return self._blocks[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
+
+    def check(self, block_ids: Sequence[int]) -> None:
+        """`SegmentError` where there is no such block."""
+        for block_id in (min(block_ids), max(block_ids)) if block_ids else ():
+            if not 0 <= block_id < self.num_blocks:
+                raise SegmentError(f"block_id: {block_id} is not in 0…{self.num_blocks - 1}")
 
     def generations(self, block_ids: Sequence[int]) -> list[int]:
         """The blocks' generations now; loads before and after this call stay before and after it (module docstring)."""

@@ -35,7 +35,7 @@ from .. import wire
 from ..freed_memory import keep_freed_memory
 from ..grpc_transport import GrpcKVServer, GrpcKVTransport
 from ..layout import KVLayout
-from ..mapped.blocks import UNBROKEN_BYTES, frames_of
+from ..mapped.blocks import HostMapper, frames_of
 from ..mapped.segment import MappedSegment, take
 from ..mapped.transport import MappedKVTransport
 from ..ticket import HandoffRefused, Hello, RefusalReason, Ticket
@@ -68,6 +68,8 @@ ASK_S = 60.0
 SILENCE_S, LOOK_S = 15.0, 1.0
 """A worker that says nothing for so long (it is stopped, it speaks every 2 s) is lost to its peers, as it would be
 without a mover by gRPC's pings; how often that is looked at."""
+ROOM_BYTES = 4 * 2**20
+"""What pages are found for in one turn of the loop: about half a millisecond."""
 TELL_BYTES = 16 * 2**20
 """The worker hears of so many written bytes at a time, and of the rest with the end."""
 
@@ -103,7 +105,8 @@ class Mover:
         control = GrpcKVTransport(block_bytes=layout.block_bytes, credentials=attach.credentials)
         self._transport = control
         if attach.transport != "grpc":
-            self._transport = MappedKVTransport(control, layout, required=attach.transport == "mapped")
+            mapper = HostMapper(layout, self._segment.blocks)
+            self._transport = MappedKVTransport(control, layout, mapper=mapper, required=attach.transport == "mapped")
         yield b""
 
     async def _listen(self, body: bytes) -> AsyncGenerator[bytes, None]:
@@ -212,19 +215,22 @@ class _Writer:
         """Writes until the end came. `HandoffRefused`: why it did not."""
         pull = self._pull
         await self._make_room()
-        async with aclosing(transport.pull(pull.peer, pull.request, timeout_s=pull.timeout_s)) as frames:
+        request = replace(pull.request, into=pull.block_ids)
+        async with aclosing(transport.pull(pull.peer, request, timeout_s=pull.timeout_s)) as frames:
             async for came in frames:
-                assert not isinstance(came, WrittenBlocks), "the mover's own transports leave the writing to it"
                 if isinstance(came, EndFrame):
                     self._end = came
                     return
-                self._write(came)
+                if isinstance(came, WrittenBlocks):
+                    self._take_written(came)
+                else:
+                    self._write(came)
                 self.news.set()
 
     async def _make_room(self) -> None:
         """Finds the pages of all blocks while prefill computes, not when its KV is here; others have their turns."""
         block_ids = self._pull.block_ids
-        most = max(1, UNBROKEN_BYTES // self._memory.block_bytes)
+        most = max(1, ROOM_BYTES // self._memory.block_bytes)
         for start in range(0, len(block_ids), most):
             self._memory.populate(block_ids[start : start + most])
             await asyncio.sleep(0)
@@ -242,10 +248,21 @@ class _Writer:
         for block_id, frame in zip(block_ids, frames, strict=True):
             self._memory.block(block_id)[:] = frame.payload
         wire.verify_copies(frames)
+        self._count(len(frames), now_s, time.monotonic())
+
+    def _take_written(self, came: WrittenBlocks) -> None:
+        """Blocks that the transport has checked and written; `HandoffRefused` if they are not those that were due."""
+        now_s, due = time.monotonic(), self._pull.request.first_block + self._written
+        targets = self._pull.block_ids[self._written : self._written + len(came.block_ids)]
+        if (came.ticket, came.first_block, came.block_ids) != (self._pull.request.ticket, due, targets):
+            raise HandoffRefused(RefusalReason.CORRUPT, f"not the blocks of {self._pull.request.ticket.decode_key}")
+        self._count(len(targets), now_s - came.arrived_age_s, now_s - came.written_age_s)
+
+    def _count(self, blocks: int, arrived_s: float, written_s: float) -> None:
         if self._told == self._written:
-            self._arrived_s = now_s
-        self._written += len(frames)
-        self._written_s = time.monotonic()
+            self._arrived_s = arrived_s
+        self._written += blocks
+        self._written_s = written_s
 
 
 class _Forwarded(KVSource):

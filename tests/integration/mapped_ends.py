@@ -109,10 +109,12 @@ class Reader:
     said: list[tuple[object, ...]] = field(default_factory=list)
     in_device: MemoryKVStore | None = None
     """The reader's own memory, where it is a device's."""
+    transport_writes: bool = False
+    """Blocks go from memory to memory; the store is not asked."""
 
     def __post_init__(self) -> None:
         self.store = HookedStore(LAYOUT, NUM_BLOCKS)
-        mapper: Mapper = HostMapper(LAYOUT)
+        mapper: Mapper = HostMapper(LAYOUT, self.store.host_blocks if self.transport_writes else None)
         if self.in_device is not None:
             assert self.in_device.device_memory is not None
             mapper = DeviceMapper(self.in_device.layout, self.in_device.device_memory)

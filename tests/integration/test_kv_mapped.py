@@ -11,7 +11,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ import pytest
 from mapped_ends import LAYOUT, TOKEN, D, Holder, Reader, content, play, until
 from tandem.kvtransfer.grpc_transport import GrpcKVTransport
 from tandem.kvtransfer.layout import KVGroup, KVLayout
-from tandem.kvtransfer.mapped.blocks import frames_of
+from tandem.kvtransfer.mapped.blocks import HostBlocks, frames_of
 from tandem.kvtransfer.mapped.segment import MappedSegment, take
 from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason, SegmentOffer
-from tandem.kvtransfer.transport import PullRequest, RefFrame
+from tandem.kvtransfer.transport import PullRequest, RefFrame, WrittenBlocks
 from tickets import ticket_of
 
+Copied = tuple[np.ndarray | None, bool]
+"""A copy that was accepted, and whether one was begun."""
 HOLDER = Path(__file__).parent / "kv_grpc" / "holder.py"
 RACER = Path(__file__).parent / "kv_mapped" / "racer.py"
 
@@ -239,7 +241,8 @@ def test_a_mapping_outlives_its_owners_kill() -> None:
         asyncio.run(run())
 
 
-def test_no_torn_block_is_ever_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", [False, True], ids=["by who pulls", "by the transport"])
+def test_no_torn_block_is_ever_accepted(tmp_path: Path, written: bool) -> None:
     """A process hands blocks out anew and overwrites them without a pause; what is accepted is of one generation."""
     num_blocks, block_bytes = 4, 2**18
     published_path = tmp_path / "published"
@@ -250,35 +253,61 @@ def test_no_torn_block_is_ever_accepted(tmp_path: Path) -> None:
         layout = KVLayout(block_size=1, groups=(group,))
         fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY)
         segment = take(fd, nonce=bytes.fromhex(nonce), epoch=7, layout=layout)
-        accepted, refused = race(segment, np.memmap(published_path, dtype=np.uint64, mode="r"))
+        copied = copied_by_the_transport if written else copied_by_who_pulls
+        accepted, refused = race(segment, copied, np.memmap(published_path, dtype=np.uint64, mode="r"))
         racer.stdin.close()
         assert racer.wait(30) == 0
     assert accepted > 0
     assert refused > 0, "nothing raced"
 
 
-def race(segment: MappedSegment, published: np.ndarray) -> tuple[int, int]:
-    """Copies blocks as the sink does until enough were accepted and refused after the copy: how many of each."""
+def race(
+    segment: MappedSegment, copied: Callable[[MappedSegment, RefFrame], Copied], published: np.ndarray
+) -> tuple[int, int]:
+    """Copies blocks until enough were accepted and refused after the copy: how many of each."""
     ticket = ticket_of(100)
-    copy = np.zeros(segment.block_bytes // 8, dtype=np.uint64)
     pick, accepted, refused = random.Random(5), 0, 0
     for _ in range(200_000):
         if accepted >= 200 and refused >= 50:
             break
         block_id = pick.randrange(segment.num_blocks)
         generation = int(published[block_id])
-        try:
-            ref = RefFrame(ticket=ticket, block_index=0, block_id=block_id, generation=generation)
-            (frame,) = frames_of(segment, [ref])
-        except HandoffRefused:
-            continue
-        copy[:] = np.frombuffer(frame.payload, dtype=np.uint64)
-        assert frame.verify is not None
-        try:
-            frame.verify()
-        except HandoffRefused:
-            refused += 1
+        copy, begun = copied(segment, RefFrame(ticket=ticket, block_index=0, block_id=block_id, generation=generation))
+        if copy is None:
+            refused += begun
             continue
         accepted += 1
         assert (copy == generation).all(), f"a torn block was accepted: {np.unique(copy)} of {generation}"
     return accepted, refused
+
+
+def copied_by_who_pulls(segment: MappedSegment, ref: RefFrame) -> Copied:
+    copy = np.zeros(segment.block_bytes // 8, dtype=np.uint64)
+    try:
+        (frame,) = frames_of(segment, [ref])
+    except HandoffRefused:
+        return None, False
+    copy[:] = np.frombuffer(frame.payload, dtype=np.uint64)
+    assert frame.verify is not None
+    try:
+        frame.verify()
+    except HandoffRefused:
+        return None, True
+    return copy, True
+
+
+def copied_by_the_transport(segment: MappedSegment, ref: RefFrame) -> Copied:
+    copy = np.zeros(segment.block_bytes // 8, dtype=np.uint64)
+    reading = HostBlocks(segment, memoryview(copy).cast("B")).open(
+        PullRequest(ticket=ref.ticket, first_block=0, into=(0,))
+    )
+
+    async def take() -> None:
+        async for came in reading.take([ref]):
+            assert isinstance(came, WrittenBlocks)
+
+    try:
+        asyncio.run(take())
+    except HandoffRefused:
+        return None, bool(copy.any())
+    return copy, True
