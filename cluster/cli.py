@@ -118,6 +118,8 @@ def serve(
     device: serving.Device = None,
     dtype: serving.Dtype = None,
     quantization: serving.Quantization = None,
+    kv_cache_dtype: serving.KvCacheDtype = None,
+    kv_scales: serving.KvScales = None,
     kv_cache: serving.KvCache = None,
     max_model_len: serving.MaxModelLen = None,
     threads: serving.Threads = None,

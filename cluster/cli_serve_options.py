@@ -30,6 +30,12 @@ Quantization = Annotated[
     str | None,
     typer.Option(help="w8a8: int8 weights and activations; w4a16 (cuda): 4-bit weights. Default: none."),
 ]
+KvCacheDtype = Annotated[
+    str | None, typer.Option(help="KV memory on cuda: auto (as --dtype), int8 or fp8. Default: auto.")
+]
+KvScales = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Scales of int8 or fp8 KV, as tandem calibrate makes them.")
+]
 KvCache = Annotated[str | None, typer.Option(help="KV memory of a worker, e.g. 512MiB.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest context, tokens. Default: the model's.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads of a worker. Default: 1.")]
@@ -67,6 +73,8 @@ PATHS = {
     "device": "engine.device",
     "dtype": "engine.dtype",
     "quantization": "engine.quantization",
+    "kv_cache_dtype": "engine.kv_cache_dtype",
+    "kv_scales": "engine.kv_scales",
     "kv_cache": "engine.kv_cache_bytes",
     "max_model_len": "engine.max_model_len",
     "threads": "engine.threads",

@@ -21,7 +21,7 @@ from .tls import ClientTLS
 _COLUMNS = ("worker", "role", "state", "device", "epoch", "KV use", "running", "waiting", "held", "leases")
 _LEDGER = ("blocks", "held", "cached", "free", "credited", "proven")
 _HANDOFFS = ("handoffs", "leases", "pulls", "giving", "taking", "moved", "ended early", "moved by")
-_COMPUTE = ("compute", "split", "threads", "processes", "kernels")
+_COMPUTE = ("compute", "split", "threads", "processes", "KV", "kernels")
 _ROLES = ("prefill", "decode", "mixed")
 _TIMEOUT_S = 10.0
 
@@ -209,13 +209,14 @@ def _place(worker: Mapping[str, Any]) -> tuple[int, int, str]:
 
 
 def _compute(worker: Mapping[str, Any]) -> tuple[str, ...]:
-    """Split, threads of each rank, processes by rank, and who computes in them."""
+    """Split, threads of each rank, processes by rank, KV's dtype, and who computes."""
     stages, pids = int(worker.get("pipeline_stages") or 0), processes(worker)
     split = f"TP {worker['tensor_parallel']}" if worker.get("tensor_parallel") else "-"
     threads = f"{worker['threads']}" + (" each" if worker.get("other_ranks") else "") if worker.get("threads") else "-"
     kernels = ": ".join(text for name in ("kernels", "kernels_reason") if (text := str(worker.get(name) or ""))) or "-"
     name = str(worker.get("worker_id", "-"))
-    return (name, split + (f" PP {stages}" if stages > 1 else ""), threads, pids or "-", kernels)
+    kv = str(worker.get("kv_dtype") or "-")
+    return (name, split + (f" PP {stages}" if stages > 1 else ""), threads, pids or "-", kv, kernels)
 
 
 def processes(worker: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ _AS_IT_IS = (
     *("credit_limit_blocks", "running", "waiting", "held", "max_running", "max_waiting", "streams", "leases", "pulls"),
     *("integrity_ok", "integrity_age_s", "preemptions_total", "steps_total", "late_steps_total", "threads", "kv_bytes"),
     *("kv_mover_pid", "max_batched_tokens", "kernels", "kernels_reason", "tensor_parallel", "pipeline_stages"),
+    "kv_dtype",
 )
 _BY_NAME = ("holder_states", "puller_states", "pulls_total", "handoff_failures_total")
 

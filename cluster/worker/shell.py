@@ -365,6 +365,7 @@ class WorkerShell:
             tensor_parallel=engine_config.tensor_parallel,
             pipeline_stages=engine_config.pipeline_stages,
             other_ranks=facts.other_ranks,
+            kv_dtype=engine_config.kv_dtype,
         )
         for service in self._services:
             service.fill_status(status)

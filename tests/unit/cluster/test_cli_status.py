@@ -30,19 +30,33 @@ def table(first: str, *workers: dict[str, object]) -> list[str]:
 
 def test_a_worker_of_one_process() -> None:
     plain = worker(
-        "decode-0", pid=7, threads=2, kernels="compiled", kernels_reason=WIDEST, tensor_parallel=1, pipeline_stages=1
+        "decode-0",
+        pid=7,
+        threads=2,
+        kernels="compiled",
+        kernels_reason=WIDEST,
+        tensor_parallel=1,
+        pipeline_stages=1,
+        kv_dtype="bfloat16",
     )
     (row,) = table("compute", plain)
-    assert re.split(r"  +", row) == ["decode-0", "TP 1", "2", "7", f"compiled: {WIDEST}"]
+    assert re.split(r"  +", row) == ["decode-0", "TP 1", "2", "7", "bfloat16", f"compiled: {WIDEST}"]
 
 
 def test_a_worker_of_several_ranks_shows_its_split_and_every_process() -> None:
     ranks = [pb.RankProcess(pid=8), pb.RankProcess(pid=9, host="10.0.0.2"), pb.RankProcess(pid=10, host="10.0.0.2")]
     split = worker(
-        "prefill-0", pid=7, threads=2, kernels="torch", tensor_parallel=2, pipeline_stages=2, other_ranks=ranks
+        "prefill-0",
+        pid=7,
+        threads=2,
+        kernels="torch",
+        kv_dtype="int8",
+        tensor_parallel=2,
+        pipeline_stages=2,
+        other_ranks=ranks,
     )
     (row,) = table("compute", split)
-    assert re.split(r"  +", row) == ["prefill-0", "TP 2 PP 2", "2 each", "7, 8, 9, 10 on 10.0.0.2", "torch"]
+    assert re.split(r"  +", row) == ["prefill-0", "TP 2 PP 2", "2 each", "7, 8, 9, 10 on 10.0.0.2", "int8", "torch"]
     assert split["other_ranks"] == [
         {"pid": 8, "host": ""},
         {"pid": 9, "host": "10.0.0.2"},
@@ -52,7 +66,7 @@ def test_a_worker_of_several_ranks_shows_its_split_and_every_process() -> None:
 
 def test_a_worker_too_old_to_say_shows_nothing() -> None:
     (row,) = table("compute", {"worker_id": "decode-0", "role": "decode", "state": "ready"})
-    assert row.split() == ["decode-0", "-", "-", "-", "-"]
+    assert row.split() == ["decode-0", "-", "-", "-", "-", "-"]
 
 
 def test_workers_stand_by_pool_and_number_whoever_restarted_last() -> None:
