@@ -169,7 +169,7 @@ class GrpcKVServer:
                     await context.write(unsent + wire.encode_end(item))
                     return
                 if request.mapped:
-                    message = wire.encode_refs(request.ticket, item.frames[0].block_index, item.refs)
+                    message = wire.encode_refs(request.ticket, item.first_block, item.refs)
                     if item.last:  # both in one message: another would cost as much as the first
                         item.verify()
                         unsent = message

@@ -205,12 +205,12 @@ class SourceDriver(KVSource):
                 if index < view.readable_blocks:
                     stop = min(view.readable_blocks, index + most)
                     run = await self._run_of(request, reader, view, index, stop)
-                    index += len(run.frames)
+                    index += len(run.refs)
                     if view.first_token is not None and index == view.readable_blocks:
                         run = replace(run, last=True)
                     elif not request.mapped:
                         reader.read_ahead(self._store, view.blocks[index : min(view.readable_blocks, index + most)])
-                    sent_bytes += len(run.frames) * self._store.layout.block_bytes
+                    sent_bytes += len(run.refs) * self._store.layout.block_bytes
                     yield run
                     self._run(self._holder.pull_progress(reader_id, self._clock.now_s()))
                 elif view.first_token is not None:
@@ -295,14 +295,15 @@ class SourceDriver(KVSource):
     async def _run_of(self, request: PullRequest, reader: _Reader, view: ReaderView, start: int, stop: int) -> BlockRun:
         refs = view.blocks[start:stop]
         self._check_generations(reader, refs)
-        # Who has mapped the memory reads it there; a device's blocks that nobody sends need not come out of it.
-        payloads = [memoryview(b"")] * len(refs)
-        if not request.mapped:
-            refs, payloads = await reader.read(self._store, refs)
+        if request.mapped:  # read by the reader; what nobody sends need not come out of a device
+            return BlockRun(
+                first_block=start, frames=(), refs=refs, verify=lambda: self._check_generations(reader, refs)
+            )
+        came, payloads = await reader.read(self._store, refs)
         frames = []
-        for index, (ref, payload) in enumerate(zip(refs, payloads, strict=True), start):
+        for index, (ref, payload) in enumerate(zip(came, payloads, strict=True), start):
             checksum = None
-            if request.checksum and not request.mapped:
+            if request.checksum:
                 checksum = block_checksum(request.ticket, index, ref.generation, payload)
             frames.append(
                 BlockFrame(
@@ -313,7 +314,12 @@ class SourceDriver(KVSource):
                     checksum=checksum,
                 )
             )
-        return BlockRun(frames=tuple(frames), refs=refs, verify=lambda: self._check_generations(reader, refs))
+        return BlockRun(
+            first_block=start,
+            frames=tuple(frames),
+            refs=came,
+            verify=lambda: self._check_generations(reader, came),
+        )
 
     def _check_generations(self, reader: _Reader, refs: tuple[BlockRef, ...]) -> None:
         if reader.revoked is not None:

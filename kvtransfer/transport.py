@@ -105,9 +105,12 @@ class BlockRun:
     before the next `await`, and send only if `verify` returned.
     """
 
+    first_block: int
+    """Index of the first one in the sequence."""
     frames: tuple[BlockFrame, ...]
+    """None for a reader that has mapped the memory."""
     refs: tuple[BlockRef, ...]
-    """The blocks of the frames in the holder's memory: all that is sent to a reader that has mapped it."""
+    """The blocks in the holder's memory: all that is sent to a reader that has mapped it."""
     verify: Callable[[], None]
     """Raises `HandoffRefused` (WRONG_GENERATION, or why the pull was revoked) if what was copied must not be sent."""
     last: bool = False

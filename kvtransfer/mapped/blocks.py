@@ -148,7 +148,8 @@ class _HostWriting(Reading):
         due = self.first_block + self._written
         targets = request.into[self._written : self._written + len(refs)]
         in_order = [ref.block_index for ref in refs] == list(range(due, due + len(refs)))
-        if not in_order or len(targets) != len(refs) or any(ref.ticket != request.ticket for ref in refs):
+        tickets = {id(ref.ticket): ref.ticket for ref in refs}.values()  # one object, of one message
+        if not in_order or len(targets) != len(refs) or any(ticket != request.ticket for ticket in tickets):
             raise HandoffRefused(RefusalReason.CORRUPT, f"not the blocks of {request.ticket.decode_key}")
         block_ids = [ref.block_id for ref in refs]
         _prepare(self._segment, refs, block_ids)

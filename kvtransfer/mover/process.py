@@ -298,25 +298,15 @@ class _Forwarded(KVSource):
 
     def _run_of(self, request: PullRequest, refs: Sequence[RefFrame]) -> BlockRun:
         """Blocks to be copied out of the memory now, or only named where the peer reads them by itself."""
-        named = tuple(BlockRef(ref.block_id, ref.generation) for ref in refs)
+        first, named = refs[0].block_index, tuple(BlockRef(ref.block_id, ref.generation) for ref in refs)
         if request.mapped:
-            frames = tuple(
-                BlockFrame(
-                    ticket=ref.ticket,
-                    block_index=ref.block_index,
-                    generation=ref.generation,
-                    payload=memoryview(b""),
-                    checksum=None,
-                )
-                for ref in refs
-            )
-            return BlockRun(frames=frames, refs=named, verify=lambda: None)
+            return BlockRun(first_block=first, frames=(), refs=named, verify=lambda: None)
         frames = frames_of(self._memory, refs)
         verify = frames[0].verify
         assert verify is not None
         if request.checksum:
             frames = tuple(replace(frame, checksum=wire.checksum_of(frame)) for frame in frames)
-        return BlockRun(frames=frames, refs=named, verify=verify)
+        return BlockRun(first_block=first, frames=frames, refs=named, verify=verify)
 
 
 async def _serve(link_fd: int, gift_fd: int) -> None:

@@ -159,7 +159,7 @@ class KVMover:
                 if isinstance(item, EndFrame):
                     yield encode_run(unsent + wire.encode_end(item), time.monotonic())
                     return
-                message = wire.encode_refs(request.ticket, item.frames[0].block_index, item.refs)
+                message = wire.encode_refs(request.ticket, item.first_block, item.refs)
                 item.verify()
                 if item.last:
                     unsent = message

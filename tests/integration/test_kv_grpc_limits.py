@@ -36,7 +36,7 @@ class SilentSource(KVSource):
         self.opened.set()
         try:
             await asyncio.Event().wait()
-            yield BlockRun(frames=(), refs=(), verify=lambda: None)
+            yield BlockRun(first_block=0, frames=(), refs=(), verify=lambda: None)
         finally:
             self.closed.set()
 
@@ -100,7 +100,7 @@ class EndlessSource(SilentSource):
             for index in itertools.count():
                 payload = memoryview(bytes(self.sizes[min(index, 1)]))
                 frame = BlockFrame(ticket=TICKET, block_index=index, generation=1, payload=payload, checksum=None)
-                yield BlockRun(frames=(frame,), refs=(), verify=lambda: None)
+                yield BlockRun(first_block=index, frames=(frame,), refs=(), verify=lambda: None)
         finally:
             self.closed.set()
 
