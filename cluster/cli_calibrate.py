@@ -162,7 +162,10 @@ def _summary(files: ModelFiles, seen: Seen, how: str, texts: int) -> str:
     from .engine.kv_scales import SIDES
 
     layers, _, kv_heads = seen.largest.shape
-    lines = [f"model       {files.name}: {layers} layers, {kv_heads} KV heads", f"seen        {how}; {texts} text{'s' * (texts > 1)}"]
+    lines = [
+        f"model       {files.name}: {layers} layers, {kv_heads} KV heads",
+        f"seen        {how}; {texts} text{'s' * (texts > 1)}",
+    ]
     for place, side in enumerate(SIDES):
         largest = seen.largest[:, place]
         spread = f"{largest.min():.3g} to {largest.max():.3g}, median {np.median(largest):.3g}"
