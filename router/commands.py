@@ -1,6 +1,6 @@
 """Commands to one worker that wait for their answers: they leave together, one frame for all of one turn of the loop,
-and each has a deadline. What nothing waits for leaves with the next frame where one has just left; where many frames
-have, so does everything else.
+and each has a deadline. What nothing waits for leaves with the next frame where one has just left; where the router is
+busy all the time, so does everything else (`pace`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,8 @@ import grpc
 
 from ..cluster.proto import tandem_internal_v1_pb2 as pb
 from ..cluster.rpc import CONTROL_TIMEOUT_S, MAX_CONCURRENT_CALLS, NextFrame, Refusal
+from .pace import Pace
 
-FRAMES_IN_A_ROW = 8
-FRAME_GAP_S = 0.003
-"""So many frames leave as soon as there is something to send, and then one in so long. A frame and its answer take 0.15
-ms of the loop, whatever is in them, and requests that trickle in, as gRPC hands them out, would each send their own: a
-third of the loop. Who sends fewer than one in so long never waits.
-"""
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -41,8 +36,7 @@ class Commands:
         """What the writer waits for."""
         self._left_s = -math.inf
         """When the last frame left, on the monotonic clock."""
-        self._paid_s = -math.inf
-        """Frames that have left are paid for, a gap each, at this time; before it none leaves."""
+        self._pace = Pace(time.monotonic(), time.process_time)
         self._may_leave = False
         self._next_frame = NextFrame(self._wake)
         self._due: deque[tuple[float, int]] = deque()
@@ -53,10 +47,10 @@ class Commands:
         return len(self._waiting)
 
     def send(self, command: pb.Command, on_answer: OnAnswer, *, at_once: bool = True) -> int:
-        """Sends it, with the next frame where many have left of late, and returns its id; not `at_once`: where one has
-        just left, with the next one, which is soon. `on_answer` is called once, maybe at once: with the answer, or with
-        a `Refusal`: the worker's, DEADLINE_EXCEEDED, UNAVAILABLE where the stream breaks, RESOURCE_EXHAUSTED where too
-        many wait already. It must neither block nor raise.
+        """Sends it, in its turn (`Pace`), and returns its id; not `at_once`: where a frame has just left, with the next
+        one, which is soon. `on_answer` is called once, maybe at once: with the answer, or with a `Refusal`: the
+        worker's, DEADLINE_EXCEEDED, UNAVAILABLE where the stream breaks, RESOURCE_EXHAUSTED where too many wait
+        already. It must neither block nor raise.
         """
         self._last_id += 1
         command.id = number = self._last_id
@@ -67,8 +61,8 @@ class Commands:
         self._waiting[number] = on_answer
         self._keep_time(number)
         self._outgoing.append(command)
-        held = self._next_frame.waits_until(self._paid_s) or (not at_once and self._next_frame.waits(self._left_s))
-        if not held:
+        paced = self._next_frame.waits_until(self._left_s + self._pace.gap_s)
+        if not paced and (at_once or not self._next_frame.waits(self._left_s)):
             self._wake()
         return number
 
@@ -96,8 +90,8 @@ class Commands:
             self._news = asyncio.get_running_loop().create_future()
             await self._news
         self._may_leave = False
-        self._left_s = now_s = time.monotonic()
-        self._paid_s = max(self._paid_s, now_s - (FRAMES_IN_A_ROW - 1) * FRAME_GAP_S) + FRAME_GAP_S
+        self._left_s = time.monotonic()
+        self._pace.left(self._left_s)
         commands, self._outgoing = self._outgoing, []
         return pb.RouterFrame(commands=commands)
 

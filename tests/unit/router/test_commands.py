@@ -9,8 +9,8 @@ from scenario import scenario
 from tandem.cluster import rpc
 from tandem.cluster.proto import tandem_internal_v1_pb2 as pb
 from tandem.cluster.rpc import Refusal
-from tandem.router import commands as module
-from tandem.router.commands import FRAMES_IN_A_ROW, Commands
+from tandem.router.commands import Commands
+from tandem.router.pace import Pace
 
 
 def ignore(answer: pb.Answer | Refusal) -> None:
@@ -60,12 +60,11 @@ def test_a_command_that_may_wait_wakes_nobody_by_itself_and_goes_with_one_that_m
     asyncio.run(run())
 
 
-def test_behind_many_frames_a_command_waits_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_router_is_busy_a_command_waits_for_the_next_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         commands = Commands("w", 7)
-        for number in range(1, FRAMES_IN_A_ROW + 1):
-            commands.send(pb.Command(), ignore)
-            assert await ids(commands) == [number]
+        commands.send(pb.Command(), ignore)
+        assert await ids(commands) == [1]
         writer = asyncio.create_task(ids(commands))
         await asyncio.sleep(0.02)  # it waits
         for _ in range(2):
@@ -79,17 +78,20 @@ def test_behind_many_frames_a_command_waits_for_the_next_one(monkeypatch: pytest
         assert not again.done(), "what had not left never leaves"
         again.cancel()
 
-    monkeypatch.setattr(module, "FRAME_GAP_S", 60.0)
+    monkeypatch.setattr(Pace, "left", lambda pace, now_s: setattr(pace, "gap_s", 60.0))
     asyncio.run(run())
 
 
-@scenario
-async def test_frames_that_had_to_wait_leave() -> None:
-    commands = Commands("w", 7)
-    for number in range(1, 3 * FRAMES_IN_A_ROW):
-        commands.send(pb.Command(), ignore, at_once=bool(number % 2))
-        assert await ids(commands) == [number]
-    commands.fail("it is over")
+def test_what_had_to_wait_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        commands = Commands("w", 7)
+        for number in range(1, 9):
+            commands.send(pb.Command(), ignore, at_once=bool(number % 2))
+            assert await ids(commands) == [number]
+        commands.fail("it is over")
+
+    monkeypatch.setattr(Pace, "left", lambda pace, now_s: setattr(pace, "gap_s", 0.005))
+    asyncio.run(run())
 
 
 @scenario
