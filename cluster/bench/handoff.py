@@ -90,9 +90,10 @@ async def run_handoffs(options: HandoffOptions, on_cell: Callable[[Cell], None] 
             ]
             stack.push_async_callback(prefill.close)
             stack.push_async_callback(decode.close)
-            await _warm_up(options, prefill, decode)
+            copies = MemoryCopies(options.token_bytes, options.block_size, prefill.spec.num_blocks)
+            await _warm_up(options, prefill, decode, copies)
             for size_mib in options.sizes_mib:
-                cell = await _measure(options, transport, size_mib, prefill, decode)
+                cell = await _measure(options, transport, size_mib, prefill, decode, copies)
                 cells.append(cell)
                 on_cell(cell)
     return cells
@@ -113,20 +114,25 @@ def _spec(options: HandoffOptions, role: str, transport: str) -> WorkerSpec:
     )
 
 
-async def _warm_up(options: HandoffOptions, prefill: WorkerProcess, decode: WorkerProcess) -> None:
+async def _warm_up(
+    options: HandoffOptions, prefill: WorkerProcess, decode: WorkerProcess, copies: MemoryCopies
+) -> None:
     """Handoffs that use every block on both sides once, so that no page is the first time's; the two have met then."""
     tokens = options.tokens_of(max(options.sizes_mib))
-    copies = MemoryCopies(options.token_bytes, options.block_size, 1)
     for index in range(2):
         await _one(f"warm-{index}", [1 + index] * tokens, prefill, decode, copies)
 
 
 async def _measure(
-    options: HandoffOptions, transport: str, size_mib: float, prefill: WorkerProcess, decode: WorkerProcess
+    options: HandoffOptions,
+    transport: str,
+    size_mib: float,
+    prefill: WorkerProcess,
+    decode: WorkerProcess,
+    copies: MemoryCopies,
 ) -> Cell:
     draw = random.Random(f"{options.seed} {transport} {size_mib}")
     tokens, handoffs = options.tokens_of(size_mib), []
-    copies = MemoryCopies(options.token_bytes, options.block_size, tokens // options.block_size)
     for index in range(options.warmups + options.repeats_of(size_mib)):
         prompt = [draw.randrange(VOCAB_SIZE) for _ in range(tokens)]
         request_id = f"{transport}-{size_mib:g}-{index}"
@@ -165,7 +171,7 @@ async def _one(
     await asyncio.wait_for(first, CALL_S)
     replied_s = await asyncio.wait_for(second, CALL_S)
     await _wait_idle(prefill, decode)
-    memcpy_s = copies.seconds()
+    memcpy_s = copies.seconds(-(-len(prompt) // prefill.spec.block_size))
     marks = {"prefill": await prefill.marks(), "decode": await decode.marks()}
     return stages_of(request_id, begin_s, reserved_s, replied_s, marks, memcpy_s)
 

@@ -27,7 +27,7 @@ class Handoff:
     exposed_s: float
     """Last block written minus end of prefill."""
     memcpy_s: float
-    """As many bytes, block by block, from another mapping into warm memory, by one thread of this process, next."""
+    """As many bytes, block by block, from another mapping, by one thread of this process, next (`MemoryCopies`)."""
 
     @property
     def orchestration_s(self) -> float:

@@ -17,8 +17,7 @@ from .copies import BlockCopies
 from .segment import MappedSegment, SegmentError, take
 
 UNBROKEN_BYTES = 16 * 2**20
-"""Copied in one turn of the worker's loop: about a millisecond. A turn costs 0.1 to 0.3 ms, in which a quarter as much
-is copied."""
+"""Copied in about one turn of the worker's loop: a millisecond. A turn costs 0.1 to 0.3 ms."""
 
 
 class Reading(ABC):
@@ -167,8 +166,9 @@ class _HostWriting(Reading):
 
 
 def _turns(refs: Sequence[RefFrame], block_bytes: int) -> Iterator[Sequence[RefFrame]]:
-    """What may be copied without a break."""
-    most = max(1, UNBROKEN_BYTES // block_bytes)
+    """What may be copied without a break, in shares as equal as can be: a small last one would cost a turn."""
+    turns = max(1, round(len(refs) * block_bytes / UNBROKEN_BYTES))
+    most = max(1, -(-len(refs) // turns))
     return (refs[start : start + most] for start in range(0, len(refs), most))
 
 

@@ -70,8 +70,8 @@ SILENCE_S, LOOK_S = 15.0, 1.0
 without a mover by gRPC's pings; how often that is looked at."""
 ROOM_BYTES = 4 * 2**20
 """What pages are found for in one turn of the loop: about half a millisecond."""
-TELL_BYTES = 16 * 2**20
-"""The worker hears of so many written bytes at a time, and of the rest with the end."""
+TELL_BYTES = 64 * 2**20
+"""The worker hears of so many written bytes at a time, and of the rest with the end: each time wakes it up."""
 
 
 class Mover:

@@ -112,6 +112,16 @@ def test_an_abort_between_two_turns_ends_the_writing_before_the_blocks_are_free(
     play(scene, transport_writes=True)
 
 
+@pytest.mark.parametrize("count", [1, 44, 45, 46, 67, 68, 91, 728])
+def test_turns_are_of_about_one_size(count: int) -> None:
+    block_bytes = 360 * 2**10
+    refs = named(*range(count))
+    turns = list(blocks._turns(refs, block_bytes))
+    assert [ref for turn in turns for ref in turn] == refs
+    assert len(turns) == max(1, round(count * block_bytes / blocks.UNBROKEN_BYTES))
+    assert max(map(len, turns)) * block_bytes <= 1.5 * blocks.UNBROKEN_BYTES
+
+
 TICKET = ticket_of(100)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tandem.cluster.bench.handoff import HandoffOptions, run_handoffs
+from tandem.cluster.bench.handoff_copies import MemoryCopies
 from tandem.cluster.bench.handoff_report import Cell, Handoff, stages_of, table
 
 MARKS: dict[str, Any] = {
@@ -64,3 +65,15 @@ def test_two_real_workers_hand_off() -> None:
     (measured,) = cell.handoffs
     assert measured.bytes == options.tokens_of(0.75) * options.token_bytes
     assert all(value > 0 for value in measured.stages_s.values())
+
+
+def test_the_machines_own_copies_take_blocks_of_the_pool_in_turn() -> None:
+    copies = MemoryCopies(token_bytes=1024, block_size=4, pool_blocks=5)
+    assert (copies._into == copies._from).all()
+    copies._into[:] = 0
+    assert copies.seconds(1) > 0
+    copied = copies._into.any(axis=1)
+    assert copied.sum() == 3, "three copies of one block, each of another"
+    copies.seconds(2)
+    assert copies._into.any(axis=1).all()
+    assert (copies._into == copies._from).all()
