@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..cluster.clock import Clock
-from ..cluster.types import Role, Urgency
+from ..cluster.types import Urgency
 from .attempt import Attempt, Work
 from .errors import Unavailable
 from .forecast import learned
@@ -55,7 +55,6 @@ class Dispatcher:
 
     def __init__(self, placer: Placer, members: Membership, *, clock: Clock, unready_wait_s: float) -> None:
         self._placer = placer
-        self._members = members
         self._clock = clock
         self._turns: Turns[TaskSpot] = Turns(unready_wait_s=unready_wait_s)
         self._timer: asyncio.Handle | None = None
@@ -72,8 +71,8 @@ class Dispatcher:
 
     def idle_tpot_s(self, context_tokens: int) -> float:
         """The best that an idle worker could do for one sequence of that context; 0: nobody knows."""
-        views = self._members.routable(Role.DECODE) or self._members.routable(Role.MIXED)
-        return min((idle_tpot_s(view, context_tokens) for view in learned(views)), default=0.0)
+        views = learned(self._placer.pools().decode_workers)
+        return min([idle_tpot_s(view, context_tokens) for view in views], default=0.0)
 
     def expect(self, work: Work, cost_tokens: int) -> TaskSpot:
         """Takes a place for work whose `place` will follow, or else `leave`."""

@@ -130,7 +130,7 @@ class DispatchPolicy(Generic[K]):
             if not entry.ready or entry.asking:
                 return None
             return head if head is not self._tried or now_s >= self._retry_s() else None
-        if self._asking >= self._max_asking:
+        if self._asking >= min(self._max_asking, len(self._entries)):
             return None
         for key in self._queue:
             entry = self._entries[key]

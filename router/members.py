@@ -207,9 +207,11 @@ class Membership(RegistryServicer):
         """Workers of these roles that can take work now."""
         now_s = self._clock.now_s()
         return tuple(
-            member.seen.view
-            for member in self._members.values()
-            if member.status.role in roles and self._why_not_routable(member, now_s) == ""
+            [
+                member.seen.view
+                for member in self._members.values()
+                if member.status.role in roles and not self._why_not_routable(member, now_s)
+            ]
         )
 
     def why_not_routable(self, member: Member) -> str:

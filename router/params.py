@@ -266,15 +266,16 @@ def parse_stop(fields: Fields, max_stop: int) -> tuple[str, ...]:
 
 def parse_token_ids(fields: Fields, name: str, ids: Sequence[Any], vocab_size: int) -> tuple[int, ...]:
     """Token ids below `vocab_size`; the sequence was read from the field `name`."""
+    ids = tuple(ids)  # a message makes its numbers anew each time they are looked at
     # At once, because it may be a whole context; booleans are integers, but not of that type.
     if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) < vocab_size)):
-        return tuple(ids)
+        return ids
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise fields.refuse(
                 name, f"{show(token_id)} is not a token id of this model", f"integers from 0 to {vocab_size - 1}"
             )
-    return tuple(ids)
+    return ids
 
 
 def parse_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:

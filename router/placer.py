@@ -26,6 +26,7 @@ from .placement import WorkerView
 from .placing import Path, Place, Pools, find_place
 
 logger = logging.getLogger(__name__)
+ROLES = tuple(Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +53,18 @@ class Placer:
         self._members = members
         self._router_id = router_id
         self._local_threshold_tokens = local_threshold_tokens
-        self._views: tuple[tuple[WorkerView, ...], ...] = ((), (), ())
+        self._views: tuple[WorkerView, ...] = ()
         self._pools = Pools((), (), ())
         """Of these views."""
 
     def pools(self) -> Pools:
         """The workers that can take work now."""
-        routable = self._members.routable
-        views = routable(Role.PREFILL), routable(Role.DECODE), routable(Role.MIXED)
+        views = self._members.routable(*ROLES)
         if views != self._views:
-            self._views, self._pools = views, Pools(*views)
+            prefill, decode, mixed = (
+                tuple([view for view in views if view.role is role]) for role in (Role.PREFILL, Role.DECODE, Role.MIXED)
+            )
+            self._views, self._pools = views, Pools(prefill, decode, mixed)
         return self._pools
 
     async def try_place(self, work: Work) -> Attempt | None:
