@@ -189,8 +189,8 @@ class ReaderSession:
                 self._say(message.pair, key)
             case m.Go() if (reading := self._readings.get(message.batch)) and not reading.receiving:
                 self._receive(reading)
-            case m.No() if message.batch in self._readings:
-                self._conclude(self._readings[message.batch], message.refusal)
+            case m.No() if (reading := self._readings.get(message.batch)) and not reading.receiving:
+                self._conclude(reading, message.refusal)
             case m.End():
                 raise message.refusal
             case _:

@@ -14,7 +14,7 @@ from tandem.kvtransfer.collective.holder import MAX_KEYS
 from tandem.kvtransfer.collective.plan import PullPlan
 from tandem.kvtransfer.collective.reader import ReaderSession
 from tandem.kvtransfer.reshape import Reshape
-from tandem.kvtransfer.ticket import HandoffRefused, Peer
+from tandem.kvtransfer.ticket import HandoffRefused, Peer, RefusalReason
 from tickets import ticket_of
 
 ONE = split()
@@ -22,6 +22,7 @@ RESHAPE = Reshape(ONE, ONE)
 OPENED = messages.Opened(secret=b"y" * messages.NONCE_BYTES)
 KEY = messages.PairKey(pair=0, key="k", value=b"v")
 GO = messages.Go(batch=1)
+NO = messages.No(batch=1, refusal=HandoffRefused(RefusalReason.LIMIT, "full"))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ GO = messages.Go(batch=1)
         ([OPENED, *[KEY] * (MAX_KEYS + 1)], "PairKey came", {Join: 1}),
         ([OPENED, messages.PairKey(pair=1, key="k", value=b"")], "PairKey came", {Join: 1}),
         ([OPENED, GO, GO], "Go came", {Join: 1, Receive: 1}),
+        ([OPENED, GO, NO], "No came", {Join: 1, Receive: 1}),
         ([OPENED, messages.Go(batch=2)], "Go came", {Join: 1, Receive: 0}),
     ],
 )
