@@ -132,9 +132,37 @@ def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
         except ConfigError as error:
             raise error.under("worker") from None
         first, others = next(iter(engines.items()))
-        if engine.kv_cache_dtype != others.kv_cache_dtype:
-            allowed = f"{others.kv_cache_dtype}, as of {first.value} workers: KV is handed over as it is held"
-            raise ConfigError("kv_cache_dtype", engine.kv_cache_dtype, allowed).under(under)
+        try:
+            check_alike(engine, others, model, of=first.value)
+        except ConfigError as error:
+            raise error.under(under) from None
+
+
+def check_alike(engine: EngineConfig, other: EngineConfig, model: ModelConfig, *, of: str) -> None:
+    """ConfigError where KV of one engine is not what another, of a pool `of`, would have computed and held."""
+    names = (
+        ["kv_cache_dtype"] if "paced" in (engine.device, other.device) else ["dtype", "quantization", "kv_cache_dtype"]
+    )
+    for name in names:
+        value, wanted = getattr(engine, name), getattr(other, name)
+        if value != wanted:
+            allowed = f"{wanted or 'none'}, as of {of} workers: KV is handed over as it is held"
+            raise ConfigError(name, value, allowed)
+    if engine.kv_scales != other.kv_scales and _scales(engine, model) != _scales(other, model):
+        allowed = f"the scales of {of} workers, {other.kv_scales or 'none'}: stored numbers mean nothing by others"
+        raise ConfigError("kv_scales", engine.kv_scales, allowed)
+
+
+def _scales(engine: EngineConfig, model: ModelConfig) -> str | None:
+    return None if engine.kv_scales is None else _read_scales(engine.kv_scales, model).digest()
+
+
+def _read_scales(path: str, model: ModelConfig) -> KVScales:
+    """ConfigError where they cannot be read."""
+    try:
+        return KVScales.load(Path(path).expanduser(), model)
+    except ValueError as error:
+        raise ConfigError("kv_scales", path, f"a file of `tandem calibrate` for this model; {error}") from None
 
 
 def check_transport(engine: EngineConfig, transport: str) -> None:
@@ -185,10 +213,9 @@ def check_engine(engine: EngineConfig, model: ModelConfig, *, under: str = "engi
             raise ConfigError("paced_profile", engine.paced_profile, allowed).under(under) from None
     if engine.kv_scales is not None:
         try:
-            KVScales.load(Path(engine.kv_scales).expanduser(), model)
-        except ValueError as error:
-            allowed = f"a file of `tandem calibrate` for this model; {error}"
-            raise ConfigError("kv_scales", engine.kv_scales, allowed).under(under) from None
+            _read_scales(engine.kv_scales, model)
+        except ConfigError as error:
+            raise error.under(under) from None
 
 
 def wait_gone(pids: Iterable[int], timeout_s: float = 5.0) -> None:

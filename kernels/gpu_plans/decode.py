@@ -31,7 +31,7 @@ def tiling(group: int, head_dim: int, dtype: torch.dtype, form: int, arch: int) 
     rows = max(16, 1 << (group - 1).bit_length())  # what a matrix instruction takes at least
     if dtype == torch.float32:
         if head_dim > 128:
-            return Tiling(rows, 16, 4, 3)
+            return Tiling(rows, 16, 8 if rows > 16 else 4, 1 if rows > 16 and has_small_blocks(arch) else 3)
         return Tiling(rows, 16 if rows > 16 and has_small_blocks(arch) else 32, 4, 5)
     keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     if form == PLAIN:

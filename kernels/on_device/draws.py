@@ -26,6 +26,8 @@ from ..penalties import penalize_reference
 from ..philox import uniform_batch
 from ..sampling import draw, log_normalizer, most_likely, truncate
 
+_GREEDY = float(np.float32(GREEDY_TEMPERATURE))
+"""Temperatures come as float32."""
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor], None]
 """(row [V], ids [E], values [E], how many of them are added, repetition penalty []): what a row asks for, in place; the
 other ids are the context's.
@@ -50,7 +52,7 @@ def _token(z: NDArray[np.float32], u: float, temperature: float, top_k: int, min
     peak = z[best]
     if not math.isfinite(peak):
         return NOT_A_NUMBER if math.isnan(peak) else INFINITE if peak > 0 else NOTHING
-    if temperature < GREEDY_TEMPERATURE:
+    if temperature < _GREEDY:
         return best
     x = z - peak
     if temperature != 1.0:

@@ -17,13 +17,15 @@ logger = logging.getLogger(__name__)
 
 def narrow_kv(config: EngineConfig, files: ModelFiles) -> NarrowKV | None:
     """What an engine's KV is held by; None: as its numbers are. ValueError naming `kv_scales` for a file that cannot be
-    read or is of another model, ModelError for the checkpoint's.
+    read or is of a model of another shape, ModelError for the checkpoint's.
     """
     if config.kv_cache_dtype == "auto":
         return None
     dtype = config.kv_dtype
     if config.kv_scales is not None:
         found = KVScales.load(Path(config.kv_scales).expanduser(), files.config)
+        if found.model != files.name:
+            logger.warning("kv_scales: %s was made for %s, the model is %s", config.kv_scales, found.model, files.name)
         return NarrowKV.by(dtype, found.scales(dtype))
     own = checkpoint_scales(files)
     if own is not None:

@@ -86,6 +86,31 @@ def test_a_transport_that_the_memory_cannot_take_is_refused(monkeypatch: pytest.
         check_engines(replace(ranks, worker=replace(ranks.worker, transport="mapped")), MODEL)
 
 
+def test_pools_that_could_not_hand_kv_to_each_other_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.cluster.launch.checks.has_gpu_driver", lambda: True)
+    files = [tmp_path / name for name in ("a.json", "same.json", "other.json")]
+    for path, largest in zip(files, (1.0, 1.0, 2.0), strict=True):
+        shape = (MODEL.num_layers, 2, MODEL.num_kv_heads)
+        KVScales(largest=np.full(shape, largest, np.float32), model=path.name).save(path)
+    one, same, other = map(str, files)
+    shared = config(device="cuda", kv_cache_dtype="fp8", kv_scales=one)
+    for change in ({}, {"kv_scales": same}, {"max_batched_tokens": 64}):
+        check_engines(replace(shared, decode_engine=replace(shared.engine, **change)), MODEL)
+    for change in (
+        {"kv_scales": other},
+        {"kv_scales": None},
+        {"kv_cache_dtype": "int8"},
+        {"dtype": "float32"},
+        {"quantization": "w8a8"},
+    ):
+        unlike = replace(shared, decode_engine=replace(shared.engine, **change))
+        with pytest.raises(ConfigError, match=rf"^decode\.engine\.{next(iter(change))}: .*of prefill workers"):
+            check_engines(unlike, MODEL)
+        check_engines(replace(unlike, prefill=0, decode=0, mixed=1), MODEL)
+
+
 def test_a_paced_pipeline_is_read_and_not_served(tmp_path: Path) -> None:
     """Its file can be simulated; who would start it is told what to do."""
     shared = config(device="paced")
