@@ -76,6 +76,7 @@ class RankedCudaDevice(Device):
         self._block_size = block_size
         self._device: CudaDevice | None = None
         self._ranks: DeviceRanks | None = None
+        self._store: RankedKVStore | None = None
         processes = recruit(shard.num_ranks)
         try:
             devices = _devices(gpu.device, gpus, processes)
@@ -127,7 +128,7 @@ class RankedCudaDevice(Device):
             rank: LinkBlocks(self._followers, rank, split.rank_layout(rank).block_bytes)
             for rank in range(1, split.num_ranks)
         }
-        self.kv = RankedKVStore(split, own.num_blocks, others, own=own.kv)
+        self.kv = self._store = RankedKVStore(split, own.num_blocks, others, own=own.kv)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -163,6 +164,8 @@ class RankedCudaDevice(Device):
         return follower_ports(self._followers, self._hosts)
 
     def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
         self._followers.close()
         if self._device is not None:
             self._device.close()

@@ -64,7 +64,7 @@ class Followers:
         self.on_kv: dict[int, Callable[[bytes], None]] = {}
         """By rank, called with what it says of KV between workers, from a thread that must not wait."""
         self.on_kv_lost: list[Callable[[str], None]] = []
-        """Called, once, when a follower is lost; must not wait."""
+        """Called, once, when a follower is lost or this is closed; must not wait."""
         self.on_blocks: dict[int, Callable[[bytes], None]] = {}
         """As `on_kv`, with blocks of its KV memory."""
         self._closing = False
@@ -156,7 +156,11 @@ class Followers:
 
     def close(self) -> None:
         """Ends the processes and returns when they are gone; idempotent."""
-        self._closing = True
+        with self._lock:
+            told = self._closing or self._failure is not None
+            self._closing = True
+        if not told:
+            self._end_kv("the worker is closing")
         for member in self._members:
             _hang_up(member.process)  # its end is the follower's, and wakes the watcher
         deadline_s = time.monotonic() + STOP_S
@@ -245,13 +249,17 @@ class Followers:
             self._changed.notify_all()
         logger.error("the worker has lost a rank: %s", lost)
         self.meeting.fail(lost)
-        for on_kv_lost in self.on_kv_lost:
-            on_kv_lost(str(lost))
+        self._end_kv(str(lost))
         for member in self._members:
             member.process.kill()
             _hang_up(member.process)  # who waits for its KV waits no longer
         if on_lost is not None:
             on_lost(lost)
+
+    def _end_kv(self, why: str) -> None:
+        """Who waits for what a follower says of KV waits no longer."""
+        for on_kv_lost in self.on_kv_lost:
+            on_kv_lost(why)
 
 
 def _give(process: RankProcess, setup: Setup, kv_fd: int | None) -> None:

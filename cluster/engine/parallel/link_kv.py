@@ -34,12 +34,12 @@ class LinkBlocks:
         self._followers, self._rank, self._block_bytes = followers, rank, block_bytes
         self._per_message = max(1, MESSAGE_BYTES // block_bytes)
         self._lock = threading.Lock()
-        self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        """None: a rank is lost, so that no answer comes."""
+        self._answers: queue.SimpleQueue[bytes | str] = queue.SimpleQueue()
+        """Or why no answer comes any more."""
         self._asked: deque[tuple[Asked, int]] = deque()
         """Of each request without an answer: what it is part of, and how many blocks it asks for; 0: it writes."""
         followers.on_blocks[rank] = self._answers.put
-        followers.on_kv_lost.append(lambda why: self._answers.put(None))
+        followers.on_kv_lost.append(self._answers.put)
 
     def ask(self, block_ids: Sequence[int]) -> Asked:
         """Begins to read the rank's part of each block; `take` ends that."""
@@ -82,8 +82,9 @@ class LinkBlocks:
         except queue.Empty:
             # An answer that comes later would be taken for the next request's.
             self._followers.lose(self._rank, f"no answer about its KV for {BLOCK_S:g} s")
-        if came is None:
-            self._followers.lose(self._rank, "the worker has lost a rank")
+        if isinstance(came, str):
+            self._answers.put(came)  # whoever asks next must not wait either
+            self._followers.lose(self._rank, came)
         answer, size = memoryview(came), self._block_bytes
         if len(answer) != count * size:
             self._followers.lose(self._rank, f"{len(answer)} bytes of KV are not {count} blocks of {size}")

@@ -110,6 +110,8 @@ def test_two_tensor_parallel_ranks_compute_one_ranks_numbers(alone: Computed) ->
         assert (device.plans_ahead, device.looks_ahead) == (2, True)
         from_what_is_being_drawn(device)
         written_blocks_are_read(device)
+    with pytest.raises(RuntimeError, match="after shutdown"):  # the thread that reads other ranks' KV has ended
+        device.kv.fetch_blocks([20]).send(None)
 
 
 def test_two_stages_compute_one_ranks_numbers_two_plans_at_a_time(

@@ -124,6 +124,17 @@ def test_what_a_follower_cannot_do_is_told() -> None:
     wait_gone(started.pids)
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_who_waits_for_kv_hears_once_that_none_comes(lost: bool) -> None:
+    none, told = Followers([], [], []), list[str]()
+    none.on_kv_lost.append(told.append)
+    if lost:
+        none._lose(RankLost("rank 1 has ended"))
+    none.close()
+    none.close()
+    assert told == ["rank 1 has ended" if lost else "the worker is closing"]
+
+
 def test_followers_end_with_a_leader_that_is_killed() -> None:
     program = """
 import os, sys, time

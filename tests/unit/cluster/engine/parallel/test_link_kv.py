@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 import pytest
@@ -109,7 +110,24 @@ def test_nobody_waits_for_a_rank_that_is_lost_meanwhile(links: Links, monkeypatc
     blocks = blocks_of(links)
     with pytest.raises(RankLost, match="rank 1 has ended"):
         blocks.take(blocks.ask([0]))
-    assert why == ["the worker has lost a rank"], "nobody waited for an answer"
+    assert why == ["rank 1 has ended"], "nobody waited for an answer"
+
+
+def test_nobody_waits_for_a_rank_once_its_worker_closes(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither who waits already nor who asks afterwards, though no rank was lost."""
+    asked = threading.Event()
+    monkeypatch.setattr(links.server, "hear", lambda request: asked.set())
+    monkeypatch.setattr(links, "check", lambda: None)
+    blocks = blocks_of(links)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: blocks.take(blocks.ask([0])))
+        assert asked.wait(10)
+        for on_lost in links.on_kv_lost:
+            on_lost("the worker is closing")
+        with pytest.raises(RankLost, match="rank 1: the worker is closing"):
+            reading.result()
+    with pytest.raises(RankLost, match="rank 1: the worker is closing"):
+        blocks.take(blocks.ask([0]))
 
 
 def test_an_answer_that_comes_too_late_is_nobody_elses(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
