@@ -167,7 +167,7 @@ class DeviceRanks(TorchRanks):
         self._returns: Any = None
         self._aborts = Aborts()
         self._aborting = threading.Lock()
-        self._given_up = False
+        self._given_up = self._closed = False
         try:
             if shard.pipeline_stages > 1 and shard.place == 0 and (shard.is_first or shard.is_last):
                 store = PrefixStore("returns", self._store)
@@ -218,7 +218,10 @@ class DeviceRanks(TorchRanks):
             self._given_up = True
 
     def close(self) -> None:
-        """Behind the end of every graph that captured a sum: NCCL waits for that."""
+        """Behind the end of every graph that captured a sum: NCCL waits for that. Waits once, `ABORT_S` at most."""
+        if self._closed:
+            return
+        self._closed = True
         self.abort()
         if not self._aborts.wait(ABORT_S):
             logger.error("a group of ranks has not ended within %g s after it was given up", ABORT_S)

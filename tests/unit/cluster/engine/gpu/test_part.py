@@ -63,7 +63,9 @@ class Group:
         raise RuntimeError("ncclCommAbort: unhandled error")
 
 
-def test_every_group_is_given_up_while_one_waits_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
+    """Those that are made."""
     groups: list[Group] = []
 
     def make(*_: Any, **__: Any) -> Group:
@@ -72,6 +74,10 @@ def test_every_group_is_given_up_while_one_waits_for_graphs(monkeypatch: pytest.
 
     for module in (ranks_module, part_module):
         monkeypatch.setattr(module, "make_group", make)
+    return groups
+
+
+def test_every_group_is_given_up_while_one_waits_for_graphs(groups: list[Group]) -> None:
     shard = Shard(config=CONFIG, tensor_parallel=2, pipeline_stages=2)
     ranks = DeviceRanks(Meeting(), shard, torch.device("cuda"), timeout_s=1)
     assert len(groups) == 3, "of the stage, of the pipeline, of what comes back"
@@ -84,6 +90,22 @@ def test_every_group_is_given_up_while_one_waits_for_graphs(monkeypatch: pytest.
     ranks.close()
     assert ranks._aborts.wait(0)
     assert not any(group.aborts.acquire(blocking=False) for group in groups), "once each"
+
+
+def test_a_group_that_does_not_end_is_waited_for_once(
+    groups: list[Group], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever closes: the device does, through its part, and then the worker."""
+    monkeypatch.setattr(part_module, "ABORT_S", 0.01)
+    shard = Shard(config=CONFIG, tensor_parallel=2)
+    ranks = DeviceRanks(Meeting(), shard, torch.device("cuda"), timeout_s=1)
+    SharedPart(shard, Meeting(), ranks).close()
+    ranks.close()
+    for group in groups:
+        group.ends.set()
+    assert [record.message for record in caplog.records] == [
+        "a group of ranks has not ended within 0.01 s after it was given up"
+    ]
 
 
 class Stream:
