@@ -25,7 +25,7 @@ from ....kvtransfer.store import BlockRead, KVStore
 from .remote_kv import Asked
 
 READS_AHEAD = 8
-"""Batches that are on their way from other nodes at a time, or have come and are not sent yet."""
+"""Batches that are begun and not sent yet: one is on its way from other processes, others wait or have come."""
 
 _Copies = list[tuple[int, int, int, int]]
 """(rank, offset in its block, offset in the whole block, length), bytes."""
