@@ -71,7 +71,7 @@ def _norm(tokens: int, device: torch.device) -> list[Case]:
     return [
         *found,
         Case(what=what, who="tandem", run=run_int8, moved_bytes=moved),
-        *_of_torch(what, in_torch, moved, tokens == TOKENS[-1]),
+        *_of_torch(what, in_torch, moved, tokens),
     ]
 
 
@@ -111,7 +111,7 @@ def _activation(tokens: int, device: torch.device) -> list[Case]:
     return [
         *found,
         Case(what=what, who="tandem", run=run_int8, moved_bytes=moved),
-        *_of_torch(what, in_torch, moved, tokens == TOKENS[-1]),
+        *_of_torch(what, in_torch, moved, tokens),
     ]
 
 
@@ -235,7 +235,7 @@ def _quantize(tokens: int, device: torch.device) -> list[Case]:
     run = lambda: quantize_rows(x)  # noqa: E731
     return [
         Case(what=what, who="tandem", run=run, moved_bytes=moved),
-        *_of_torch(what, in_torch, moved, tokens == TOKENS[-1]),
+        *_of_torch(what, in_torch, moved, tokens),
     ]
 
 

@@ -5,7 +5,7 @@ what its documentation says, must find the same numbers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +84,21 @@ def test_flashinfer_is_asked_for_what_our_kernels_compute(
     assert [case.what.partition(",")[0] for case in found] == ["rotary + KV write", "rotary of q and k", "verification"]
     for case in found:
         case.run()  # raises LeftOutError where it finds something else
+
+
+@pytest.mark.parametrize(
+    "make", [bench_rows._norm, bench_rows._activation, bench_rows._quantize, bench_rows._layer_norm]
+)
+def test_what_torch_compiles_is_measured_at_the_last_size(
+    make: Callable[[int, torch.device], list[Case]], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what it has no kernel for."""
+    for name, size in (("WIDTH", 64), ("MLP", 64), ("TOKENS", (1, 2, TOKENS))):
+        monkeypatch.setattr(bench_rows, name, size)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_rows, "compiled", lambda run: run)
+    for tokens, count in ((2, 0), (TOKENS, 1)):
+        assert [case.who for case in make(tokens, device)].count("torch, compiled") == count
 
 
 @pytest.mark.usefixtures("_flashinfer")
