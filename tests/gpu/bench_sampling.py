@@ -13,7 +13,7 @@ import flashinfer_rival
 import torch
 from measure import LATE, Case, library
 from tandem.kernels.gpu.logprobs import logprobs
-from tandem.kernels.gpu.penalties import penalize
+from tandem.kernels.gpu.penalties import penalize, restore
 from tandem.kernels.gpu.sampling import probabilities, sample
 from tandem.kernels.gpu.speculative import verify
 from tandem.kernels.gpu_plans.draws import Penalties, Wants
@@ -91,7 +91,7 @@ def _case(what: str, who: str, run: Callable[[], object], logits: torch.Tensor, 
 
 
 def _all_in_one(logits: torch.Tensor) -> list[Case]:
-    """All that a step may be asked for, of every row: penalties, then a draw with every cut, then logprobs."""
+    """All that a step may be asked for, of every row: penalties, a draw with every cut, the way back, logprobs."""
     rows, device = logits.shape[0], logits.device
     asked, scratch = _asked(rows, device)[0], logits.clone()
     cuts = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02}
@@ -101,6 +101,7 @@ def _all_in_one(logits: torch.Tensor) -> list[Case]:
     def run() -> None:
         penalize(scratch, asked)
         sample(scratch, wants)
+        restore(scratch, asked)
         logprobs(scratch, none, which, none, 0)
 
     run()
@@ -152,22 +153,31 @@ def _asked(rows: int, device: torch.device) -> tuple[Penalties, torch.Tensor, to
 
 
 def _penalized(logits: torch.Tensor) -> list[Case]:
-    """Moved is what the check of a row reads."""
+    """And the way back, so that every repetition finds the same. Moved is what the check of a row reads."""
     rows = logits.shape[0]
     asked, ids, values = _asked(rows, logits.device)
     wide = ids.long()
 
     def in_torch(x: torch.Tensor) -> torch.Tensor:
         there = x.gather(1, wide)
-        return x.scatter_(1, wide, torch.where(there > 0, there / 1.2, there * 1.2) - values)
+        x.scatter_(1, wide, torch.where(there > 0, there / 1.2, there * 1.2) - values)
+        return there
 
-    ours = logits.clone()
-    penalize(ours, asked)
-    torch.testing.assert_close(ours, in_torch(logits.clone()), rtol=1e-5, atol=1e-5)
-    what, scratch = f"penalties, {rows} rows, {CONTEXT} tokens each", logits.clone()
+    scratch, expected = logits.clone(), logits.clone()
+    penalize(scratch, asked)
+    in_torch(expected)
+    torch.testing.assert_close(scratch, expected, rtol=1e-5, atol=1e-5)
+    scratch.copy_(logits)
+
+    def run() -> None:
+        penalize(scratch, asked)
+        restore(scratch, asked)
+
+    theirs = lambda: scratch.scatter_(1, wide, in_torch(scratch))  # noqa: E731
+    what = f"penalties and back, {rows} rows, {CONTEXT} tokens each"
     return [
-        Case(what=what, who="tandem", run=lambda: penalize(scratch, asked), moved_bytes=logits.nbytes),
-        Case(what=what, who="torch", run=lambda: in_torch(scratch), moved_bytes=logits.nbytes, note="no check"),
+        Case(what=what, who="tandem", run=run, moved_bytes=logits.nbytes),
+        Case(what=what, who="torch", run=theirs, moved_bytes=logits.nbytes, note="no check"),
     ]
 
 

@@ -19,6 +19,7 @@ import bench_rows
 import bench_sampling
 import flashinfer_rival
 from measure import Case, LeftOutError
+from tandem.kernels.gpu_plans.draws import Penalties
 
 TOKENS = 18
 
@@ -113,3 +114,23 @@ def test_a_rival_that_computes_something_else_is_left_out(
     (case,) = _theirs(bench_rows._kv_write(TOKENS, device))
     with pytest.raises(LeftOutError, match="not close"):
         case.run()
+
+
+@pytest.mark.parametrize("make", [bench_sampling._all_in_one, bench_sampling._penalized])
+def test_every_repetition_penalizes_the_logits_that_were_checked(
+    make: Callable[[torch.Tensor], list[Case]], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_sampling, "SIZE", 60)
+    monkeypatch.setattr(bench_sampling, "CONTEXT", 7)
+    logits, penalized = torch.randn(3, 60, device=device), list[torch.Tensor]()
+    penalize = bench_sampling.penalize
+
+    def watched(x: torch.Tensor, asked: Penalties) -> None:
+        penalize(x, asked)
+        penalized.append(x.clone())
+
+    monkeypatch.setattr(bench_sampling, "penalize", watched)
+    for case in 2 * make(logits):
+        case.run()
+    assert len(penalized) >= 3
+    assert all(torch.equal(once, penalized[0]) for once in penalized)
