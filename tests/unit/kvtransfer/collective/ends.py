@@ -224,3 +224,15 @@ def play(scene: Scene, source: KVSplit, target: KVSplit, **member: float) -> Non
             await holder.stop()
 
     asyncio.run(run())
+
+
+OPEN = messages.Open(
+    worker_id="d",
+    epoch=8,
+    holder_epoch=7,
+    session=b"s" * messages.NONCE_BYTES,
+    secret=b"x" * messages.NONCE_BYTES,
+    backend="gloo",
+    split=split(),
+)
+READ = messages.Read(batch=1, ticket=ticket_of(512), first_token=0, end_token=16, block_ids=(0,), generations=(1,))
