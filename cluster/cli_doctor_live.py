@@ -186,7 +186,7 @@ def _kernels(workers: Sequence[Worker]) -> Finding:
 
 
 def _memory(live: Live) -> Finding:
-    """KV memory is taken when it is filled: what is too much shows under load only."""
+    """KV memory beyond what a worker takes at its start is taken as it is filled: what is too much shows under load."""
     kv_bytes = sum(int(worker.get("kv_bytes") or 0) for worker in live.workers)
     text = f"KV of up to {kv_bytes / 2**30:.1f} GiB in all workers"
     if longest := min((int(worker.get("max_model_len") or 0) for worker in live.workers), default=0):
@@ -195,7 +195,7 @@ def _memory(live: Live) -> Finding:
         return Finding(Level.OK, "memory", text)
     text += f", {live.memory_bytes / 2**30:.1f} GiB in this machine"
     if kv_bytes > KV_SHARE * live.memory_bytes:
-        return Finding(Level.WARN, "memory", text, "a smaller --kv-cache: it is taken when it is filled, under load")
+        return Finding(Level.WARN, "memory", text, "a smaller --kv-cache: what is not taken at the start is taken as it is filled")
     return Finding(Level.OK, "memory", text)
 
 

@@ -19,6 +19,7 @@ from ..config import ClusterConfig, ConfigError, EngineConfig, RouterConfig
 from ..engine.kv_scales import KVScales
 from ..engine.parallel.shard import check_split
 from ..events import check_path
+from ..host_memory import total_bytes
 from ..latency.profile import read_profile
 from ..models.config import ModelConfig
 from ..models.fetch import WHEEL_MODELS
@@ -136,6 +137,25 @@ def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
             check_alike(engine, others, model, of=first.value)
         except ConfigError as error:
             raise error.under(under) from None
+
+
+def check_memory(config: ClusterConfig) -> None:
+    """ConfigError where the KV of all workers on processors is more than this machine's memory, which is taken while
+    they start and as it is filled.
+    """
+    memory = total_bytes()
+    pools = [(role, count, config.engine_of(role)) for role, count in config.pools if count]
+    held = [(role, count, engine) for role, count, engine in pools if engine.device == "cpu"]
+    wanted = sum(count * engine.kv_cache_bytes for _, count, engine in held)
+    if not memory or wanted <= memory:
+        return
+    role, _, engine = max(held, key=lambda pool: pool[2].kv_cache_bytes)
+    allowed = (
+        f"less: the KV of {sum(count for _, count, _ in held)} workers would be {wanted / 2**30:.1f} GiB, and this "
+        f"machine has {memory / 2**30:.1f} GiB"
+    )
+    under = "engine" if engine is config.engine else f"{role.value}.engine"
+    raise ConfigError("kv_cache_bytes", engine.kv_cache_bytes, allowed).under(under)
 
 
 def check_alike(engine: EngineConfig, other: EngineConfig, model: ModelConfig, *, of: str) -> None:

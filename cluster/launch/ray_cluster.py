@@ -23,7 +23,16 @@ from typing import Any
 from ..config import ClusterConfig, ConfigError, is_loopback, to_dict
 from . import runtime_file
 from .bundles import bundles_of, check_nodes, room_text, stages_booked
-from .checks import check_engines, check_events, check_ports, check_shared_ports, fetch_model, pin_config, wait_gone
+from .checks import (
+    check_engines,
+    check_events,
+    check_memory,
+    check_ports,
+    check_shared_ports,
+    fetch_model,
+    pin_config,
+    wait_gone,
+)
 from .local_ray import LocalRay, join_ray, remedy
 from .security import secured
 from .stages import Stages
@@ -189,6 +198,7 @@ class RayCluster:
             check_events(self._config.router)
             files = fetch_model(self._config.engine.model, lambda stage, share: self._progress("model", stage, share))
             check_engines(self._config, files.config)
+            check_memory(self._config)
         self._give_up_if_interrupted()
         pinned = pin_config(secure)
         try:

@@ -205,7 +205,7 @@ SHIPPED = (
     *(
         build
         for arch in LIMITS  # what takes the most shared memory
-        for build in (_build(128, torch.float32, arch, group=32), _build(256, torch.float32, arch, group=32))
+        for build in (_build(128, torch.float32, arch, group=32), _build(256, torch.float32, arch, group=16))
     ),
     Build(
         label="D128 bf16",

@@ -15,7 +15,7 @@ from tandem.cluster.config_file import build_config
 from tandem.cluster.engine.kv_scales import KVScales
 from tandem.cluster.latency.profile import StepProfile
 from tandem.cluster.launch import runtime_file
-from tandem.cluster.launch.checks import check_engines, check_ports, pin_config
+from tandem.cluster.launch.checks import check_engines, check_memory, check_ports, pin_config
 from tandem.cluster.launch.members import WorkerMember
 from tandem.cluster.launch.state import LaunchError
 from tandem.cluster.models.reference import resolve_model
@@ -84,6 +84,24 @@ def test_a_transport_that_the_memory_cannot_take_is_refused(monkeypatch: pytest.
     check_engines(replace(ranks, worker=replace(ranks.worker, transport="gloo")), MODEL)
     with pytest.raises(ConfigError, match=r"^worker\.transport: 'mapped' .*auto, grpc or gloo for a worker of 2 ranks"):
         check_engines(replace(ranks, worker=replace(ranks.worker, transport="mapped")), MODEL)
+
+
+def test_kv_that_the_machine_has_no_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.cluster.launch.checks.total_bytes", lambda: 8 * 2**30)
+    fits = replace(config(kv_cache_bytes=2**31), prefill=1, decode=3)
+    check_memory(fits)
+    with pytest.raises(
+        ConfigError, match=r"^engine\.kv_cache_bytes: 2147483648 .*5 workers would be 10\.0 GiB.* 8\.0 GiB"
+    ):
+        check_memory(replace(fits, decode=4))
+    own = replace(fits, decode=1, decode_engine=replace(fits.engine, kv_cache_bytes=2**33))
+    with pytest.raises(
+        ConfigError, match=r"^decode\.engine\.kv_cache_bytes: 8589934592 .*2 workers would be 10\.0 GiB"
+    ):
+        check_memory(own)
+    check_memory(replace(own, decode_engine=replace(own.engine, device="paced", kv_cache_bytes=2**40)))
+    monkeypatch.setattr("tandem.cluster.launch.checks.total_bytes", lambda: 0)
+    check_memory(own)
 
 
 def test_pools_that_could_not_hand_kv_to_each_other_are_refused(
