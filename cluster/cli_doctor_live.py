@@ -195,7 +195,8 @@ def _memory(live: Live) -> Finding:
         return Finding(Level.OK, "memory", text)
     text += f", {live.memory_bytes / 2**30:.1f} GiB in this machine"
     if kv_bytes > KV_SHARE * live.memory_bytes:
-        return Finding(Level.WARN, "memory", text, "a smaller --kv-cache: what is not taken at the start is taken as it is filled")
+        advice = "a smaller --kv-cache: what is not taken at the start is taken as it is filled"
+        return Finding(Level.WARN, "memory", text, advice)
     return Finding(Level.OK, "memory", text)
 
 
