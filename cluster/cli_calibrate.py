@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _FIELDS = {"prompts": "dataset_path"}
 _NAMES = {"int8": "int8", "float8_e4m3": "fp8"}
 """What a configuration calls the narrow types."""
+_FEW_TOKENS = 512
+"""Fewer are warned of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +106,10 @@ def run_calibrate(wanted: Wanted) -> None:
     seen = _measured(wanted, files, texts, display)
     config = wanted.config
     how = f"{seen.tokens:,} tokens {source}; {config.quantization or config.dtype}, {config.device}"
+    done = "replaced" if wanted.output.exists() else "saved"
     KVScales(largest=seen.largest, model=files.name, made_by=how).save(wanted.output)
     display.line(_summary(files, seen, how, len(texts)))
-    display.line(f"saved       {wanted.output}")
+    display.line(f"{done:<12}{wanted.output}")
     display.line(_configuration(seen, wanted.output))
 
 
@@ -172,6 +175,8 @@ def _summary(files: ModelFiles, seen: Seen, how: str, texts: int) -> str:
         lost = {name: seen.errors[dtype][:, place] for dtype, name in _NAMES.items()}
         losses = (f"{name} loses {np.median(heads):.1%} (worst {heads.max():.1%})" for name, heads in lost.items())
         lines.append(f"{side:<12}largest of a head {spread}; {'; '.join(losses)}")
+    if seen.tokens < _FEW_TOKENS:
+        lines.append(f"warning     fewer than {_FEW_TOKENS} tokens: other text may be larger and would be cut off")
     return "\n".join(lines)
 
 

@@ -54,6 +54,18 @@ def test_prompts_are_text_or_json_lines() -> None:
     assert found[0].made_by == found[1].made_by.replace(".jsonl", ".txt")
 
 
+@pytest.mark.parametrize(("tokens", "warned"), [("511", True), ("512", False)])
+def test_few_tokens_are_warned_of(tokens: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*TINY, "--tokens", tokens]) == 0
+    assert ("warning     fewer than 512 tokens" in capsys.readouterr().out) == warned
+
+
+def test_a_file_that_is_replaced_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for done in ("saved       kv_scales.json", "replaced    kv_scales.json"):
+        assert run(TINY) == 0
+        assert done in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
