@@ -188,7 +188,7 @@ def _configuration(seen: Seen, output: Path) -> str:
     lost = {name: math.sqrt((seen.errors[dtype] ** 2).mean()) for dtype, name in _NAMES.items()}
     best, other = sorted(lost, key=lambda name: lost[name])
     return (
-        "add to the section `engine` of the cluster's file:\n"
+        "add to the section `engine` of the cluster's file, for device: cuda (narrow KV wants a GPU):\n"
         f"  kv_cache_dtype: {best}  # or {other}\n"
         f"  kv_scales: {json.dumps(str(output.absolute()))}"
     )

@@ -30,7 +30,8 @@ def test_the_scales_are_saved_and_the_configuration_is_told(capsys: pytest.Captu
     assert "40 tokens that the model wrote itself" in scales.made_by
     told = capsys.readouterr().out
     assert "2 layers, 2 KV heads" in told
-    *_, dtype, path = told.splitlines()
+    *_, where, dtype, path = told.splitlines()
+    assert "device: cuda" in where
     engine = yaml.safe_load(f"engine:\n{dtype}\n{path}")["engine"]
     assert engine["kv_cache_dtype"] in ("int8", "fp8")
     assert Path(engine["kv_scales"]) == Path("kv_scales.json").absolute()
