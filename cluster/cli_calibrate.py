@@ -67,6 +67,7 @@ def calibrate(
 
 def _wanted(given: Mapping[str, Any]) -> Wanted:
     """The command's options, by name. ValueError naming a field."""
+    from ..kernels.dispatch import gpu_facts, gpu_problem
     from .config_schema import ConfigError
     from .engine.calibrate import MAX_TOKENS
     from .types import MAX_SEED
@@ -74,6 +75,8 @@ def _wanted(given: Mapping[str, Any]) -> Wanted:
     config = engine_of(given)
     if config.device == "paced":
         raise ConfigError("device", config.device, "cpu or cuda: the paced device computes nothing")
+    if config.device == "cuda" and (problem := gpu_problem(gpu_facts())) is not None:
+        raise ConfigError("device", config.device, f"cpu: {problem}")
     for name, least, most in (("tokens", 1, MAX_TOKENS), ("seed", 0, MAX_SEED)):
         if not least <= given[name] <= most:
             raise ConfigError(name, given[name], f"{least} to {most}")

@@ -13,6 +13,7 @@ from tandem.cluster.engine import calibrate
 from tandem.cluster.engine.devices.cpu import CpuDevice
 from tandem.cluster.engine.kv_scales import KVScales
 from tandem.cluster.models.registry import CONFIGS
+from tandem.kernels import dispatch
 
 TINY = ["calibrate", "dummy:tiny-llama", "--kernels", "torch", "--tokens", "40"]
 
@@ -75,6 +76,7 @@ def test_a_file_that_is_replaced_is_told(capsys: pytest.CaptureFixture[str]) -> 
         (["--tokens", "many"], "--tokens: 'many' is not allowed; allowed: an integer"),
         (["--seed", "-1"], "--seed: -1 is not allowed; allowed: 0 to"),
         (["--device", "paced"], "--device: 'paced' is not allowed; allowed: cpu or cuda: the paced device computes"),
+        (["--device", "cuda"], "--device: 'cuda' is not allowed; allowed: cpu: no GPU: the system has no device of"),
         (["--device", "gpu"], "--device: 'gpu' is not allowed; allowed: one of cpu, cuda, paced"),
         (["--dtype", "int8"], "--dtype: 'int8' is not allowed; allowed: one of bfloat16, float32"),
         (["--out", "nowhere/a.json"], "--out: 'nowhere/a.json' is not allowed; allowed: a file in a folder that exist"),
@@ -90,6 +92,7 @@ def test_wrong_input_is_named(
     Path("bad.jsonl").write_text("{\n", encoding="utf-8")
     command = ["calibrate", *options] if options[0].startswith("dummy") else [*TINY, *options]
     monkeypatch.setattr("sys.argv", ["tandem", *command])
+    monkeypatch.setattr(dispatch, "has_gpu_driver", lambda: False)
     assert run(command) == 2
     assert named in capsys.readouterr().err
     assert not Path("kv_scales.json").exists()
