@@ -61,6 +61,8 @@ def resolve_model(reference: str, *, cache_dir: Path | None = None, progress: Pr
     if _HUB_ID.fullmatch(reference) and not reference.endswith(".gguf"):
         folder = fetch_hub_model(reference, cache_dir, progress)
         return _hf(folder, reference)
+    if reference.endswith(".gguf") or reference.startswith(("/", "./", "../", "~")):
+        raise ModelError(f"model {reference!r} does not exist as a file or folder; allowed: {_FORMS}")
     raise _unknown(reference, [*WHEEL_MODELS], _FORMS)
 
 

@@ -70,8 +70,12 @@ def test_a_dummy_by_name_and_by_path(folder: Path) -> None:
         ("dummy:OPT-66", r"did you mean 'opt-66b'"),
         ("dummy:", "is not known; allowed: a path"),
         ("", "is not known"),
-        ("./nowhere/model.gguf", "is not known"),
-        ("nowhere/model.gguf", "is not known"),
+        ("./nowhere/model.gguf", "does not exist as a file or folder; allowed: an alias"),
+        ("nowhere/model.gguf", "does not exist"),
+        ("x.gguf", "does not exist"),
+        ("/nowhere/model", "does not exist"),
+        ("../nowhere", "does not exist"),
+        ("~/nowhere/model", "does not exist"),
     ],
 )
 def test_unknown_references(reference: str, message: str) -> None:
