@@ -97,7 +97,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             key = key_node.value
             if isinstance(key, str) and key in seen:
                 where = f"line {key_node.start_mark.line + 1}"
-                raise ConfigError(key, f"given twice ({where})", "each key once in a section")
+                raise ConfigError(key, None, "each key once in a section", problem=f"is given twice ({where})")
             seen.add(str(key))
         return super().construct_mapping(node, deep)
 

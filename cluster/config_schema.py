@@ -29,18 +29,22 @@ _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used: `field` is its dotted path, `allowed` says what would do."""
+    """A setting that cannot be used: `field` is its dotted path, `allowed` says what would do; `problem`, where it is
+    not the value: what is.
+    """
 
-    def __init__(self, field: str, value: object, allowed: str) -> None:
-        problem = "is missing" if value is None else f"{value!r} is not allowed"
-        super().__init__(f"{field}: {problem}; allowed: {allowed}")
+    def __init__(self, field: str, value: object, allowed: str, *, problem: str = "") -> None:
+        told = problem or ("is missing" if value is None else f"{value!r} is not allowed")
+        super().__init__(f"{field}: {told}; allowed: {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed
+        self.problem = problem
 
     def under(self, prefix: str) -> ConfigError:
         """The same error, with `prefix` in front of the field's path."""
-        return ConfigError(f"{prefix}.{self.field}" if prefix else self.field, self.value, self.allowed)
+        field = f"{prefix}.{self.field}" if prefix else self.field
+        return ConfigError(field, self.value, self.allowed, problem=self.problem)
 
 
 @dataclass(frozen=True, slots=True)

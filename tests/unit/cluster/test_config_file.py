@@ -126,7 +126,7 @@ def test_overrides_win(tmp_path: Path) -> None:
         ("worker: {lease: 3}", r"worker\.lease: .*did you mean lease_s\?"),
         ("zzz: 1", r"zzz: .*one of address, decode"),
         ("prefill_engine: {}", r"prefill_engine"),
-        ("engine: {threads: 1, threads: 2}", r"threads: 'given twice \(line 1\)'"),
+        ("engine: {threads: 1, threads: 2}", r"^threads: is given twice \(line 1\); allowed: each key once"),
         ("engine: 3", r"engine: 3 .*a section"),
         ("engine: {kv_cache_bytes: lots}", r"engine\.kv_cache_bytes: 'lots' .*512MiB"),
         ("engine: {kv_cache_bytes: -1}", r"engine\.kv_cache_bytes: -1 .*at least 0"),
