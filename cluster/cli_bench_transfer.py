@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import numbers
+from .cli_typed import as_typed
+
+if TYPE_CHECKING:
+    from .bench.transfer import TransferOptions
+
 
 def transfer(
+    command: typer.Context,
     transports: Annotated[
         str | None,
         typer.Option(
@@ -34,28 +42,12 @@ def transfer(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     import uvloop
 
-    from ..kernels.dispatch import gpu_facts, gpu_problem
     from ..kvtransfer.freed_memory import keep_freed_memory
-    from .bench.transfer import TransferCell, TransferOptions, run_transfers, table
+    from .bench.transfer import TransferCell, run_transfers, table
     from .cli_display import Display
 
-    usual = {"host": "grpc,grpc-nosum,mapped", "staged": "grpc,grpc-nosum", "cuda": "cuda_ipc,grpc,grpc-nosum"}
-    names = usual.get(memory, "grpc") if transports is None else transports
-    try:
-        shapes = tuple(float(text) for text in block_kib.split(",")), tuple(int(text) for text in blocks.split(","))
-    except ValueError:
-        raise ValueError(f"block_kib, blocks: {block_kib!r}, {blocks!r} is not allowed; allowed: e.g. 64,512") from None
-    options = TransferOptions(
-        transports=tuple(names.split(",")),
-        memory=memory,
-        block_kib=shapes[0],
-        blocks=shapes[1],
-        most_mib=most_mib,
-        seconds=seconds,
-    )
-    problem = gpu_problem(gpu_facts()) if memory == "cuda" else None
-    if problem is not None:
-        raise ValueError(f"memory: 'cuda' is not allowed; allowed: host, staged: {problem}")
+    with as_typed(command):
+        options = _options(command.params)
     keep_freed_memory()
     display = Display()
     display.line("no engine: source, transport, checks and memory are a worker's; one pull at a time")
@@ -70,3 +62,28 @@ def transfer(
         with open(save_result, "w") as file:
             json.dump({"options": asdict(options), "cells": [cell.row() for cell in cells]}, file)
         display.line(f"saved       {save_result}")
+
+
+def _options(given: Mapping[str, Any]) -> TransferOptions:
+    """The command's options, by name. ValueError naming one."""
+    from ..kernels.dispatch import gpu_facts, gpu_problem
+    from .bench.transfer import TransferOptions
+
+    memory, names = given["memory"], given["transports"]
+    usual = {"host": "grpc,grpc-nosum,mapped", "staged": "grpc,grpc-nosum", "cuda": "cuda_ipc,grpc,grpc-nosum"}
+    try:
+        block_kib = tuple(float(text) for text in given["block_kib"].split(","))
+    except ValueError:
+        raise ValueError(f"block_kib: {given['block_kib']!r} is not allowed; allowed: e.g. 64,512") from None
+    options = TransferOptions(
+        transports=tuple((usual.get(memory, "grpc") if names is None else names).split(",")),
+        memory=memory,
+        block_kib=block_kib,
+        blocks=numbers("blocks", given["blocks"]),
+        most_mib=given["most_mib"],
+        seconds=given["seconds"],
+    )
+    problem = gpu_problem(gpu_facts()) if memory == "cuda" else None
+    if problem is not None:
+        raise ValueError(f"memory: 'cuda' is not allowed; allowed: host, staged: {problem}")
+    return options

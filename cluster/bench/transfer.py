@@ -38,6 +38,11 @@ from .transfer_phases import Watched
 
 TRANSPORTS = ("grpc", "grpc-nosum", "mapped", "cuda_ipc", "gloo", "nccl")
 """`grpc-nosum`: without the checksum."""
+_TRANSPORTS_OF = {
+    "host": ("grpc", "grpc-nosum", "mapped", "gloo"),
+    "staged": ("grpc", "grpc-nosum"),
+    "cuda": ("grpc", "grpc-nosum", "cuda_ipc", "nccl"),
+}
 START_S = 300.0
 MOST_COMPARED = 1024
 """Blocks of a pull, evenly spread."""
@@ -63,13 +68,8 @@ class TransferOptions:
         for name in self.transports:
             if name not in TRANSPORTS:
                 raise ValueError(f"transports: {name!r} is not allowed; allowed: {', '.join(TRANSPORTS)}")
-            if name in ("mapped", "cuda_ipc") and (name == "cuda_ipc") != (self.memory == "cuda"):
-                own = "cuda_ipc" if self.memory == "cuda" else "mapped" if self.memory == "host" else "none of the two"
-                raise ValueError(f"transports: {name!r} is not allowed with memory {self.memory!r}; allowed: {own}")
-            if name == "mapped" and self.memory == "staged":
-                raise ValueError("transports: 'mapped' is not allowed with memory 'staged'; allowed: grpc, grpc-nosum")
-            if name in COLLECTIVE_TRANSPORTS and (name, self.memory) not in (("gloo", "host"), ("nccl", "cuda")):
-                allowed = "gloo with host, nccl with cuda"
+            if name not in _TRANSPORTS_OF[self.memory]:
+                allowed = ", ".join(_TRANSPORTS_OF[self.memory])
                 raise ValueError(f"transports: {name!r} is not allowed with memory {self.memory!r}; allowed: {allowed}")
         if not self.transports or not self.block_kib or not self.blocks:
             raise ValueError("transports, block_kib and blocks: at least one of each")

@@ -97,8 +97,9 @@ def test_what_cannot_be_measured_is_refused() -> None:
     for fields, message in (
         ({"memory": "tape"}, "memory: 'tape' .*host, staged, cuda"),
         ({"transports": ("pigeon",)}, "transports: 'pigeon'"),
-        ({"transports": ("cuda_ipc",)}, "'cuda_ipc' is not allowed with memory 'host'; allowed: mapped"),
-        ({"transports": ("mapped",), "memory": "cuda"}, "allowed: cuda_ipc"),
+        ({"transports": ("cuda_ipc",)}, "'cuda_ipc' is not allowed with memory 'host'; allowed: grpc, "),
+        ({"transports": ("nccl",)}, "with memory 'host'; allowed: grpc, grpc-nosum, mapped, gloo"),
+        ({"transports": ("mapped",), "memory": "cuda"}, "allowed: grpc, grpc-nosum, cuda_ipc, nccl"),
         ({"transports": ("mapped",), "memory": "staged"}, "'mapped' is not allowed with memory 'staged'"),
         ({"blocks": ()}, "at least one of each"),
         ({"blocks": (0,)}, "blocks: .*1…65536"),
@@ -110,6 +111,22 @@ def test_what_cannot_be_measured_is_refused() -> None:
             TransferOptions(**fields)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--transports", "pigeon"),
+        ("--memory", "tape"),
+        ("--block-kib", "big"),
+        ("--blocks", "many"),
+        ("--seconds", "0"),
+        ("--most-mib", "0.1"),
+    ],
+)
+def test_the_option_is_named(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "transfer", option, value]) == 2
+    assert f"tandem: {option}: " in capsys.readouterr().err
+
+
 def test_plain_copies_have_a_pace() -> None:
     assert layout_of(2 * 2**20).groups[0].num_layers == 64
     for transport in ("grpc", "mapped"):
@@ -119,4 +136,4 @@ def test_plain_copies_have_a_pace() -> None:
 @pytest.mark.skipif(dispatch.has_gpu_driver(), reason="a GPU is here")
 def test_memory_of_a_gpu_wants_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["bench", "transfer", "--memory", "cuda"]) == 2
-    assert "memory: 'cuda' is not allowed; allowed: host, staged: no GPU" in capsys.readouterr().err
+    assert "--memory: 'cuda' is not allowed; allowed: host, staged: no GPU" in capsys.readouterr().err
