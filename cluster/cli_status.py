@@ -159,7 +159,11 @@ def _inside(samples: Samples) -> list[str]:
     waiting = ", ".join(f"{name} {count}" for name, count in sorted(queued.items()) if count)
     inside = sum(value for _, value in flying)
     queue = f"; choices that wait for a worker: {waiting}" if waiting else ""
-    return [f"{inside:g} requests inside{queue}", *_kept(samples)]
+    return [f"{_requests(inside)} inside{queue}", *_kept(samples)]
+
+
+def _requests(count: float) -> str:
+    return f"{count:g} request{'s' * (count != 1)}"
 
 
 def _kept(samples: Samples) -> list[str]:
@@ -179,7 +183,7 @@ def _kept(samples: Samples) -> list[str]:
         for name, value in parted.items()
         if value in standing and (not name or (value and len(classes) > 1))
     ]
-    return ["; ".join([f"{', '.join(told)}, of {counts.get('', 0):g} requests", *states])]
+    return ["; ".join([f"{', '.join(told)}, of {_requests(counts.get('', 0))}", *states])]
 
 
 def _share(name: str, seen: float | None, predicted: float | None) -> str:
@@ -190,7 +194,7 @@ def _share(name: str, seen: float | None, predicted: float | None) -> str:
 def _router(account: Mapping[str, Any]) -> str:
     """One of several router processes."""
     state = "ready" if account.get("ready") else f"not ready: {account.get('reason') or 'it does not say why'}"
-    inside = f", {account['requests_inside']} requests inside, pid {account['pid']}" if "pid" in account else ""
+    inside = f", {_requests(account['requests_inside'])} inside, pid {account['pid']}" if "pid" in account else ""
     return f"router {account.get('process')} ({account.get('registry')}): {state}{inside}"
 
 

@@ -248,6 +248,8 @@ def test_status_table() -> None:
     text = cli_status.render("u", {"ready": True, "workers": [worker]}, samples)
     lines = text.splitlines()
     assert lines[1] == "6 requests inside; choices that wait for a worker: batch 4"
+    one = cli_status.render("u", {"ready": True, "workers": [worker]}, {"tandem:requests_in_flight": [({}, 1.0)]})
+    assert one.splitlines()[1] == "1 request inside"
     assert lines[10].split() == ["decode-0", "50", "50", "100", "7", "of", "200", "3", "s", "ago"]
     assert lines[13].split(maxsplit=4) == [
         "decode-0",
@@ -259,12 +261,12 @@ def test_status_table() -> None:
     moved = cli_status.render("u", {"ready": True, "workers": [worker | {"kv_mover_pid": 42}]}).splitlines()
     assert moved[-1].endswith("process 42")
     samples |= {"tandem:requests_in_flight": [({"router": "0"}, 6.0), ({"router": "1"}, 2.0)]}
-    up = {"process": 0, "registry": "h:1", "ready": True, "pid": 7, "requests_inside": 6}
+    up = {"process": 0, "registry": "h:1", "ready": True, "pid": 7, "requests_inside": 1}
     away = {"process": 1, "registry": "h:2", "ready": False, "reason": "it does not answer"}
     two = cli_status.render("u", {"ready": True, "workers": [worker], "routers": [up, away]}, samples).splitlines()
     assert two[1:4] == [
         "8 requests inside; choices that wait for a worker: batch 4",
-        "router 0 (h:1): ready, 6 requests inside, pid 7",
+        "router 0 (h:1): ready, 1 request inside, pid 7",
         "router 1 (h:2): not ready: it does not answer",
     ]
     assert "BROKEN" in cli_status.render("u", {"ready": True, "workers": [worker | {"integrity_ok": False}]})
