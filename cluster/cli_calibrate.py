@@ -179,7 +179,7 @@ def _summary(files: ModelFiles, seen: Seen, how: str, texts: int) -> str:
         losses = (f"{name} loses {np.median(heads):.1%} (worst {heads.max():.1%})" for name, heads in lost.items())
         lines.append(f"{side:<12}largest of a head {spread}; {'; '.join(losses)}")
     if seen.tokens < _FEW_TOKENS:
-        lines.append(f"warning     fewer than {_FEW_TOKENS} tokens: other text may be larger and would be cut off")
+        lines.append(f"WARNING     fewer than {_FEW_TOKENS} tokens: other text may be larger and would be cut off")
     return "\n".join(lines)
 
 

@@ -59,7 +59,7 @@ def test_prompts_are_text_or_json_lines() -> None:
 @pytest.mark.parametrize(("tokens", "warned"), [("511", True), ("512", False)])
 def test_few_tokens_are_warned_of(tokens: str, warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*TINY, "--tokens", tokens]) == 0
-    assert ("warning     fewer than 512 tokens" in capsys.readouterr().out) == warned
+    assert ("WARNING     fewer than 512 tokens" in capsys.readouterr().out) == warned
 
 
 def test_a_file_that_is_replaced_is_told(capsys: pytest.CaptureFixture[str]) -> None:
