@@ -174,3 +174,8 @@ def test_bad_sizes(text: str) -> None:
 def test_what_is_not_given_is_missing() -> None:
     with pytest.raises(ConfigError, match=r"^router\.tls_key: is missing; allowed: a PEM file, as tls_cert is given$"):
         build_config(None, {"router.tls_cert": "cert.pem"})
+
+
+def test_a_problem_that_is_not_the_value_stays_under_a_prefix() -> None:
+    error = ConfigError("threads", None, "once", problem="is given twice").under("engine")
+    assert str(error) == "engine.threads: is given twice; allowed: once"
