@@ -25,6 +25,7 @@ from ..models.config import ModelConfig
 from ..models.fetch import WHEEL_MODELS
 from ..models.reference import DUMMY_PREFIX, ModelError, ModelFiles, resolve_model
 from ..ports import bind, pin_ports
+from ..types import Role
 from . import runtime_file
 from .state import LaunchError
 
@@ -126,7 +127,7 @@ def check_engines(config: ClusterConfig, model: ModelConfig) -> None:
     """`check_engine` for every pool that has workers, and that they can hand KV to each other."""
     engines = {role: config.engine_of(role) for role, count in config.pools if count}
     for role, engine in engines.items():
-        under = "engine" if engine is config.engine else f"{role.value}.engine"
+        under = _section(config, role, engine)
         check_engine(engine, model, under=under)
         try:
             check_transport(engine, config.worker.transport)
@@ -154,8 +155,12 @@ def check_memory(config: ClusterConfig) -> None:
         f"less: the KV of {sum(count for _, count, _ in held)} workers would be {wanted / 2**30:.1f} GiB, and this "
         f"machine has {memory / 2**30:.1f} GiB"
     )
-    under = "engine" if engine is config.engine else f"{role.value}.engine"
-    raise ConfigError("kv_cache_bytes", engine.kv_cache_bytes, allowed).under(under)
+    raise ConfigError("kv_cache_bytes", engine.kv_cache_bytes, allowed).under(_section(config, role, engine))
+
+
+def _section(config: ClusterConfig, role: Role, engine: EngineConfig) -> str:
+    """Where a pool's engine is configured."""
+    return "engine" if engine is config.engine else f"{role.value}.engine"
 
 
 def check_alike(engine: EngineConfig, other: EngineConfig, model: ModelConfig, *, of: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+
+from ..neighbors import neighbors
 
 PIECE_BYTES = 384 * 2**10
 """Of one call. Smaller ones pay for the call; from the size of a processor's second-level cache on, glibc copies in
@@ -27,22 +29,8 @@ class BlockCopies:
             if ids and not 0 <= min(ids) <= max(ids) < blocks:
                 raise ValueError(f"block_ids: {min(ids)}…{max(ids)} are not all in 0…{blocks - 1}")
         size, source, target = self._block_bytes, self._source, self._target
-        for source_id, target_id, count in _neighbors(source_ids, target_ids):
+        for source_id, target_id, count in neighbors(source_ids, target_ids):
             ahead, end = (target_id - source_id) * size, (source_id + count) * size
             for begin in range(source_id * size, end, PIECE_BYTES):
                 stop = min(begin + PIECE_BYTES, end)
                 target[begin + ahead : stop + ahead] = source[begin:stop]
-
-
-def _neighbors(source_ids: Sequence[int], target_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(source, target, how many) of blocks that follow each other in both memories."""
-    first, count = (0, 0), 0
-    for source_id, target_id in zip(source_ids, target_ids, strict=True):
-        if count and source_id == first[0] + count and target_id == first[1] + count:
-            count += 1
-            continue
-        if count:
-            yield *first, count
-        first, count = (source_id, target_id), 1
-    if count:
-        yield *first, count

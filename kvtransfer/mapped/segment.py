@@ -27,11 +27,12 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...cluster.host_memory import available_bytes
 from ..layout import KVLayout
+from ..neighbors import neighbors
 
 MAGIC = b"TANDEMKV"
 VERSION = 1
@@ -265,22 +266,13 @@ class MappedSegment:
         them in place of a fault for each page. Once for each block; blocks that exist.
         """
         missing = [block_id for block_id in block_ids if not self._populated[block_id]]
-        for first, last in _stretches(missing):
+        for first, _, count in neighbors(missing):
             begin = self._blocks_offset + first * self.block_bytes
             begin -= begin % PAGE_BYTES
-            end = self._blocks_offset + (last + 1) * self.block_bytes
+            end = self._blocks_offset + (first + count) * self.block_bytes
             with contextlib.suppress(OSError):  # an older kernel: pages come one by one
                 self._memory.madvise(self._populate_advice, begin, end - begin)
-            self._populated[first : last + 1] = b"\1" * (last + 1 - first)
-
-
-def _stretches(block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, last) of each run of neighbors, in the order in which they stand."""
-    start = 0
-    for index in range(1, len(block_ids) + 1):
-        if index == len(block_ids) or block_ids[index] != block_ids[index - 1] + 1:
-            yield block_ids[start], block_ids[index - 1]
-            start = index
+            self._populated[first : first + count] = b"\1" * count
 
 
 def take(

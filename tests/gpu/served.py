@@ -78,3 +78,14 @@ class Served:
         line = process.stdout.readline()
         assert line, f"the {kind} ended with {process.wait(20)} before it served"
         return process, json.loads(line)
+
+
+def answer_alone(folder: Path, engine: EngineConfig, prompt: list[int], tokens: int) -> list[int]:
+    """Token ids of one worker that does both. `folder`: made here."""
+    folder.mkdir()
+    alone = Served(folder, engine)
+    try:
+        alone.worker("mixed", "m0", "auto")
+        return list(alone.ask(prompt, tokens).token_ids)
+    finally:
+        alone.close()

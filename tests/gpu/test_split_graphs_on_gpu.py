@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))  # modules that these tests share
 
-from served import Served
+from served import Served, answer_alone
 from test_split_on_gpu import ENGINE, PROMPT, TOKENS
 
 CAPTURED = dataclasses.replace(
@@ -27,13 +27,7 @@ CAPTURED = dataclasses.replace(
 def test_two_workers_of_one_gpu_answer_as_one(tmp_path: Path, kv_cache_dtype: str) -> None:
     """Token by token: steps are of the same shapes, and the same kernels compute them."""
     engine = dataclasses.replace(CAPTURED, kv_cache_dtype=kv_cache_dtype)
-    (tmp_path / "alone").mkdir()
-    alone = Served(tmp_path / "alone", engine)
-    try:
-        alone.worker("mixed", "m0", "auto")
-        wanted = alone.ask(PROMPT, TOKENS).token_ids
-    finally:
-        alone.close()
+    wanted = answer_alone(tmp_path / "alone", engine, PROMPT, TOKENS)
     assert len(wanted) == TOKENS
 
     served = Served(tmp_path, engine)

@@ -20,7 +20,7 @@ pytest.importorskip("uvloop")
 pytest.importorskip("xxhash")
 sys.path.insert(0, str(Path(__file__).parent))  # modules that these tests share
 
-from served import Served
+from served import Served, answer_alone
 from tandem.cluster.config import EngineConfig
 
 ENGINE = EngineConfig(
@@ -39,13 +39,7 @@ TOKENS = 12
 
 
 def test_two_workers_of_one_gpu_answer_as_one_and_a_killed_one_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "alone").mkdir()
-    alone = Served(tmp_path / "alone", ENGINE)
-    try:
-        alone.worker("mixed", "m0", "auto")
-        wanted = alone.ask(PROMPT, TOKENS).token_ids
-    finally:
-        alone.close()
+    wanted = answer_alone(tmp_path / "alone", ENGINE, PROMPT, TOKENS)
     assert len(wanted) == TOKENS
 
     served = Served(tmp_path, ENGINE)

@@ -36,6 +36,7 @@ from ....kernels.operations import KvMoves
 from ....kvtransfer.cuda_ipc.driver import Allocation, CudaUnsupported
 from ....kvtransfer.layout import KVLayout
 from ....kvtransfer.mapped.segment import KVSegment
+from ....kvtransfer.neighbors import neighbors
 from ....kvtransfer.store import BlockRead, KVStore
 from ....kvtransfer.transport import MESSAGE_BYTES
 from .kv_peers import GpuMemory, as_tensor, block_shape
@@ -274,7 +275,7 @@ class DeviceKVStore(KVStore):
                 packed = self.moves.gather_blocks(self._flat, self._sent_ids(buffer, block_ids), self._packed[:count])
                 buffer.bytes[:count].copy_(packed, non_blocking=True)
             else:
-                for place, first, length in _neighbors(block_ids):
+                for first, place, length in neighbors(block_ids):
                     stretch = self._flat[first : first + length]
                     buffer.bytes[place : place + length].copy_(stretch, non_blocking=True)
             buffer.record()
@@ -287,7 +288,7 @@ class DeviceKVStore(KVStore):
                 packed.copy_(buffer.bytes[:count], non_blocking=True)
                 self.moves.scatter_blocks(packed, self._flat, self._sent_ids(buffer, block_ids))
             else:
-                for place, first, length in _neighbors(block_ids):
+                for first, place, length in neighbors(block_ids):
                     stretch = self._flat[first : first + length]
                     stretch.copy_(buffer.bytes[place : place + length], non_blocking=True)
             buffer.record()
@@ -311,12 +312,3 @@ class DeviceKVStore(KVStore):
         for block_id in block_ids:
             if not 0 <= block_id < self.num_blocks:
                 raise ValueError(f"block_id: {block_id} is not in 0…{self.num_blocks - 1}")
-
-
-def _neighbors(block_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(place in the list, first id, length) of each run of ids that follow one another."""
-    start = 0
-    for index in range(1, len(block_ids) + 1):
-        if index == len(block_ids) or block_ids[index] != block_ids[index - 1] + 1:
-            yield start, block_ids[start], index - start
-            start = index

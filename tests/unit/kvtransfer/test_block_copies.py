@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tandem.kvtransfer.mapped import copies
 from tandem.kvtransfer.mapped.copies import BlockCopies
+from tandem.kvtransfer.neighbors import neighbors
 
 BLOCKS = 9
 
@@ -43,5 +44,5 @@ def test_blocks_that_are_not_there_are_refused_before_anything_is_written(
 
 
 def test_blocks_that_follow_each_other_in_both_memories_are_one_copy() -> None:
-    pairs = list(copies._neighbors([4, 5, 6, 8, 0, 1], [0, 1, 2, 3, 4, 6]))
+    pairs = list(neighbors([4, 5, 6, 8, 0, 1], [0, 1, 2, 3, 4, 6]))
     assert pairs == [(4, 0, 3), (8, 3, 1), (0, 4, 1), (1, 6, 1)]
